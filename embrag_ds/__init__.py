@@ -1,0 +1,3 @@
+"""Embedding RAG for genotype imputation, trained with DeepSpeed."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Panels, sites, windows, masks and people: everything read from files (lowest layer)."""

@@ -1,0 +1,168 @@
+"""Genetic maps: from base pairs to centimorgans."""
+
+from __future__ import annotations
+
+import gzip
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+
+from embrag_ds.data.sites import SiteTable
+from embrag_ds.errors import UserError
+
+_CONTIG_NAMES = {"chr", "chrom", "chromosome"}
+_POS_NAMES = {"pos", "position", "bp"}
+_CM_NAMES = {"cm", "map", "genetic_map"}
+
+
+@dataclass(frozen=True)
+class GeneticMap:
+    """Genetic positions along each contig.
+
+    ``points`` maps a contig, without its prefix ``chr``, to (bp [n] float64, increasing; cM [n] float64,
+    not decreasing); a contig that is not there has ``cm_per_mb`` everywhere, or no map where that is
+    None. ``name`` stands for the map in error messages.
+    """
+
+    name: str
+    points: dict[str, tuple[np.ndarray, np.ndarray]]
+    cm_per_mb: float | None = None
+
+    @staticmethod
+    def uniform(cm_per_mb: float = 1.0) -> GeneticMap:
+        """The same rate, in cM per Mb, everywhere on every contig."""
+        return GeneticMap(name="uniform map", points={}, cm_per_mb=cm_per_mb)
+
+    @staticmethod
+    def read(path: str | Path) -> GeneticMap:
+        """Read a plain or gzipped map of whitespace-separated columns.
+
+        Without a header line it is a PLINK map (contig, id, cM, bp). With one, the columns are found by
+        name, as in the HapMap and Eagle (``chr position COMBINED_rate(cM/Mb) Genetic_Map(cM)``) and
+        SHAPEIT (``pos chr cM``) maps. Raises :class:`UserError` with the file and line when a value is
+        not a number, bp does not increase or cM decreases, and when a contig has fewer than two points
+        or no recombination.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"{path}: there is no such genetic map; check the path")
+        try:
+            with _open_text(path) as lines:
+                points = _read_points(path, lines)
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{path}: it cannot be read as plain or gzipped text; download or copy it again"
+            ) from error
+        if not points:
+            raise UserError(f"{path}: it has no points; give a PLINK, HapMap or SHAPEIT genetic map")
+        for contig, (bp, cm) in points.items():
+            if len(bp) < 2 or cm[0] == cm[-1]:
+                raise UserError(
+                    f"{path}: contig {contig} needs at least two points with different cM; "
+                    "give its whole map or remove the contig"
+                )
+        return GeneticMap(name=str(path), points=points)
+
+    def positions(self, sites: SiteTable) -> np.ndarray:
+        """Genetic position of every site, in cM: float64 [S], not decreasing along a contig.
+
+        Linear between the map's points; beyond its ends it goes on with the contig's mean rate, so that
+        sites there stay apart (and may be negative). Raises :class:`UserError` where the map lacks a
+        contig.
+        """
+        cm = np.empty(len(sites), dtype=np.float64)
+        for start, stop in sites.contig_runs():
+            contig = sites.contigs[sites.contig[start]]
+            cm[start:stop] = self._interpolate(contig, sites.pos[start:stop])
+        return cm
+
+    def _interpolate(self, contig: str, pos: np.ndarray) -> np.ndarray:
+        points = self.points.get(_canonical(contig))
+        if points is None:
+            if self.cm_per_mb is None:
+                raise UserError(
+                    f"{self.name}: it has no contig {contig} (it has {', '.join(self.points)}); "
+                    "give a map that covers it"
+                )
+            return pos * (self.cm_per_mb * 1e-6)
+        bp, cm = points
+        rate = (cm[-1] - cm[0]) / (bp[-1] - bp[0])
+        before = np.minimum(pos - bp[0], 0) * rate
+        beyond = np.maximum(pos - bp[-1], 0) * rate
+        return np.interp(pos, bp, cm) + before + beyond
+
+
+def _canonical(contig: str) -> str:
+    """Maps and files disagree on the prefix: ``chr20`` and ``20`` are one contig."""
+    return contig.removeprefix("chr")
+
+
+def _open_text(path: Path) -> TextIO:
+    with path.open("rb") as raw:
+        gzipped = raw.read(2) == b"\x1f\x8b"
+    return gzip.open(path, "rt", encoding="utf-8") if gzipped else path.open(encoding="utf-8")
+
+
+def _read_points(path: Path, lines: TextIO) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    columns = (0, 3, 2)
+    bps: dict[str, list[float]] = {}
+    cms: dict[str, list[float]] = {}
+    for number, line in enumerate(lines, start=1):
+        fields = line.split()
+        if not fields:
+            continue
+        if number == 1 and not _is_number(fields[-1]):
+            columns = _header_columns(path, fields)
+            continue
+        try:
+            contig, bp, cm = (
+                _canonical(fields[columns[0]]),
+                float(fields[columns[1]]),
+                float(fields[columns[2]]),
+            )
+        except (ValueError, IndexError) as error:
+            raise UserError(
+                f"{path}: line {number}: cannot find numbers for bp and cM in {line.strip()[:60]!r}; "
+                "correct the line"
+            ) from error
+        if not np.isfinite(bp) or not np.isfinite(cm):
+            raise UserError(f"{path}: line {number}: bp and cM must be finite; correct the line")
+        known_bp, known_cm = bps.setdefault(contig, []), cms.setdefault(contig, [])
+        if known_bp and bp <= known_bp[-1]:
+            raise UserError(
+                f"{path}: line {number}: position {bp:.0f} of contig {contig} follows {known_bp[-1]:.0f}; "
+                "sort the map by bp and keep one line a position"
+            )
+        if known_cm and cm < known_cm[-1]:
+            raise UserError(
+                f"{path}: line {number}: {cm:g} cM on contig {contig} follows {known_cm[-1]:g} cM; "
+                "correct the map: cM cannot decrease"
+            )
+        known_bp.append(bp)
+        known_cm.append(cm)
+    return {contig: (np.array(bps[contig]), np.array(cms[contig])) for contig in bps}
+
+
+def _header_columns(path: Path, fields: list[str]) -> tuple[int, int, int]:
+    """Columns of contig, bp and cM."""
+    names = [field.lower().lstrip("#").partition("(")[0] for field in fields]
+    found = []
+    for wanted, what in ((_CONTIG_NAMES, "contig"), (_POS_NAMES, "bp"), (_CM_NAMES, "cM")):
+        matching = [i for i, name in enumerate(names) if name in wanted]
+        if not matching:
+            raise UserError(
+                f"{path}: line 1: no {what} column among {', '.join(fields)}; "
+                f"name one of them {' or '.join(sorted(wanted))}"
+            )
+        found.append(matching[0])
+    return found[0], found[1], found[2]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,169 @@
+"""Which sites are hidden: the one mask that the query, the distance and the loss all use.
+
+A mask is a pure function of (seed, epoch, window, scope, policy): nothing here keeps state. One mask
+row serves both haplotypes of a person, as a genotyping array types both.
+
+Policies
+    ``array``             everything but an array-like choice is hidden: one common site per cell of a
+                          grid of the given spacing, or exactly the sites of a manifest
+    ``random``            every site is hidden independently with the curriculum's rate
+    ``frequency_guided``  rare sites are hidden with ``rare_rate``, the others with the curriculum's rate
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from embrag_ds.errors import require
+
+Policy = Literal["array", "random", "frequency_guided"]
+_TRAINING, _VALIDATION = 0, 1
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """What the training hides."""
+
+    policies: dict[str, float] = field(
+        default_factory=lambda: {"array": 0.6, "random": 0.2, "frequency_guided": 0.2}
+    )
+    """Policy -> relative weight with which it is drawn."""
+    scope: Literal["sample", "window"] = "sample"
+    """Draw a mask for every person, or one for all people of a micro-batch."""
+    random_rate: tuple[float, float] = (0.3, 0.8)
+    """Share of sites hidden by ``random`` at the start and at the end of the curriculum."""
+    curriculum_steps: int = 1000
+    """Optimiser steps over which ``random_rate`` rises linearly."""
+    rare_maf: float = 0.01
+    """``frequency_guided``: sites below this minor-allele frequency count as rare ..."""
+    rare_rate: float = 0.7
+    """... and are hidden with this probability (the others with the ``random`` rate)."""
+    array_spacing_bp: tuple[float, float] = (1000.0, 8000.0)
+    """``array``: range of the mean distance of typed sites (drawn log-uniformly)."""
+    array_min_maf: float = 0.05
+    """``array``: typed sites have at least this minor-allele frequency."""
+    array_manifest: str | None = None
+    """``array``: type exactly the sites of this file (VCF, or ``contig pos`` per line) instead."""
+
+    def __post_init__(self) -> None:
+        known = ("array", "random", "frequency_guided")
+        for name, weight in self.policies.items():
+            require(name in known, "masking.policies", f"unknown policy {name!r}; known: {', '.join(known)}")
+            require(weight >= 0, "masking.policies", f"weight of {name} is negative")
+        require(sum(self.policies.values()) > 0, "masking.policies", "no policy has a positive weight")
+        for key in ("random_rate", "array_spacing_bp"):
+            low, high = getattr(self, key)
+            require(0 < low <= high, f"masking.{key}", "must be two positive numbers in increasing order")
+        require(self.random_rate[1] <= 1, "masking.random_rate", "must not exceed 1")
+        require(0 <= self.rare_rate <= 1, "masking.rare_rate", "must lie between 0 and 1")
+        require(self.curriculum_steps >= 1, "masking.curriculum_steps", "must be at least 1")
+
+
+@dataclass(frozen=True)
+class MaskSites:
+    """What masking looks at: ``pos`` [L] base pairs, ``maf`` [L], ``manifest`` [L] bool or None."""
+
+    pos: np.ndarray
+    maf: np.ndarray
+    manifest: np.ndarray | None = None
+
+
+def curriculum_rate(settings: MaskingConfig, step: int) -> float:
+    """The ``random`` policy's rate at an optimiser step: linear, then constant."""
+    low, high = settings.random_rate
+    return low + (high - low) * min(1.0, step / settings.curriculum_steps)
+
+
+def array_typed(sites: MaskSites, spacing_bp: float, min_maf: float, rng: np.random.Generator) -> np.ndarray:
+    """Typed sites of an array-like design, bool [L]: one random common site per cell of a grid.
+
+    The grid's origin is random. Cells without a site of at least ``min_maf`` type nothing.
+    """
+    origin = rng.random() * spacing_bp
+    order = rng.random(len(sites.pos))
+    candidates = np.flatnonzero(sites.maf >= min_maf)
+    typed = np.zeros(len(sites.pos), dtype=bool)
+    cell = np.floor((sites.pos[candidates] + origin) / spacing_bp)
+    ranked = np.lexsort((order[candidates], cell))
+    first_of_cell = np.ones(len(ranked), dtype=bool)
+    first_of_cell[1:] = np.diff(cell[ranked]) > 0
+    typed[candidates[ranked[first_of_cell]]] = True
+    return typed
+
+
+def hidden_by(
+    policy: Policy, settings: MaskingConfig, sites: MaskSites, rate: float, rng: np.random.Generator
+) -> np.ndarray:
+    """One mask of the given policy, bool [L], True where hidden."""
+    if policy == "array" and sites.manifest is not None:
+        return ~sites.manifest
+    if policy == "array":
+        low, high = settings.array_spacing_bp
+        spacing = float(np.exp(rng.uniform(np.log(low), np.log(high))))
+        return ~array_typed(sites, spacing, settings.array_min_maf, rng)
+    if policy == "random":
+        return rng.random(len(sites.pos)) < rate
+    threshold = np.where(sites.maf < settings.rare_maf, settings.rare_rate, rate)
+    return rng.random(len(sites.pos)) < threshold
+
+
+def training_masks(
+    settings: MaskingConfig,
+    sites: MaskSites,
+    seed: int,
+    epoch: int,
+    step: int,
+    window: int,
+    people: np.ndarray,
+) -> np.ndarray:
+    """Masks of a micro-batch, bool [N, L]; ``people`` [N] are panel indices.
+
+    ``step`` enters only through the curriculum's rate. With scope ``sample`` a person's mask does not
+    depend on who else is in the batch.
+    """
+    rate = curriculum_rate(settings, step)
+    names: list[Policy] = sorted(settings.policies)  # type: ignore[arg-type]
+    weights = np.array([settings.policies[name] for name in names])
+    cumulative = np.cumsum(weights / weights.sum())
+
+    def draw(scope: int) -> np.ndarray:
+        rng = np.random.default_rng([seed, _TRAINING, epoch, window, scope])
+        policy = names[min(int(np.searchsorted(cumulative, rng.random(), side="right")), len(names) - 1)]
+        return hidden_by(policy, settings, sites, rate, rng)
+
+    if settings.scope == "window":
+        return np.repeat(draw(0)[None], len(people), axis=0)
+    return np.stack([draw(1 + int(person)) for person in people])
+
+
+@dataclass(frozen=True)
+class ValidationMask:
+    """A frozen validation mask set. Its name carries a version: change the recipe, change the name."""
+
+    name: str
+    policy: Policy
+    rate: float = 0.0
+    spacing_bp: float = 0.0
+
+
+VALIDATION_MASKS = (
+    ValidationMask("array-sparse-1", "array", spacing_bp=4000.0),
+    ValidationMask("array-dense-1", "array", spacing_bp=1200.0),
+    ValidationMask("random-50-1", "random", rate=0.5),
+    ValidationMask("random-80-1", "random", rate=0.8),
+)
+
+
+def validation_mask(mask: ValidationMask, sites: MaskSites, window: int) -> np.ndarray:
+    """The frozen mask of a window, bool [L], the same for every person, seed and training run.
+
+    The array designs use a minor-allele frequency of at least 5 %, whatever the training uses.
+    """
+    number = VALIDATION_MASKS.index(mask)
+    rng = np.random.default_rng([_VALIDATION, number, window])
+    if mask.policy == "array":
+        return ~array_typed(sites, mask.spacing_bp, 0.05, rng)
+    return rng.random(len(sites.pos)) < mask.rate

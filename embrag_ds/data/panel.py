@@ -1,0 +1,226 @@
+"""The reference panel: a packed on-disk cache of a phased VCF/BCF, and views of its people.
+
+Layout of a cached panel (one directory, named by the input's identity):
+
+================  ===========================================================================
+file              content
+================  ===========================================================================
+``alleles.bits``  uint8 [S, ceil(2N / 8)], bit h of row s is haplotype h's allele at site s;
+                  memory-mapped, so a window is one contiguous read
+``sites.tsv``     the site table (:meth:`embrag_ds.data.sites.SiteTable.save`)
+``meta.json``     format number, sample ids, counts of skipped records
+================  ===========================================================================
+
+A directory is built under a temporary name and renamed when complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from embrag_ds.data.sites import SiteTable
+from embrag_ds.data.vcf import PhasedVcf
+from embrag_ds.errors import UserError
+
+FORMAT = 1
+_SITES_PER_READ = 2048
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A cached panel: ``sites``, ``samples`` (N people) and packed alleles [S, ceil(2N / 8)]."""
+
+    path: Path
+    sites: SiteTable
+    samples: tuple[str, ...]
+    packed: np.ndarray
+    skipped: dict[str, int]
+
+    def alleles(self, start: int, stop: int, haplotypes: np.ndarray | None = None) -> np.ndarray:
+        """Alleles of sites [start, stop) as uint8 [H, L]; all haplotypes, or those numbered."""
+        bits = np.unpackbits(self.packed[start:stop], axis=1, count=2 * len(self.samples), bitorder="little")
+        chosen = bits if haplotypes is None else bits[:, haplotypes]
+        return np.ascontiguousarray(chosen.T)
+
+
+def default_cache_dir() -> Path:
+    """``$XDG_CACHE_HOME/embrag_ds``, or ``~/.cache/embrag_ds``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "embrag_ds"
+
+
+def open_panel(path: Path, cache_dir: Path, progress: bool = True) -> Panel:
+    """Open ``path`` (phased VCF.gz or BCF) through the cache, packing it first if need be."""
+    directory = cache_dir / f"panel-{_identity(path)}"
+    with building(directory) as target:
+        if target is not None:
+            _pack(path, target, progress)
+    meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+    sites = SiteTable.load(directory / "sites.tsv")
+    samples = tuple(meta["samples"])
+    shape = (len(sites), (2 * len(samples) + 7) // 8)
+    packed = np.memmap(directory / "alleles.bits", dtype=np.uint8, mode="r", shape=shape)
+    return Panel(path, sites, samples, packed, meta["skipped"])
+
+
+@contextmanager
+def building(directory: Path) -> Iterator[Path | None]:
+    """Yield a temporary directory that becomes ``directory``, or None when that exists already.
+
+    Processes exclude one another by a file lock, so several ranks or runs may ask at once. On
+    failure nothing is left; what a killed process left is removed by the next one.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with open(directory.parent / f".{directory.name}.lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if directory.exists():
+            yield None
+            return
+        temporary = directory.parent / f".{directory.name}.building"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            temporary.rename(directory)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _identity(path: Path) -> str:
+    """A key of the file's content: size, modification time, and a digest of both ends."""
+    try:
+        status = path.stat()
+        with path.open("rb") as stream:
+            head = stream.read(1 << 20)
+            stream.seek(max(0, status.st_size - (1 << 20)))
+            tail = stream.read()
+    except OSError as fault:
+        raise UserError(f"{path}: cannot read the panel: {fault.strerror}") from fault
+    digest = hashlib.sha256(f"{FORMAT} {status.st_size} {status.st_mtime_ns} ".encode())
+    digest.update(head)
+    digest.update(tail)
+    return digest.hexdigest()[:20]
+
+
+def _pack(path: Path, directory: Path, progress: bool) -> None:
+    codes: list[int] = []
+    positions: list[int] = []
+    refs: list[str] = []
+    alts: list[str] = []
+    ids: list[str] = []
+    with PhasedVcf(path) as vcf, (directory / "alleles.bits").open("wb") as bits:
+        records = tqdm(
+            vcf.records(), desc=f"packing {path.name}", unit=" records", disable=not progress, mininterval=1
+        )
+        for record in records:
+            codes.append(record.contig_code)
+            positions.append(record.pos)
+            refs.append(record.ref)
+            alts.append(record.alt)
+            ids.append(record.id)
+            bits.write(np.packbits(record.alleles, bitorder="little").tobytes())
+        if not codes:
+            raise UserError(f"{path}: no biallelic record: the panel is empty; check the file")
+        sites = SiteTable(
+            vcf.contigs,
+            vcf.contig_lengths,
+            np.array(codes, dtype=np.int32),
+            np.array(positions, dtype=np.int64),
+            refs,
+            alts,
+            ids,
+        )
+        meta = {"format": FORMAT, "samples": list(vcf.samples), "skipped": dict(vcf.skipped)}
+    sites.save(directory / "sites.tsv")
+    (directory / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Populations:
+    """Population of every panel person: ``names`` (P of them) and ``of`` int64 [N] indexing them."""
+
+    names: tuple[str, ...]
+    of: np.ndarray
+
+
+def read_populations(path: Path | None, samples: tuple[str, ...]) -> Populations:
+    """Read ``sample <tab> population`` lines (more columns and a header line are ignored).
+
+    Without a file everybody belongs to one population, ``all``.
+    """
+    if path is None:
+        return Populations(("all",), np.zeros(len(samples), dtype=np.int64))
+    table: dict[str, str] = {}
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                fields = line.split()
+                if not fields:
+                    continue
+                if len(fields) < 2:
+                    raise UserError(f"{path}: line {number}: expected sample and population, separated by a tab")
+                table[fields[0]] = fields[1]
+    except (OSError, UnicodeDecodeError) as fault:
+        raise UserError(f"{path}: cannot read the sample table: {fault}") from fault
+    missing = [sample for sample in samples if sample not in table]
+    if missing:
+        raise UserError(
+            f"{path}: {len(missing)} panel samples have no line, the first is {missing[0]}; add them or omit --samples"
+        )
+    names = tuple(sorted({table[sample] for sample in samples}))
+    code = {name: number for number, name in enumerate(names)}
+    return Populations(names, np.array([code[table[sample]] for sample in samples], dtype=np.int64))
+
+
+class ReferenceSet:
+    """Some of a panel's people as a reference: their haplotypes, and frequencies from them alone.
+
+    Haplotypes are numbered 0..H-1 within the set; person ``i`` *of the panel* owns the two rows
+    where ``person_of == i``.
+    """
+
+    def __init__(self, panel: Panel, populations: Populations, people: np.ndarray):
+        self.panel = panel
+        self.people = np.sort(np.asarray(people, dtype=np.int64))
+        self.populations = populations
+        self.haplotypes = (2 * self.people[:, None] + np.arange(2)).reshape(-1)
+        self.person_of = np.repeat(self.people, 2)
+        self.population_of = populations.of[self.person_of]
+
+    def __len__(self) -> int:
+        return len(self.haplotypes)
+
+    def alleles(self, start: int, stop: int) -> np.ndarray:
+        """Alleles of sites [start, stop), uint8 [H, L]."""
+        whole = len(self.people) == len(self.panel.samples)
+        return self.panel.alleles(start, stop, None if whole else self.haplotypes)
+
+    @cached_property
+    def population_frequency(self) -> np.ndarray:
+        """ALT frequency per population, float32 [P, S] (the overall one where nobody is left)."""
+        members = np.zeros((len(self), len(self.populations.names)), dtype=np.float32)
+        members[np.arange(len(self)), self.population_of] = 1
+        sizes = members.sum(0)
+        counts = np.empty((members.shape[1], len(self.panel.sites)), dtype=np.float32)
+        for start in range(0, counts.shape[1], _SITES_PER_READ):
+            block = self.alleles(start, start + _SITES_PER_READ).astype(np.float32)
+            counts[:, start : start + _SITES_PER_READ] = members.T @ block
+        overall = counts.sum(0) / len(self)
+        return np.where(sizes[:, None] > 0, counts / np.maximum(sizes, 1)[:, None], overall)
+
+    @cached_property
+    def allele_frequency(self) -> np.ndarray:
+        """ALT frequency over the set, float32 [S]."""
+        sizes = np.bincount(self.population_of, minlength=len(self.populations.names))
+        return (sizes @ self.population_frequency / len(self)).astype(np.float32)

@@ -1,0 +1,274 @@
+"""The default data set: a small simulated panel and target, so that nothing need be downloaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from embrag_ds.data.sites import SiteTable
+from embrag_ds.data.vcf import write_phased
+from embrag_ds.errors import UserError
+
+if TYPE_CHECKING:
+    import msprime
+
+POPULATIONS = ("YRI", "CEU", "CHB")
+CONTIG = "1"
+MIN_COPIES = 2
+MIN_TYPED_MAF = 0.05
+MUTATION_RATE = 1.25e-8
+MEAN_CM_PER_MB = 1.0
+BACKGROUND_CM_PER_MB = 0.1
+HOTSPOT_SPACING_BP = 50_000
+RECIPE_VERSION = 1
+"""Raised whenever the same settings come to mean other data, so that cached data sets are rebuilt."""
+
+_DATA_FILES = (
+    "panel.vcf.gz",
+    "panel.vcf.gz.tbi",
+    "truth.vcf.gz",
+    "truth.vcf.gz.tbi",
+    "target.vcf.gz",
+    "target.vcf.gz.tbi",
+    "genetic.map",
+    "samples.tsv",
+    "settings.json",
+)
+
+
+@dataclass(frozen=True)
+class SimulationSettings:
+    """Size of the simulated region and of its samples, which are split evenly over the populations."""
+
+    length_bp: int = 1_000_000
+    panel_people: int = 750
+    target_people: int = 60
+    typed_spacing_bp: int = 4_000
+    seed: int = 1
+
+
+@dataclass(frozen=True)
+class DefaultData:
+    """Files of a simulated data set; ``truth`` holds the target people at every site of the panel."""
+
+    panel: Path
+    target: Path
+    truth: Path
+    genetic_map: Path
+    samples: Path
+
+
+def simulate_default(directory: Path, settings: SimulationSettings) -> DefaultData:
+    """Simulate into ``directory``, or reuse what an earlier call with the same settings left there.
+
+    Three populations under the out-of-Africa model of Gutenkunst et al. (2009, PLoS Genet. 5:e1000695)
+    recombine along a map with hotspots. Sites have at least two copies of each allele in the panel;
+    the target is typed at about one common site in ``typed_spacing_bp``. The same settings (and version
+    of msprime) give the same genotypes. The directory appears only when complete; one with other
+    settings is replaced. Raises :class:`UserError` when it holds anything else.
+    """
+    data = DefaultData(
+        panel=directory / "panel.vcf.gz",
+        target=directory / "target.vcf.gz",
+        truth=directory / "truth.vcf.gz",
+        genetic_map=directory / "genetic.map",
+        samples=directory / "samples.tsv",
+    )
+    described = json.dumps({"recipe_version": RECIPE_VERSION, **asdict(settings)}, indent=2) + "\n"
+    marker = directory / "settings.json"
+    if marker.is_file() and marker.read_text(encoding="utf-8") == described:
+        return data
+    _check_replaceable(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    building = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    try:
+        building.mkdir()
+        _build(building, settings)
+        (building / "settings.json").write_text(described, encoding="utf-8")
+        if directory.exists():
+            shutil.rmtree(directory)
+        building.rename(directory)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return data
+
+
+def _check_replaceable(directory: Path) -> None:
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise UserError(f"{directory}: it is a file; choose another folder for the simulated data")
+    present = sorted(entry.name for entry in directory.iterdir())
+    foreign = [name for name in present if name not in _DATA_FILES]
+    if present and "settings.json" not in present:
+        # The user's own panel may well be called panel.vcf.gz.
+        foreign = present
+    if foreign:
+        raise UserError(
+            f"{directory}: it holds {foreign[0]}, which is not simulated data; choose another folder"
+        )
+
+
+def _build(directory: Path, settings: SimulationSettings) -> None:
+    rng = np.random.default_rng(settings.seed)
+    breakpoints, rates = _hotspot_map(settings.length_bp, rng)
+    panel_counts = _split(settings.panel_people)
+    target_counts = _split(settings.target_people)
+    people = [panel + target for panel, target in zip(panel_counts, target_counts, strict=True)]
+    positions, alleles = _simulate(settings, people, breakpoints, rates)
+
+    # Within a population people are exchangeable, so its last ones can be the target.
+    population = np.repeat(np.arange(len(POPULATIONS)), people)
+    rank = np.concatenate([np.arange(count) for count in people])
+    names = [f"{POPULATIONS[p]}{r + 1:04d}" for p, r in zip(population.tolist(), rank.tolist(), strict=True)]
+    in_panel = rank < np.array(panel_counts)[population]
+
+    panel_alleles = alleles[:, np.repeat(in_panel, 2)]
+    copies = panel_alleles.sum(axis=1, dtype=np.int64)
+    minor_copies = np.minimum(copies, panel_alleles.shape[1] - copies)
+    kept = minor_copies >= MIN_COPIES
+    sites = _site_table(positions[kept], settings.length_bp, rng)
+    maf = minor_copies[kept] / panel_alleles.shape[1]
+    typed = _choose_typed(sites.pos, maf, settings.typed_spacing_bp, rng)
+
+    truth_alleles = alleles[kept][:, np.repeat(~in_panel, 2)]
+    panel_names = [name for name, panel in zip(names, in_panel, strict=True) if panel]
+    target_names = [name for name, panel in zip(names, in_panel, strict=True) if not panel]
+    write_phased(directory / "panel.vcf.gz", sites, panel_names, panel_alleles[kept])
+    write_phased(directory / "truth.vcf.gz", sites, target_names, truth_alleles)
+    write_phased(directory / "target.vcf.gz", _select(sites, typed), target_names, truth_alleles[typed])
+    _write_map(directory / "genetic.map", breakpoints, rates)
+    with (directory / "samples.tsv").open("w", encoding="utf-8") as out:
+        out.write("sample\tpopulation\n")
+        for name, code in zip(names, population.tolist(), strict=True):
+            out.write(f"{name}\t{POPULATIONS[code]}\n")
+
+
+def _split(people: int) -> list[int]:
+    """Equal shares; the first populations take what is left over."""
+    share, rest = divmod(people, len(POPULATIONS))
+    return [share + (i < rest) for i in range(len(POPULATIONS))]
+
+
+def _hotspot_map(length_bp: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Breakpoints [n + 1] in bp and rates [n] in cM/Mb, with mean ``MEAN_CM_PER_MB``."""
+    edges = [0]
+    rates = []
+    while True:
+        start = edges[-1] + int(rng.uniform(0.3, 1.5) * HOTSPOT_SPACING_BP)
+        stop = start + int(rng.uniform(1_000, 2_000))
+        intensity = rng.gamma(2.0)
+        if stop >= length_bp:
+            break
+        edges += [start, stop]
+        rates += [0.0, intensity]
+    edges.append(length_bp)
+    rates.append(0.0)
+    breakpoints = np.array(edges)
+    widths = np.diff(breakpoints)
+    hot = np.array(rates)
+    if not hot.any():
+        return breakpoints, np.full(len(hot), MEAN_CM_PER_MB)
+    hot *= (MEAN_CM_PER_MB - BACKGROUND_CM_PER_MB) * length_bp / (hot * widths).sum()
+    return breakpoints, BACKGROUND_CM_PER_MB + hot
+
+
+def _out_of_africa() -> msprime.Demography:
+    """Three populations with the maximum-likelihood parameters of Gutenkunst et al. (2009), table 1."""
+    import msprime
+
+    years_per_generation = 25
+    split_eurasia = 21.2e3 / years_per_generation
+    split_africa = 140e3 / years_per_generation
+    expansion = 220e3 / years_per_generation
+    growth_ceu, growth_chb = 0.004, 0.0055
+    demography = msprime.Demography()
+    demography.add_population(name="YRI", initial_size=12_300)
+    demography.add_population(
+        name="CEU", initial_size=1_000 * np.exp(growth_ceu * split_eurasia), growth_rate=growth_ceu
+    )
+    demography.add_population(
+        name="CHB", initial_size=510 * np.exp(growth_chb * split_eurasia), growth_rate=growth_chb
+    )
+    demography.add_population(name="OOA", initial_size=2_100)
+    demography.add_population(name="AMH", initial_size=12_300)
+    demography.add_population(name="ANC", initial_size=7_300)
+    demography.set_symmetric_migration_rate(["YRI", "CEU"], 3e-5)
+    demography.set_symmetric_migration_rate(["YRI", "CHB"], 1.9e-5)
+    demography.set_symmetric_migration_rate(["CEU", "CHB"], 9.6e-5)
+    demography.add_population_split(time=split_eurasia, derived=["CEU", "CHB"], ancestral="OOA")
+    demography.add_symmetric_migration_rate_change(time=split_eurasia, populations=["YRI", "OOA"], rate=25e-5)
+    demography.add_population_split(time=split_africa, derived=["YRI", "OOA"], ancestral="AMH")
+    demography.add_population_split(time=expansion, derived=["AMH"], ancestral="ANC")
+    return demography
+
+
+def _simulate(
+    settings: SimulationSettings, people: list[int], breakpoints: np.ndarray, rates: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """1-based positions [S] int64 and alleles [S, 2N] uint8, people in the order of the populations."""
+    # msprime takes a second to import, and only those who simulate need it.
+    import msprime
+
+    tree_sequence = msprime.sim_ancestry(
+        dict(zip(POPULATIONS, people, strict=True)),
+        demography=_out_of_africa(),
+        recombination_rate=msprime.RateMap(position=breakpoints, rate=rates * 1e-8),
+        random_seed=settings.seed,
+    )
+    tree_sequence = msprime.sim_mutations(
+        tree_sequence, rate=MUTATION_RATE, random_seed=settings.seed, model=msprime.BinaryMutationModel()
+    )
+    # The genome is discrete: positions are distinct integers from 0 on.
+    positions = tree_sequence.tables.sites.position.astype(np.int64) + 1
+    return positions, tree_sequence.genotype_matrix().astype(np.uint8)
+
+
+def _site_table(positions: np.ndarray, length_bp: int, rng: np.random.Generator) -> SiteTable:
+    letters = np.array(["A", "C", "G", "T"])
+    ref = rng.integers(4, size=len(positions))
+    alt = (ref + rng.integers(1, 4, size=len(positions))) % 4
+    return SiteTable(
+        contigs=(CONTIG,),
+        contig_lengths=(length_bp,),
+        contig=np.zeros(len(positions), dtype=np.int32),
+        pos=positions,
+        ref=letters[ref].tolist(),
+        alt=letters[alt].tolist(),
+        id=["."] * len(positions),
+    )
+
+
+def _choose_typed(pos: np.ndarray, maf: np.ndarray, spacing_bp: int, rng: np.random.Generator) -> np.ndarray:
+    """Row numbers [T] of one common site, chosen at random, in every stretch of ``spacing_bp``."""
+    common = np.flatnonzero(maf >= MIN_TYPED_MAF)
+    shuffled = rng.permutation(common)
+    _, first = np.unique(pos[shuffled] // spacing_bp, return_index=True)
+    return np.sort(shuffled[first])
+
+
+def _select(sites: SiteTable, rows: np.ndarray) -> SiteTable:
+    chosen = rows.tolist()
+    return SiteTable(
+        contigs=sites.contigs,
+        contig_lengths=sites.contig_lengths,
+        contig=sites.contig[rows],
+        pos=sites.pos[rows],
+        ref=[sites.ref[row] for row in chosen],
+        alt=[sites.alt[row] for row in chosen],
+        id=[sites.id[row] for row in chosen],
+    )
+
+
+def _write_map(path: Path, breakpoints: np.ndarray, rates: np.ndarray) -> None:
+    """PLINK map; base ``b`` of the simulation is position ``b + 1`` of the files."""
+    cm = np.concatenate([[0.0], np.cumsum(rates * np.diff(breakpoints) * 1e-6)])
+    with path.open("w", encoding="utf-8") as out:
+        for bp, value in zip((breakpoints + 1).tolist(), cm.tolist(), strict=True):
+            out.write(f"{CONTIG} . {value:.8f} {bp}\n")

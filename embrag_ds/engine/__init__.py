@@ -1,0 +1,1 @@
+"""DeepSpeed training, evaluation and imputation (imports everything below it)."""

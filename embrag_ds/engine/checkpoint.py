@@ -1,0 +1,150 @@
+"""What survives a run: DeepSpeed checkpoints with the full state, and the exported model.
+
+An *export* is one safetensors file: the network's weights, the snapshot of the embedding layer that
+encodes reference panels (encodings ``fixed`` and ``refresh``), and our half of the configuration. It is
+all that imputation needs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from embrag_ds.config import EmbragConfig, parse_embrag
+from embrag_ds.engine.initialize import World
+from embrag_ds.engine.reference import Reference
+from embrag_ds.errors import UserError
+
+EXPORT_FORMAT = "embrag_ds 1"
+_SNAPSHOT = "snapshot."
+
+
+@dataclass
+class TrainState:
+    """All that must survive a restart beside weights, optimiser and scheduler.
+
+    Sampler position, masks, curriculum and random numbers are functions of ``step``.
+    """
+
+    step: int = 0
+    best_score: float = float("-inf")
+    validations_since_best: int = 0
+
+
+def save_checkpoint(
+    directory: Path,
+    engine: deepspeed.DeepSpeedEngine,
+    state: TrainState,
+    reference: Reference,
+    config: EmbragConfig,
+    keep: int,
+    world: World,
+) -> None:
+    """Save under ``directory/step<N>`` (collective) and drop all but the newest ``keep``."""
+    client = {
+        "state": asdict(state),
+        "reference": reference.state_dict(),
+        "config": asdict(config),
+        "ranks": world.ranks,
+    }
+    engine.save_checkpoint(str(directory), tag=f"step{state.step}", client_state=client)
+    if world.is_main:
+        steps = sorted(int(path.name[4:]) for path in directory.glob("step*") if path.name[4:].isdigit())
+        for step in steps[:-keep]:
+            shutil.rmtree(directory / f"step{step}")
+    world.barrier()
+
+
+def load_checkpoint(
+    directory: Path,
+    engine: deepspeed.DeepSpeedEngine,
+    reference: Reference,
+    config: EmbragConfig,
+    world: World,
+) -> TrainState:
+    """Restore the newest checkpoint (collective); settings that change the sequence of batches must agree."""
+    if not (directory / "latest").exists():
+        raise UserError(f"{directory}: no checkpoint to resume from; start without --resume")
+    _, client = engine.load_checkpoint(str(directory))
+    _check_compatible(client, config, world, directory)
+    reference.load_state_dict(client["reference"])
+    return TrainState(**client["state"])
+
+
+def _check_compatible(client: dict[str, Any], config: EmbragConfig, world: World, directory: Path) -> None:
+    if client["ranks"] != world.ranks:
+        raise UserError(
+            f"{directory}: saved by {client['ranks']} ranks, resumed with {world.ranks}; use as many, or convert it "
+            "with python -m deepspeed.checkpoint.ds_to_universal"
+        )
+    now = asdict(config)
+    for section in ("seed", "data", "masking", "retrieval", "model", "loss"):
+        if json.dumps(now[section]) != json.dumps(client["config"][section]):
+            raise UserError(
+                f"{directory}: embrag.{section} differs from the checkpoint's, so the run would not continue; "
+                "restore it, or start a new run folder"
+            )
+
+
+def gathered_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
+    """The network's weights on the CPU, whole under every ZeRO stage (collective)."""
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        return {name: value.detach().cpu().clone() for name, value in engine.module.state_dict().items()}
+
+
+def export_model(
+    path: Path, engine: deepspeed.DeepSpeedEngine, reference: Reference, config: EmbragConfig, world: World
+) -> None:
+    """Write the export (collective); it appears complete or not at all."""
+    tensors = gathered_state(engine)
+    snapshot = reference.state_dict()
+    if snapshot is not None:
+        tensors |= {_SNAPSHOT + name: value.contiguous() for name, value in snapshot["weights"].items()}
+    if world.is_main:
+        temporary = path.with_name(f".{path.name}.tmp")
+        save_file(tensors, temporary, {"format": EXPORT_FORMAT, "embrag": json.dumps(asdict(config))})
+        temporary.replace(path)
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """An export read back: weights in fp32; ``snapshot`` is None when the model encodes references live."""
+
+    config: EmbragConfig
+    weights: dict[str, Tensor]
+    snapshot: dict[str, Tensor] | None
+
+
+def read_export(path: Path) -> ExportedModel:
+    """Read what :func:`export_model` wrote."""
+    try:
+        with safe_open(path, framework="pt") as stored:
+            header = stored.metadata() or {}
+            tensors = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as fault:
+        raise UserError(
+            f"{path}: cannot read the model: {fault}; name a model.safetensors of a run folder"
+        ) from fault
+    if header.get("format") != EXPORT_FORMAT:
+        raise UserError(f"{path}: not a model written by launch/train.py (or by another version of it)")
+    config = parse_embrag(json.loads(header["embrag"]), str(path))
+    snapshot = {
+        name.removeprefix(_SNAPSHOT): value for name, value in tensors.items() if name.startswith(_SNAPSHOT)
+    }
+    weights = {name: value for name, value in tensors.items() if not name.startswith(_SNAPSHOT)}
+    return ExportedModel(config, weights, snapshot or None)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make the step's random numbers (dropout) a function of (seed, step, rank)."""
+    mixed = torch.Generator().manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+    torch.manual_seed(int(torch.randint(0, 2**62, (1,), generator=mixed)))

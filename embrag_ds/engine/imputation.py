@@ -1,0 +1,135 @@
+"""Imputation: phased targets typed at some sites in, every panel site out.
+
+Windows are computed one after another and blended over their overlap; sites are written as soon as no
+later window can change them, so memory holds two windows of the targets, whatever the chromosome.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import embrag_ds
+from embrag_ds.data.dataset import Samples, WindowedPanel, exclusion_table
+from embrag_ds.data.sites import harmonise
+from embrag_ds.data.tokens import REF
+from embrag_ds.data.vcf import ImputedVcfWriter, PhasedData
+from embrag_ds.data.windows import blend_weights, uncovered
+from embrag_ds.engine.checkpoint import ExportedModel
+from embrag_ds.engine.inputs import PanelInputs, windowed
+from embrag_ds.engine.reference import Reference
+from embrag_ds.errors import UserError
+from embrag_ds.model.imputer import Imputer
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Target people at the panel's sites: ``alleles`` uint8 [2N, S] (REF where not typed) and ``typed``
+    bool [S]."""
+
+    samples: tuple[str, ...]
+    alleles: np.ndarray
+    typed: np.ndarray
+
+
+def harmonise_targets(
+    target: PhasedData, target_path: Path, inputs: PanelInputs, allow_overlap: bool, say: Callable[[str], None]
+) -> Targets:
+    """Bring the targets to the panel's site table, once; nothing filters sites afterwards."""
+    panel = inputs.panel
+    shared = sorted(set(target.samples) & set(panel.samples))
+    if shared and not allow_overlap:
+        raise UserError(
+            f"{target_path}: {len(shared)} samples are also in the panel {panel.path}, the first is {shared[0]}; "
+            "remove them from one of the two, or add --allow-overlap (they then never retrieve themselves)"
+        )
+    match = harmonise(target.sites, panel.sites, str(target_path), str(panel.path))
+    say(f"target {target_path}: {len(target.samples)} people; {match.report()}")
+    for reason, count in target.skipped.items():
+        say(f"  {count} target records skipped: {reason}")
+    rows = target.alleles[match.target_index] ^ match.swapped[:, None].astype(np.uint8)
+    alleles = np.full((2 * len(target.samples), len(panel.sites)), REF, dtype=np.uint8)
+    alleles[:, match.panel_index] = rows.T
+    typed = np.zeros(len(panel.sites), dtype=bool)
+    typed[match.panel_index] = True
+    return Targets(target.samples, alleles, typed)
+
+
+class Imputation:
+    """An exported model applied to a panel: one window and one block of people at a time."""
+
+    def __init__(self, model: ExportedModel, inputs: PanelInputs, device: torch.device, block: int):
+        config = model.config
+        everybody = np.arange(len(inputs.panel.samples))
+        self.data: WindowedPanel = windowed(inputs, config.data, everybody)
+        left_out = uncovered(self.data.windows, len(inputs.panel.sites))
+        if left_out:
+            raise UserError(
+                f"{config.data.windows_file}: {left_out} panel sites lie in no window; imputation needs all"
+            )
+        self._device = device
+        self._block = block
+        self._samples = inputs.panel.samples
+        self._network = Imputer(config.model)
+        self._network.load_state_dict(model.weights)
+        self._network.to(device).eval()
+        exclusions = exclusion_table(inputs.panel.samples, None)
+        self._reference = Reference(
+            config.retrieval, self.data, self._network.embedding, device, exclusions
+        )
+        if model.snapshot is not None:
+            self._reference.restore(model.snapshot)
+
+    def windows(self, targets: Targets) -> Iterator[tuple[int, np.ndarray]]:
+        """(window, ALT probability of every target haplotype, float32 [2N, L]), window by window."""
+        number = {sample: code for code, sample in enumerate(self._samples)}
+        people = np.array([number.get(sample, -1) for sample in targets.samples], dtype=np.int64)
+        for window in self.data.windows:
+            span = slice(window.start, window.stop)
+            hidden = ~targets.typed[span]
+            blocks: list[np.ndarray] = []
+            for start in range(0, len(people), self._block):
+                group = people[start : start + self._block]
+                samples = Samples(
+                    window=window.index,
+                    people=group,
+                    alleles=np.ascontiguousarray(targets.alleles[2 * start : 2 * (start + len(group)), span]),
+                    hidden=np.repeat(hidden[None], len(group), axis=0),
+                )
+                with torch.no_grad():
+                    logits = self._network(self._reference.collate(samples)).logits
+                blocks.append(logits.sigmoid().cpu().numpy())
+            yield window.index, np.concatenate(blocks)
+
+
+def impute_to_vcf(imputation: Imputation, targets: Targets, out: Path, say: Callable[[str], None]) -> None:
+    """Impute every window, blend the overlaps, and write a bgzipped, indexed VCF."""
+    windows = imputation.data.windows
+    sites = imputation.data.reference.panel.sites
+    weights = blend_weights(windows)
+    source = f"embrag_ds {embrag_ds.__version__}"
+    pending = np.zeros((2 * len(targets.samples), 0), dtype=np.float32)
+    written = 0
+    spoken = time.monotonic()
+    with ImputedVcfWriter(out, sites, targets.samples, source) as writer:
+        for number, probability in imputation.windows(targets):
+            window = windows[number]
+            # ``pending`` holds the blended part of the windows so far, from site ``written`` on.
+            grown = np.zeros((len(pending), window.stop - written), dtype=np.float32)
+            grown[:, : pending.shape[1]] = pending
+            grown[:, window.start - written :] += probability * weights[number].astype(np.float32)
+            settled = windows[number + 1].start if number + 1 < len(windows) else window.stop
+            span = slice(written, settled)
+            writer.write(
+                written, grown[:, : settled - written], targets.typed[span], targets.alleles[:, span]
+            )
+            pending = grown[:, settled - written :]
+            written = settled
+            if time.monotonic() - spoken > 2 or number + 1 == len(windows):
+                say(f"imputed window {number + 1}/{len(windows)}, {written}/{len(sites)} sites")
+                spoken = time.monotonic()

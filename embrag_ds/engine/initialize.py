@@ -1,0 +1,116 @@
+"""Starting a run: the process group, what the machine needs of DeepSpeed's settings, and the engine."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.utils import logger as deepspeed_logger
+from pydantic import ValidationError
+from torch import nn
+
+from embrag_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its ranks, and its device."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print once, whatever the number of ranks."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        torch.distributed.barrier()
+
+    def agree(self, text: str) -> str:
+        """Rank 0's text, on every rank."""
+        texts = [text]
+        torch.distributed.broadcast_object_list(texts, src=0)
+        return texts[0]
+
+    def close(self) -> None:
+        """Leave the process group."""
+        torch.distributed.destroy_process_group()
+
+
+def start_world() -> World:
+    """Join the process group the ``deepspeed`` launcher set up, or a group of one without it."""
+    deepspeed_logger.setLevel(logging.WARNING)
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(_free_port())
+    if _on_cpu():
+        # An optional shared-memory all-reduce that takes minutes and a compiler to build.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+    device = torch.device(get_accelerator().device_name(int(os.environ["LOCAL_RANK"])))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def adapt_to_machine(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """DeepSpeed's settings as this machine can run them, and a line for each thing changed.
+
+    Only CPU runs are touched: the fused optimisers and bf16 of a production file are for GPUs.
+    """
+    if not _on_cpu():
+        return settings, []
+    settings = copy.deepcopy(settings)
+    notes: list[str] = []
+    kind = settings.get("optimizer", {}).get("type", "")
+    parameters = settings.get("optimizer", {}).get("params", {})
+    if kind.lower() in ("adam", "adamw") and not parameters.get("torch_adam"):
+        parameters["torch_adam"] = True
+        notes.append("CPU: torch's AdamW instead of the fused one")
+    if settings.get("fp16", {}).get("enabled"):
+        raise UserError("fp16.enabled: DeepSpeed has no fp16 on a CPU; use bf16 or a GPU")
+    for section in ("bf16", "torch_autocast"):
+        if settings.get(section, {}).get("enabled") and not _cpu_has_bf16():
+            settings[section]["enabled"] = False
+            notes.append(f"CPU without bf16 instructions: {section} is off, computing in fp32")
+    return settings, notes
+
+
+def initialize_engine(model: nn.Module, settings: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+    """``deepspeed.initialize`` on our model; DeepSpeed's complaints about settings become UserErrors."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=settings)
+    except (DeepSpeedConfigError, ValidationError) as fault:
+        raise UserError(f"DeepSpeed refuses its settings: {' '.join(str(fault).split())}") from fault
+    return engine
+
+
+def _on_cpu() -> bool:
+    return get_accelerator().device_name() == "cpu"
+
+
+def _cpu_has_bf16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,268 @@
+"""Accuracy of imputed genotypes, in numpy.
+
+Conventions, for every function here: ``truth`` [n, N] holds ALT counts 0, 1 or 2 and NaN where the
+true genotype is unknown; ``dosage`` [n, N] is the expected ALT count in [0, 2]; ``panel_af`` [n] is
+the frequency of ALT in the reference panel. n sites of one block, N people, G = 7 bins. The panel
+decides which allele is minor (the one with a frequency of at most 0.5; ALT at exactly 0.5), never
+the target or the truth, so that the bins are the same for every tool and every cohort.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class MafBin:
+    """Sites whose panel minor-allele frequency (a fraction) lies in [low, high)."""
+
+    name: str
+    low: float
+    high: float
+
+
+# The last edge is above 0.5 because a frequency of exactly 0.5 belongs to the last bin.
+MAF_BINS: tuple[MafBin, ...] = (
+    MafBin("<0.1 %", 0.0, 0.001),
+    MafBin("0.1-0.5 %", 0.001, 0.005),
+    MafBin("0.5-1 %", 0.005, 0.01),
+    MafBin("1-5 %", 0.01, 0.05),
+    MafBin("5-50 %", 0.05, 0.51),
+    MafBin("all <1 %", 0.0, 0.01),
+    MafBin("all", 0.0, 0.51),
+)
+BIN_NAMES: tuple[str, ...] = tuple(each.name for each in MAF_BINS)
+CALIBRATION_BINS = 15
+
+
+def minor_allele_frequency(panel_af: np.ndarray) -> np.ndarray:
+    """[n] frequency of the rarer allele.
+
+    Rounded to 12 decimals, so that 4995 and 5 copies in 5000 (0.999 and 0.001) share a bin.
+    """
+    panel_af = np.asarray(panel_af, dtype=np.float64)
+    return np.round(np.minimum(panel_af, 1.0 - panel_af), 12)
+
+
+def bin_members(panel_af: np.ndarray) -> np.ndarray:
+    """[G, n] bool: which sites are in which of :data:`MAF_BINS`. The two pooled bins overlap the others."""
+    maf = minor_allele_frequency(panel_af)
+    return np.stack([(maf >= each.low) & (maf < each.high) for each in MAF_BINS])
+
+
+def polarise(counts: np.ndarray, panel_af: np.ndarray) -> np.ndarray:
+    """Counts of the panel's minor allele [n, N] float64, from ALT counts or dosages [n, N]."""
+    counts = np.asarray(counts, dtype=np.float64)
+    return np.where(np.asarray(panel_af)[:, None] > 0.5, 2.0 - counts, counts)
+
+
+def best_guess(dosage: np.ndarray, probabilities: np.ndarray | None = None) -> np.ndarray:
+    """Called genotype [n, N] int64: the most probable of ``probabilities`` [n, N, 3], else the nearest count.
+
+    A dosage half way between two counts goes to the homozygote, which treats REF and ALT alike.
+    """
+    if probabilities is not None:
+        return np.argmax(probabilities, axis=-1)
+    return np.rint(dosage).astype(np.int64)
+
+
+def by_bin(values: np.ndarray, panel_af: np.ndarray) -> dict[str, float]:
+    """Mean of per-site ``values`` [n] in each bin, over the sites where it is defined (not NaN)."""
+    defined = np.isfinite(values)
+    means = {}
+    for name, member in zip(BIN_NAMES, bin_members(panel_af), strict=True):
+        chosen = member & defined
+        means[name] = float(values[chosen].mean()) if chosen.any() else float("nan")
+    return means
+
+
+def squared_correlation(moments: np.ndarray) -> np.ndarray:
+    """Squared Pearson correlation [...] from moments [..., 6] = (n, sx, sy, sxx, syy, sxy).
+
+    NaN where either variable has no variance.
+    """
+    n, sx, sy, sxx, syy, sxy = np.moveaxis(moments, -1, 0)
+    var_x = n * sxx - sx * sx
+    var_y = n * syy - sy * sy
+    covariance = n * sxy - sx * sy
+    # Sums of a constant cancel only up to rounding, hence the relative threshold.
+    defined = (var_x > 1e-12 * n * sxx) & (var_y > 1e-12 * n * syy)
+    scale = np.where(defined, var_x * var_y, 1.0)
+    return np.where(defined, covariance * covariance / scale, np.nan)
+
+
+class AggregateR2:
+    """Aggregate dosage r2 by panel-MAF bin, accumulated over blocks of sites.
+
+    Minor-allele dosage and true count are pooled over the sites of a bin and over people; the
+    result is their squared Pearson correlation (as in Das et al. 2016, Browning et al. 2018). The
+    six moments are kept for each person in float64, ``moments`` [G, N, 6], so that a group of
+    people, or a bootstrap resample of them, is a weighted sum of what is already there.
+    """
+
+    def __init__(self, people: int) -> None:
+        self.moments = np.zeros((len(MAF_BINS), people, 6), dtype=np.float64)
+        self.site_counts = np.zeros(len(MAF_BINS), dtype=np.int64)
+
+    def add(self, truth: np.ndarray, dosage: np.ndarray, panel_af: np.ndarray) -> None:
+        """Take in a block: truth [n, N], dosage [n, N], panel_af [n]."""
+        members = bin_members(panel_af)
+        self.site_counts += members.sum(axis=1)
+        known = np.isfinite(truth)
+        x = np.where(known, polarise(truth, panel_af), 0.0)
+        y = np.where(known, polarise(dosage, panel_af), 0.0)
+        weight = members.astype(np.float64)
+        for column, values in enumerate((known.astype(np.float64), x, y, x * x, y * y, x * y)):
+            self.moments[:, :, column] += weight @ values
+
+    def result(self, weights: np.ndarray | None = None) -> dict[str, float]:
+        """r2 by bin name, NaN where a bin is empty or lacks variance.
+
+        ``weights`` [N] counts each person that often: 0 and 1 choose a population.
+        """
+        if weights is None:
+            weights = np.ones(self.moments.shape[1])
+        values = self.resample(np.asarray(weights, dtype=np.float64)[None, :])[0]
+        return dict(zip(BIN_NAMES, values.tolist(), strict=True))
+
+    def sites(self) -> dict[str, int]:
+        """Number of sites by bin name."""
+        return dict(zip(BIN_NAMES, self.site_counts.tolist(), strict=True))
+
+    def resample(self, weights: np.ndarray) -> np.ndarray:
+        """r2 [R, G] of R weightings of the people, ``weights`` [R, N]."""
+        return squared_correlation(np.einsum("rp,gpm->rgm", weights, self.moments, optimize=True))
+
+
+def bootstrap_weights(people: int, resamples: int, seed: int) -> np.ndarray:
+    """[R, N] float64: how often each person is drawn in each of R resamples with replacement.
+
+    People are resampled, not sites or genotypes, which are correlated (Efron & Tibshirani 1993).
+    Use the same weights for every tool: the differences are then paired.
+    """
+    draws = np.random.default_rng(seed).multinomial(people, np.full(people, 1.0 / people), size=resamples)
+    return draws.astype(np.float64)
+
+
+def interval(values: np.ndarray) -> dict[str, tuple[float, float]]:
+    """95 % percentile interval by bin name, from resampled values [R, G]; NaN where none is defined.
+
+    For a paired difference, give ``a.resample(weights) - b.resample(weights)``.
+    """
+    limits = {}
+    for name, column in zip(BIN_NAMES, values.T, strict=True):
+        defined = column[np.isfinite(column)]
+        low, high = np.percentile(defined, [2.5, 97.5]) if len(defined) else (np.nan, np.nan)
+        limits[name] = (float(low), float(high))
+    return limits
+
+
+def site_r2(truth: np.ndarray, dosage: np.ndarray) -> np.ndarray:
+    """Squared Pearson correlation over people at each site [n].
+
+    NaN where the truth has no variance: nothing can be measured there, and the caller counts those
+    sites. 0 where only the dosage has none: the tool missed all the variation that there is.
+    """
+    known = np.isfinite(truth)
+    x = np.where(known, truth, 0.0).astype(np.float64)
+    y = np.where(known, dosage, 0.0).astype(np.float64)
+    n = known.sum(axis=1)
+    sums = [values.sum(axis=1) for values in (x, y, x * x, y * y, x * y)]
+    r2 = squared_correlation(np.stack([n, *sums], axis=-1))
+    truth_varies = n * sums[2] - sums[0] ** 2 > 0.5  # an integer: 0 or at least 1
+    return np.where(truth_varies, np.where(np.isnan(r2), 0.0, r2), np.nan)
+
+
+class Concordance:
+    """Best-guess genotype concordance by panel-MAF bin, accumulated over blocks of sites.
+
+    *Concordance*: share of genotypes whose best guess is the true one. *Non-reference
+    concordance*: the same among genotypes in which the truth or the best guess carries the panel's
+    minor allele, so that the many homozygotes of the major allele cannot flatter it.
+    """
+
+    def __init__(self) -> None:
+        self._counts = np.zeros((len(MAF_BINS), 4), dtype=np.float64)
+
+    def add(self, truth: np.ndarray, called: np.ndarray, panel_af: np.ndarray) -> None:
+        """Take in a block: truth [n, N], called genotypes [n, N] of 0, 1, 2, panel_af [n]."""
+        known = np.isfinite(truth)
+        agree = known & (truth == called)
+        carrier = known & ((polarise(truth, panel_af) > 0) | (polarise(called, panel_af) > 0))
+        columns = [each.sum(axis=1) for each in (agree, known, agree & carrier, carrier)]
+        self._counts += bin_members(panel_af).astype(np.float64) @ np.stack(columns, axis=-1)
+
+    def result(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Concordance and non-reference concordance by bin name; NaN where nothing can be compared."""
+        agree, known, agree_carrier, carrier = self._counts.T
+        with np.errstate(invalid="ignore"):
+            overall = agree / known
+            non_reference = agree_carrier / carrier
+        return (
+            dict(zip(BIN_NAMES, overall.tolist(), strict=True)),
+            dict(zip(BIN_NAMES, non_reference.tolist(), strict=True)),
+        )
+
+
+def one_hot(called: np.ndarray) -> np.ndarray:
+    """Genotype probabilities [n, N, 3] that are certain of the called genotypes [n, N]."""
+    return np.eye(3)[called]
+
+
+def iqs(truth: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Imputation quality score of each site [n] (Lin et al. 2010, PLoS ONE 5:e9697).
+
+    Agreement of true genotypes with genotype probabilities [n, N, 3], corrected for chance:
+    ``(Po - Pc) / (1 - Pc)``, with Po the mean probability given to the true genotype and Pc the
+    agreement expected from the margins; for best guesses give :func:`one_hot` of them, which makes
+    it Cohen's kappa. NaN where Pc is 1: truth and imputation hold one and the same genotype only.
+    """
+    known = np.isfinite(truth)
+    true_class = one_hot(np.where(known, truth, 0).astype(np.int64)) * known[..., None]
+    given = np.asarray(probabilities, dtype=np.float64) * known[..., None]
+    n = np.maximum(known.sum(axis=1), 1).astype(np.float64)
+    observed = (true_class * given).sum(axis=(1, 2)) / n
+    chance = (true_class.sum(axis=1) * given.sum(axis=1)).sum(axis=1) / n**2
+    defined = known.any(axis=1) & (chance < 1.0 - 1e-9)
+    return np.where(defined, (observed - chance) / np.where(defined, 1.0 - chance, 1.0), np.nan)
+
+
+class Calibration:
+    """Expected calibration error of genotype probabilities, accumulated over blocks of sites.
+
+    The definition of Guo et al. 2017 (ICML): genotypes are sorted by the probability of the called
+    (most probable) genotype into 15 bins of equal width on [0, 1]; the result is the mean over
+    genotypes of |share called correctly - mean probability| of their bin. 0 is perfect.
+    """
+
+    def __init__(self) -> None:
+        self.sums = np.zeros((CALIBRATION_BINS, 3), dtype=np.float64)
+
+    def add(self, truth: np.ndarray, probabilities: np.ndarray) -> None:
+        """Take in a block: truth [n, N], probabilities [n, N, 3]."""
+        known = np.isfinite(truth)
+        confidence = probabilities.max(axis=-1)[known].astype(np.float64)
+        correct = (probabilities.argmax(axis=-1) == truth)[known]
+        row = np.minimum((confidence * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
+        for column, values in enumerate((np.ones_like(confidence), confidence, correct)):
+            self.sums[:, column] += np.bincount(row, weights=values, minlength=CALIBRATION_BINS)
+
+    def result(self) -> float:
+        """The error, a fraction; NaN before any genotype was added."""
+        count, confidence, correct = self.sums.T
+        return float(np.abs(correct - confidence).sum() / count.sum()) if count.sum() else float("nan")
+
+
+def estimate_correlation(estimated_r2: np.ndarray, true_r2: np.ndarray) -> float:
+    """Pearson correlation over sites between a tool's own DR2 [n] and the true per-site r2 [n].
+
+    Sites where either is NaN are left out; NaN when fewer than two remain or either is constant.
+    """
+    both = np.isfinite(estimated_r2) & np.isfinite(true_r2)
+    x = np.asarray(estimated_r2, dtype=np.float64)[both]
+    y = np.asarray(true_r2, dtype=np.float64)[both]
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    return float(np.corrcoef(x, y)[0, 1])

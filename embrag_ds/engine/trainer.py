@@ -1,0 +1,211 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from embrag_ds.config import RunConfig
+from embrag_ds.data.dataset import TrainingSampler, exclusion_table, split_people
+from embrag_ds.engine.checkpoint import TrainState, export_model, load_checkpoint, save_checkpoint, seed_step
+from embrag_ds.engine.initialize import World, adapt_to_machine, initialize_engine
+from embrag_ds.engine.inputs import PanelInputs, windowed
+from embrag_ds.engine.metrics import MAF_BINS
+from embrag_ds.engine.record import RunRecord
+from embrag_ds.engine.reference import Reference
+from embrag_ds.engine.validation import MaskScores, Validator
+from embrag_ds.model.imputer import Imputer
+from embrag_ds.model.losses import Losses, imputation_loss
+
+MODEL_FILE = "model.safetensors"
+_DISJOINT_BINS = [each.name for each in MAF_BINS if not each.name.startswith("all")]
+
+
+@dataclass
+class _Interval:
+    """What is summed between two log lines; losses stay on the device until one is written."""
+
+    losses: torch.Tensor
+    micro_batches: int = 0
+    people: int = 0
+    collate_seconds: float = 0.0
+    started: float = 0.0
+
+
+class Trainer:
+    """Trains an :class:`Imputer` on a panel: build, then :meth:`run`."""
+
+    def __init__(self, config: RunConfig, inputs: PanelInputs, run_dir: Path, world: World, resume: bool):
+        self.config = config
+        self.embrag = config.embrag
+        self.world = world
+        self.run_dir = run_dir
+        settings, notes = adapt_to_machine(config.deepspeed)
+        for note in notes:
+            world.say(note)
+        self.accumulation = settings.get("gradient_accumulation_steps", 1)
+
+        people, held_out = split_people(
+            len(inputs.panel.samples), self.embrag.data.validation_people, self.embrag.seed
+        )
+        data = windowed(inputs, self.embrag.data, people, self.embrag.masking.array_manifest)
+        micro_batch = settings["train_micro_batch_size_per_gpu"]
+        self.sampler = TrainingSampler(
+            data, self.embrag.masking, self.embrag.seed, micro_batch, world.rank, world.ranks, self.accumulation
+        )
+        relatives = self.embrag.retrieval.relatives
+        exclusions = exclusion_table(inputs.panel.samples, Path(relatives) if relatives else None)
+
+        torch.manual_seed(self.embrag.seed)
+        model = Imputer(self.embrag.model)
+        self.engine = initialize_engine(model, settings)
+        self.reference = Reference(
+            self.embrag.retrieval, data, self.engine.module.embedding, world.device, exclusions
+        )
+        self.validator = Validator(data, self.embrag.validation, held_out, micro_batch, world)
+        self.record = RunRecord(run_dir, world)
+        self.state = TrainState()
+        if resume:
+            self.state = load_checkpoint(
+                run_dir / "checkpoints", self.engine, self.reference, self.embrag, world
+            )
+        else:
+            self.reference.take_snapshot(step=0)
+
+        effective = RunConfig(self.embrag, settings)
+        self.record.describe(effective, self.engine, {"panel": str(inputs.panel.path)})
+        world.say(self._summary(inputs, len(people), len(held_out)))
+
+    def run(self) -> None:
+        """Train to ``max_steps``, or until validation has not improved for ``patience`` rounds."""
+        train = self.embrag.train
+        interval = self._new_interval()
+        while self.state.step < train.max_steps and not self._out_of_patience():
+            self.reference.refresh_if_due(self.state.step, self.sampler.steps_per_epoch)
+            self._step(interval)
+            self.state.step += 1
+            last = self.state.step == train.max_steps
+            if self.state.step % train.log_every == 0 or last:
+                self._log(interval)
+                interval = self._new_interval()
+            if self.state.step % train.eval_every == 0 or last:
+                self._validate()
+                interval.started = time.monotonic()
+            if self.state.step % train.checkpoint_every == 0 or last or self._out_of_patience():
+                self._save()
+                interval.started = time.monotonic()
+        if self._out_of_patience():
+            self.world.say(f"stopped early: no better score in {self.state.validations_since_best} validations")
+        self.world.say(f"model: {self.run_dir / MODEL_FILE}")
+
+    def _step(self, interval: _Interval) -> None:
+        """One optimiser step: ``accumulation`` micro-batches of one window each."""
+        self.engine.train()
+        seed_step(self.embrag.seed, self.state.step, self.world.rank)
+        first = self.state.step * self.accumulation
+        for micro_batch in range(first, first + self.accumulation):
+            began = time.monotonic()
+            samples = self.sampler.samples(micro_batch)
+            batch = self.reference.collate(samples)
+            interval.collate_seconds += time.monotonic() - began
+            prediction = self.engine(batch)
+            losses = imputation_loss(prediction.logits, batch.alleles, batch.hidden, self.embrag.loss)
+            self.engine.backward(losses.total)
+            self.engine.step()
+            interval.losses += _stacked(losses)
+            interval.micro_batches += 1
+            interval.people += len(samples.people)
+
+    def _new_interval(self) -> _Interval:
+        return _Interval(torch.zeros(3, device=self.world.device), started=time.monotonic())
+
+    def _log(self, interval: _Interval) -> None:
+        total, haplotype, genotype = (interval.losses / interval.micro_batches).tolist()
+        seconds = time.monotonic() - interval.started
+        steps = interval.micro_batches // self.accumulation
+        norm = self.engine.get_global_grad_norm()
+        cache = self.reference.cache
+        values: dict[str, Any] = {
+            "loss": total,
+            "haplotype_loss": haplotype,
+            "genotype_loss": genotype,
+            "learning_rate": self.engine.get_lr()[0],
+            "gradient_norm": None if norm is None else float(norm),
+            "people_per_second": interval.people * self.world.ranks / seconds,
+            "step_ms": 1000 * seconds / steps,
+            "retrieval_wait_share": interval.collate_seconds / seconds,
+            "generation": self.state.step if cache is None else cache.generation,
+            "staleness": 0 if cache is None else self.state.step - 1 - cache.step,
+        }
+        self.record.write("train", self.state.step, values, self.engine)
+        left = (self.embrag.train.max_steps - self.state.step) * seconds / steps
+        self.world.say(
+            f"step {self.state.step}/{self.embrag.train.max_steps}  loss {total:.4f}  "
+            f"{values['people_per_second']:.0f} people/s  retrieval {100 * values['retrieval_wait_share']:.0f} %  "
+            f"generation {values['generation']} (staleness {values['staleness']})  {_clock(left)} left"
+        )
+
+    def _validate(self) -> None:
+        self.engine.eval()
+        scores = self.validator.scores(self.engine, self.reference.collate)
+        values = {name: asdict(score) for name, score in scores.items()}
+        score = _selection_score(scores)
+        improved = score > self.state.best_score
+        self.state.validations_since_best = 0 if improved else self.state.validations_since_best + 1
+        if improved:
+            self.state.best_score = score
+            export_model(self.run_dir / MODEL_FILE, self.engine, self.reference, self.embrag, self.world)
+        self.record.write("validation", self.state.step, {**values, "score": score}, self.engine)
+        for name, each in scores.items():
+            self.world.say(
+                f"  validation {name}: r2 {each.r2['all']:.4f} (below 1 % MAF {each.r2['all <1 %']:.4f}), "
+                f"retrieval alone {each.prior_r2['all']:.4f} ({each.prior_r2['all <1 %']:.4f}), "
+                f"accuracy {each.accuracy:.4f}, calibration error {each.calibration_error:.4f}"
+            )
+
+    def _save(self) -> None:
+        keep = self.embrag.train.keep_checkpoints
+        directory = self.run_dir / "checkpoints"
+        save_checkpoint(directory, self.engine, self.state, self.reference, self.embrag, keep, self.world)
+
+    def _out_of_patience(self) -> bool:
+        patience = self.embrag.train.patience
+        return patience is not None and self.state.validations_since_best >= patience
+
+    def _summary(self, inputs: PanelInputs, people: int, held_out: int) -> str:
+        parameters = sum(getattr(each, "ds_numel", each.numel()) for each in self.engine.module.parameters())
+        panel = inputs.panel
+        return (
+            f"panel {panel.path}: {len(panel.sites)} sites, {len(self.sampler.data)} windows, {people} people to train "
+            f"on, {held_out} held out, {len(inputs.populations.names)} populations\n"
+            f"model: {parameters / 1e6:.2f} M parameters on {self.world.ranks} x {self.world.device.type}, "
+            f"{self.engine.train_batch_size()} people a step, {self.sampler.steps_per_epoch} steps an epoch; "
+            f"retrieval {self.embrag.retrieval.mode} ({self.embrag.retrieval.encoding}, {self.reference.backend}, "
+            f"k {self.reference.collate.k}); run folder {self.run_dir}"
+        )
+
+
+def _selection_score(scores: dict[str, MaskScores]) -> float:
+    """What early stopping and the export look at: mean aggregate r2 over MAF bins and array masks."""
+    values = [
+        score.r2[name]
+        for mask, score in scores.items()
+        if mask.startswith("array")
+        for name in _DISJOINT_BINS
+        if math.isfinite(score.r2[name])
+    ]
+    return sum(values) / len(values) if values else float("-inf")
+
+
+def _stacked(losses: Losses) -> torch.Tensor:
+    return torch.stack([losses.total, losses.haplotype, losses.genotype]).detach()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"

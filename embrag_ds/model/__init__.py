@@ -1,0 +1,1 @@
+"""The network: tensors in, tensors out (imports ``data`` and ``retrieval``)."""

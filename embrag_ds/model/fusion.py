@@ -1,0 +1,41 @@
+"""Fusion of the query with what was retrieved, before the transformer.
+
+To add a fusion, copy :class:`RareVariantFusion`, keep its call, and register it in :data:`FUSIONS`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from embrag_ds.model.embedding import FREQUENCY_FEATURES, frequency_features
+
+
+class RareVariantFusion(nn.Module):
+    """Query, reference, overall and population frequency, mixed per site by learned gates.
+
+    The document's ``EnhancedRareVariantFusion``. The population frequency is the one expected for this
+    haplotype: the frequency in each population, weighted by the populations of its neighbours. A gate
+    decides per site and channel how much of the reference to take, and may depend on how rare the
+    allele is.
+    """
+
+    def __init__(self, dims: int):
+        super().__init__()
+        self.frequency = nn.Linear(2 * FREQUENCY_FEATURES, dims)
+        self.gate = nn.Linear(3 * dims, dims)
+        self.mix = nn.Linear(3 * dims, dims)
+        self.norm = nn.LayerNorm(dims)
+
+    def forward(self, query: Tensor, reference: Tensor, frequency: Tensor, expected: Tensor) -> Tensor:
+        """``query`` and ``reference`` [B, L, D], ``frequency`` [L], ``expected`` [B, L] -> [B, L, D]."""
+        features = torch.cat(
+            [frequency_features(frequency).expand(*expected.shape, -1), frequency_features(expected)], dim=-1
+        )
+        rarity = self.frequency(features.to(query.dtype))
+        together = torch.cat([query, reference, rarity], dim=-1)
+        gate = torch.sigmoid(self.gate(together))
+        return self.norm(query + gate * reference + (1 - gate) * self.mix(together))
+
+
+FUSIONS: dict[str, type[nn.Module]] = {"rare_variant": RareVariantFusion}

@@ -1,0 +1,93 @@
+"""The imputer: embed, fuse, transformer once, log-odds of ALT at every site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from embrag_ds.errors import require
+from embrag_ds.model.embedding import HaplotypeEmbedding, gather_embeddings
+from embrag_ds.model.fusion import FUSIONS
+from embrag_ds.model.pooling import LocalMatchPooling, pooled_embedding
+from embrag_ds.model.transformer import Transformer
+from embrag_ds.retrieval.collate import Batch
+from embrag_ds.retrieval.store import site_weights
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network's shape."""
+
+    dims: int = 256
+    layers: int = 12
+    heads: int = 8
+    ffn_multiple: int = 4
+    dropout: float = 0.0
+    fusion: Literal["rare_variant"] = "rare_variant"
+
+    def __post_init__(self) -> None:
+        require(self.dims >= 8, "model.dims", "must be at least 8")
+        require(self.layers >= 1, "model.layers", "must be at least 1")
+        require(
+            self.dims % (2 * self.heads) == 0,
+            "model.heads",
+            f"dims ({self.dims}) must be a multiple of 2 x heads ({self.heads})",
+        )
+        require(0 <= self.dropout < 1, "model.dropout", "must lie in [0, 1)")
+
+
+class Prediction(NamedTuple):
+    """Log-odds of ALT, float32 [B, L]: the model's, and its starting point from retrieval alone."""
+
+    logits: Tensor
+    prior: Tensor
+
+
+class Imputer(nn.Module):
+    """V18: retrieved haplotypes are fused before a single pass through the transformer.
+
+    The output is the prior's log-odds plus a learned residual that starts at zero, so an untrained
+    network already imputes as well as its retrieval does.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embedding = HaplotypeEmbedding(config.dims)
+        self.pooling = LocalMatchPooling()
+        self.fusion = FUSIONS[config.fusion](config.dims)
+        self.transformer = Transformer(
+            config.dims, config.layers, config.heads, config.ffn_multiple, config.dropout
+        )
+        self.head = nn.Linear(config.dims, 1)
+        # Share of the prior that comes from allele frequency rather than from the neighbours.
+        self.background = nn.Parameter(torch.tensor([-4.0]))
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, batch: Batch) -> Prediction:
+        """Log-odds of ALT at every site of a batch, the shown ones included."""
+        sites, retrieved = batch.sites, batch.retrieved
+        own = self.embedding.codebook(sites)
+        query = gather_embeddings(own, batch.tokens)
+        frequency = sites.frequency.float()
+        if retrieved is None:
+            # Without retrieval the frequency itself stands in for the reference haplotypes.
+            dosage = expected = frequency.expand(batch.tokens.shape)
+            step = own[:, 1] - own[:, 0]
+            reference = own[:, 0] + dosage[..., None].to(step.dtype) * step
+        else:
+            weight = site_weights(own)
+            weight = weight / weight.mean()
+            pooled = self.pooling(batch, retrieved, weight)
+            codebook = own if retrieved.codebook is None else retrieved.codebook
+            reference = pooled_embedding(pooled, retrieved, codebook)
+            dosage = pooled.dosage
+            expected = (pooled.ancestry * sites.population_frequency).sum(1)
+        share = torch.sigmoid(self.background.float())
+        prior = torch.logit((1 - share) * dosage + share * expected, eps=1e-5)
+        fused = self.fusion(query, reference.to(query.dtype), frequency, expected)
+        residual = self.head(self.transformer(fused, sites.position))[..., 0].float()
+        return Prediction(prior + residual, prior)

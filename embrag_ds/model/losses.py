@@ -1,0 +1,80 @@
+"""Losses on logits, mean per masked site.
+
+With two alleles a haplotype's two logits carry one number, their difference ``z = log P(ALT) / P(REF)``;
+the two-class cross-entropy of (0, z) is the binary one used here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from embrag_ds.errors import require
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Loss on logits, mean per masked site."""
+
+    kind: Literal["cross_entropy", "focal"] = "cross_entropy"
+    focal_gamma: float = 2.0
+    haplotype_weight: float = 1.0
+    genotype_weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        require(self.focal_gamma >= 0, "loss.focal_gamma", "must not be negative")
+        require(
+            min(self.haplotype_weight, self.genotype_weight) >= 0
+            and self.haplotype_weight + self.genotype_weight > 0,
+            "loss",
+            "weights must not be negative and not all zero",
+        )
+
+
+@dataclass(frozen=True)
+class Losses:
+    """``total`` is what is minimised; the parts are means per masked site (nats), unweighted."""
+
+    total: Tensor
+    haplotype: Tensor
+    genotype: Tensor
+
+
+def allele_log_probabilities(logits: Tensor) -> Tensor:
+    """log P(REF), log P(ALT) of log-odds [...]: [..., 2]."""
+    return torch.stack([logsigmoid(-logits), logsigmoid(logits)], dim=-1)
+
+
+def genotype_log_probabilities(logits: Tensor) -> Tensor:
+    """log P(0, 1, 2 copies of ALT) of a person from its two haplotypes' log-odds [B, ...]: [N, ..., 3].
+
+    The genotype head has no parameters of its own: given the haplotypes' logits their alleles are
+    independent, so genotype and haplotype calls can never contradict each other.
+    """
+    pair = allele_log_probabilities(logits).unflatten(0, (-1, 2))
+    one, other = pair[:, 0], pair[:, 1]
+    het = torch.logaddexp(one[..., 0] + other[..., 1], one[..., 1] + other[..., 0])
+    return torch.stack([one[..., 0] + other[..., 0], het, one[..., 1] + other[..., 1]], dim=-1)
+
+
+def imputation_loss(logits: Tensor, alleles: Tensor, hidden: Tensor, settings: LossConfig) -> Losses:
+    """The training loss: ``logits`` [B, L] log-odds of ALT, ``alleles`` [B, L], ``hidden`` bool [B, L]."""
+    logits = logits.float()
+    haplotype = _masked_mean(allele_log_probabilities(logits), alleles, hidden, settings)
+    genotypes = alleles.unflatten(0, (-1, 2)).sum(1)
+    genotype = _masked_mean(genotype_log_probabilities(logits), genotypes, hidden[::2], settings)
+    total = settings.haplotype_weight * haplotype + settings.genotype_weight * genotype
+    return Losses(total, haplotype, genotype)
+
+
+def _masked_mean(log_probabilities: Tensor, truth: Tensor, hidden: Tensor, settings: LossConfig) -> Tensor:
+    """Mean over hidden sites of -(1 - p)^gamma log p (focal, Lin et al. 2017; gamma 0 is cross-entropy)."""
+    chosen = log_probabilities.gather(-1, truth[..., None])[..., 0]
+    cost = -chosen
+    if settings.kind == "focal":
+        cost = cost * (-torch.expm1(chosen)) ** settings.focal_gamma
+    return (cost * hidden).sum() / hidden.sum().clamp_min(1)

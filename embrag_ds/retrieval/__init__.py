@@ -1,0 +1,1 @@
+"""Retrieval of reference haplotypes and the reference cache (imports only ``data``)."""

@@ -1,0 +1,58 @@
+"""Impute phased targets: ``python launch/impute.py --run-dir RUN --panel P --target T --out O.vcf.gz``."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from embrag_ds.data.vcf import read_phased
+from embrag_ds.engine.checkpoint import read_export
+from embrag_ds.engine.imputation import Imputation, harmonise_targets, impute_to_vcf
+from embrag_ds.engine.inputs import PanelFiles, open_inputs
+from embrag_ds.engine.trainer import MODEL_FILE
+from embrag_ds.errors import UserError
+from embrag_ds.launching import run_main
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Impute every panel site of phased target people.")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--run-dir", type=Path, metavar="DIR", help="run folder of launch/train.py")
+    model.add_argument("--model", type=Path, metavar="FILE", help="a model.safetensors")
+    parser.add_argument("--panel", type=Path, required=True, metavar="VCF", help="phased, indexed .vcf.gz or .bcf")
+    parser.add_argument("--target", type=Path, required=True, metavar="VCF", help="phased targets, indexed")
+    parser.add_argument("--out", type=Path, required=True, metavar="VCF.GZ", help="imputed, bgzipped and indexed")
+    parser.add_argument("--map", type=Path, help="genetic map (default: 1 cM/Mb)")
+    parser.add_argument("--samples", type=Path, metavar="TSV", help="panel sample and population")
+    parser.add_argument("--people-per-batch", type=int, default=32, metavar="N", help="memory against speed (32)")
+    parser.add_argument("--allow-overlap", action="store_true", help="targets may also be in the panel")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.people_per_batch < 1:
+        raise UserError("--people-per-batch must be at least 1")
+    began = time.monotonic()
+    path = arguments.model or arguments.run_dir / MODEL_FILE
+    model = read_export(path)
+    files = PanelFiles(arguments.panel, arguments.map, arguments.samples)
+    inputs = open_inputs(files, model.config.data)
+    say(f"panel {arguments.panel}: {len(inputs.panel.samples)} people, {len(inputs.panel.sites)} sites")
+    target = read_phased(arguments.target)
+    targets = harmonise_targets(target, arguments.target, inputs, arguments.allow_overlap, say)
+    imputation = Imputation(model, inputs, torch.device(arguments.device), arguments.people_per_batch)
+    impute_to_vcf(imputation, targets, arguments.out, say)
+    say(f"{arguments.out}: {len(targets.samples)} people in {time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    run_main(main)
