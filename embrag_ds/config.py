@@ -85,11 +85,16 @@ class RunConfig:
         return {**self.deepspeed, "embrag": dataclasses.asdict(self.embrag)}
 
 
+def _keys(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # DeepSpeed 0.19 passes over unknown keys in these places without a word.
 DEEPSPEED_KEYS: dict[str, frozenset[str]] = {
-    "": frozenset(
-        """activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comms_logger
-        communication_data_type compile compression_training csv_monitor comet curriculum_learning
+    "": _keys(
+        """
+        activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet comms_logger
+        communication_data_type compile compression_training csv_monitor curriculum_learning
         data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather
         disable_python_gc dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps
         gradient_allreduce_op gradient_clipping gradient_predivide_factor hybrid_engine log_level
@@ -98,32 +103,42 @@ DEEPSPEED_KEYS: dict[str, frozenset[str]] = {
         sparse_gradients steps_per_print tensor_parallel tensorboard timers torch_autocast
         train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism
         wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer
-        zero_force_ds_cpu_optimizer zero_optimization""".split()
+        zero_force_ds_cpu_optimizer zero_optimization
+        """
     ),
-    "activation_checkpointing": frozenset(
-        """partition_activations contiguous_memory_optimization cpu_checkpointing number_checkpoints
-        synchronize_checkpoint_boundary profile""".split()
+    "activation_checkpointing": _keys(
+        """
+        contiguous_memory_optimization cpu_checkpointing number_checkpoints partition_activations profile
+        synchronize_checkpoint_boundary
+        """
     ),
-    "flops_profiler": frozenset(
-        "enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file".split()
+    "flops_profiler": _keys(
+        """
+        detailed enabled module_depth output_file profile_step recompute_fwd_factor top_modules
+        """
     ),
-    "checkpoint": frozenset(
-        """tag_validation load_universal use_node_local_storage parallel_write writer
-        checkpoint_serialization""".split()
+    "checkpoint": _keys(
+        """
+        checkpoint_serialization load_universal parallel_write tag_validation use_node_local_storage
+        writer
+        """
     ),
-    "data_types": frozenset("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules".split()),
-    "aio": frozenset(
-        """block_size queue_depth intra_op_parallelism thread_count single_submit overlap_events
-        use_gds""".split()
+    "data_types": _keys("buffer_dtype grad_accum_dtype keep_in_fp32_modules param_dtype"),
+    "aio": _keys(
+        """
+        block_size intra_op_parallelism overlap_events queue_depth single_submit thread_count use_gds
+        """
     ),
-    "optimizer": frozenset("type params legacy_fusion".split()),
-    "optimizer.params": frozenset(
-        """lr betas eps weight_decay bias_correction torch_adam adam_w_mode amsgrad momentum dampening
-        nesterov max_coeff min_coeff freeze_step cuda_aware comm_backend_name coeff_beta factor_max
-        factor_min factor_threshold var_freeze_step var_update_scaler local_step_scaler
-        local_step_clipper foreach muon_lr adam_lr ns_method fp32_optimizer_states""".split()
+    "optimizer": _keys("legacy_fusion params type"),
+    "optimizer.params": _keys(
+        """
+        adam_lr adam_w_mode amsgrad betas bias_correction coeff_beta comm_backend_name cuda_aware
+        dampening eps factor_max factor_min factor_threshold foreach fp32_optimizer_states freeze_step
+        local_step_clipper local_step_scaler lr max_coeff min_coeff momentum muon_lr nesterov ns_method
+        torch_adam var_freeze_step var_update_scaler weight_decay
+        """
     ),
-    "scheduler": frozenset("type params".split()),
+    "scheduler": _keys("params type"),
 }
 
 
@@ -243,9 +258,7 @@ def _convert(hint: Any, value: Any, where: str, source: str) -> Any:
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
             raise UserError(f"{source}: {where} must be a list of {len(arguments)} numbers")
-        return tuple(
-            _convert(inner, item, where, source) for inner, item in zip(arguments, value, strict=True)
-        )
+        return tuple(_convert(inner, item, where, source) for inner, item in zip(arguments, value, strict=True))
     if origin is dict:
         if not isinstance(value, dict):
             raise UserError(f"{source}: {where} must be a section")

@@ -2,6 +2,8 @@
 
     python launch/evaluate.py --truth truth.vcf.gz --panel panel.vcf.gz --target target.vcf.gz \\
         --imputed ours=ours.vcf.gz --imputed beagle=beagle.vcf.gz --baselines --samples samples.tsv
+
+Without truth, panel and target it scores against the embedded default data set.
 """
 
 from __future__ import annotations
@@ -12,32 +14,26 @@ import logging
 import sys
 from pathlib import Path
 
-# Run as a script from a checkout, the package is beside this folder.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from embrag_ds.data.dataset import DataConfig
 from embrag_ds.engine.evaluation import evaluate
+from embrag_ds.engine.inputs import default_data
 from embrag_ds.errors import UserError
+from embrag_ds.launching import run_main
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score imputed files against the truth at untyped sites.")
-    parser.add_argument("--truth", required=True, help="VCF/BCF of the same people at all sites")
-    parser.add_argument(
-        "--panel", required=True, help="phased reference panel; decides the minor allele and the bins"
-    )
-    parser.add_argument("--target", required=True, help="the typed sites, which are not scored")
-    parser.add_argument(
-        "--imputed", action="append", default=[], metavar="[NAME=]FILE", help="may be repeated"
-    )
+    parser.add_argument("--truth", type=Path, help="VCF/BCF of the same people at all sites")
+    parser.add_argument("--panel", type=Path, help="phased reference panel; decides the minor allele and the bins")
+    parser.add_argument("--target", type=Path, help="the typed sites, which are not scored")
+    parser.add_argument("--imputed", action="append", default=[], metavar="[NAME=]FILE", help="may be repeated")
     parser.add_argument("--baselines", action="store_true", help="add two cheap methods")
-    parser.add_argument("--samples", help="tab-separated: sample, population; adds scores by population")
-    parser.add_argument(
-        "--bootstrap", type=int, default=200, help="resamples of people for the 95 %% intervals"
-    )
+    parser.add_argument("--samples", type=Path, help="tab-separated: sample, population; adds scores by population")
+    parser.add_argument("--bootstrap", type=int, default=200, help="resamples of people for the 95 %% intervals")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write every number here")
     parser.add_argument("--markdown", type=Path, metavar="OUT", help="write the tables here")
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
 def named(imputed: list[str]) -> dict[str, str]:
@@ -53,9 +49,21 @@ def named(imputed: list[str]) -> dict[str, str]:
     return files
 
 
-def run(options: argparse.Namespace) -> None:
-    files = (options.truth, named(options.imputed), options.panel, options.target)
-    report = evaluate(*files, options.baselines, options.samples, options.bootstrap, options.seed)
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    options = parse_arguments()
+    given = [options.truth, options.panel, options.target]
+    if not any(given):
+        default = default_data(DataConfig())
+        given = [default.truth, default.panel, default.target]
+        options.samples = options.samples or default.samples
+    if not all(given):
+        raise UserError("--truth, --panel and --target go together")
+    truth, panel, target = given
+    imputed = named(options.imputed)
+    report = evaluate(
+        truth, imputed, panel, target, options.baselines, options.samples, options.bootstrap, options.seed
+    )
     print(report.table(), end="")
     if options.json:
         options.json.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
@@ -63,15 +71,5 @@ def run(options: argparse.Namespace) -> None:
         options.markdown.write_text(report.markdown(), encoding="utf-8")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        run(parse(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

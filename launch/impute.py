@@ -1,4 +1,7 @@
-"""Impute phased targets: ``python launch/impute.py --run-dir RUN --panel P --target T --out O.vcf.gz``."""
+"""Impute phased targets: ``python launch/impute.py --run-dir RUN --panel P --target T --out O.vcf.gz``.
+
+Without a panel it imputes the target people of the embedded default data set.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch
 from embrag_ds.data.vcf import read_phased
 from embrag_ds.engine.checkpoint import read_export
 from embrag_ds.engine.imputation import Imputation, harmonise_targets, impute_to_vcf
-from embrag_ds.engine.inputs import PanelFiles, open_inputs
+from embrag_ds.engine.inputs import PanelFiles, default_data, open_inputs
 from embrag_ds.engine.trainer import MODEL_FILE
 from embrag_ds.errors import UserError
 from embrag_ds.launching import run_main
@@ -22,8 +25,8 @@ def parse_arguments() -> argparse.Namespace:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--run-dir", type=Path, metavar="DIR", help="run folder of launch/train.py")
     model.add_argument("--model", type=Path, metavar="FILE", help="a model.safetensors")
-    parser.add_argument("--panel", type=Path, required=True, metavar="VCF", help="phased, indexed .vcf.gz or .bcf")
-    parser.add_argument("--target", type=Path, required=True, metavar="VCF", help="phased targets, indexed")
+    parser.add_argument("--panel", type=Path, metavar="VCF", help="phased, indexed .vcf.gz or .bcf")
+    parser.add_argument("--target", type=Path, metavar="VCF", help="phased targets, indexed")
     parser.add_argument("--out", type=Path, required=True, metavar="VCF.GZ", help="imputed, bgzipped and indexed")
     parser.add_argument("--map", type=Path, help="genetic map (default: 1 cM/Mb)")
     parser.add_argument("--samples", type=Path, metavar="TSV", help="panel sample and population")
@@ -44,11 +47,13 @@ def main() -> None:
     began = time.monotonic()
     path = arguments.model or arguments.run_dir / MODEL_FILE
     model = read_export(path)
+    if (arguments.panel is None) != (arguments.target is None):
+        raise UserError("--panel and --target go together")
     files = PanelFiles(arguments.panel, arguments.map, arguments.samples)
+    target_path = arguments.target or default_data(model.config.data).target
     inputs = open_inputs(files, model.config.data)
-    say(f"panel {arguments.panel}: {len(inputs.panel.samples)} people, {len(inputs.panel.sites)} sites")
-    target = read_phased(arguments.target)
-    targets = harmonise_targets(target, arguments.target, inputs, arguments.allow_overlap, say)
+    say(f"panel {inputs.panel.path}: {len(inputs.panel.samples)} people, {len(inputs.panel.sites)} sites")
+    targets = harmonise_targets(read_phased(target_path), target_path, inputs, arguments.allow_overlap, say)
     imputation = Imputation(model, inputs, torch.device(arguments.device), arguments.people_per_batch)
     impute_to_vcf(imputation, targets, arguments.out, say)
     say(f"{arguments.out}: {len(targets.samples)} people in {time.monotonic() - began:.0f} s")

@@ -25,9 +25,11 @@ class DataConfig:
     """Windows and people."""
 
     window_sites: int = 1024
-    """Sites per window (windows of a contig are made equally long, so this is the upper bound)."""
+    """Sites a window predicts (a contig's windows are made equally long, so this is the upper bound)."""
     overlap_sites: int = 128
     """Sites shared by consecutive windows; imputed values are blended across them."""
+    flank_sites: int = 1024
+    """Sites on either side that retrieval looks at, too."""
     windows_file: str | None = None
     """Take windows from this file (``contig start end``, 1-based inclusive) instead."""
     validation_people: int = 48
@@ -42,20 +44,21 @@ class DataConfig:
             "data.overlap_sites",
             f"must lie between 0 and a third of window_sites ({self.window_sites // 3})",
         )
+        require(self.flank_sites >= 0, "data.flank_sites", "must not be negative")
         require(self.validation_people >= 1, "data.validation_people", "must be at least 1")
 
     def windows(self, panel: Panel) -> list[Window]:
         """The panel's windows under these settings."""
         if self.windows_file is not None:
-            return read_windows(Path(self.windows_file), panel.sites)
-        return make_windows(panel.sites, self.window_sites, self.overlap_sites)
+            return read_windows(Path(self.windows_file), panel.sites, self.flank_sites)
+        return make_windows(panel.sites, self.window_sites, self.overlap_sites, self.flank_sites)
 
 
 @dataclass(frozen=True)
 class SiteFeatures:
     """What the network knows of a window's sites, all float32 on the CPU.
 
-    ``position`` [L] is in cM from the window's centre, ``frequency`` [L] the ALT frequency over the
+    ``position`` [L] is in cM from the core's centre, ``frequency`` [L] the ALT frequency over the
     reference set and ``population_frequency`` [P, L] per population.
     """
 
@@ -89,7 +92,8 @@ class WindowedPanel:
         """Site features of a window."""
         span = slice(self.windows[window].start, self.windows[window].stop)
         position = self.position_cm[span]
-        centre = (position[0] + position[-1]) / 2
+        core = position[self.windows[window].core]
+        centre = (core[0] + core[-1]) / 2
         return SiteFeatures(
             (position - centre).astype(np.float32),
             self.reference.allele_frequency[span],
@@ -198,7 +202,7 @@ def _epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
 
 def read_manifest(path: Path, panel: Panel) -> np.ndarray:
     """Sites of an array, bool [S]: a VCF (plain or .gz), or ``contig pos`` per line; matched on position."""
-    keys: set[tuple[str, int]] = set()
+    listed: set[tuple[str, int]] = set()
     try:
         with gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8") as stream:
             text = stream.read()
@@ -209,11 +213,11 @@ def read_manifest(path: Path, panel: Panel) -> np.ndarray:
         if not fields or line.startswith("#"):
             continue
         try:
-            keys.add((fields[0], int(fields[1])))
+            listed.add((fields[0], int(fields[1])))
         except (IndexError, ValueError):
             raise UserError(f"{path}: line {number}: expected contig and position") from None
     sites = panel.sites
-    typed = np.fromiter(((contig, pos) in keys for contig, pos, _, _ in sites.keys()), bool, len(sites))
+    typed = np.fromiter(((contig, pos) in listed for contig, pos, _, _ in sites.identities()), bool, len(sites))
     if not typed.any():
         raise UserError(f"{path}: no site of the manifest is in {panel.path}: check contig names and build")
     return typed

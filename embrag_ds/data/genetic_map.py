@@ -52,9 +52,7 @@ class GeneticMap:
             with _open_text(path) as lines:
                 points = _read_points(path, lines)
         except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{path}: it cannot be read as plain or gzipped text; download or copy it again"
-            ) from error
+            raise UserError(f"{path}: it cannot be read as plain or gzipped text; download or copy it again") from error
         if not points:
             raise UserError(f"{path}: it has no points; give a PLINK, HapMap or SHAPEIT genetic map")
         for contig, (bp, cm) in points.items():
@@ -124,8 +122,7 @@ def _read_points(path: Path, lines: TextIO) -> dict[str, tuple[np.ndarray, np.nd
             )
         except (ValueError, IndexError) as error:
             raise UserError(
-                f"{path}: line {number}: cannot find numbers for bp and cM in {line.strip()[:60]!r}; "
-                "correct the line"
+                f"{path}: line {number}: cannot find numbers for bp and cM in {line.strip()[:60]!r}; correct the line"
             ) from error
         if not np.isfinite(bp) or not np.isfinite(cm):
             raise UserError(f"{path}: line {number}: bp and cM must be finite; correct the line")

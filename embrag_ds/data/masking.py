@@ -27,9 +27,7 @@ _TRAINING, _VALIDATION = 0, 1
 class MaskingConfig:
     """What the training hides."""
 
-    policies: dict[str, float] = field(
-        default_factory=lambda: {"array": 0.6, "random": 0.2, "frequency_guided": 0.2}
-    )
+    policies: dict[str, float] = field(default_factory=lambda: {"array": 0.6, "random": 0.2, "frequency_guided": 0.2})
     """Policy -> relative weight with which it is drawn."""
     scope: Literal["sample", "window"] = "sample"
     """Draw a mask for every person, or one for all people of a micro-batch."""

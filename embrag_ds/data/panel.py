@@ -120,9 +120,7 @@ def _pack(path: Path, directory: Path, progress: bool) -> None:
     alts: list[str] = []
     ids: list[str] = []
     with PhasedVcf(path) as vcf, (directory / "alleles.bits").open("wb") as bits:
-        records = tqdm(
-            vcf.records(), desc=f"packing {path.name}", unit=" records", disable=not progress, mininterval=1
-        )
+        records = tqdm(vcf.records(), desc=f"packing {path.name}", unit=" records", disable=not progress, mininterval=1)
         for record in records:
             codes.append(record.contig_code)
             positions.append(record.pos)

@@ -110,9 +110,7 @@ def _check_replaceable(directory: Path) -> None:
         # The user's own panel may well be called panel.vcf.gz.
         foreign = present
     if foreign:
-        raise UserError(
-            f"{directory}: it holds {foreign[0]}, which is not simulated data; choose another folder"
-        )
+        raise UserError(f"{directory}: it holds {foreign[0]}, which is not simulated data; choose another folder")
 
 
 def _build(directory: Path, settings: SimulationSettings) -> None:
@@ -193,9 +191,7 @@ def _out_of_africa() -> msprime.Demography:
     demography.add_population(
         name="CEU", initial_size=1_000 * np.exp(growth_ceu * split_eurasia), growth_rate=growth_ceu
     )
-    demography.add_population(
-        name="CHB", initial_size=510 * np.exp(growth_chb * split_eurasia), growth_rate=growth_chb
-    )
+    demography.add_population(name="CHB", initial_size=510 * np.exp(growth_chb * split_eurasia), growth_rate=growth_chb)
     demography.add_population(name="OOA", initial_size=2_100)
     demography.add_population(name="AMH", initial_size=12_300)
     demography.add_population(name="ANC", initial_size=7_300)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ class SiteTable:
     def __len__(self) -> int:
         return len(self.pos)
 
-    def keys(self) -> Iterator[tuple[str, int, str, str]]:
+    def identities(self) -> Iterator[tuple[str, int, str, str]]:
         """(contig, pos, ref, alt) of every site: what identifies a site across files."""
         for code, pos, ref, alt in zip(self.contig.tolist(), self.pos.tolist(), self.ref, self.alt, strict=True):
             yield self.contigs[code], pos, ref, alt
@@ -42,7 +43,7 @@ class SiteTable:
             return []
         bounds = np.flatnonzero(np.diff(self.contig)) + 1
         edges = [0, *bounds.tolist(), len(self)]
-        return list(zip(edges[:-1], edges[1:], strict=True))
+        return list(pairwise(edges))
 
     def save(self, path: Path) -> None:
         """Write as a text table: header lines for the contigs, then one line per site."""
@@ -104,12 +105,12 @@ def harmonise(target: SiteTable, panel: SiteTable, target_name: str, panel_name:
     and positions the panel lacks are dropped and counted. Strands are never guessed. Raises
     :class:`UserError` when nothing matches.
     """
-    where = {key: row for row, key in enumerate(panel.keys())}
+    where = {key: row for row, key in enumerate(panel.identities())}
     positions = {(contig, pos) for contig, pos, _, _ in where}
-    exact = set(target.keys()) & where.keys()
+    exact = set(target.identities()) & where.keys()
     matches: list[tuple[int, int, bool]] = []
     dropped = {"not in the panel": 0, "other alleles in the panel": 0, "exchanged twin of a matched site": 0}
-    for row, (contig, pos, ref, alt) in enumerate(target.keys()):
+    for row, (contig, pos, ref, alt) in enumerate(target.identities()):
         found = where.get((contig, pos, ref, alt))
         if found is not None:
             matches.append((found, row, False))

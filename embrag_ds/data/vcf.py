@@ -60,9 +60,7 @@ class _BiallelicFile:
         try:
             text = _header_text(self.path, self._is_bcf)
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{self.path}: its header is damaged ({error}); write or copy the file again"
-            ) from error
+            raise UserError(f"{self.path}: its header is damaged ({error}); write or copy the file again") from error
         columns = text[-1].split("\t")
         self.samples = tuple(columns[_FIXED_COLUMNS:])
         self.contigs, self.contig_lengths = _declared_contigs(text)
@@ -96,9 +94,7 @@ class _BiallelicFile:
         seen: set[str] = set()
         for name in self.samples:
             if name in seen:
-                raise UserError(
-                    f"{self.path}: sample {name} appears twice; rename one (bcftools reheader -s)"
-                )
+                raise UserError(f"{self.path}: sample {name} appears twice; rename one (bcftools reheader -s)")
             seen.add(name)
 
     def _fault(self, where: str, what: str, remedy: str) -> UserError:
@@ -152,9 +148,7 @@ class _BiallelicFile:
                         "add it (bcftools reheader --fai REFERENCE.fai)",
                     )
                 if name in finished:
-                    raise self._fault(
-                        where, f"contig {name} appears a second time", "sort it (bcftools sort)"
-                    )
+                    raise self._fault(where, f"contig {name} appears a second time", "sort it (bcftools sort)")
                 finished.add(name)
                 contig, pos = name, -1
             if here < pos:
@@ -168,9 +162,7 @@ class _BiallelicFile:
                 self.skipped[reason] += 1
                 continue
             if (ref, alt) in at_pos:
-                raise self._fault(
-                    where, f"site {ref}>{alt} appears twice", "remove one (bcftools norm --rm-dup exact)"
-                )
+                raise self._fault(where, f"site {ref}>{alt} appears twice", "remove one (bcftools norm --rm-dup exact)")
             at_pos.add((ref, alt))
             yield _Row(code_of[name], here, fields[2].decode(), ref, alt, fields[7], fields[8], fields[9])
 
@@ -405,9 +397,7 @@ class _DosageFields(dict[bytes, int]):
         return self[text]
 
 
-def write_phased(
-    path: str | Path, sites: SiteTable, samples: tuple[str, ...] | list[str], alleles: np.ndarray
-) -> None:
+def write_phased(path: str | Path, sites: SiteTable, samples: tuple[str, ...] | list[str], alleles: np.ndarray) -> None:
     """Write ``alleles`` uint8 [S, 2N] as a bgzipped phased VCF with its index.
 
     ``path`` must end in ``.vcf.gz``. The file appears only when complete. Raises :class:`UserError`
@@ -417,7 +407,7 @@ def write_phased(
     genotype = np.array([list(f"{a}|{b}\t".encode()) for a in (0, 1) for b in (0, 1)], dtype=np.uint8)
     with _published(Path(path), sites) as out:
         out.write(_header(sites, samples, ['##FORMAT=<ID=GT,Number=1,Type=String,Description="Genotype">']))
-        for site, (contig, pos, ref, alt) in enumerate(sites.keys()):
+        for site, (contig, pos, ref, alt) in enumerate(sites.identities()):
             body = genotype[2 * alleles[site, 0::2] + alleles[site, 1::2]].tobytes()
             prefix = f"{contig}\t{pos}\t{sites.id[site]}\t{ref}\t{alt}\t.\tPASS\t.\tGT\t"
             out.write(prefix.encode() + body[:-1] + b"\n")
@@ -448,9 +438,7 @@ class ImputedVcfWriter:
     the file cannot be written.
     """
 
-    def __init__(
-        self, path: str | Path, sites: SiteTable, samples: tuple[str, ...] | list[str], source: str
-    ) -> None:
+    def __init__(self, path: str | Path, sites: SiteTable, samples: tuple[str, ...] | list[str], source: str) -> None:
         self._sites = sites
         self._people = len(samples)
         self._header = _header(sites, samples, [f"##source={source}", *_IMPUTED_DEFINITIONS])
@@ -474,9 +462,7 @@ class ImputedVcfWriter:
     def _check_complete(self, exc_type: Any, exc: Any, tb: Any) -> None:
         assert exc_type or self._next == len(self._sites), f"{self._next} of {len(self._sites)} sites written"
 
-    def write(
-        self, first: int, haplotype_dosage: np.ndarray, typed: np.ndarray, alleles_typed: np.ndarray
-    ) -> None:
+    def write(self, first: int, haplotype_dosage: np.ndarray, typed: np.ndarray, alleles_typed: np.ndarray) -> None:
         """Write sites ``first`` to ``first + n``.
 
         ``haplotype_dosage`` float32 [2N, n] are ALT probabilities, ``typed`` bool [n] marks typed sites,
@@ -549,13 +535,9 @@ def _check_container(path: Path) -> bool:
     except OSError as error:
         raise UserError(f"{path}: it cannot be read ({error.strerror}); check its permissions") from error
     if start.startswith(b"##fileformat=VCF"):
-        raise UserError(
-            f"{path}: it is not compressed; run `bgzip {path} && tabix -p vcf {path}.gz` and give that"
-        )
+        raise UserError(f"{path}: it is not compressed; run `bgzip {path} && tabix -p vcf {path}.gz` and give that")
     if start.startswith(b"\x1f\x8b") and start[12:14] != b"BC":
-        raise UserError(
-            f"{path}: it is compressed with gzip, not bgzip; decompress it, then run bgzip and tabix"
-        )
+        raise UserError(f"{path}: it is compressed with gzip, not bgzip; decompress it, then run bgzip and tabix")
     if not start.startswith(b"\x1f\x8b"):
         raise UserError(f"{path}: it is not a bgzipped VCF or a BCF; give one (bcftools view -Oz)")
     if end != _BGZF_EOF:

@@ -131,15 +131,11 @@ def read_export(path: Path) -> ExportedModel:
             header = stored.metadata() or {}
             tensors = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as fault:
-        raise UserError(
-            f"{path}: cannot read the model: {fault}; name a model.safetensors of a run folder"
-        ) from fault
+        raise UserError(f"{path}: cannot read the model: {fault}; name a model.safetensors of a run folder") from fault
     if header.get("format") != EXPORT_FORMAT:
         raise UserError(f"{path}: not a model written by launch/train.py (or by another version of it)")
     config = parse_embrag(json.loads(header["embrag"]), str(path))
-    snapshot = {
-        name.removeprefix(_SNAPSHOT): value for name, value in tensors.items() if name.startswith(_SNAPSHOT)
-    }
+    snapshot = {name.removeprefix(_SNAPSHOT): value for name, value in tensors.items() if name.startswith(_SNAPSHOT)}
     weights = {name: value for name, value in tensors.items() if not name.startswith(_SNAPSHOT)}
     return ExportedModel(config, weights, snapshot or None)
 

@@ -198,12 +198,8 @@ def evaluate(
     sites = np.flatnonzero(scored)
     if len(sites) == 0:
         files = ", ".join(str(path) for path in (truth_path, *imputed.values()))
-        raise UserError(
-            f"{files}: no untyped site of {panel_path} is in all of them; check that they cover one region"
-        )
-    logger.info(
-        "scoring %d untyped sites of %d in the panel, %d people", len(sites), len(panel.sites), len(people)
-    )
+        raise UserError(f"{files}: no untyped site of {panel_path} is in all of them; check that they cover one region")
+    logger.info("scoring %d untyped sites of %d in the panel, %d people", len(sites), len(panel.sites), len(people))
     if baselines:
         columns = _columns(target.samples, people, target_path, truth_path)
         tools.update(_baselines(panel, target, typed, columns, people))
@@ -266,9 +262,7 @@ class _Aligned:
         )
 
 
-def _columns(
-    samples: tuple[str, ...], names: tuple[str, ...], path: PathLike, truth_path: PathLike
-) -> np.ndarray:
+def _columns(samples: tuple[str, ...], names: tuple[str, ...], path: PathLike, truth_path: PathLike) -> np.ndarray:
     """Where each of ``names`` is in ``samples``."""
     column = {sample: number for number, sample in enumerate(samples)}
     missing = [name for name in names if name not in column]
@@ -354,24 +348,18 @@ def _read_populations(path: PathLike, people: tuple[str, ...], truth_path: PathL
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); check the path of the table of samples"
-        ) from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path of the table of samples") from error
     for number, line in enumerate(lines, start=1):
         fields = line.split("\t")
         if not line.strip():
             continue
         if len(fields) < 2:
-            raise UserError(
-                f"{path}: line {number} has no second column; separate sample and population by a tab"
-            )
+            raise UserError(f"{path}: line {number} has no second column; separate sample and population by a tab")
         population[fields[0]] = fields[1]
     # A header line needs no special case: it names no sample of the truth.
     missing = [name for name in people if name not in population]
     if missing:
-        raise UserError(
-            f"{path}: no line for {len(missing)} samples of {truth_path} ({_some(missing)}); add them"
-        )
+        raise UserError(f"{path}: no line for {len(missing)} samples of {truth_path} ({_some(missing)}); add them")
     groups = np.array([population[name] for name in people])
     return {str(group): groups == group for group in np.unique(groups)}
 
@@ -415,9 +403,7 @@ def _score(
     constant = np.zeros(len(panel_af), dtype=bool)
     for name, tool in tools.items():
         logger.info("scoring %s", name)
-        scores[name], accumulators[name], true_r2 = _score_tool(
-            tool, truth.dosage, panel_af, weights, populations
-        )
+        scores[name], accumulators[name], true_r2 = _score_tool(tool, truth.dosage, panel_af, weights, populations)
         constant = np.isnan(true_r2)
     resampled = {name: each.resample(weights) for name, each in accumulators.items()}
     names = list(tools)

@@ -79,14 +79,12 @@ class Imputation:
         self._network.load_state_dict(model.weights)
         self._network.to(device).eval()
         exclusions = exclusion_table(inputs.panel.samples, None)
-        self._reference = Reference(
-            config.retrieval, self.data, self._network.embedding, device, exclusions
-        )
+        self._reference = Reference(config.retrieval, self.data, self._network.embedding, device, exclusions)
         if model.snapshot is not None:
             self._reference.restore(model.snapshot)
 
     def windows(self, targets: Targets) -> Iterator[tuple[int, np.ndarray]]:
-        """(window, ALT probability of every target haplotype, float32 [2N, L]), window by window."""
+        """(window, ALT probability of every target haplotype in its core, float32 [2N, L]), in order."""
         number = {sample: code for code, sample in enumerate(self._samples)}
         people = np.array([number.get(sample, -1) for sample in targets.samples], dtype=np.int64)
         for window in self.data.windows:
@@ -120,16 +118,15 @@ def impute_to_vcf(imputation: Imputation, targets: Targets, out: Path, say: Call
         for number, probability in imputation.windows(targets):
             window = windows[number]
             # ``pending`` holds the blended part of the windows so far, from site ``written`` on.
-            grown = np.zeros((len(pending), window.stop - written), dtype=np.float32)
+            grown = np.zeros((len(pending), window.core_stop - written), dtype=np.float32)
             grown[:, : pending.shape[1]] = pending
-            grown[:, window.start - written :] += probability * weights[number].astype(np.float32)
-            settled = windows[number + 1].start if number + 1 < len(windows) else window.stop
+            grown[:, window.core_start - written :] += probability * weights[number].astype(np.float32)
+            last = number + 1 == len(windows)
+            settled = window.core_stop if last else windows[number + 1].core_start
             span = slice(written, settled)
-            writer.write(
-                written, grown[:, : settled - written], targets.typed[span], targets.alleles[:, span]
-            )
+            writer.write(written, grown[:, : settled - written], targets.typed[span], targets.alleles[:, span])
             pending = grown[:, settled - written :]
             written = settled
-            if time.monotonic() - spoken > 2 or number + 1 == len(windows):
+            if time.monotonic() - spoken > 2 or last:
                 say(f"imputed window {number + 1}/{len(windows)}, {written}/{len(sites)} sites")
                 spoken = time.monotonic()

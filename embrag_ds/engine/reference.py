@@ -13,7 +13,7 @@ from torch import Tensor
 from embrag_ds.data.dataset import WindowedPanel
 from embrag_ds.model.embedding import HaplotypeEmbedding
 from embrag_ds.retrieval.cache import Encoder, LiveReference, ReferenceCache, refresh_due
-from embrag_ds.retrieval.collate import RetrievalCollator, SiteTensors
+from embrag_ds.retrieval.collate import RetrievalCollator, site_tensors
 from embrag_ds.retrieval.search import resolve_backend
 from embrag_ds.retrieval.settings import RetrievalConfig
 from embrag_ds.retrieval.store import DenseStore, FactoredStore, Store
@@ -24,13 +24,7 @@ def window_encoder(embedding: HaplotypeEmbedding, data: WindowedPanel, device: t
 
     @torch.no_grad()
     def encode(window: int, tokens: Tensor) -> Tensor:
-        features = data.features(window)
-        sites = SiteTensors(
-            torch.from_numpy(features.position).to(device),
-            torch.from_numpy(features.frequency).to(device),
-            torch.from_numpy(features.population_frequency).to(device),
-        )
-        return embedding(tokens, sites)
+        return embedding(tokens, site_tensors(data, window, device))
 
     return encode
 
@@ -61,16 +55,15 @@ class Reference:
         source: ReferenceCache | LiveReference | None = None
         if settings.mode == "embedding":
             self.backend, search = resolve_backend(settings.backend)
-            window_sites = [len(window) for window in data.windows]
             if settings.store == "dense":
                 width = embedding.token.embedding_dim
                 self.store = DenseStore(data, width, settings.dense_budget_gb, device)
             else:
                 self.store = FactoredStore(data, search, device)
             if settings.encoding == "live":
-                source = LiveReference(window_encoder(embedding, data, device), window_sites, device)
+                source = LiveReference(window_encoder(embedding, data, device), data.windows, device)
             else:
-                source = self.cache = ReferenceCache(window_sites, device)
+                source = self.cache = ReferenceCache(data.windows, device)
         self.collate = RetrievalCollator(
             data,
             device,

@@ -50,9 +50,7 @@ class Trainer:
             world.say(note)
         self.accumulation = settings.get("gradient_accumulation_steps", 1)
 
-        people, held_out = split_people(
-            len(inputs.panel.samples), self.embrag.data.validation_people, self.embrag.seed
-        )
+        people, held_out = split_people(len(inputs.panel.samples), self.embrag.data.validation_people, self.embrag.seed)
         data = windowed(inputs, self.embrag.data, people, self.embrag.masking.array_manifest)
         micro_batch = settings["train_micro_batch_size_per_gpu"]
         self.sampler = TrainingSampler(
@@ -64,16 +62,12 @@ class Trainer:
         torch.manual_seed(self.embrag.seed)
         model = Imputer(self.embrag.model)
         self.engine = initialize_engine(model, settings)
-        self.reference = Reference(
-            self.embrag.retrieval, data, self.engine.module.embedding, world.device, exclusions
-        )
+        self.reference = Reference(self.embrag.retrieval, data, self.engine.module.embedding, world.device, exclusions)
         self.validator = Validator(data, self.embrag.validation, held_out, micro_batch, world)
         self.record = RunRecord(run_dir, world)
         self.state = TrainState()
         if resume:
-            self.state = load_checkpoint(
-                run_dir / "checkpoints", self.engine, self.reference, self.embrag, world
-            )
+            self.state = load_checkpoint(run_dir / "checkpoints", self.engine, self.reference, self.embrag, world)
         else:
             self.reference.take_snapshot(step=0)
 

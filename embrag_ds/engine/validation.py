@@ -37,9 +37,7 @@ class MaskScores:
 class Validator:
     """Scores a model on the held-out people."""
 
-    def __init__(
-        self, data: WindowedPanel, settings: ValidationConfig, people: np.ndarray, block: int, world: World
-    ):
+    def __init__(self, data: WindowedPanel, settings: ValidationConfig, people: np.ndarray, block: int, world: World):
         """``people`` are panel indices outside the reference set; ``block`` people go through at once."""
         self._data = data
         self._people = people[: settings.people]
@@ -62,9 +60,7 @@ class Validator:
             measured = self._measure(mask, window, predict, collate)
             if place < len(self._tasks):
                 tallies[mask].add(measured)
-        return {
-            mask.name: tally.reduce(self._world) for mask, tally in zip(VALIDATION_MASKS, tallies, strict=True)
-        }
+        return {mask.name: tally.reduce(self._world) for mask, tally in zip(VALIDATION_MASKS, tallies, strict=True)}
 
     def _measure(
         self,
@@ -85,11 +81,13 @@ class Validator:
                 prediction = predict(collate(Samples(window, people, alleles[rows], masks)))
             probabilities.append(genotype_log_probabilities(prediction.logits).exp().cpu().numpy())
             dosages.append(prediction.prior.sigmoid().unflatten(0, (-1, 2)).sum(1).cpu().numpy())
+        core = self._data.windows[window].core
+        scored = hidden[core]
         return _Measured(
-            truth=(alleles[0::2] + alleles[1::2]).T[hidden],
-            probabilities=np.concatenate(probabilities).transpose(1, 0, 2)[hidden],
-            prior=np.concatenate(dosages).T[hidden],
-            frequency=self._data.features(window).frequency[hidden],
+            truth=(alleles[0::2] + alleles[1::2]).T[core][scored],
+            probabilities=np.concatenate(probabilities).transpose(1, 0, 2)[scored],
+            prior=np.concatenate(dosages).T[scored],
+            frequency=self._data.features(window).frequency[core][scored],
         )
 
 

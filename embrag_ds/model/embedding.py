@@ -42,9 +42,7 @@ def frequency_features(frequency: Tensor) -> Tensor:
 def position_features(position: Tensor) -> Tensor:
     """Sines and cosines of positions [L] in cM over a geometric ladder of wavelengths,
     [L, POSITION_FEATURES], float32."""
-    ladder = torch.logspace(
-        math.log10(_SHORTEST_CM), math.log10(_LONGEST_CM), _WAVELENGTHS, device=position.device
-    )
+    ladder = torch.logspace(math.log10(_SHORTEST_CM), math.log10(_LONGEST_CM), _WAVELENGTHS, device=position.device)
     angles = position.float()[:, None] * (2 * math.pi / ladder)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 

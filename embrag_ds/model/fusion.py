@@ -1,7 +1,4 @@
-"""Fusion of the query with what was retrieved, before the transformer.
-
-To add a fusion, copy :class:`RareVariantFusion`, keep its call, and register it in :data:`FUSIONS`.
-"""
+"""Fusion of the query with what was retrieved, before the transformer."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from torch import Tensor, nn
 from embrag_ds.model.embedding import FREQUENCY_FEATURES, frequency_features
 
 
-class RareVariantFusion(nn.Module):
+class GatedFusion(nn.Module):
     """Query, reference, overall and population frequency, mixed per site by learned gates.
 
     The document's ``EnhancedRareVariantFusion``. The population frequency is the one expected for this
@@ -36,6 +33,3 @@ class RareVariantFusion(nn.Module):
         together = torch.cat([query, reference, rarity], dim=-1)
         gate = torch.sigmoid(self.gate(together))
         return self.norm(query + gate * reference + (1 - gate) * self.mix(together))
-
-
-FUSIONS: dict[str, type[nn.Module]] = {"rare_variant": RareVariantFusion}

@@ -8,13 +8,17 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from embrag_ds.data.tokens import ALT, REF
 from embrag_ds.errors import require
 from embrag_ds.model.embedding import HaplotypeEmbedding, gather_embeddings
-from embrag_ds.model.fusion import FUSIONS
-from embrag_ds.model.pooling import LocalMatchPooling, pooled_embedding
+from embrag_ds.model.fusion import GatedFusion
+from embrag_ds.model.pooling import CopyingPooling, DistancePooling, pool, pooled_embedding
 from embrag_ds.model.transformer import Transformer
+from embrag_ds.retrieval.cache import site_weights
 from embrag_ds.retrieval.collate import Batch
-from embrag_ds.retrieval.store import site_weights
+
+POOLINGS: dict[str, type[nn.Module]] = {"rare_variant": DistancePooling, "copying": CopyingPooling}
+"""How a fusion weighs the neighbours; to add one, copy :class:`DistancePooling` and name it here."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class ModelConfig:
     heads: int = 8
     ffn_multiple: int = 4
     dropout: float = 0.0
-    fusion: Literal["rare_variant"] = "rare_variant"
+    fusion: Literal["rare_variant", "copying"] = "copying"
 
     def __post_init__(self) -> None:
         require(self.dims >= 8, "model.dims", "must be at least 8")
@@ -40,7 +44,7 @@ class ModelConfig:
 
 
 class Prediction(NamedTuple):
-    """Log-odds of ALT, float32 [B, L]: the model's, and its starting point from retrieval alone."""
+    """Log-odds of ALT in the core, float32 [B, L]: the model's, and its starting point from retrieval alone."""
 
     logits: Tensor
     prior: Tensor
@@ -56,11 +60,9 @@ class Imputer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.embedding = HaplotypeEmbedding(config.dims)
-        self.pooling = LocalMatchPooling()
-        self.fusion = FUSIONS[config.fusion](config.dims)
-        self.transformer = Transformer(
-            config.dims, config.layers, config.heads, config.ffn_multiple, config.dropout
-        )
+        self.pooling = POOLINGS[config.fusion]()
+        self.fusion = GatedFusion(config.dims)
+        self.transformer = Transformer(config.dims, config.layers, config.heads, config.ffn_multiple, config.dropout)
         self.head = nn.Linear(config.dims, 1)
         # Share of the prior that comes from allele frequency rather than from the neighbours.
         self.background = nn.Parameter(torch.tensor([-4.0]))
@@ -68,26 +70,27 @@ class Imputer(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, batch: Batch) -> Prediction:
-        """Log-odds of ALT at every site of a batch, the shown ones included."""
+        """Log-odds of ALT at every site of the core, the shown ones included."""
         sites, retrieved = batch.sites, batch.retrieved
-        own = self.embedding.codebook(sites)
+        whole = self.embedding.codebook(sites)
+        own = whole[batch.core]
         query = gather_embeddings(own, batch.tokens)
-        frequency = sites.frequency.float()
+        frequency = sites.frequency[batch.core]
         if retrieved is None:
             # Without retrieval the frequency itself stands in for the reference haplotypes.
             dosage = expected = frequency.expand(batch.tokens.shape)
-            step = own[:, 1] - own[:, 0]
-            reference = own[:, 0] + dosage[..., None].to(step.dtype) * step
+            step = own[:, ALT] - own[:, REF]
+            reference = own[:, REF] + dosage[..., None].to(step.dtype) * step
         else:
-            weight = site_weights(own)
-            weight = weight / weight.mean()
-            pooled = self.pooling(batch, retrieved, weight)
+            weight = site_weights(whole)
+            weights = self.pooling(batch, retrieved, weight / weight.mean())
+            pooled = pool(weights, retrieved, len(sites.population_frequency))
             codebook = own if retrieved.codebook is None else retrieved.codebook
             reference = pooled_embedding(pooled, retrieved, codebook)
             dosage = pooled.dosage
-            expected = (pooled.ancestry * sites.population_frequency).sum(1)
+            expected = (pooled.ancestry * sites.population_frequency[:, batch.core]).sum(1)
         share = torch.sigmoid(self.background.float())
         prior = torch.logit((1 - share) * dosage + share * expected, eps=1e-5)
         fused = self.fusion(query, reference.to(query.dtype), frequency, expected)
-        residual = self.head(self.transformer(fused, sites.position))[..., 0].float()
+        residual = self.head(self.transformer(fused, sites.position[batch.core]))[..., 0].float()
         return Prediction(prior + residual, prior)

@@ -28,8 +28,7 @@ class LossConfig:
     def __post_init__(self) -> None:
         require(self.focal_gamma >= 0, "loss.focal_gamma", "must not be negative")
         require(
-            min(self.haplotype_weight, self.genotype_weight) >= 0
-            and self.haplotype_weight + self.genotype_weight > 0,
+            min(self.haplotype_weight, self.genotype_weight) >= 0 and self.haplotype_weight + self.genotype_weight > 0,
             "loss",
             "weights must not be negative and not all zero",
         )

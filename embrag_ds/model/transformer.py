@@ -17,9 +17,7 @@ def rotary_angles(position: Tensor, head_dims: int) -> Tensor:
     The wavelengths form a geometric ladder, so attention sees genetic distances on every scale from
     between neighbouring sites to across the window.
     """
-    ladder = torch.logspace(
-        math.log10(_SHORTEST_CM), math.log10(_LONGEST_CM), head_dims // 2, device=position.device
-    )
+    ladder = torch.logspace(math.log10(_SHORTEST_CM), math.log10(_LONGEST_CM), head_dims // 2, device=position.device)
     angles = position.float()[:, None] * (2 * math.pi / ladder)
     return torch.polar(torch.ones_like(angles), angles)
 

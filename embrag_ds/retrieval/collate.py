@@ -6,7 +6,7 @@ batch's generation, search, fetch. It runs in the rank's own process, never in a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,16 +33,19 @@ class SiteTensors:
 
 @dataclass(frozen=True)
 class Retrieved:
-    """What was retrieved for a batch.
+    """What was retrieved for a batch; here L counts the core's sites.
 
     ``ids`` int64 [B, K] number haplotypes of the reference set, nearest first; ``alleles`` uint8
-    [B, K, L] are theirs and ``population`` int64 [B, K] their populations. ``codebook`` [L, V, D]
-    encodes them, unless the encoding is ``live`` (None: the model's own). ``embeddings`` [B, K, L, D]
-    come only from the dense store. ``generation`` and ``snapshot_step`` say how old the encoding is.
+    [B, K, L] are theirs, ``mismatch`` bool [B, K, T] says where they differ from what the query shows
+    (in the order of :attr:`Batch.typed`), ``population`` int64 [B, K] names their populations.
+    ``codebook`` [L, V, D] encodes them, unless the encoding is ``live`` (None: the model's own).
+    ``embeddings`` [B, K, L, D] come only from the dense store. ``generation`` and ``snapshot_step`` say
+    how old the encoding is.
     """
 
     ids: Tensor
     alleles: Tensor
+    mismatch: Tensor
     population: Tensor
     codebook: Tensor | None
     embeddings: Tensor | None
@@ -52,18 +55,22 @@ class Retrieved:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch on the device.
+    """A micro-batch on the device. ``core`` is the place of the predicted sites within the window.
 
-    ``tokens`` int64 [B, L] is what the query shows, ``hidden`` bool [B, L] where it hides, ``shown`` int64
-    [T] the sites that at least one person shows, ``alleles`` int64 [B, L] the truth (meaningless at the
-    hidden sites of people to be imputed). ``retrieved`` is None in mode ``none``.
+    In the core: ``tokens`` int64 [B, L] is what the query shows, ``hidden`` bool [B, L] where it hides,
+    ``alleles`` int64 [B, L] the truth (meaningless at the hidden sites of people to be imputed). In the
+    whole window: ``sites`` has the features of its sites, ``typed`` int64 [B, T] lists the sites each
+    query shows, in order, ``typed_count`` int64 [B] says how many they are; the rest of a row repeats
+    the window's last site. ``retrieved`` is None in mode ``none``.
     """
 
     window: int
+    core: slice
     tokens: Tensor
     hidden: Tensor
-    shown: Tensor
     alleles: Tensor
+    typed: Tensor
+    typed_count: Tensor
     sites: SiteTensors
     retrieved: Retrieved | None
 
@@ -101,33 +108,41 @@ class RetrievalCollator:
         self._population_of = torch.from_numpy(reference.population_of).to(device)
 
     def __call__(self, samples: Samples) -> Batch:
-        window = samples.window
+        window = self._data.windows[samples.window]
         alleles = torch.from_numpy(samples.alleles).to(self._device, torch.int64)
         hidden = torch.from_numpy(samples.hidden).to(self._device).repeat_interleave(2, dim=0)
         tokens = alleles.masked_fill(hidden, MASK)
+        typed, count = _typed_sites(samples.hidden)
+        batch = Batch(
+            window=samples.window,
+            core=window.core,
+            tokens=tokens[:, window.core],
+            hidden=hidden[:, window.core],
+            alleles=alleles[:, window.core],
+            typed=torch.from_numpy(typed).to(self._device).repeat_interleave(2, dim=0),
+            typed_count=torch.from_numpy(count).to(self._device).repeat_interleave(2, dim=0),
+            sites=site_tensors(self._data, samples.window, self._device),
+            retrieved=None,
+        )
+        if self._store is None or self._source is None:
+            return batch
         # Found on the CPU: on a GPU the size of the result would force a synchronisation.
         shown = torch.from_numpy(np.flatnonzero(~samples.hidden.all(0))).to(self._device)
-        features = self._data.features(window)
-        sites = SiteTensors(
-            torch.from_numpy(features.position).to(self._device),
-            torch.from_numpy(features.frequency).to(self._device),
-            torch.from_numpy(features.population_frequency).to(self._device),
-        )
-        retrieved = self._retrieve(Query(window, tokens, shown, self._excluded(samples.people)))
-        return Batch(window, tokens, hidden, shown, alleles, sites, retrieved)
+        query = Query(samples.window, tokens, shown, self._excluded(samples.people))
+        return replace(batch, retrieved=self._retrieve(query, batch, self._store, self._source))
 
-    def _retrieve(self, query: Query) -> Retrieved | None:
-        if self._store is None or self._source is None:
-            return None
-        code = self._source.code(query.window)
-        found = self._store.search(query, code, self.k)
-        alleles = torch.from_numpy(self._data.reference_alleles(query.window)).to(self._device)
+    def _retrieve(self, query: Query, batch: Batch, store: Store, source: ReferenceSource) -> Retrieved:
+        code = source.code(query.window)
+        found = store.search(query, code, self.k)
+        reference = torch.from_numpy(self._data.reference_alleles(query.window)).to(self._device)
+        at_typed = reference[found.ids[:, :, None], batch.typed[:, None, :]]
         return Retrieved(
             ids=found.ids,
-            alleles=alleles[found.ids],
+            alleles=reference[:, batch.core][found.ids],
+            mismatch=at_typed != query.tokens.gather(1, batch.typed)[:, None, :],
             population=self._population_of[found.ids],
             codebook=None if self._live else code.codebook,
-            embeddings=self._store.embeddings(query.window, found.ids),
+            embeddings=store.embeddings(query.window, found.ids),
             generation=code.generation,
             snapshot_step=code.step,
         )
@@ -140,3 +155,21 @@ class RetrievalCollator:
         for column in barred_ids.unbind(1):
             excluded |= self._person_of == column[:, None]
         return excluded
+
+
+def _typed_sites(hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sites each person shows, int64 [N, T], rows filled up with the last site, and their number [N]."""
+    count = (~hidden).sum(1)
+    order = np.argsort(hidden, axis=1, kind="stable")[:, : max(1, int(count.max()))]
+    filled = np.arange(order.shape[1]) >= count[:, None]
+    return np.where(filled, hidden.shape[1] - 1, order), count
+
+
+def site_tensors(data: WindowedPanel, window: int, device: torch.device) -> SiteTensors:
+    """A window's site features on the device."""
+    features = data.features(window)
+    return SiteTensors(
+        torch.from_numpy(features.position).to(device),
+        torch.from_numpy(features.frequency).to(device),
+        torch.from_numpy(features.population_frequency).to(device),
+    )

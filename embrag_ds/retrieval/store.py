@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from embrag_ds.data.dataset import WindowedPanel
-from embrag_ds.data.tokens import ALT, MASK, REF
+from embrag_ds.data.tokens import MASK
 from embrag_ds.errors import UserError
 from embrag_ds.retrieval.cache import Encoder, WindowCode
 from embrag_ds.retrieval.search import Search
@@ -49,14 +49,8 @@ class Store(Protocol):
         ...
 
     def embeddings(self, window: int, ids: Tensor) -> Tensor | None:
-        """Stored embeddings [B, K, L, D] of ``ids`` [B, K], or None: gather from the codebook."""
+        """Stored embeddings [B, K, L, D] of ``ids`` [B, K] in the core, or None: gather from the codebook."""
         ...
-
-
-def site_weights(codebook: Tensor) -> Tensor:
-    """w_l = ||e_l(ALT) - e_l(REF)||^2, float32 [L]: what disagreement at site l adds to a distance."""
-    difference = codebook[:, ALT].float() - codebook[:, REF].float()
-    return difference.square().sum(-1)
 
 
 class FactoredStore:
@@ -72,7 +66,7 @@ class FactoredStore:
 
     def search(self, query: Query, code: WindowCode, k: int) -> Neighbours:
         tokens = query.tokens[:, query.shown]
-        weights = site_weights(code.codebook)[query.shown] * (tokens < MASK)
+        weights = code.weights[query.shown] * (tokens < MASK)
         queries = weights * (2 * tokens - 1)
         alleles = torch.from_numpy(self._data.reference_alleles(query.window)).to(self._device)
         references = alleles[:, query.shown].float().mul_(2).sub_(1)
@@ -100,9 +94,11 @@ class DenseStore:
         self._data = data
         self._device = device
         self._stored: list[Tensor] = []
+        self._encoder: Encoder | None = None
 
     def refresh(self, encoder: Encoder) -> None:
         """Encode every reference haplotype in every window."""
+        self._encoder = encoder
         with torch.no_grad():
             self._stored = [
                 encoder(window, torch.from_numpy(self._data.reference_alleles(window)).to(self._device).long())
@@ -114,8 +110,9 @@ class DenseStore:
 
         tokens = query.tokens
         stored = self._stored[query.window].float().numpy(force=True)
-        sites = torch.arange(tokens.shape[1], device=tokens.device)
-        queries = code.codebook[sites, tokens].float().numpy(force=True)
+        assert self._encoder is not None
+        with torch.no_grad():
+            queries = self._encoder(query.window, tokens).float().numpy(force=True)
         observed = (tokens < MASK).numpy(force=True)
         barred = query.excluded.numpy(force=True)
         count = len(stored)
@@ -132,9 +129,7 @@ class DenseStore:
                 squared, found = index.search(flat, min(k + surplus, count))
                 kept = np.flatnonzero(~barred[row][found[0]])[:k]
                 ids[row], distance[row] = found[0][kept], squared[0][kept]
-        return Neighbours(
-            torch.from_numpy(ids).to(tokens.device), torch.from_numpy(distance).to(tokens.device)
-        )
+        return Neighbours(torch.from_numpy(ids).to(tokens.device), torch.from_numpy(distance).to(tokens.device))
 
     def embeddings(self, window: int, ids: Tensor) -> Tensor:
-        return self._stored[window][ids]
+        return self._stored[window][ids][:, :, self._data.windows[window].core]

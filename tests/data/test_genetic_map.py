@@ -16,8 +16,7 @@ FORMATS = {
     "plink with prefix": "chr20\t.\t1.0\t1000\nchr20\t.\t1.5\t2000\nchr20\t.\t3.5\t4000\n",
     "hapmap": "Chromosome\tPosition(bp)\tRate(cM/Mb)\tMap(cM)\n"
     "chr20\t1000\t500\t1.0\nchr20\t2000\t1000\t1.5\nchr20\t4000\t0\t3.5\n",
-    "eagle": "chr position COMBINED_rate(cM/Mb) Genetic_Map(cM)\n"
-    "20 1000 500 1.0\n20 2000 1000 1.5\n20 4000 0 3.5\n",
+    "eagle": "chr position COMBINED_rate(cM/Mb) Genetic_Map(cM)\n20 1000 500 1.0\n20 2000 1000 1.5\n20 4000 0 3.5\n",
     "shapeit": "pos\tchr\tcM\n1000\t20\t1.0\n2000\t20\t1.5\n4000\t20\t3.5\n",
 }
 
@@ -41,9 +40,7 @@ def table(*sites: tuple[str, int]) -> SiteTable:
 def test_formats(tmp_path, name, gzipped, contig):
     path = tmp_path / "map"
     path.write_bytes(gzip.compress(FORMATS[name].encode()) if gzipped else FORMATS[name].encode())
-    sites = table(
-        (contig, 400), (contig, 1000), (contig, 1500), (contig, 3000), (contig, 4000), (contig, 5200)
-    )
+    sites = table((contig, 400), (contig, 1000), (contig, 1500), (contig, 3000), (contig, 4000), (contig, 5200))
     # The mean rate is 2.5 cM in 3000 bp.
     expected = [1.0 - 0.5, 1.0, 1.25, 2.5, 3.5, 3.5 + 1.0]
     np.testing.assert_allclose(GeneticMap.read(path).positions(sites), expected)

@@ -40,11 +40,11 @@ def test_panel_sites(data):
 
 def test_target_is_the_truth_at_typed_sites(data):
     panel, truth, target = (read_phased(path) for path in (data.panel, data.truth, data.target))
-    assert list(truth.sites.keys()) == list(panel.sites.keys())
+    assert list(truth.sites.identities()) == list(panel.sites.identities())
     assert target.samples == truth.samples and len(target.samples) == 6
     assert not set(target.samples) & set(panel.samples)
     rows = np.searchsorted(panel.sites.pos, target.sites.pos)
-    assert list(target.sites.keys()) == [list(panel.sites.keys())[row] for row in rows]
+    assert list(target.sites.identities()) == [list(panel.sites.identities())[row] for row in rows]
     np.testing.assert_array_equal(target.alleles, truth.alleles[rows])
     frequency = panel.alleles[rows].mean(axis=1)
     assert np.minimum(frequency, 1 - frequency).min() >= 0.05

@@ -71,16 +71,14 @@ def test_records_can_be_iterated_again(make_vcf, container):
 def test_read_phased_agrees_with_the_records(make_vcf, container):
     path = make_vcf("1 10 . A T . . . GT 0|1 1|1", "2 3 x A G . . . GT 1|0 0|1", container=container)
     data = read_phased(path)
-    assert list(data.sites.keys()) == [("1", 10, "A", "T"), ("2", 3, "A", "G")]
+    assert list(data.sites.identities()) == [("1", 10, "A", "T"), ("2", 3, "A", "G")]
     assert data.sites.id == [".", "x"]
     assert data.alleles.tolist() == [[0, 1, 1, 1], [1, 0, 0, 1]]
     assert data.samples == ("A", "B")
 
 
 def test_other_alleles_at_one_position_are_other_sites(make_vcf):
-    path = make_vcf(
-        "1 10 . A T . . . GT 0|1 1|1", "1 10 . A C . . . GT 0|1 1|1", "1 10 . AT A . . . GT 0|1 1|1"
-    )
+    path = make_vcf("1 10 . A T . . . GT 0|1 1|1", "1 10 . A C . . . GT 0|1 1|1", "1 10 . AT A . . . GT 0|1 1|1")
     assert len(read_phased(path).sites) == 3
 
 
@@ -252,8 +250,7 @@ def test_record_cut_in_a_complete_file(make_vcf):
 
 def test_reads_beagle(make_vcf, container):
     path = make_vcf(
-        "1 10 . A T . PASS DR2=0.87;IMP GT:DS:AP1:AP2:GP "
-        "0|1:1.1:0.2:0.9:0.08,0.74,0.18 0|0:0.5:0.25:0.25:0.5,0.5,0",
+        "1 10 . A T . PASS DR2=0.87;IMP GT:DS:AP1:AP2:GP 0|1:1.1:0.2:0.9:0.08,0.74,0.18 0|0:0.5:0.25:0.25:0.5,0.5,0",
         "1 12 . A T . PASS DR2=1.00 GT:DS:AP1:AP2:GP 0|1:1:0:1:0,1,0 1|1:2:1:1:0,0,1",
         container=container,
     )
@@ -263,9 +260,7 @@ def test_reads_beagle(make_vcf, container):
     np.testing.assert_allclose(found.gp[0], [[0.08, 0.74, 0.18], [0.5, 0.5, 0]], rtol=1e-6)
     np.testing.assert_allclose(found.dr2, [0.87, 1.0], rtol=1e-6)
     assert found.imputed.tolist() == [True, False]
-    assert (
-        found.dosage.dtype == found.gp.dtype == found.haplotype_dosage.dtype == found.dr2.dtype == np.float32
-    )
+    assert found.dosage.dtype == found.gp.dtype == found.haplotype_dosage.dtype == found.dr2.dtype == np.float32
 
 
 def test_reads_minimac(make_vcf, container):
@@ -322,9 +317,7 @@ def test_no_dosage_in_format(make_vcf):
 # --- output -------------------------------------------------------------------------------------
 
 
-def write_imputed(
-    path: Path, sites: SiteTable, dosage: np.ndarray, typed: np.ndarray, alleles: np.ndarray
-) -> None:
+def write_imputed(path: Path, sites: SiteTable, dosage: np.ndarray, typed: np.ndarray, alleles: np.ndarray) -> None:
     samples = [f"person{i}" for i in range(len(dosage) // 2)]
     with ImputedVcfWriter(path, sites, samples, "test") as out:
         for first in range(0, len(sites), 2):
@@ -351,7 +344,7 @@ def test_write_phased_round_trip(tmp_path, small_sites, people):
     write_phased(path, small_sites, samples, alleles)
     found = read_phased(path)
     np.testing.assert_array_equal(found.alleles, alleles)
-    assert list(found.sites.keys()) == list(small_sites.keys())
+    assert list(found.sites.identities()) == list(small_sites.identities())
     assert found.sites.id == small_sites.id
     assert (found.samples, found.sites.contigs, found.sites.contig_lengths) == (
         samples,
@@ -375,9 +368,7 @@ def test_imputed_text(tmp_path, small_sites):
     path = tmp_path / "out.vcf.gz"
     write_imputed(path, small_sites, dosage, typed, np.ones((2, 5), dtype=np.uint8))
     rows = text_of(path)
-    assert " ".join(rows[0]) == (
-        "1 10 rs1 A T . PASS AF=1;DR2=1 GT:DS:HDS:GP 1|1:2.000:1.000,1.000:0.000,0.000,1.000"
-    )
+    assert " ".join(rows[0]) == ("1 10 rs1 A T . PASS AF=1;DR2=1 GT:DS:HDS:GP 1|1:2.000:1.000,1.000:0.000,0.000,1.000")
     assert [row[9] for row in rows[1:]] == [
         "0|0:0.800:0.400,0.400:0.360,0.480,0.160",
         "0|1:1.001:0.500,0.501:0.250,0.499,0.251",
@@ -399,12 +390,10 @@ def test_imputed_round_trip(tmp_path, small_sites, data):
     values = st.floats(0, 1, width=32) | st.sampled_from([0.0, 1.0, 0.5, 0.0005, 0.4995, 0.5005, 0.9995])
     shape = (2 * people, 5)
     size = shape[0] * 5
-    dosage = np.array(data.draw(st.lists(values, min_size=size, max_size=size)), dtype=np.float32).reshape(
+    dosage = np.array(data.draw(st.lists(values, min_size=size, max_size=size)), dtype=np.float32).reshape(shape)
+    alleles = np.array(data.draw(st.lists(st.integers(0, 1), min_size=size, max_size=size)), dtype=np.uint8).reshape(
         shape
     )
-    alleles = np.array(
-        data.draw(st.lists(st.integers(0, 1), min_size=size, max_size=size)), dtype=np.uint8
-    ).reshape(shape)
     typed = np.array(data.draw(st.lists(st.booleans(), min_size=5, max_size=5)))
     path = tmp_path / "out.vcf.gz"
     write_imputed(path, small_sites, dosage, typed, alleles)
@@ -414,7 +403,7 @@ def test_imputed_round_trip(tmp_path, small_sites, data):
     np.testing.assert_allclose(found.haplotype_dosage, expected, atol=0.000501)
     np.testing.assert_array_equal(found.haplotype_dosage[typed], alleles.T[typed])
     np.testing.assert_array_equal(found.imputed, ~typed)
-    assert list(found.sites.keys()) == list(small_sites.keys())
+    assert list(found.sites.identities()) == list(small_sites.identities())
     frequency = expected.mean(axis=1, dtype=np.float64)
     for site, row in enumerate(text_of(path)):
         info = dict(entry.partition("=")[::2] for entry in row[7].split(";"))
@@ -444,9 +433,7 @@ def test_dr2_is_the_variance_ratio(tmp_path, small_sites):
 def test_block_size_does_not_matter(tmp_path, small_sites):
     dosage, typed, alleles = example(small_sites)
     write_imputed(tmp_path / "two.vcf.gz", small_sites, dosage, typed, alleles)
-    with ImputedVcfWriter(
-        tmp_path / "one.vcf.gz", small_sites, ["person0", "person1", "person2"], "test"
-    ) as out:
+    with ImputedVcfWriter(tmp_path / "one.vcf.gz", small_sites, ["person0", "person1", "person2"], "test") as out:
         out.write(0, dosage, typed, alleles)
     assert text_of(tmp_path / "one.vcf.gz") == text_of(tmp_path / "two.vcf.gz")
 
@@ -474,9 +461,7 @@ def test_bcftools_reads_it_without_a_warning(tmp_path, small_sites, capfd):
 
 
 def test_positions_beyond_what_a_tbi_holds(tmp_path, small_sites):
-    far = SiteTable(
-        ("1",), (700_000_000,), np.zeros(1, np.int32), np.array([600_000_000]), ["A"], ["T"], ["."]
-    )
+    far = SiteTable(("1",), (700_000_000,), np.zeros(1, np.int32), np.array([600_000_000]), ["A"], ["T"], ["."])
     path = tmp_path / "out.vcf.gz"
     write_phased(path, small_sites, ["a"], np.zeros((5, 2), np.uint8))
     write_phased(path, far, ["a"], np.zeros((1, 2), np.uint8))

@@ -21,15 +21,12 @@ def slow_nearest(panel, target, typed_index, block: int, context: int) -> np.nda
             if site < (left + right) / 2:
                 break
             number += 1
-        compared = [
-            t for t in range(number * block - context, (number + 1) * block + context) if 0 <= t < typed
-        ]
+        compared = [t for t in range(number * block - context, (number + 1) * block + context) if 0 <= t < typed]
         for haplotype in range(2 * people):
             best, best_distance = 0, None
             for reference in range(panel.shape[1]):
                 distance = sum(
-                    target[t, haplotype] != MISSING
-                    and target[t, haplotype] != panel[typed_index[t], reference]
+                    target[t, haplotype] != MISSING and target[t, haplotype] != panel[typed_index[t], reference]
                     for t in compared
                 )
                 if best_distance is None or distance < best_distance:

@@ -164,14 +164,10 @@ def test_a_panel_read_for_frequencies_only_gives_the_same_scores(study: dict, tm
     assert streamed.to_json()["tools"]["a"] == whole.to_json()["tools"]["a"]
 
 
-def test_nearest_haplotype_is_exact_for_a_copy_and_ignores_a_swapped_target(
-    study: dict, tmp_path: Path
-) -> None:
+def test_nearest_haplotype_is_exact_for_a_copy_and_ignores_a_swapped_target(study: dict, tmp_path: Path) -> None:
     copies = study["panel_alleles"][:, : 2 * PEOPLE]
     write_phased(tmp_path / "truth.vcf.gz", site_table(np.arange(SITES)), study["people"], copies)
-    write_phased(
-        tmp_path / "target.vcf.gz", site_table(TYPED, swapped=True), study["people"], 1 - copies[TYPED]
-    )
+    write_phased(tmp_path / "target.vcf.gz", site_table(TYPED, swapped=True), study["people"], 1 - copies[TYPED])
     report = score(study, truth=tmp_path / "truth.vcf.gz", target=tmp_path / "target.vcf.gz", baselines=True)
     assert report.tools[NEAREST_HAPLOTYPE].aggregate_r2["all"] == pytest.approx(1.0)
     assert report.tools[NEAREST_HAPLOTYPE].concordance["all"] == 1.0
@@ -320,18 +316,14 @@ def test_baselines_on_1000_genomes() -> None:
 
 def tied_nearest_r2() -> dict[str, float]:
     """Aggregate r2 of the mean over all nearest haplotypes, in blocks of 32 typed sites without context."""
-    panel, truth, target = (
-        read_phased(REAL / f"{name}.vcf.gz") for name in ("panel", "truth", "target.sparse")
-    )
-    assert list(truth.sites.keys()) == list(panel.sites.keys()) and truth.samples == target.samples
-    row = {key: number for number, key in enumerate(panel.sites.keys())}
-    typed = np.array([row[key] for key in target.sites.keys()])  # noqa: SIM118, not a dict
+    panel, truth, target = (read_phased(REAL / f"{name}.vcf.gz") for name in ("panel", "truth", "target.sparse"))
+    assert list(truth.sites.identities()) == list(panel.sites.identities()) and truth.samples == target.samples
+    row = {key: number for number, key in enumerate(panel.sites.identities())}
+    typed = np.array([row[key] for key in target.sites.identities()])
     alleles = panel.alleles.astype(np.float32)
     copied = np.empty(truth.alleles.shape, dtype=np.float32)
     middles = [int(typed[n - 1] + typed[n]) // 2 for n in range(32, len(typed), 32)]
-    for first, begin, end in zip(
-        range(0, len(typed), 32), [0, *middles], [*middles, len(alleles)], strict=True
-    ):
+    for first, begin, end in zip(range(0, len(typed), 32), [0, *middles], [*middles, len(alleles)], strict=True):
         query = target.alleles[first : first + 32].astype(np.float32)
         reference = alleles[typed[first : first + 32]]
         distance = query.T @ (1 - reference) + (1 - query).T @ reference

@@ -153,9 +153,7 @@ def test_site_r2_matches_corrcoef(seed: int) -> None:
         if not known.any() or np.ptp(truth[row][known]) == 0:
             assert math.isnan(value)
         else:
-            assert value == pytest.approx(
-                np.corrcoef(truth[row][known], dosage[row][known])[0, 1] ** 2, abs=1e-9
-            )
+            assert value == pytest.approx(np.corrcoef(truth[row][known], dosage[row][known])[0, 1] ** 2, abs=1e-9)
 
 
 def test_site_r2_of_a_constant_dosage_is_zero_where_the_truth_varies() -> None:
@@ -184,9 +182,7 @@ def test_concordance_matches_counting(seed: int) -> None:
             if t != major or c != major:
                 agree_carrier.append(t == c)
         assert overall[name] == pytest.approx(np.mean(agree) if agree else math.nan, nan_ok=True)
-        assert non_reference[name] == pytest.approx(
-            np.mean(agree_carrier) if agree_carrier else math.nan, nan_ok=True
-        )
+        assert non_reference[name] == pytest.approx(np.mean(agree_carrier) if agree_carrier else math.nan, nan_ok=True)
 
 
 def test_best_guess_treats_both_alleles_alike() -> None:
@@ -245,9 +241,7 @@ def test_calibration_by_hand() -> None:
 def test_estimate_correlation_leaves_out_undefined_sites() -> None:
     estimated = np.array([0.1, 0.5, 0.9, np.nan, 0.2])
     true = np.array([0.2, 0.4, 0.8, 0.1, np.nan])
-    assert metrics.estimate_correlation(estimated, true) == pytest.approx(
-        np.corrcoef(estimated[:3], true[:3])[0, 1]
-    )
+    assert metrics.estimate_correlation(estimated, true) == pytest.approx(np.corrcoef(estimated[:3], true[:3])[0, 1])
     assert math.isnan(metrics.estimate_correlation(np.ones(3), true[:3]))
 
 
