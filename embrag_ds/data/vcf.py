@@ -100,6 +100,11 @@ class _BiallelicFile:
     def _fault(self, where: str, what: str, remedy: str) -> UserError:
         return UserError(f"{self.path}: {where}: {what}; {remedy}")
 
+    def _declare(self, contig: str, where: str) -> None:
+        """Take in a contig the header lacks; tools such as Beagle write their output so."""
+        self.contigs = (*self.contigs, contig)
+        self.contig_lengths = (*self.contig_lengths, 0)
+
     def _lines(self) -> Iterator[bytes]:
         """Text of every record, from the first one on."""
         last = b"the header"
@@ -142,11 +147,8 @@ class _BiallelicFile:
             here, where = int(fields[1]), f"{name}:{int(fields[1])}"
             if name != contig:
                 if name not in code_of:
-                    raise self._fault(
-                        where,
-                        f"contig {name} is not declared in the header",
-                        "add it (bcftools reheader --fai REFERENCE.fai)",
-                    )
+                    code_of[name] = len(code_of)
+                    self._declare(name, where)
                 if name in finished:
                     raise self._fault(where, f"contig {name} appears a second time", "sort it (bcftools sort)")
                 finished.add(name)
@@ -204,6 +206,11 @@ class PhasedVcf(_BiallelicFile):
         super().__init__(path)
         if not any(Path(f"{self.path}{suffix}").exists() for suffix in (".tbi", ".csi")):
             raise UserError(f"{self.path}: it has no index (.tbi or .csi); run `bcftools index {self.path}`")
+
+    def _declare(self, contig: str, where: str) -> None:
+        raise self._fault(
+            where, f"contig {contig} is not declared in the header", "add it (bcftools reheader --fai REFERENCE.fai)"
+        )
 
     def records(self) -> Iterator[PhasedRecord]:
         """Every biallelic record, in file order."""

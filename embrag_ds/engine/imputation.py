@@ -21,7 +21,7 @@ from embrag_ds.data.tokens import REF
 from embrag_ds.data.vcf import ImputedVcfWriter, PhasedData
 from embrag_ds.data.windows import blend_weights, uncovered
 from embrag_ds.engine.checkpoint import ExportedModel
-from embrag_ds.engine.inputs import PanelInputs, windowed
+from embrag_ds.engine.inputs import PanelInputs, skipped_records, windowed
 from embrag_ds.engine.reference import Reference
 from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import Imputer
@@ -50,8 +50,8 @@ def harmonise_targets(
         )
     match = harmonise(target.sites, panel.sites, str(target_path), str(panel.path))
     say(f"target {target_path}: {len(target.samples)} people; {match.report()}")
-    for reason, count in target.skipped.items():
-        say(f"  {count} target records skipped: {reason}")
+    if skipped := skipped_records(target.skipped):
+        say(f"{target_path}: {skipped}")
     rows = target.alleles[match.target_index] ^ match.swapped[:, None].astype(np.uint8)
     alleles = np.full((2 * len(target.samples), len(panel.sites)), REF, dtype=np.uint8)
     alleles[:, match.panel_index] = rows.T

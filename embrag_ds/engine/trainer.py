@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from embrag_ds.config import RunConfig
 from embrag_ds.data.dataset import TrainingSampler, exclusion_table, split_people
 from embrag_ds.engine.checkpoint import TrainState, export_model, load_checkpoint, save_checkpoint, seed_step
 from embrag_ds.engine.initialize import World, adapt_to_machine, initialize_engine
-from embrag_ds.engine.inputs import PanelInputs, windowed
+from embrag_ds.engine.inputs import PanelInputs, skipped_records, windowed
 from embrag_ds.engine.metrics import MAF_BINS
 from embrag_ds.engine.record import RunRecord
 from embrag_ds.engine.reference import Reference
@@ -34,7 +36,15 @@ class _Interval:
     micro_batches: int = 0
     people: int = 0
     collate_seconds: float = 0.0
-    started: float = 0.0
+    skipped_before: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out of the interval what is done meanwhile."""
+        began = time.monotonic()
+        yield
+        self.started += time.monotonic() - began
 
 
 class Trainer:
@@ -88,11 +98,11 @@ class Trainer:
                 self._log(interval)
                 interval = self._new_interval()
             if self.state.step % train.eval_every == 0 or last:
-                self._validate()
-                interval.started = time.monotonic()
+                with interval.paused():
+                    self._validate()
             if self.state.step % train.checkpoint_every == 0 or last or self._out_of_patience():
-                self._save()
-                interval.started = time.monotonic()
+                with interval.paused():
+                    self._save()
         if self._out_of_patience():
             self.world.say(f"stopped early: no better score in {self.state.validations_since_best} validations")
         self.world.say(f"model: {self.run_dir / MODEL_FILE}")
@@ -116,12 +126,18 @@ class Trainer:
             interval.people += len(samples.people)
 
     def _new_interval(self) -> _Interval:
-        return _Interval(torch.zeros(3, device=self.world.device), started=time.monotonic())
+        zero = torch.zeros(3, device=self.world.device)
+        return _Interval(zero, skipped_before=self.engine.skipped_steps)
 
     def _log(self, interval: _Interval) -> None:
         total, haplotype, genotype = (interval.losses / interval.micro_batches).tolist()
+        if not math.isfinite(total):
+            raise RuntimeError(f"step {self.state.step}: the loss is {total}; lower the learning rate")
         seconds = time.monotonic() - interval.started
         steps = interval.micro_batches // self.accumulation
+        skipped = self.engine.skipped_steps - interval.skipped_before
+        if skipped == steps:
+            raise RuntimeError(f"step {self.state.step}: no gradient since the last log line was finite")
         norm = self.engine.get_global_grad_norm()
         cache = self.reference.cache
         values: dict[str, Any] = {
@@ -129,6 +145,7 @@ class Trainer:
             "haplotype_loss": haplotype,
             "genotype_loss": genotype,
             "learning_rate": self.engine.get_lr()[0],
+            "skipped_steps": skipped,
             "gradient_norm": None if norm is None else float(norm),
             "people_per_second": interval.people * self.world.ranks / seconds,
             "step_ms": 1000 * seconds / steps,
@@ -176,7 +193,9 @@ class Trainer:
         panel = inputs.panel
         return (
             f"panel {panel.path}: {len(panel.sites)} sites, {len(self.sampler.data)} windows, {people} people to train "
-            f"on, {held_out} held out, {len(inputs.populations.names)} populations\n"
+            f"on, {held_out} held out, {len(inputs.populations.names)} populations"
+            + (f"; {skipped}" if (skipped := skipped_records(panel.skipped)) else "")
+            + "\n"
             f"model: {parameters / 1e6:.2f} M parameters on {self.world.ranks} x {self.world.device.type}, "
             f"{self.engine.train_batch_size()} people a step, {self.sampler.steps_per_epoch} steps an epoch; "
             f"retrieval {self.embrag.retrieval.mode} ({self.embrag.retrieval.encoding}, {self.reference.backend}, "

@@ -1,0 +1,83 @@
+"""What every test may use: one in-process rank of DeepSpeed, a small simulated data set, and the visible skips."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from embrag_ds.data.dataset import DataConfig
+from embrag_ds.data.simulate import DefaultData, SimulationSettings, simulate_default
+from embrag_ds.engine.initialize import World, start_world
+from embrag_ds.engine.inputs import PanelFiles, PanelInputs, open_inputs
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL_DATA = ROOT.parent / "shared" / "data" / "kgp_chr20"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with a reason, what this machine cannot run."""
+    reasons = {}
+    if not REAL_DATA.is_dir():
+        reasons["real"] = f"no 1000 Genomes data at {REAL_DATA}"
+    if not torch.cuda.is_available():
+        reasons["gpu"] = "no CUDA device"
+    for item in items:
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The 1000 Genomes files (tests that use them carry the mark ``real``)."""
+    return REAL_DATA
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    """A process group of one, in this process: what ``deepspeed`` would start."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    world = start_world()
+    yield world
+    world.close()
+    for name in names:
+        os.environ.pop(name, None)
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> DefaultData:
+    """A simulated panel of 60 people, 9 target people and their truth: a few hundred sites."""
+    settings = SimulationSettings(
+        length_bp=150_000, panel_people=60, target_people=9, typed_spacing_bp=2_000, seed=11
+    )
+    return simulate_default(tmp_path_factory.mktemp("simulated") / "data", settings)
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tests' packed panels go."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def inputs(simulated: DefaultData, cache_dir: Path) -> PanelInputs:
+    """The simulated panel, opened."""
+    files = PanelFiles(simulated.panel, simulated.genetic_map, simulated.samples)
+    return open_inputs(files, DataConfig(cache_dir=str(cache_dir)), progress=False)
