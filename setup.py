@@ -21,6 +21,7 @@ setup(
         "safetensors>=0.5",
         "nvidia-ml-py",
         "hjson",
+        "numba>=0.61",
         "pydantic>=2",
         "tqdm",
     ],

@@ -64,9 +64,7 @@ def world() -> Iterator[World]:
 @pytest.fixture(scope="session")
 def simulated(tmp_path_factory: pytest.TempPathFactory) -> DefaultData:
     """A simulated panel of 60 people, 9 target people and their truth: a few hundred sites."""
-    settings = SimulationSettings(
-        length_bp=150_000, panel_people=60, target_people=9, typed_spacing_bp=2_000, seed=11
-    )
+    settings = SimulationSettings(length_bp=150_000, panel_people=60, target_people=9, typed_spacing_bp=2_000, seed=11)
     return simulate_default(tmp_path_factory.mktemp("simulated") / "data", settings)
 
 

@@ -338,7 +338,8 @@ def _align(data: Dosages, panel_sites: SiteTable, path: PathLike, panel_path: Pa
     if data.gp is not None:
         gp = data.gp[rows]
         gp[swapped] = gp[swapped][..., ::-1]
-    dr2 = None if data.dr2 is None else data.dr2[rows]
+    # A header may define DR2 though no record gives it.
+    dr2 = None if data.dr2 is None or np.isnan(data.dr2).all() else data.dr2[rows]
     return _Aligned(matched.panel_index, data.samples, dosage, gp, dr2)
 
 

@@ -25,6 +25,7 @@ from embrag_ds.model.imputer import Imputer
 from embrag_ds.model.losses import Losses, imputation_loss
 
 MODEL_FILE = "model.safetensors"
+_LONGEST_SILENCE_S = 10.0
 _DISJOINT_BINS = [each.name for each in MAF_BINS if not each.name.startswith("all")]
 
 
@@ -38,6 +39,11 @@ class _Interval:
     collate_seconds: float = 0.0
     skipped_before: int = 0
     started: float = field(default_factory=time.monotonic)
+    spoken: float = field(default_factory=time.monotonic)
+
+    def silent_for(self) -> float:
+        """Seconds since anything was said about progress."""
+        return time.monotonic() - self.spoken
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -97,15 +103,16 @@ class Trainer:
             if self.state.step % train.log_every == 0 or last:
                 self._log(interval)
                 interval = self._new_interval()
-            if self.state.step % train.eval_every == 0 or last:
+            elif interval.silent_for() > _LONGEST_SILENCE_S:
+                interval.spoken = time.monotonic()
+                self.world.say(f"step {self.state.step}/{train.max_steps}")
+            if self.state.step % train.eval_every == 0:
                 with interval.paused():
                     self._validate()
             if self.state.step % train.checkpoint_every == 0 or last or self._out_of_patience():
                 with interval.paused():
                     self._save()
-        if self._out_of_patience():
-            self.world.say(f"stopped early: no better score in {self.state.validations_since_best} validations")
-        self.world.say(f"model: {self.run_dir / MODEL_FILE}")
+        self._close()
 
     def _step(self, interval: _Interval) -> None:
         """One optimiser step: ``accumulation`` micro-batches of one window each."""
@@ -163,6 +170,7 @@ class Trainer:
 
     def _validate(self) -> None:
         self.engine.eval()
+        self.world.say(f"validating on {self.validator}")
         scores = self.validator.scores(self.engine, self.reference.collate)
         values = {name: asdict(score) for name, score in scores.items()}
         score = _selection_score(scores)
@@ -170,7 +178,7 @@ class Trainer:
         self.state.validations_since_best = 0 if improved else self.state.validations_since_best + 1
         if improved:
             self.state.best_score = score
-            export_model(self.run_dir / MODEL_FILE, self.engine, self.reference, self.embrag, self.world)
+            self._export()
         self.record.write("validation", self.state.step, {**values, "score": score}, self.engine)
         for name, each in scores.items():
             self.world.say(
@@ -183,6 +191,19 @@ class Trainer:
         keep = self.embrag.train.keep_checkpoints
         directory = self.run_dir / "checkpoints"
         save_checkpoint(directory, self.engine, self.state, self.reference, self.embrag, keep, self.world)
+
+    def _close(self) -> None:
+        """Say how it ended; a run too short for a validation leaves the model of its last step."""
+        if self._out_of_patience():
+            self.world.say(f"stopped early: no better score in {self.state.validations_since_best} validations")
+        which = f"of the best validation ({self.state.best_score:.4f})"
+        if not math.isfinite(self.state.best_score):
+            self._export()
+            which = "of the last step (no validation was due)"
+        self.world.say(f"model {which}: {self.run_dir / MODEL_FILE}")
+
+    def _export(self) -> None:
+        export_model(self.run_dir / MODEL_FILE, self.engine, self.reference, self.embrag, self.world)
 
     def _out_of_patience(self) -> bool:
         patience = self.embrag.train.patience

@@ -46,6 +46,10 @@ class Validator:
         chosen = np.linspace(0, len(data) - 1, min(settings.windows, len(data))).round().astype(int)
         self._tasks = [(mask, int(window)) for mask in range(len(VALIDATION_MASKS)) for window in chosen]
 
+    def __str__(self) -> str:
+        windows = len(self._tasks) // len(VALIDATION_MASKS)
+        return f"{len(self._people)} held-out people, {windows} windows, {len(VALIDATION_MASKS)} frozen mask sets"
+
     def scores(
         self, predict: Callable[[Batch], Prediction], collate: Callable[[Samples], Batch]
     ) -> dict[str, MaskScores]:

@@ -12,7 +12,7 @@ from embrag_ds.data.tokens import ALT, REF
 from embrag_ds.errors import require
 from embrag_ds.model.embedding import HaplotypeEmbedding, gather_embeddings
 from embrag_ds.model.fusion import GatedFusion
-from embrag_ds.model.pooling import CopyingPooling, DistancePooling, pool, pooled_embedding
+from embrag_ds.model.pooling import CopyingPooling, DistancePooling, pooled_embedding
 from embrag_ds.model.transformer import Transformer
 from embrag_ds.retrieval.cache import site_weights
 from embrag_ds.retrieval.collate import Batch
@@ -83,8 +83,7 @@ class Imputer(nn.Module):
             reference = own[:, REF] + dosage[..., None].to(step.dtype) * step
         else:
             weight = site_weights(whole)
-            weights = self.pooling(batch, retrieved, weight / weight.mean())
-            pooled = pool(weights, retrieved, len(sites.population_frequency))
+            pooled = self.pooling(batch, retrieved, weight / weight.mean())
             codebook = own if retrieved.codebook is None else retrieved.codebook
             reference = pooled_embedding(pooled, retrieved, codebook)
             dosage = pooled.dosage

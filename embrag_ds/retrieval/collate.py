@@ -36,9 +36,9 @@ class Retrieved:
     """What was retrieved for a batch; here L counts the core's sites.
 
     ``ids`` int64 [B, K] number haplotypes of the reference set, nearest first; ``alleles`` uint8
-    [B, K, L] are theirs, ``mismatch`` bool [B, K, T] says where they differ from what the query shows
-    (in the order of :attr:`Batch.typed`), ``population`` int64 [B, K] names their populations.
-    ``codebook`` [L, V, D] encodes them, unless the encoding is ``live`` (None: the model's own).
+    [B, K, L] are theirs, ``mismatch`` bool [B, T, K] says where they differ from what the query shows
+    (in the order of :attr:`Batch.typed`; False in its filled-up part), ``population`` int64 [B, K] names their
+    populations. ``codebook`` [L, V, D] encodes them, unless the encoding is ``live`` (None: the model's own).
     ``embeddings`` [B, K, L, D] come only from the dense store. ``generation`` and ``snapshot_step`` say
     how old the encoding is.
     """
@@ -135,11 +135,14 @@ class RetrievalCollator:
         code = source.code(query.window)
         found = store.search(query, code, self.k)
         reference = torch.from_numpy(self._data.reference_alleles(query.window)).to(self._device)
-        at_typed = reference[found.ids[:, :, None], batch.typed[:, None, :]]
+        place = torch.arange(batch.typed.shape[1], device=self._device)
+        valid = place < batch.typed_count[:, None]
+        at_typed = reference[found.ids[:, None, :], batch.typed[:, :, None]]
+        differs = at_typed != query.tokens.gather(1, batch.typed)[:, :, None]
         return Retrieved(
             ids=found.ids,
             alleles=reference[:, batch.core][found.ids],
-            mismatch=at_typed != query.tokens.gather(1, batch.typed)[:, None, :],
+            mismatch=differs & valid[:, :, None],
             population=self._population_of[found.ids],
             codebook=None if self._live else code.codebook,
             embeddings=store.embeddings(query.window, found.ids),

@@ -169,6 +169,7 @@ def test_an_absent_panel_is_a_user_error_naming_it(tmp_path: Path) -> None:
         open_panel(tmp_path / "absent.vcf.gz", tmp_path / "cache", progress=False)
 
 
+@settings(deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     sites=st.integers(1, 20),

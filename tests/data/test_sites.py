@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embrag_ds.data.sites import Harmonised, SiteTable, harmonise
@@ -90,6 +90,7 @@ site = st.tuples(st.sampled_from("12"), st.integers(1, 4), st.sampled_from("ACG"
 sorted_sites = st.lists(site, unique=True, max_size=12).map(sorted)
 
 
+@settings(deadline=None)
 @given(target=sorted_sites, panel=sorted_sites)
 def test_harmonise_equals_a_loop_over_all_pairs(target: list[Row], panel: list[Row]) -> None:
     expected = []
@@ -112,9 +113,7 @@ def test_harmonise_equals_a_loop_over_all_pairs(target: list[Row], panel: list[R
             match(target, panel)
         return
     found = match(target, panel)
-    triples = list(
-        zip(found.panel_index.tolist(), found.target_index.tolist(), found.swapped.tolist(), strict=True)
-    )
+    triples = list(zip(found.panel_index.tolist(), found.target_index.tolist(), found.swapped.tolist(), strict=True))
     assert triples == sorted(expected)
     assert len(set(found.panel_index.tolist())) == len(found.panel_index)
     assert found.dropped == dropped

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embrag_ds.data.sites import SiteTable
@@ -36,6 +37,7 @@ def layouts(draw: st.DrawFn) -> tuple[list[int], int, int, int]:
     return lengths, window, overlap, draw(st.integers(0, 60))
 
 
+@settings(deadline=None)
 @given(layouts())
 def test_every_site_lies_in_one_or_two_cores(layout: tuple[list[int], int, int, int]) -> None:
     lengths, *shape = layout
@@ -48,6 +50,7 @@ def test_every_site_lies_in_one_or_two_cores(layout: tuple[list[int], int, int, 
     assert uncovered(windows, len(count)) == 0
 
 
+@settings(deadline=None)
 @given(layouts())
 def test_cores_are_no_longer_than_asked_and_equally_long_on_a_contig(layout: tuple[list[int], int, int, int]) -> None:
     lengths, window_sites, overlap, flank = layout
@@ -61,6 +64,7 @@ def test_cores_are_no_longer_than_asked_and_equally_long_on_a_contig(layout: tup
         assert len(found) == 1 or lengths[contig] > window_sites
 
 
+@settings(deadline=None)
 @given(layouts())
 def test_windows_stay_on_their_contig_and_flanks_are_clipped_only_at_its_ends(
     layout: tuple[list[int], int, int, int],
@@ -79,12 +83,13 @@ def test_windows_stay_on_their_contig_and_flanks_are_clipped_only_at_its_ends(
         assert np.array_equal(core, everything[window.core_sites]) and len(core) > 0
 
 
+@settings(deadline=None)
 @given(layouts())
 def test_consecutive_cores_share_the_overlap(layout: tuple[list[int], int, int, int]) -> None:
     lengths, window_sites, overlap, flank = layout
     sites = sites_of(lengths)
     windows = make_windows(sites, window_sites, overlap, flank)
-    for left, right in zip(windows, windows[1:], strict=False):
+    for left, right in pairwise(windows):
         if sites.contig[left.core_start] == sites.contig[right.core_start]:
             assert left.core_stop - right.core_start == overlap
 
@@ -100,6 +105,7 @@ def check_blend(windows: list[Window], size: int) -> None:
     assert np.allclose(total, covered, rtol=0, atol=1e-12)
 
 
+@settings(deadline=None)
 @given(layouts())
 def test_blend_weights_sum_to_one_at_every_site(layout: tuple[list[int], int, int, int]) -> None:
     lengths, *shape = layout
@@ -137,6 +143,7 @@ def test_sites_outside_every_core_are_counted(tmp_path: Path) -> None:
     assert uncovered(windows, 10) == 5
 
 
+@settings(deadline=None)
 @given(cuts=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 12)), min_size=1, max_size=6))
 def test_a_windows_file_that_is_accepted_blends_to_one(
     tmp_path_factory: pytest.TempPathFactory, cuts: list[tuple[int, int]]

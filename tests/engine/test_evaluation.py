@@ -278,18 +278,22 @@ def launcher():
     return module
 
 
-def test_command_line(study: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(
+    study: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_dosages(tmp_path / "a.vcf.gz", study["people"], range(SITES), noisy(study, 8, 0.3))
     arguments = [f"--{name}={study[name]}" for name in ("truth", "panel", "target")]
     outputs = [f"--json={tmp_path / 'out.json'}", f"--markdown={tmp_path / 'out.md'}", "--bootstrap=10"]
     main = launcher().main
-    assert main([*arguments, f"--imputed=ours={tmp_path / 'a.vcf.gz'}", "--baselines", *outputs]) == 0
+    ours = f"--imputed=ours={tmp_path / 'a.vcf.gz'}"
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *arguments, ours, "--baselines", *outputs])
+    main()
     assert capsys.readouterr().out.splitlines()[3].startswith("ours")
     assert json.loads((tmp_path / "out.json").read_text())["tools"]["ours"]["aggregate_r2"]["all"] > 0.5
     assert "| ours |" in (tmp_path / "out.md").read_text()
-    assert main([*arguments, f"--imputed={tmp_path / 'none.vcf.gz'}"]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and "none.vcf.gz" in error
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *arguments, f"--imputed={tmp_path / 'none.vcf.gz'}"])
+    with pytest.raises(UserError, match=r"none\.vcf\.gz"):
+        main()
 
 
 @pytest.mark.real

@@ -1,0 +1,298 @@
+"""The sampler visits what it should, and a micro-batch is a function of its number."""
+
+from __future__ import annotations
+
+import gzip
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embrag_ds.data.dataset import (
+    DataConfig,
+    Samples,
+    TrainingSampler,
+    WindowedPanel,
+    exclusion_table,
+    read_manifest,
+    split_people,
+)
+from embrag_ds.data.masking import MaskingConfig, training_masks
+from embrag_ds.data.panel import Panel, Populations, ReferenceSet
+from embrag_ds.data.sites import SiteTable
+from embrag_ds.data.windows import make_windows
+from embrag_ds.errors import UserError
+
+
+def make_panel(people: int, lengths: tuple[int, ...], seed: int = 1) -> tuple[Panel, np.ndarray]:
+    """A panel in memory, ``lengths[i]`` sites on contig ``i + 1``, and its alleles [S, 2N]."""
+    size = sum(lengths)
+    alleles = np.random.default_rng(seed).integers(0, 2, size=(size, 2 * people), dtype=np.uint8)
+    sites = SiteTable(
+        contigs=tuple(str(i + 1) for i in range(len(lengths))),
+        contig_lengths=(0,) * len(lengths),
+        contig=np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
+        pos=np.concatenate([np.arange(1, n + 1) * 100 for n in lengths]),
+        ref=["A"] * size,
+        alt=["C"] * size,
+        id=["."] * size,
+    )
+    samples = tuple(f"p{i}" for i in range(people))
+    packed = np.packbits(alleles, axis=1, bitorder="little")
+    return Panel(Path("panel.vcf.gz"), sites, samples, packed, {}), alleles
+
+
+def make_data(people: list[int], in_panel: int, lengths: tuple[int, ...] = (30, 20)) -> WindowedPanel:
+    panel, _ = make_panel(in_panel, lengths)
+    reference = ReferenceSet(panel, Populations(("all",), np.zeros(in_panel, dtype=np.int64)), np.array(people))
+    return WindowedPanel(reference, make_windows(panel.sites, 12, 3, 2), panel.sites.pos * 1e-6)
+
+
+def make_sampler(data: WindowedPanel, people_per_batch: int, **more: int) -> TrainingSampler:
+    flat = MaskingConfig(random_rate=(0.5, 0.5))
+    return TrainingSampler(data, flat, seed=5, people_per_batch=people_per_batch, **more)
+
+
+def epoch_of(data: WindowedPanel, people_per_batch: int, ranks: int, epoch: int) -> list[Samples]:
+    """Every micro-batch of an epoch, over all ranks."""
+    samplers = [make_sampler(data, people_per_batch, rank=rank, ranks=ranks) for rank in range(ranks)]
+    size = samplers[0].micro_batches_per_epoch
+    places = range(epoch * size, (epoch + 1) * size)
+    return [samplers[place % ranks].samples(place // ranks) for place in places]
+
+
+def key_of(samples: Samples) -> tuple[int, tuple[int, ...]]:
+    return samples.window, tuple(samples.people.tolist())
+
+
+def same(one: Samples, two: Samples) -> bool:
+    return key_of(one) == key_of(two) and all(
+        np.array_equal(getattr(one, name), getattr(two, name)) for name in ("alleles", "hidden")
+    )
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    people=st.lists(st.integers(0, 14), min_size=2, unique=True),
+    per_batch=st.integers(1, 6),
+    ranks=st.integers(1, 3),
+    epoch=st.integers(0, 2),
+)
+def test_an_epoch_visits_every_group_once_and_every_person_at_most_once_per_window(
+    people: list[int], per_batch: int, ranks: int, epoch: int
+) -> None:
+    data = make_data(people, 15)
+    visited = epoch_of(data, per_batch, ranks, epoch)
+    seen = Counter((samples.window, person) for samples in visited for person in samples.people.tolist())
+    groups = Counter(samples.window for samples in visited)
+    size = min(per_batch, len(people))
+    assert set(seen.values()) == {1}
+    assert {person for _, person in seen} <= set(people)
+    assert groups == {window: len(people) // size for window in range(len(data))}
+    assert all(len(samples.people) == size for samples in visited)
+    assert len(people) - sum(window == 0 for window, _ in seen) < size
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_two_ranks_partition_the_epoch_of_one(epoch: int) -> None:
+    data = make_data(list(range(9)), 10)
+    alone, together = epoch_of(data, 2, 1, epoch), epoch_of(data, 2, 2, epoch)
+    assert all(same(one, two) for one, two in zip(alone, together, strict=True))
+    shares = [{key_of(samples) for samples in together[rank::2]} for rank in (0, 1)]
+    assert not shares[0] & shares[1]
+    assert len(shares[0] | shares[1]) == len(together)
+
+
+def test_a_micro_batch_is_a_function_of_its_number() -> None:
+    data = make_data(list(range(9)), 10)
+    numbers = [40, 3, 11, 0, 3]
+    again = {number: make_sampler(make_data(list(range(9)), 10), 2).samples(number) for number in numbers}
+    sampler = make_sampler(data, 2)
+    assert all(same(sampler.samples(number), again[number]) for number in numbers)
+
+
+def test_epochs_and_seeds_differ_in_order_groups_and_masks() -> None:
+    data = make_data(list(range(9)), 10)
+    first, second = epoch_of(data, 2, 1, 0), epoch_of(data, 2, 1, 1)
+    assert [samples.window for samples in first] != [samples.window for samples in second]
+    assert {key_of(samples) for samples in first} != {key_of(samples) for samples in second}
+    other = TrainingSampler(data, MaskingConfig(), seed=6, people_per_batch=2)
+    assert [key_of(other.samples(n)) for n in range(10)] != [key_of(samples) for samples in first[:10]]
+
+
+def test_alleles_are_those_of_the_people_named_flanks_included() -> None:
+    panel, alleles = make_panel(10, (30, 20))
+    data = make_data(list(range(3, 10)), 10)
+    for samples in epoch_of(data, 2, 1, 0):
+        window = data.windows[samples.window]
+        for row, haplotype in enumerate(samples.alleles):
+            column = 2 * samples.people[row // 2] + row % 2
+            assert np.array_equal(haplotype, alleles[window.start : window.stop, column])
+        assert samples.hidden.shape == (len(samples.people), len(window))
+    assert panel.samples == data.reference.panel.samples
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_curriculum_counts_optimiser_steps(accumulation: int) -> None:
+    data = make_data(list(range(9)), 10)
+    masking = MaskingConfig(policies={"random": 1.0}, random_rate=(0.1, 0.9), curriculum_steps=5)
+    sampler = TrainingSampler(data, masking, seed=5, people_per_batch=2, accumulation=accumulation)
+    for number in range(3 * accumulation + 2):
+        samples = sampler.samples(number)
+        step = sum(later % accumulation == 0 for later in range(1, number + 1))
+        sites = data.mask_sites(samples.window)
+        expected = training_masks(masking, sites, 5, 0, step, samples.window, samples.people)
+        assert np.array_equal(samples.hidden, expected)
+
+
+@pytest.mark.parametrize(("ranks", "accumulation"), [(1, 1), (2, 1), (1, 3), (3, 2), (4, 50)])
+def test_steps_per_epoch_is_what_fits_in_an_epoch(ranks: int, accumulation: int) -> None:
+    sampler = make_sampler(make_data(list(range(9)), 10), 2, ranks=ranks, accumulation=accumulation)
+    whole = 0
+    while (whole + 1) * ranks * accumulation <= sampler.micro_batches_per_epoch:
+        whole += 1
+    assert sampler.steps_per_epoch == max(1, whole)
+
+
+def test_too_few_people_to_train_on_is_a_user_error() -> None:
+    with pytest.raises(UserError, match="at least 3 people"):
+        make_sampler(make_data([4], 10), 2)
+
+
+@given(count=st.integers(2, 300), held_out=st.integers(1, 60), seed=st.integers(0, 99))
+def test_held_out_people_are_disjoint_from_the_others_and_at_most_a_tenth(count: int, held_out: int, seed: int) -> None:
+    train, validation = split_people(count, held_out, seed)
+    assert sorted([*train.tolist(), *validation.tolist()]) == list(range(count))
+    assert (np.diff(train) > 0).all() and (np.diff(validation) > 0).all()
+    assert 1 <= len(validation) <= max(1, min(held_out, count / 10))
+    again = split_people(count, held_out, seed)
+    assert np.array_equal(again[0], train) and np.array_equal(again[1], validation)
+
+
+def test_who_is_held_out_depends_on_the_seed() -> None:
+    assert len({tuple(split_people(100, 10, seed)[1].tolist()) for seed in range(5)}) == 5
+
+
+def test_features_and_mask_view_are_the_windows_slice_centred_on_its_core() -> None:
+    data = make_data([0, 2, 3], 6)
+    for number, window in enumerate(data.windows):
+        features, sites = data.features(number), data.mask_sites(number)
+        span = slice(window.start, window.stop)
+        core = data.position_cm[window.core_sites]
+        centre = (core[0] + core[-1]) / 2
+        assert features.position == pytest.approx(data.position_cm[span] - centre, abs=1e-9)
+        assert np.array_equal(features.frequency, data.reference.allele_frequency[span])
+        assert np.array_equal(features.population_frequency, data.reference.population_frequency[:, span])
+        assert features.position.dtype == features.frequency.dtype == features.population_frequency.dtype == np.float32
+        assert np.array_equal(sites.pos, data.reference.panel.sites.pos[span])
+        assert sites.maf == pytest.approx([min(p, 1 - p) for p in features.frequency.tolist()], abs=1e-6)
+
+
+def test_reference_alleles_of_a_window_are_the_sets_own() -> None:
+    _, alleles = make_panel(6, (30, 20))
+    data = make_data([4, 0, 5], 6)
+    for _ in range(2):  # the second time from memory
+        for number, window in enumerate(data.windows):
+            expected = alleles[window.start : window.stop, [0, 1, 8, 9, 10, 11]].T
+            assert np.array_equal(data.reference_alleles(number), expected)
+
+
+VCF_MANIFEST = "##fileformat=VCFv4.3\n#CHROM\tPOS\tID\tREF\tALT\n1\t200\t.\tA\tC\n2\t100\t.\tA\tC\n9\t100\t.\tA\tC\n"
+PLAIN_MANIFEST = "2 100\n\n1 200 anything\n1 201\n"
+
+
+@pytest.mark.parametrize("text", [VCF_MANIFEST, PLAIN_MANIFEST], ids=["vcf", "plain"])
+@pytest.mark.parametrize("suffix", [".txt", ".gz"])
+def test_a_manifest_marks_exactly_its_sites(tmp_path: Path, text: str, suffix: str) -> None:
+    path = tmp_path / f"array{suffix}"
+    path.write_bytes(gzip.compress(text.encode()) if suffix == ".gz" else text.encode())
+    panel, _ = make_panel(2, (3, 2))
+    assert read_manifest(path, panel).tolist() == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"1 200\n1 x\n", "line 2: expected contig and position"),
+        (b"1 200\n1\n", "line 2: expected contig and position"),
+        (b"chr1 200\n", "no site of the manifest is in panel.vcf.gz"),
+        (b"", "no site of the manifest"),
+        (b"\xff\xfe\x00", "cannot read"),
+    ],
+)
+def test_errors_of_a_manifest_name_file_and_fault(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "array.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as fault:
+        read_manifest(path, make_panel(2, (3, 2))[0])
+    assert str(path) in str(fault.value) and "\n" not in str(fault.value)
+
+
+DAMAGED = bytearray(gzip.compress(PLAIN_MANIFEST.encode(), mtime=0))
+DAMAGED[10] = 0x07  # no such kind of block
+
+
+@pytest.mark.parametrize(
+    "content",
+    [PLAIN_MANIFEST.encode(), gzip.compress(PLAIN_MANIFEST.encode(), mtime=0)[:-12], bytes(DAMAGED)],
+    ids=["not gzipped", "truncated", "damaged"],
+)
+def test_a_gzipped_manifest_that_cannot_be_read_is_a_user_error(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "array.vcf.gz"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="cannot read"):
+        read_manifest(path, make_panel(2, (3, 2))[0])
+
+
+def test_nobody_may_retrieve_itself() -> None:
+    assert exclusion_table(("a", "b", "c"), None).tolist() == [[0], [1], [2]]
+
+
+def test_relatives_exclude_each_other_both_ways(tmp_path: Path) -> None:
+    path = tmp_path / "relatives.txt"
+    path.write_text("a c\n\nb\ta\n", encoding="utf-8")
+    table = exclusion_table(("a", "b", "c", "d"), path)
+    assert [set(row.tolist()) - {-1} for row in table] == [{0, 1, 2}, {0, 1}, {0, 2}, {3}]
+    assert table[:, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_a_pair_listed_twice_or_with_itself_counts_once(tmp_path: Path) -> None:
+    """The table's width limits how many neighbours anybody can have."""
+    path = tmp_path / "relatives.txt"
+    path.write_text("a b\nb a\na b\nc c\n", encoding="utf-8")
+    assert exclusion_table(("a", "b", "c"), path).tolist() == [[0, 1], [1, 0], [2, -1]]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"a b\na z\n", "line 2"), (b"a\n", "line 1"), (b"a b c\n", "line 1"), (b"\xff\xfe\x00", "cannot read")],
+)
+def test_errors_of_the_relatives_name_file_and_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "relatives.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as fault:
+        exclusion_table(("a", "b", "c"), path)
+    assert str(path) in str(fault.value)
+
+
+def test_an_absent_file_of_relatives_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read"):
+        exclusion_table(("a",), tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"window_sites": 1, "overlap_sites": 0}, "data.window_sites"),
+        ({"window_sites": 30, "overlap_sites": 11}, "data.overlap_sites"),
+        ({"overlap_sites": -1}, "data.overlap_sites"),
+        ({"flank_sites": -1}, "data.flank_sites"),
+        ({"validation_people": 0}, "data.validation_people"),
+    ],
+)
+def test_bad_settings_are_user_errors_naming_the_key(settings: dict, key: str) -> None:
+    with pytest.raises(UserError, match=key):
+        DataConfig(**settings)

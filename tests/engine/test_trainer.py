@@ -1,0 +1,416 @@
+"""Training: the same run whatever interrupts it, what it logs, and that it learns."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from embrag_ds.config import RunConfig
+from embrag_ds.data.dataset import Samples
+from embrag_ds.engine.checkpoint import read_export
+from embrag_ds.engine.initialize import World
+from embrag_ds.engine.inputs import PanelFiles, PanelInputs, open_inputs
+from embrag_ds.engine.trainer import MODEL_FILE, Trainer
+from embrag_ds.errors import UserError
+from embrag_ds.model.losses import imputation_loss
+from embrag_ds.retrieval.collate import Batch, SiteTensors, site_tensors
+
+Metrics = Callable[..., list[dict[str, Any]]]
+MakeTrainer = Callable[..., Trainer]
+MakeConfig = Callable[..., RunConfig]
+TIMES = ("seconds", "people_per_second", "step_ms", "retrieval_wait_share")
+NO_DROPOUT = "embrag.model.dropout=0"
+STRONG = "optimizer.params.lr=0.02"
+
+
+def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def losses(lines: list[dict[str, Any]]) -> list[float]:
+    return [line["loss"] for line in lines]
+
+
+ENCODINGS = {
+    "fixed": ["embrag.retrieval.encoding=fixed"],
+    "refresh": ["embrag.retrieval.encoding=refresh", "embrag.retrieval.refresh.every_steps=3"],
+    "live": ["embrag.retrieval.encoding=live"],
+}
+
+
+@pytest.mark.parametrize(
+    ("encoding", "cut"),
+    # With refresh: generations begin at steps 0, 3 and 6; the cut lies between two, and at one.
+    [("fixed", 4), ("refresh", 4), ("refresh", 6), ("live", 4)],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(
+    make_trainer: MakeTrainer, metrics_of: Metrics, encoding: str, cut: int
+) -> None:
+    overrides = [*ENCODINGS[encoding], "gradient_accumulation_steps=2", "embrag.model.dropout=0.1", STRONG]
+    overrides.append("embrag.train.eval_every=4")
+    make_trainer("whole", *overrides, "embrag.train.max_steps=8").run()
+    make_trainer("cut", *overrides, f"embrag.train.max_steps={cut}").run()
+    torch.manual_seed(99)  # another process has other random numbers
+    np.random.seed(99)
+    make_trainer("cut", *overrides, "embrag.train.max_steps=8", resume=True).run()
+
+    whole = timeless(metrics_of("whole"))
+    assert [line["step"] for line in whole] == list(range(1, 9))
+    assert len(set(losses(whole))) == 8
+    assert timeless(metrics_of("cut")) == whole
+    assert timeless(metrics_of("cut", "validation"))[-1] == timeless(metrics_of("whole", "validation"))[-1]
+
+
+def test_a_run_killed_between_checkpoints_logs_every_step_once(
+    make_trainer: MakeTrainer, metrics_of: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ["embrag.train.checkpoint_every=2", "embrag.train.max_steps=6"]
+    make_trainer("whole", *overrides).run()
+    trainer = make_trainer("killed", *overrides)
+    step = trainer._step
+
+    def dies(interval: Any) -> None:
+        if trainer.state.step == 5:
+            raise KeyboardInterrupt
+        step(interval)
+
+    monkeypatch.setattr(trainer, "_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    make_trainer("killed", *overrides, resume=True).run()
+    assert timeless(metrics_of("killed")) == timeless(metrics_of("whole"))
+
+
+def test_resuming_a_finished_run_changes_nothing(
+    make_trainer: MakeTrainer, metrics_of: Metrics, tmp_path: Path
+) -> None:
+    make_trainer("run", "embrag.train.max_steps=2").run()
+    lines, model = metrics_of("run"), (tmp_path / "run" / MODEL_FILE).read_bytes()
+    make_trainer("run", "embrag.train.max_steps=2", resume=True).run()
+    assert metrics_of("run") == lines and (tmp_path / "run" / MODEL_FILE).read_bytes() == model
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "embrag.seed=6",
+        "embrag.data.window_sites=60",
+        "embrag.masking.scope=window",
+        "embrag.retrieval.k=8",
+        "embrag.loss.genotype_weight=0",
+        "train_micro_batch_size_per_gpu=3",
+        "gradient_accumulation_steps=2",
+    ],
+)
+def test_a_run_with_other_settings_is_not_a_continuation(make_trainer: MakeTrainer, override: str) -> None:
+    make_trainer("run", "embrag.train.max_steps=1").run()
+    with pytest.raises(UserError, match=r"checkpoints: .*differs"):
+        make_trainer("run", override, resume=True)
+
+
+def test_another_network_is_not_a_continuation(make_trainer: MakeTrainer) -> None:
+    make_trainer("run", "embrag.train.max_steps=1").run()
+    with pytest.raises(UserError, match=r"embrag\.model differs"):
+        make_trainer("run", "embrag.model.layers=2", resume=True)
+
+
+def test_loop_settings_may_change_on_resume(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
+    make_trainer("run", "embrag.train.max_steps=1").run()
+    make_trainer("run", "embrag.train.max_steps=2", "embrag.train.eval_every=1", resume=True).run()
+    assert [line["step"] for line in metrics_of("run")] == [1, 2]
+
+
+def test_there_must_be_something_to_resume(make_trainer: MakeTrainer) -> None:
+    with pytest.raises(UserError, match="no checkpoint to resume from"):
+        make_trainer("empty", resume=True)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_zero_3_with_every_parameter_partitioned_trains_as_stage_1(
+    make_trainer: MakeTrainer, metrics_of: Metrics, encoding: str
+) -> None:
+    overrides = [*ENCODINGS[encoding], STRONG]
+    make_trainer("one", *overrides).run()
+    zero3 = ["zero_optimization.stage=3", "zero_optimization.stage3_param_persistence_threshold=0"]
+    make_trainer("three", *overrides, *zero3).run()
+    np.testing.assert_allclose(losses(metrics_of("three")), losses(metrics_of("one")), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "generation", "age"),
+    [
+        (["embrag.retrieval.encoding=fixed"], lambda index: 0, lambda index: index),
+        (ENCODINGS["refresh"], lambda index: index // 3, lambda index: index % 3),
+        (
+            ["embrag.retrieval.encoding=refresh", "embrag.retrieval.refresh.every_epochs=1"],
+            lambda index: index // 4,
+            lambda index: index % 4,
+        ),
+        (["embrag.retrieval.encoding=live"], lambda index: index, lambda index: 0),
+    ],
+    ids=["fixed", "every 3 steps", "every epoch", "live"],
+)
+def test_generation_and_staleness_are_those_of_the_batches(
+    make_trainer: MakeTrainer,
+    metrics_of: Metrics,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: list[str],
+    generation: Callable[[int], int],
+    age: Callable[[int], int],
+) -> None:
+    """Logged, carried by the batch, and true: the codebook is what the layer said at the snapshot's step."""
+    size = "train_micro_batch_size_per_gpu=12"  # 54 people: 4 groups, 5 windows
+    trainer = make_trainer("run", *overrides, size, "gradient_accumulation_steps=5", "embrag.train.max_steps=9", STRONG)
+    assert trainer.sampler.steps_per_epoch == 4
+    collate = trainer.reference.collate
+    seen: list[tuple[int, Batch]] = []
+    said: dict[tuple[int, int], torch.Tensor] = {}
+
+    def record(samples: Samples) -> Batch:
+        step = trainer.state.step
+        batch = collate(samples)
+        if not seen or seen[-1][0] != step:
+            with torch.no_grad():
+                for window in range(len(trainer.sampler.data)):
+                    sites = window_sites(trainer, window)
+                    said[step, window] = trainer.engine.module.embedding.codebook(sites)
+        seen.append((step, batch))
+        return batch
+
+    monkeypatch.setattr(trainer.reference, "collate", record)
+    monkeypatch.setattr(trainer, "_validate", lambda: None)
+    trainer.run()
+    lines = metrics_of("run")
+    assert [line["staleness"] for line in lines] == [age(index) for index in range(9)]
+    assert [line["generation"] for line in lines] == [generation(index) for index in range(9)]
+    for step, batch in seen:
+        assert batch.retrieved is not None
+        if batch.retrieved.codebook is None:
+            continue  # live: the model's own
+        assert (batch.retrieved.generation, step - batch.retrieved.snapshot_step) == (generation(step), age(step))
+        expected = said[step - age(step), batch.window][batch.core]
+        torch.testing.assert_close(batch.retrieved.codebook, expected, rtol=0, atol=0)
+    assert not torch.equal(said[0, 0], said[8, 0])
+
+
+def window_sites(trainer: Trainer, window: int) -> SiteTensors:
+    return site_tensors(trainer.sampler.data, window, trainer.world.device)
+
+
+def test_staleness_matters_to_the_loss(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
+    """Otherwise the tests of the encodings above would pass on a cache that nobody reads."""
+    for name, overrides in ENCODINGS.items():
+        make_trainer(name, *overrides, STRONG, NO_DROPOUT).run()
+    by_encoding = {name: losses(metrics_of(name)) for name in ENCODINGS}
+    assert by_encoding["fixed"][:3] == by_encoding["refresh"][:3]
+    assert by_encoding["fixed"][3:] != by_encoding["refresh"][3:] != by_encoding["live"][3:]
+
+
+def test_the_dense_store_trains_as_the_factored_one(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
+    """The same neighbours and embeddings, by FAISS over [H, L x D] rows and by weighted alleles."""
+    everybody = "embrag.retrieval.k=106"  # all that every person may retrieve: ties change nothing
+    for store in ("factored", "dense"):
+        overrides = [*ENCODINGS["refresh"], everybody, NO_DROPOUT, STRONG, f"embrag.retrieval.store={store}"]
+        trainer = make_trainer(store, *overrides)
+        retrieved = trainer.reference.collate(trainer.sampler.samples(0)).retrieved
+        assert retrieved is not None and (retrieved.embeddings is None) == (store == "factored")
+        trainer.run()
+    np.testing.assert_allclose(losses(metrics_of("dense")), losses(metrics_of("factored")), rtol=1e-3)
+
+
+def predicted(trainer: Trainer, batch: Batch) -> Any:
+    trainer.engine.eval()
+    with torch.no_grad():
+        return trainer.engine(batch)
+
+
+def test_without_retrieval_it_trains_from_frequencies(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
+    trainer = make_trainer("none", "embrag.retrieval.mode=none")
+    batch = trainer.reference.collate(trainer.sampler.samples(0))
+    assert batch.retrieved is None
+    expected = torch.logit(batch.sites.frequency[batch.core], eps=1e-5)
+    torch.testing.assert_close(predicted(trainer, batch).prior, expected.expand(12, -1))
+    trainer.run()
+    assert len(metrics_of("none")) == 6 and np.isfinite(losses(metrics_of("none"))).all()
+
+
+def test_an_untrained_network_is_its_retrieval(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("run")
+    prediction = predicted(trainer, trainer.reference.collate(trainer.sampler.samples(0)))
+    assert torch.equal(prediction.logits, prediction.prior)
+
+
+@pytest.mark.parametrize("override", ["embrag.retrieval.mode=none", "embrag.retrieval.mode=embedding"])
+def test_a_micro_batch_can_be_learned_by_heart(
+    make_trainer: MakeTrainer, metrics_of: Metrics, monkeypatch: pytest.MonkeyPatch, override: str
+) -> None:
+    trainer = make_trainer("run", override, NO_DROPOUT, STRONG, "embrag.train.max_steps=40")
+    samples = trainer.sampler.samples(0)
+    monkeypatch.setattr(trainer.sampler, "samples", lambda micro_batch: samples)
+    trainer.run()
+    curve = losses(metrics_of("run"))
+    assert curve[-1] < 0.75 * curve[0]
+
+
+def test_training_lowers_the_loss_on_other_masks(make_trainer: MakeTrainer) -> None:
+    """Distance pooling starts out far too soft, so there is something to learn in 40 steps."""
+    trainer = make_trainer(
+        "run", "embrag.model.fusion=rare_variant", NO_DROPOUT, "optimizer.params.lr=0.03", "embrag.train.max_steps=40"
+    )
+
+    def loss() -> float:
+        total = 0.0
+        for micro_batch in range(1000, 1012):
+            batch = trainer.reference.collate(trainer.sampler.samples(micro_batch))
+            logits = predicted(trainer, batch).logits
+            total += float(imputation_loss(logits, batch.alleles, batch.hidden, trainer.embrag.loss).total)
+        return total
+
+    before = loss()
+    trainer.run()
+    assert loss() < 0.97 * before
+
+
+@pytest.mark.parametrize("patience", [1, 2])
+def test_patience_stops_after_that_many_validations_without_a_better_score(
+    make_trainer: MakeTrainer, metrics_of: Metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: int
+) -> None:
+    overrides = [f"embrag.train.patience={patience}", "embrag.train.eval_every=1", "embrag.train.max_steps=20"]
+    trainer = make_trainer("run", *overrides)
+    planned = iter([0.1, 0.3, 0.2, 0.4, 0.4, 0.3, 0.2, 0.1])
+    monkeypatch.setattr("embrag_ds.engine.trainer._selection_score", lambda scores: next(planned))
+    trainer.run()
+    # 0.3 is the best when 0.2 comes; with one more chance 0.4 is, and an equal score is no better one.
+    stopped = {1: 3, 2: 6}[patience]
+    assert [line["step"] for line in metrics_of("run", "validation")] == list(range(1, stopped + 1))
+    assert (tmp_path / "run" / "checkpoints" / f"step{stopped}").is_dir()
+    # Resuming does not wake it up.
+    make_trainer("run", *overrides, resume=True).run()
+    assert len(metrics_of("run", "validation")) == stopped
+
+
+def test_the_export_is_the_best_model_not_the_last(
+    make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer("run", "embrag.train.eval_every=1", "embrag.train.max_steps=3", STRONG)
+    planned = iter([0.1, 0.3, 0.2])
+    kept = []
+
+    def score(scores: object) -> float:
+        kept.append({name: value.clone() for name, value in trainer.engine.module.state_dict().items()})
+        return next(planned)
+
+    monkeypatch.setattr("embrag_ds.engine.trainer._selection_score", score)
+    trainer.run()
+    weights = read_export(tmp_path / "run" / MODEL_FILE).weights
+    assert all(torch.equal(value, kept[1][name]) for name, value in weights.items())
+    assert not all(torch.equal(value, kept[2][name]) for name, value in weights.items())
+
+
+def test_only_the_newest_checkpoints_are_kept(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    make_trainer(
+        "run", "embrag.train.checkpoint_every=1", "embrag.train.max_steps=11", "embrag.train.keep_checkpoints=2"
+    ).run()
+    found = {path.name for path in (tmp_path / "run" / "checkpoints").glob("step*")}
+    assert found == {"step10", "step11"}
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step11"
+
+
+TWO_RANKS = """
+import json, sys
+from pathlib import Path
+from embrag_ds.config import load_config
+from embrag_ds.engine.initialize import start_world
+from embrag_ds.engine.inputs import PanelFiles, open_inputs
+from embrag_ds.engine.trainer import Trainer
+
+config, panel, out = (Path(each) for each in sys.argv[-3:])
+world = start_world()
+
+def train(name, steps, resume, *overrides):
+    run = load_config(config, [f"embrag.train.max_steps={steps}", *overrides])
+    trainer = Trainer(run, open_inputs(PanelFiles(panel), run.embrag.data, False), out / name, world, resume)
+    draw, seen = trainer.sampler.samples, []
+    def record(micro_batch):
+        samples = draw(micro_batch)
+        seen.append([samples.window, *samples.people.tolist()])
+        return samples
+    trainer.sampler.samples = record
+    trainer.run()
+    return seen
+
+zero3 = ["zero_optimization.stage=3", "zero_optimization.stage3_param_persistence_threshold=0"]
+seen = train("whole", 4, False)
+train("cut", 2, False)
+train("cut", 4, True)
+train("three", 4, False, *zero3)
+(out / f"seen{world.rank}.json").write_text(json.dumps(seen))
+world.close()
+"""
+
+
+def test_two_ranks_are_one_run(
+    make_config: MakeConfig, metrics_of: Metrics, inputs: PanelInputs, world: World, tmp_path: Path, root: Path
+) -> None:
+    """Launched by ``deepspeed``: two ranks do what one rank does with two micro-batches a step, and resume."""
+    config = make_config(*ENCODINGS["refresh"], NO_DROPOUT, STRONG, "embrag.train.eval_every=4")
+    (tmp_path / "shared.json").write_text(json.dumps(config.as_dict()))
+    (tmp_path / "two_ranks.py").write_text(TWO_RANKS)
+    script = [tmp_path / "two_ranks.py", tmp_path / "shared.json", inputs.panel.path, tmp_path]
+    launched = run_deepspeed(root, "--num_accelerators", "2", *script)
+    assert launched.returncode == 0, launched.stdout + launched.stderr
+
+    seen = [json.loads((tmp_path / f"seen{rank}.json").read_text()) for rank in (0, 1)]
+    micro_batches = [tuple(each) for rank in seen for each in rank]
+    assert len(set(micro_batches)) == len(micro_batches) == 8
+    assert any(a[0] != b[0] for a, b in zip(*seen, strict=True))
+
+    whole = timeless(metrics_of("whole"))
+    assert [line["step"] for line in whole] == [1, 2, 3, 4]
+    assert timeless(metrics_of("cut")) == whole
+    np.testing.assert_allclose(losses(metrics_of("three")), losses(whole), rtol=1e-4)
+    versions = json.loads((tmp_path / "whole" / "versions.json").read_text())
+    assert (versions["ranks"], versions["global_batch_people"]) == (2, 12)
+
+    # The script gives neither map nor samples.
+    plain = open_inputs(PanelFiles(inputs.panel.path), config.embrag.data, progress=False)
+    deepspeeds = {**config.deepspeed, "gradient_accumulation_steps": 2}
+    train = dataclasses.replace(config.embrag.train, max_steps=4)
+    one = RunConfig(dataclasses.replace(config.embrag, train=train), deepspeeds)
+    Trainer(one, plain, tmp_path / "single", world, resume=False).run()
+    single = timeless(metrics_of("single"))
+    for key in ("gradient_norm", "loss"):
+        of_both = [[line[key] for line in lines] for lines in (whole, single)]
+        np.testing.assert_allclose(*of_both, rtol=1e-3, err_msg=key)
+    scores = [metrics_of(name, "validation")[-1]["score"] for name in ("whole", "single")]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
+def run_deepspeed(root: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """``deepspeed`` as a user would call it, on a port of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [str(Path(sys.executable).with_name("deepspeed")), "--master_port", str(port), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        timeout=120,
+    )

@@ -1,0 +1,265 @@
+"""The three entry points as a user calls them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pysam
+import pytest
+
+from embrag_ds.data.simulate import DefaultData
+from embrag_ds.data.vcf import read_dosages, read_phased, write_phased
+from embrag_ds.engine.initialize import World
+from embrag_ds.launching import run_main
+
+TINY = [
+    "embrag.data.window_sites=64",
+    "embrag.data.overlap_sites=16",
+    "embrag.data.flank_sites=32",
+    "embrag.data.validation_people=6",
+    "embrag.retrieval.k=16",
+    "embrag.model.dims=16",
+    "embrag.model.layers=1",
+    "embrag.train.max_steps=3",
+    "embrag.train.log_every=1",
+    "embrag.validation.windows=1",
+    "train_micro_batch_size_per_gpu=6",
+]
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def launch(root: Path) -> Launch:
+    """Run a script of ``launch/`` in a process of its own, with ``deepspeed`` or plain ``python``."""
+
+    def run(command: str, script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        environment = {name: value for name, value in os.environ.items() if name not in ranks}
+        environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+        start = [sys.executable]
+        if command == "deepspeed":
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            start = [
+                str(Path(sys.executable).with_name("deepspeed")),
+                "--num_accelerators",
+                "1",
+                f"--master_port={port}",
+            ]
+        return subprocess.run(
+            [*start, str(root / "launch" / script), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+            timeout=180,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def panel_options(simulated: DefaultData) -> list[str]:
+    return [f"--panel={simulated.panel}", f"--map={simulated.genetic_map}", f"--samples={simulated.samples}"]
+
+
+@pytest.fixture(scope="session")
+def train_options(root: Path, cache_dir: Path, panel_options: list[str]) -> list[str]:
+    settings = [f"--set={each}" for each in (*TINY, f"embrag.data.cache_dir={cache_dir}")]
+    return ["--deepspeed_config", str(root / "ds_configs" / "quickstart.json"), *panel_options, *settings]
+
+
+@pytest.fixture(scope="session")
+def run_dir(launch: Launch, train_options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run trained through the ``deepspeed`` launcher."""
+    run_dir = tmp_path_factory.mktemp("command-line") / "run"
+    done = launch("deepspeed", "train.py", *train_options, "--run-dir", run_dir)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 3/3" in done.stdout and "Traceback" not in done.stderr
+    return run_dir
+
+
+def test_train_impute_evaluate(
+    launch: Launch, run_dir: Path, simulated: DefaultData, panel_options: list[str], tmp_path: Path
+) -> None:
+    present = {path.name for path in run_dir.iterdir()}
+    assert present == {"checkpoints", "config.json", "metrics.jsonl", "model.safetensors", "versions.json"}
+    out = tmp_path / "imputed.vcf.gz"
+    done = launch(
+        "python", "impute.py", "--run-dir", run_dir, *panel_options, f"--target={simulated.target}", "--out", out
+    )
+    assert done.returncode == 0, done.stderr
+    assert "9 people" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"imputed.vcf.gz", "imputed.vcf.gz.tbi"}
+    assert len(read_dosages(out).sites) == len(read_phased(simulated.panel).sites)
+
+    arguments = [f"--truth={simulated.truth}", f"--panel={simulated.panel}", f"--target={simulated.target}"]
+    outputs = [f"--json={tmp_path / 'out.json'}", f"--markdown={tmp_path / 'out.md'}"]
+    done = launch("python", "evaluate.py", *arguments, f"--imputed=ours={out}", "--baselines", *outputs)
+    assert done.returncode == 0, done.stderr
+    table = done.stdout.splitlines()
+    assert table[0].startswith("Aggregate dosage r2") and any(line.startswith("ours ") for line in table)
+    scores = json.loads((tmp_path / "out.json").read_text())["tools"]
+    assert scores["ours"]["aggregate_r2"]["all"] > scores["allele frequency"]["aggregate_r2"]["all"] + 0.1
+    assert "| ours |" in (tmp_path / "out.md").read_text()
+
+
+def test_a_bad_key_stops_the_launcher_with_one_line(launch: Launch, train_options: list[str], tmp_path: Path) -> None:
+    done = launch("deepspeed", "train.py", *train_options, "--run-dir", tmp_path / "run", "--set=embrag.model.dim=3")
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "unknown key embrag.model.dim; did you mean 'dims'?" in errors[0]
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_model_is_one_line_and_nothing_else(launch: Launch, tmp_path: Path) -> None:
+    done = launch("python", "impute.py", "--run-dir", tmp_path / "none", "--out", tmp_path / "out.vcf.gz")
+    assert done.returncode == 2
+    # DeepSpeed says on either stream that it found no GPU.
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "[WARNING]" not in line]
+    assert len(said) == 1 and said[0].startswith(f"error: {tmp_path / 'none' / 'model.safetensors'}: cannot read")
+
+
+Fails = Callable[..., str]
+
+
+@pytest.fixture
+def fails(
+    root: Path, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Fails]:
+    """Run a script in this process; it must end with status 2 and one line, which is returned."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(script: str, *arguments: object) -> str:
+        spec = importlib.util.spec_from_file_location(f"launch_{script}", root / "launch" / f"{script}.py")
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr("sys.argv", [f"{script}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            run_main(module.main)
+        assert ended.value.code == 2
+        # Progress may precede it.
+        said = capsys.readouterr().err.splitlines()
+        assert [line.startswith("error: ") for line in said].count(True) == 1 and "Traceback" not in said
+        assert said[-1].startswith("error: ")
+        return said[-1]
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_panel_without_index(fails: Fails, train_options: list[str], simulated: DefaultData, tmp_path: Path) -> None:
+    panel = tmp_path / "bare.vcf.gz"
+    panel.write_bytes(simulated.panel.read_bytes())
+    error = fails("train", *train_options, f"--panel={panel}", "--run-dir", tmp_path / "run")
+    assert f"{panel}: it has no index" in error and "bcftools index" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unphased_panel(fails: Fails, train_options: list[str], simulated: DefaultData, tmp_path: Path) -> None:
+    panel = tmp_path / "unphased.vcf.gz"
+    with pysam.BGZFile(str(simulated.panel), "rb") as lines, pysam.BGZFile(str(panel), "wb") as out:
+        for number, line in enumerate(lines):
+            out.write((line.replace(b"0|1", b"0/1") if number > 100 else line) + b"\n")
+    pysam.tabix_index(str(panel), preset="vcf")
+    error = fails("train", *train_options, f"--panel={panel}", "--run-dir", tmp_path / "run")
+    assert str(panel) in error and "0/1" in error
+
+
+def test_a_panel_that_is_not_there(fails: Fails, train_options: list[str], tmp_path: Path) -> None:
+    error = fails("train", *train_options, f"--panel={tmp_path / 'none.vcf.gz'}", "--run-dir", tmp_path / "run")
+    assert "none.vcf.gz" in error
+
+
+@pytest.mark.parametrize("option", ["--map", "--samples"])
+def test_a_table_that_is_not_there(fails: Fails, train_options: list[str], tmp_path: Path, option: str) -> None:
+    error = fails("train", *train_options, f"{option}={tmp_path / 'none.txt'}", "--run-dir", tmp_path / "run")
+    assert "none.txt" in error
+
+
+def test_a_run_folder_is_not_overwritten(fails: Fails, train_options: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("{}\n")
+    error = fails("train", *train_options, "--run-dir", folder)
+    assert f"{folder}: holds a run already; add --resume" in error
+    assert (folder / "metrics.jsonl").read_text() == "{}\n"
+
+
+def test_nothing_to_resume(
+    fails: Fails, train_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "no run of quickstart" in fails("train", *train_options, "--resume")
+    assert "no checkpoint to resume from" in fails("train", *train_options, "--resume", "--run-dir", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_target_without_a_site_of_the_panel(
+    fails: Fails, run_dir: Path, simulated: DefaultData, panel_options: list[str], tmp_path: Path
+) -> None:
+    target = read_phased(simulated.target)
+    target.sites.pos[:] = np.arange(len(target.sites)) + 10_000_000
+    path = tmp_path / "elsewhere.vcf.gz"
+    write_phased(path, target.sites, target.samples, target.alleles)
+    out = tmp_path / "out.vcf.gz"
+    error = fails("impute", "--run-dir", run_dir, *panel_options, f"--target={path}", "--out", out)
+    assert f"{path}: no site in common with {simulated.panel}" in error and not out.exists()
+
+
+def test_targets_that_are_in_the_panel(
+    fails: Fails, run_dir: Path, simulated: DefaultData, panel_options: list[str], tmp_path: Path
+) -> None:
+    arguments = ["--run-dir", run_dir, *panel_options, f"--target={simulated.panel}", "--out", tmp_path / "out.vcf.gz"]
+    assert "60 samples are also in the panel" in fails("impute", *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--out=out.bcf"], "out.bcf: the output is a bgzipped VCF"),
+        (["--out=none/out.vcf.gz"], "none does not exist"),
+        (["--people-per-batch=0"], "--people-per-batch must be at least 1"),
+        (["--panel=p.vcf.gz"], "--panel and --target go together"),
+        (["--device=qpu"], "qpu"),
+    ],
+)
+def test_impute_says_what_is_wrong(
+    fails: Fails,
+    run_dir: Path,
+    simulated: DefaultData,
+    panel_options: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    complaint: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    target = [] if "--panel=p.vcf.gz" in arguments else [*panel_options, f"--target={simulated.target}"]
+    given = ["--run-dir", run_dir, "--out=out.vcf.gz", *target, *arguments]
+    assert complaint in fails("impute", *given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--truth=t.vcf.gz"], "--truth, --panel and --target go together"),
+        (["--truth=t", "--panel=p", "--target=t", "--imputed=a=x", "--imputed=a=y"], "'a' is given twice"),
+        (["--truth=t.vcf.gz", "--panel=p.vcf.gz", "--target=u.vcf.gz"], "nothing to score"),
+    ],
+)
+def test_evaluate_says_what_is_wrong(fails: Fails, arguments: list[str], complaint: str) -> None:
+    assert complaint in fails("evaluate", *arguments)

@@ -1,0 +1,133 @@
+"""A small panel in memory, and batches of it as the collate makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from embrag_ds.data.dataset import Samples, WindowedPanel, exclusion_table
+from embrag_ds.data.panel import Panel, Populations, ReferenceSet
+from embrag_ds.data.sites import SiteTable
+from embrag_ds.data.windows import make_windows
+from embrag_ds.model.embedding import HaplotypeEmbedding
+from embrag_ds.model.imputer import Imputer, ModelConfig
+from embrag_ds.retrieval.cache import LiveReference, ReferenceCache
+from embrag_ds.retrieval.collate import RetrievalCollator, site_tensors
+from embrag_ds.retrieval.search import resolve_backend
+from embrag_ds.retrieval.store import DenseStore, FactoredStore, Store
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class World:
+    """A windowed panel whose first people stand outside the reference set."""
+
+    data: WindowedPanel
+    samples: tuple[str, ...]
+
+    def collator(
+        self,
+        embedding: HaplotypeEmbedding,
+        k: int = 6,
+        mode: str = "factored",
+        backend: str = "torch",
+    ) -> RetrievalCollator:
+        """``mode`` is ``none``, ``factored``, ``dense`` or ``live``."""
+
+        @torch.no_grad()
+        def encode(window: int, tokens: torch.Tensor) -> torch.Tensor:
+            return embedding(tokens, site_tensors(self.data, window, CPU))
+
+        cache = ReferenceCache(self.data.windows, CPU)
+        store: Store | None = FactoredStore(self.data, resolve_backend(backend)[1], CPU)
+        if mode == "none":
+            store = None
+        elif mode == "dense":
+            store = DenseStore(self.data, embedding.token.embedding_dim, 1.0, CPU)
+        if store is not None:
+            cache.refresh(encode, 0)
+            store.refresh(encode)
+        return RetrievalCollator(
+            self.data,
+            CPU,
+            store=store,
+            source=LiveReference(encode, self.data.windows, CPU) if mode == "live" else cache,
+            k=k,
+            exclusions=exclusion_table(self.samples, None),
+            live=mode == "live",
+        )
+
+    def batch_of(self, window: int, people: Sequence[int], hidden: np.ndarray) -> Samples:
+        """A micro-batch; ``hidden`` [N, L]."""
+        chosen = np.array(people, dtype=np.int64)
+        return Samples(window, chosen, self.data.people_alleles(window, chosen), hidden)
+
+    def hidden(self, window: int, people: int, seed: int, rate: float = 0.5) -> np.ndarray:
+        """A mask for each of so many people, [N, L]."""
+        return np.random.default_rng(seed).random((people, len(self.data.windows[window]))) < rate
+
+
+class Build:
+    """What the ``build`` fixture gives: worlds and networks."""
+
+    def __call__(
+        self,
+        seed: int = 1,
+        sites: int = 60,
+        people: int = 14,
+        *,
+        outside: int = 0,
+        populations: int = 2,
+        window_sites: int = 24,
+        overlap: int = 5,
+        flank: int = 8,
+        cm_per_site: float = 0.02,
+    ) -> World:
+        rng = np.random.default_rng(seed)
+        frequency = rng.uniform(0.1, 0.9, size=(sites, 1))
+        alleles = (rng.random((sites, 2 * people)) < frequency).astype(np.uint8)
+        table = SiteTable(
+            contigs=("1",),
+            contig_lengths=(0,),
+            contig=np.zeros(sites, dtype=np.int32),
+            pos=np.arange(1, sites + 1, dtype=np.int64) * 1000,
+            ref=["A"] * sites,
+            alt=["C"] * sites,
+            id=["."] * sites,
+        )
+        samples = tuple(f"p{i}" for i in range(people))
+        panel = Panel(Path("panel.vcf.gz"), table, samples, np.packbits(alleles, axis=1, bitorder="little"), {})
+        of = Populations(tuple(f"pop{i}" for i in range(populations)), np.arange(people) % populations)
+        position = np.cumsum(rng.uniform(0.2, 1.8, sites) * cm_per_site)
+        reference = ReferenceSet(panel, of, np.arange(outside, people))
+        windows = make_windows(table, window_sites, overlap, flank)
+        return World(WindowedPanel(reference, windows, position), samples)
+
+    @staticmethod
+    def imputer(seed: int = 1, trained: bool = True, **settings) -> Imputer:
+        """A small network; ``trained`` gives it a head that is not zero."""
+        torch.manual_seed(seed)
+        network = Imputer(ModelConfig(**{"dims": 16, "layers": 1, "heads": 2, **settings})).eval()
+        if trained:
+            torch.nn.init.normal_(network.head.weight, std=0.5)
+            torch.nn.init.normal_(network.head.bias, std=0.5)
+        return network
+
+
+@pytest.fixture(scope="session")
+def build() -> Build:
+    return Build()

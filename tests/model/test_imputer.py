@@ -1,0 +1,240 @@
+"""The whole network: where it starts, what it must not see, and what it does not depend on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from embrag_ds.errors import UserError
+from embrag_ds.model.embedding import HaplotypeEmbedding, gather_embeddings
+from embrag_ds.model.imputer import ModelConfig
+from embrag_ds.model.losses import LossConfig, imputation_loss
+from embrag_ds.retrieval.collate import site_tensors
+
+FUSIONS = pytest.mark.parametrize("fusion", ["copying", "rare_variant"])
+MODES = pytest.mark.parametrize("mode", ["none", "factored", "dense", "live"])
+
+
+def predict(network, batch):
+    with torch.no_grad():
+        return network(batch)
+
+
+@FUSIONS
+@MODES
+@pytest.mark.parametrize("backend", ["torch", "faiss-cpu"])
+def test_the_truth_at_hidden_sites_changes_no_prediction(build, fusion: str, mode: str, backend: str) -> None:
+    """The strongest test of leakage: from the samples to the log-odds, bit by bit."""
+    world = build(2, people=12)
+    network = build.imputer(fusion=fusion)
+    collate = world.collator(network.embedding, mode=mode, backend=backend)
+    for window in range(len(world.data)):
+        samples = world.batch_of(window, [0, 3, 7], world.hidden(window, 3, window))
+        lying = samples.alleles ^ np.repeat(samples.hidden, 2, axis=0)
+        one, two = collate(samples), collate(replace(samples, alleles=lying))
+        assert not torch.equal(one.alleles, two.alleles)
+        first, second = predict(network, one), predict(network, two)
+        assert torch.equal(first.logits, second.logits) and torch.equal(first.prior, second.prior)
+
+
+@FUSIONS
+@MODES
+def test_what_is_shown_does_change_predictions(build, fusion: str, mode: str) -> None:
+    """Without which the test above could not fail."""
+    world = build(2, people=12)
+    network = build.imputer(fusion=fusion)
+    collate = world.collator(network.embedding, mode=mode)
+    samples = world.batch_of(1, [0, 3, 7], world.hidden(1, 3, 1))
+    other = samples.alleles ^ np.repeat(~samples.hidden, 2, axis=0)
+    one, two = (predict(network, collate(each)) for each in (samples, replace(samples, alleles=other)))
+    assert not torch.allclose(one.logits, two.logits, atol=1e-3)
+
+
+@FUSIONS
+@MODES
+def test_an_untrained_network_predicts_its_prior(build, fusion: str, mode: str) -> None:
+    world = build()
+    network = build.imputer(trained=False, fusion=fusion)
+    batch = world.collator(network.embedding, mode=mode)(world.batch_of(1, [0, 3], world.hidden(1, 2, 1)))
+    found = predict(network, batch)
+    assert torch.equal(found.logits, found.prior)
+    assert found.logits.shape == batch.tokens.shape and found.logits.dtype == torch.float32
+
+
+def test_without_retrieval_the_prior_is_the_allele_frequency(build) -> None:
+    world = build()
+    network = build.imputer()
+    batch = world.collator(network.embedding, mode="none")(world.batch_of(1, [0, 3], world.hidden(1, 2, 1)))
+    frequency = torch.from_numpy(world.data.reference.allele_frequency[world.data.windows[1].core_sites])
+    expected = frequency.clamp(1e-5, 1 - 1e-5).expand(4, -1)
+    assert torch.allclose(predict(network, batch).prior.sigmoid(), expected, atol=1e-5)
+
+
+@FUSIONS
+def test_the_prior_mixes_copied_dosage_and_the_frequency_of_the_neighbours_populations(build, fusion: str) -> None:
+    world = build(populations=3)
+    network = build.imputer(fusion=fusion)
+    batch = world.collator(network.embedding)(world.batch_of(1, [0, 3], world.hidden(1, 2, 1)))
+    with torch.no_grad():
+        weight = network.embedding.codebook(batch.sites)
+        weight = ((weight[:, 1] - weight[:, 0]) ** 2).sum(-1)
+        pooled = network.pooling(batch, batch.retrieved, weight / weight.mean())
+    share = float(torch.sigmoid(network.background.detach()))
+    found = predict(network, batch).prior.sigmoid()
+    frequency = world.data.features(1).population_frequency[:, batch.core]
+    for row in range(4):
+        for site in range(found.shape[1]):
+            expected = sum(float(pooled.ancestry[row, p, site]) * float(frequency[p, site]) for p in range(3))
+            mixed = (1 - share) * float(pooled.dosage[row, site]) + share * expected
+            assert float(found[row, site]) == pytest.approx(min(max(mixed, 1e-5), 1 - 1e-5), abs=1e-5)
+
+
+@FUSIONS
+@MODES
+def test_people_are_predicted_independently_of_their_place_in_the_batch(build, fusion: str, mode: str) -> None:
+    world = build(3)
+    network = build.imputer(fusion=fusion)
+    collate = world.collator(network.embedding, mode=mode)
+    people, hidden = [2, 9, 5], world.hidden(1, 3, 1)
+    together = predict(network, collate(world.batch_of(1, people, hidden)))
+    order = [2, 0, 1]
+    permuted = predict(network, collate(world.batch_of(1, [people[i] for i in order], hidden[order])))
+    rows = [2 * i + haplotype for i in order for haplotype in range(2)]
+    assert torch.allclose(permuted.logits, together.logits[rows], atol=1e-4)
+    for place, person in enumerate(people):
+        alone = predict(network, collate(world.batch_of(1, [person], hidden[place : place + 1])))
+        assert torch.allclose(alone.logits, together.logits[2 * place : 2 * place + 2], atol=1e-4)
+
+
+def test_the_two_haplotypes_of_a_person_are_predicted_independently(build) -> None:
+    world = build(3, outside=2)
+    network = build.imputer()
+    collate = world.collator(network.embedding)
+    samples = world.batch_of(1, [0, 1], world.hidden(1, 2, 1))
+    swapped = replace(samples, alleles=samples.alleles[[1, 0, 3, 2]])
+    one, two = (predict(network, collate(each)).logits for each in (samples, swapped))
+    assert torch.allclose(one[[1, 0, 3, 2]], two, atol=1e-4)
+
+
+@FUSIONS
+def test_stores_encodings_and_backends_give_the_same_predictions(build, fusion: str) -> None:
+    world = build(3, outside=3, cm_per_site=0.1)
+    network = build.imputer(fusion=fusion)
+    samples = world.batch_of(1, [0, 1, 2], world.hidden(1, 3, 1))
+    ways = [("factored", "torch"), ("factored", "faiss-cpu"), ("dense", "torch"), ("live", "torch")]
+    # All haplotypes are neighbours, so that ties at the k-th do not matter.
+    found = [
+        predict(network, world.collator(network.embedding, k=22, mode=mode, backend=backend)(samples)).logits
+        for mode, backend in ways
+    ]
+    for other in found[1:]:
+        assert torch.allclose(found[0], other, atol=1e-3)
+
+
+@FUSIONS
+@MODES
+def test_the_same_weights_serve_another_panel_region_and_number_of_populations(build, fusion: str, mode: str) -> None:
+    network = build.imputer(fusion=fusion)
+    shapes = {name: value.shape for name, value in network.state_dict().items()}
+    worlds = (build(1, populations=2), build(7, sites=100, people=9, populations=5, window_sites=45, flank=3))
+    for world in worlds:
+        batch = world.collator(network.embedding, k=4, mode=mode)(world.batch_of(0, [1, 8], world.hidden(0, 2, 1)))
+        found = predict(network, batch)
+        assert found.logits.shape == (4, world.data.windows[0].core_stop - world.data.windows[0].core_start)
+        assert torch.isfinite(found.logits).all()
+    sizes = {dimension for shape in shapes.values() for dimension in shape}
+    for world in worlds:
+        assert not sizes & {len(window) for window in world.data.windows}, "a weight is as long as a window"
+    assert {name: value.shape for name, value in network.state_dict().items()} == shapes
+
+
+@FUSIONS
+@MODES
+def test_every_parameter_gets_a_finite_gradient_and_the_pooling_a_real_one(build, fusion: str, mode: str) -> None:
+    world = build(3, people=20)
+    network = build.imputer(fusion=fusion).train()
+    batch = world.collator(network.embedding, mode=mode)(world.batch_of(1, [0, 4, 9, 2], world.hidden(1, 4, 1)))
+    imputation_loss(network(batch).logits, batch.alleles, batch.hidden, LossConfig()).total.backward()
+    for name, parameter in network.named_parameters():
+        if mode == "none" and (name.startswith("pooling") or name == "background"):
+            continue  # not used, or without effect where the dosage is the frequency
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+        assert (parameter.grad != 0).any(), name
+
+
+@FUSIONS
+def test_gradients_of_the_retrieval_parameters_equal_finite_differences(build, fusion: str) -> None:
+    world = build(3, people=20, cm_per_site=0.2)
+    network = build.imputer(trained=False, fusion=fusion)
+    batch = world.collator(network.embedding)(world.batch_of(1, [0, 4, 9, 2], world.hidden(1, 4, 1)))
+
+    def loss() -> torch.Tensor:
+        return imputation_loss(network(batch).logits, batch.alleles, batch.hidden, LossConfig()).total
+
+    loss().backward()
+    for parameter in (*network.pooling.parameters(), network.background):
+        for place in range(parameter.numel()):
+            sides = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    parameter.view(-1)[place] += sign * 2e-2
+                    sides.append(float(loss()))
+                    parameter.view(-1)[place] -= sign * 2e-2
+            slope = (sides[0] - sides[1]) / 4e-2
+            assert float(parameter.grad.view(-1)[place]) == pytest.approx(slope, rel=0.05, abs=2e-3)
+
+
+@pytest.mark.parametrize("fusion", ["copying", "rare_variant"])
+def test_nothing_shown_or_nothing_hidden_stays_finite(build, fusion: str) -> None:
+    world = build(3)
+    network = build.imputer(fusion=fusion)
+    for mode in ("none", "factored", "dense"):
+        collate = world.collator(network.embedding, mode=mode)
+        for hide in (True, False):
+            hidden = np.full((2, len(world.data.windows[1])), hide)
+            assert torch.isfinite(predict(network, collate(world.batch_of(1, [0, 1], hidden))).logits).all()
+
+
+def test_a_window_of_one_site_can_be_predicted(build) -> None:
+    world = build(1, sites=1, people=6, window_sites=2, overlap=0, flank=0)
+    network = build.imputer()
+    for hide in (True, False):
+        samples = world.batch_of(0, [0, 1], np.full((2, 1), hide))
+        assert torch.isfinite(predict(network, world.collator(network.embedding, k=4)(samples)).logits).all()
+
+
+def test_the_embedding_of_a_haplotype_is_a_gather_from_the_codebook(build) -> None:
+    world = build()
+    torch.manual_seed(1)
+    embedding = HaplotypeEmbedding(16).requires_grad_(False)
+    sites = site_tensors(world.data, 1, torch.device("cpu"))
+    tokens = torch.randint(0, 4, (5, len(sites.position)))
+    assert torch.equal(embedding(tokens, sites), gather_embeddings(embedding.codebook(sites), tokens))
+
+
+def test_disagreement_has_a_weight_of_its_own_at_every_site(build) -> None:
+    """Else retrieval would be plain Hamming distance whatever was learned."""
+    world = build()
+    torch.manual_seed(1)
+    embedding = HaplotypeEmbedding(16).requires_grad_(False)
+    codebook = embedding.codebook(site_tensors(world.data, 1, torch.device("cpu")))
+    weight = ((codebook[:, 1] - codebook[:, 0]) ** 2).sum(-1)
+    assert (weight > 0).all() and len(set(weight.tolist())) == len(weight)
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"dims": 4}, "model.dims"),
+        ({"layers": 0}, "model.layers"),
+        ({"dims": 24, "heads": 8}, "model.heads"),
+        ({"dropout": 1.0}, "model.dropout"),
+    ],
+)
+def test_bad_settings_are_user_errors_naming_the_key(settings: dict, key: str) -> None:
+    with pytest.raises(UserError, match=key):
+        ModelConfig(**settings)

@@ -1,0 +1,162 @@
+"""Losses against plain loops over sites."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embrag_ds.errors import UserError
+from embrag_ds.model.losses import (
+    LossConfig,
+    allele_log_probabilities,
+    genotype_log_probabilities,
+    imputation_loss,
+)
+
+
+def random_case(seed: int, people: int, sites: int, rate: float = 0.5):
+    maker = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(2 * people, sites, generator=maker, dtype=torch.float64)
+    alleles = torch.randint(0, 2, (2 * people, sites), generator=maker)
+    hidden = (torch.rand(people, sites, generator=maker) < rate).repeat_interleave(2, 0)
+    return logits.float(), alleles, hidden
+
+
+def alt_probability(logit: float) -> float:
+    return 1 / (1 + math.exp(-logit))
+
+
+def slow_losses(logits, alleles, hidden, gamma: float) -> tuple[float, float]:
+    """Haplotype and genotype loss, by loops."""
+    people, sites = len(logits) // 2, logits.shape[1]
+    haplotype: list[float] = []
+    genotype: list[float] = []
+    for person in range(people):
+        for site in range(sites):
+            if not hidden[2 * person, site]:
+                continue
+            one, two = (alt_probability(float(logits[2 * person + i, site])) for i in range(2))
+            for i, share in enumerate((one, two)):
+                right = share if alleles[2 * person + i, site] == 1 else 1 - share
+                haplotype.append(-((1 - right) ** gamma) * math.log(right))
+            # Both phases of a heterozygote count as one genotype.
+            chances = [(1 - one) * (1 - two), one * (1 - two) + (1 - one) * two, one * two]
+            right = chances[int(alleles[2 * person, site]) + int(alleles[2 * person + 1, site])]
+            genotype.append(-((1 - right) ** gamma) * math.log(right))
+    return sum(haplotype) / max(len(haplotype), 1), sum(genotype) / max(len(genotype), 1)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    seed=st.integers(0, 2**32),
+    people=st.integers(1, 3),
+    sites=st.integers(1, 8),
+    rate=st.sampled_from([0.1, 0.5, 1.1]),
+    gamma=st.sampled_from([None, 0.0, 0.5, 1.0, 2.0, 3.7]),
+    weights=st.sampled_from([(1.0, 0.5), (0.0, 2.0), (3.0, 0.0)]),
+)
+def test_losses_equal_plain_loops(seed, people, sites, rate, gamma, weights) -> None:
+    logits, alleles, hidden = random_case(seed, people, sites, rate)
+    kind = "cross_entropy" if gamma is None else "focal"
+    config = LossConfig(kind, gamma if gamma is not None else 2.0, *weights)
+    found = imputation_loss(logits, alleles, hidden, config)
+    haplotype, genotype = slow_losses(logits, alleles, hidden, gamma or 0.0)
+    assert float(found.haplotype) == pytest.approx(haplotype, rel=1e-4, abs=1e-6)
+    assert float(found.genotype) == pytest.approx(genotype, rel=1e-4, abs=1e-6)
+    assert float(found.total) == pytest.approx(weights[0] * haplotype + weights[1] * genotype, rel=1e-4, abs=1e-6)
+
+
+def test_the_mean_is_per_masked_site_whatever_is_shown_beside_them() -> None:
+    logits, alleles, hidden = random_case(1, 2, 6)
+    wide = [torch.cat([part, part], dim=1) for part in (logits, alleles)]
+    shown = torch.cat([hidden, torch.zeros_like(hidden)], dim=1)
+    narrow, padded = imputation_loss(logits, alleles, hidden, LossConfig()), imputation_loss(*wide, shown, LossConfig())
+    assert float(narrow.total) == pytest.approx(float(padded.total), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "focal"])
+def test_shown_sites_get_no_gradient(kind: str) -> None:
+    logits, alleles, hidden = random_case(1, 2, 20)
+    logits.requires_grad_()
+    imputation_loss(logits, alleles, hidden, LossConfig(kind)).total.backward()
+    assert (logits.grad[~hidden] == 0).all() and (logits.grad[hidden] != 0).all()
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "focal"])
+def test_a_confident_right_prediction_costs_nothing_and_a_wrong_one_its_logit(kind: str) -> None:
+    """A double softmax would leave the right one at 0.31 or more."""
+    _, alleles, hidden = random_case(1, 2, 20)
+    right = 40.0 * (2 * alleles.float() - 1)
+    assert float(imputation_loss(right, alleles, hidden, LossConfig(kind)).total) < 1e-6
+    wrong = imputation_loss(-right, alleles, hidden, LossConfig(kind))
+    assert float(wrong.haplotype) == pytest.approx(40, rel=1e-3)
+
+
+def test_an_even_prediction_costs_one_bit() -> None:
+    _, alleles, hidden = random_case(1, 2, 20)
+    even = imputation_loss(torch.zeros(4, 20), alleles, hidden, LossConfig())
+    assert float(even.haplotype) == pytest.approx(math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "focal"])
+def test_nothing_hidden_costs_zero_with_finite_gradients(kind: str) -> None:
+    logits, alleles, hidden = random_case(1, 2, 5)
+    logits.requires_grad_()
+    found = imputation_loss(logits, alleles, torch.zeros_like(hidden), LossConfig(kind))
+    found.total.backward()
+    assert [float(part.detach()) for part in (found.total, found.haplotype, found.genotype)] == [0, 0, 0]
+    assert (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("logit", [30.0, 120.0, 1e4])
+def test_saturated_logits_keep_losses_and_gradients_finite(gamma: float, logit: float) -> None:
+    alleles = torch.tensor([[1, 0, 1, 0], [1, 0, 0, 1]])
+    logits = torch.tensor([[logit, -logit, -logit, logit], [logit, -logit, -logit, logit]], requires_grad=True)
+    found = imputation_loss(logits, alleles, torch.ones(2, 4, dtype=torch.bool), LossConfig("focal", gamma))
+    found.total.backward()
+    assert torch.isfinite(found.total) and torch.isfinite(logits.grad).all()
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**32), people=st.integers(1, 4), scale=st.sampled_from([0.1, 3.0, 50.0]))
+def test_genotype_probabilities_sum_to_one_and_follow_from_the_haplotypes(seed: int, people: int, scale: float) -> None:
+    logits = scale * torch.randn(2 * people, 7, generator=torch.Generator().manual_seed(seed))
+    genotype = genotype_log_probabilities(logits).exp()
+    assert genotype.shape == (people, 7, 3)
+    assert torch.allclose(genotype.sum(-1), torch.ones(people, 7), atol=1e-5)
+    alt = torch.sigmoid(logits)
+    dosage = genotype[..., 1] + 2 * genotype[..., 2]
+    assert torch.allclose(dosage, alt[0::2] + alt[1::2], atol=1e-5)
+    assert torch.allclose(genotype[..., 2], alt[0::2] * alt[1::2], atol=1e-5)
+
+
+def test_genotype_probabilities_do_not_depend_on_the_phase() -> None:
+    logits = torch.randn(4, 9)
+    assert torch.allclose(
+        genotype_log_probabilities(logits), genotype_log_probabilities(logits[[1, 0, 3, 2]]), atol=1e-6
+    )
+
+
+def test_allele_probabilities_sum_to_one() -> None:
+    logits = torch.tensor([-100.0, -1.0, 0.0, 2.0, 100.0])
+    found = allele_log_probabilities(logits).exp()
+    assert torch.allclose(found.sum(-1), torch.ones(5))
+    assert torch.allclose(found[:, 1], torch.sigmoid(logits))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"focal_gamma": -1.0},
+        {"haplotype_weight": 0.0, "genotype_weight": 0.0},
+        {"haplotype_weight": -1.0, "genotype_weight": 2.0},
+    ],
+)
+def test_bad_settings_are_user_errors(settings: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=r"embrag\.loss"):
+        LossConfig(**settings)

@@ -1,0 +1,254 @@
+"""Pooling against slow oracles: an explicit hidden Markov model, and explicit sums."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import embrag_ds.model.pooling as pooling_module
+from embrag_ds.model.embedding import gather_embeddings
+from embrag_ds.model.pooling import CopyingPooling, DistancePooling, Pooled, pooled_embedding
+
+POOLINGS = pytest.mark.parametrize("kind", [CopyingPooling, DistancePooling])
+
+
+def slow_posterior(emission: np.ndarray, switch: np.ndarray) -> np.ndarray:
+    """Forward-backward [T, K] float64 of one haplotype, with the whole transition matrix written out."""
+    sites, states = emission.shape
+
+    def transition(site: int, source: int, to: int) -> float:
+        return (1 - switch[site]) * (source == to) + switch[site] / states
+
+    forward = np.zeros((sites, states))
+    backward = np.ones((sites, states))
+    for state in range(states):
+        forward[0, state] = emission[0, state] / states
+    for site in range(1, sites):
+        for to in range(states):
+            arriving = sum(forward[site - 1, source] * transition(site, source, to) for source in range(states))
+            forward[site, to] = arriving * emission[site, to]
+        forward[site] /= forward[site].sum()
+    for site in range(sites - 2, -1, -1):
+        for source in range(states):
+            backward[site, source] = sum(
+                transition(site + 1, source, to) * emission[site + 1, to] * backward[site + 1, to]
+                for to in range(states)
+            )
+        backward[site] /= backward[site].sum()
+    both = forward * backward
+    return both / both.sum(1, keepdims=True)
+
+
+def disturb(module: torch.nn.Module) -> None:
+    """Move every parameter a little, as training would."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+
+
+def slow_weights(rate: float, penalty: float, weight: np.ndarray, samples, batch, panel: np.ndarray, row: int):
+    """Weights [K, L] of one query haplotype: the explicit model at its typed sites, np.interp between them.
+
+    ``panel`` [H, L] are the reference alleles of the whole window.
+    """
+    ids, truth, hidden = batch.retrieved.ids[row].tolist(), samples.alleles[row], samples.hidden[row // 2]
+    typed = [site for site in range(len(truth)) if not hidden[site]]
+    position = batch.sites.position.double().numpy()
+    core = position[batch.core]
+    if not typed:
+        return np.full((len(ids), len(core)), 1 / len(ids))
+    emission = np.array([[np.exp(-penalty * weight[s] * (panel[i, s] != truth[s])) for i in ids] for s in typed])
+    switch = np.array([0.0] + [1 - np.exp(-rate * (position[b] - position[a])) for a, b in pairwise(typed)])
+    posterior = slow_posterior(emission, switch)
+    return np.array([np.interp(core, position[typed], posterior[:, place]) for place in range(len(ids))])
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 2**20),
+    rates=st.lists(st.sampled_from([0.0, 0.4, 0.9, 0.97, 1.1]), min_size=1, max_size=3),
+    window=st.integers(0, 2),
+    k=st.integers(1, 7),
+    cm=st.sampled_from([0.001, 0.05, 1.0]),
+)
+def test_copying_weights_equal_the_slow_model_interpolated_in_centimorgans(
+    build, seed: int, rates: list[float], window: int, k: int, cm: float
+) -> None:
+    """Whatever a person's rate per cM and penalty are: they are read off what the model passes on."""
+    world = build(seed, outside=3, cm_per_site=cm)
+    people = list(range(len(rates)))
+    hidden = np.concatenate([world.hidden(window, 1, seed + i, rate) for i, rate in enumerate(rates)])
+    samples = world.batch_of(window, people, hidden)
+    batch = world.collator(build.imputer(seed).embedding, k=k, mode="dense")(samples)
+    torch.manual_seed(seed)
+    pooling = CopyingPooling()
+    disturb(pooling)
+    weight = 0.2 + torch.rand(len(world.data.windows[window]), generator=torch.Generator().manual_seed(seed))
+    passed = []
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        original = pooling_module.copying_posterior
+        patch.setattr(pooling_module, "copying_posterior", lambda *given: (passed.append(given), original(*given))[1])
+        found = pooling(batch, batch.retrieved, weight).weights.numpy()
+    ((_, cost, switch),) = passed
+    panel = world.data.reference_alleles(window)
+    for row in range(2 * len(people)):
+        typed = batch.typed[row, : int(batch.typed_count[row])]
+        rate, penalty = 0.0, 0.0
+        if len(typed):
+            penalties = cost[row, : len(typed)] / weight[typed]
+            penalty = float(penalties.mean())
+            assert torch.allclose(penalties, torch.full_like(penalties, penalty), rtol=1e-4) and penalty > 0
+        if len(typed) > 1:
+            gaps = torch.diff(batch.sites.position[typed].double())
+            switches = switch[row, 1 : len(typed)].double()
+            clearest = int((switches - 0.5).abs().argmin())
+            rate = float(-torch.log1p(-switches[clearest]) / gaps[clearest])
+            assert torch.allclose(switches, 1 - torch.exp(-rate * gaps), rtol=1e-2, atol=1e-5)
+            assert rate > 0
+        slow = slow_weights(rate, penalty, weight.double().numpy(), samples, batch, panel, row)
+        assert np.allclose(found[row], slow, atol=5e-4), np.abs(found[row] - slow).max()
+
+
+def test_outside_the_typed_sites_the_nearest_typed_site_decides(build) -> None:
+    world = build(outside=1, window_sites=40, overlap=0, flank=0, sites=40)
+    hidden = np.ones((1, 40), dtype=bool)
+    hidden[0, [12, 20, 29]] = False
+    batch = world.collator(build.imputer().embedding, mode="dense")(world.batch_of(0, [0], hidden))
+    with torch.no_grad():
+        weights = CopyingPooling()(batch, batch.retrieved, torch.ones(40)).weights
+    assert torch.equal(weights[..., :12], weights[..., 12:13].expand(-1, -1, 12))
+    assert torch.equal(weights[..., 30:], weights[..., 29:30].expand(-1, -1, 10))
+    # Between two typed sites: the convex combination by genetic distance.
+    position = batch.sites.position
+    share = (position[16] - position[12]) / (position[20] - position[12])
+    between = (1 - share) * weights[..., 12] + share * weights[..., 20]
+    assert torch.allclose(weights[..., 16], between, atol=1e-6)
+
+
+@POOLINGS
+@pytest.mark.parametrize("mode", ["factored", "dense"])
+@pytest.mark.parametrize("seed", range(3))
+def test_filled_up_rows_do_not_change_what_a_person_gets(build, kind, mode: str, seed: int) -> None:
+    world = build(seed, outside=3)
+    hidden = np.concatenate([world.hidden(1, 1, seed + i, rate) for i, rate in enumerate((0.95, 0.1, 0.6))])
+    collate = world.collator(build.imputer().embedding, mode=mode)
+    weight = torch.rand(len(world.data.windows[1])) + 0.5
+    with torch.no_grad():
+        together = collate(world.batch_of(1, [0, 1, 2], hidden))
+        pooled = kind()(together, together.retrieved, weight)
+        for person in range(3):
+            alone = collate(world.batch_of(1, [person], hidden[person : person + 1]))
+            assert alone.typed.shape[1] < together.typed.shape[1] or person == 1
+            own = kind()(alone, alone.retrieved, weight)
+            for name in ("dosage", "ancestry", "weights"):
+                if mode == "dense" or name != "weights":
+                    mine = getattr(pooled, name)[2 * person : 2 * person + 2]
+                    assert torch.allclose(getattr(own, name), mine, atol=1e-6), name
+
+
+@POOLINGS
+def test_a_query_that_shows_nothing_weighs_all_neighbours_alike(build, kind) -> None:
+    world = build(outside=2)
+    hidden = world.hidden(1, 2, 1, 0.5)
+    hidden[0] = True
+    batch = world.collator(build.imputer().embedding, k=5, mode="dense")(world.batch_of(1, [0, 1], hidden))
+    with torch.no_grad():
+        pooled = kind()(batch, batch.retrieved, torch.ones(len(world.data.windows[1])))
+    weights = pooled.weights
+    assert torch.allclose(pooled.dosage[:2], batch.retrieved.alleles[:2].float().mean(1), atol=1e-6)
+    assert torch.allclose(weights[:2], torch.full_like(weights[:2], 0.2), atol=1e-6)
+    assert not torch.allclose(weights[2:], torch.full_like(weights[2:], 0.2), atol=1e-2)
+
+
+def test_distance_weights_are_a_softmax_of_explicit_distances(build) -> None:
+    world = build(outside=2)
+    samples = world.batch_of(1, [0, 1], world.hidden(1, 2, 1))
+    batch = world.collator(build.imputer().embedding, k=5, mode="dense")(samples)
+    pooling = DistancePooling()
+    weight = torch.rand(len(world.data.windows[1])) * 0.3
+    with torch.no_grad():
+        pooling.log_strength.fill_(0.4)
+        found = pooling(batch, batch.retrieved, weight).weights
+    panel = world.data.reference_alleles(1)
+    for row in range(4):
+        costs = []
+        for haplotype in batch.retrieved.ids[row].tolist():
+            distance = 0.0
+            for site in range(panel.shape[1]):
+                if not samples.hidden[row // 2, site] and panel[haplotype, site] != samples.alleles[row, site]:
+                    distance += float(weight[site])
+            costs.append(np.exp(-np.exp(0.4) * distance))
+        for place, cost in enumerate(costs):
+            assert found[row, place].tolist() == pytest.approx([cost / sum(costs)] * found.shape[2], rel=1e-4)
+
+
+@POOLINGS
+def test_dosage_and_ancestry_are_the_alleles_and_populations_of_the_weights(build, kind) -> None:
+    world = build(populations=3, outside=2)
+    samples = world.batch_of(1, [0, 1], world.hidden(1, 2, 1))
+    batch = world.collator(build.imputer().embedding, k=5, mode="dense")(samples)
+    found = batch.retrieved
+    with torch.no_grad():
+        pooled = kind()(batch, found, torch.ones(len(world.data.windows[1])))
+    sites = found.alleles.shape[2]
+    assert pooled.weights.shape == (4, 5, sites)
+    assert torch.allclose(pooled.weights.sum(1), torch.ones(4, sites), atol=1e-5)
+    for row in range(4):
+        for site in range(sites):
+            dosage, ancestry = 0.0, [0.0, 0.0, 0.0]
+            for place in range(5):
+                share = float(pooled.weights[row, place, site])
+                dosage += share * int(found.alleles[row, place, site])
+                ancestry[int(found.population[row, place])] += share
+            assert float(pooled.dosage[row, site]) == pytest.approx(dosage, abs=1e-5)
+            assert pooled.ancestry[row, :, site].tolist() == pytest.approx(ancestry, abs=1e-5)
+
+
+@POOLINGS
+def test_the_pooled_embedding_from_the_codebook_is_the_sum_over_neighbours(build, kind) -> None:
+    world = build(outside=1)
+    samples = world.batch_of(1, [0], world.hidden(1, 1, 1))
+    batches = {
+        mode: world.collator(build.imputer().embedding, k=5, mode=mode)(samples) for mode in ("factored", "dense")
+    }
+    pooled = {
+        mode: kind()(batch, batch.retrieved, torch.ones(len(world.data.windows[1]))) for mode, batch in batches.items()
+    }
+    assert pooled["factored"].weights is None
+    found = batches["dense"].retrieved
+    rows = gather_embeddings(found.codebook, found.alleles.long())
+    explicit = sum(pooled["dense"].weights[:, place, :, None] * rows[:, place] for place in range(5))
+    for mode, batch in batches.items():
+        assert (batch.retrieved.embeddings is not None) == (mode == "dense")
+        reference = pooled_embedding(pooled[mode], batch.retrieved, found.codebook)
+        assert torch.allclose(reference, explicit, atol=1e-5)
+
+
+def test_the_pooled_embedding_lies_between_the_two_alleles_by_dosage() -> None:
+    codebook = torch.randn(4, 4, 3)
+    dosage = torch.tensor([[0.0, 1.0, 0.25, 0.5]])
+    pooled = Pooled(dosage, torch.empty(0), None)
+    retrieved = type("Retrieved", (), {"embeddings": None})()
+    found = pooled_embedding(pooled, retrieved, codebook)
+    assert torch.allclose(found[0, 0], codebook[0, 0]) and torch.allclose(found[0, 1], codebook[1, 1])
+    assert torch.allclose(found[0, 2], 0.75 * codebook[2, 0] + 0.25 * codebook[2, 1])
+
+
+def test_copying_stays_finite_where_no_neighbour_matches_a_site_of_large_weight(build) -> None:
+    world = build(outside=1, sites=40, window_sites=40, overlap=0, flank=0)
+    batch = world.collator(build.imputer().embedding, k=3)(world.batch_of(0, [0], np.zeros((1, 40), dtype=bool)))
+    mismatch = batch.retrieved.mismatch.clone()
+    mismatch[:, 17] = True
+    batch = replace(batch, retrieved=replace(batch.retrieved, mismatch=mismatch))
+    weight = torch.ones(40)
+    weight[17] = 25.0
+    with torch.no_grad():
+        pooled = CopyingPooling()(batch, batch.retrieved, weight)
+    assert torch.isfinite(pooled.dosage).all()
+    assert torch.allclose(pooled.ancestry.sum(1), torch.ones(2, 40), atol=1e-5)

@@ -1,0 +1,160 @@
+"""A small panel in memory, random embeddings, and slow oracles of the distance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from embrag_ds.data.dataset import Samples, WindowedPanel, exclusion_table
+from embrag_ds.data.panel import Panel, Populations, ReferenceSet
+from embrag_ds.data.sites import SiteTable
+from embrag_ds.data.tokens import VOCAB
+from embrag_ds.data.windows import make_windows
+from embrag_ds.retrieval.cache import ReferenceCache
+from embrag_ds.retrieval.collate import RetrievalCollator
+from embrag_ds.retrieval.search import resolve_backend
+from embrag_ds.retrieval.store import DenseStore, FactoredStore, Neighbours, Query, Store
+
+CPU = torch.device("cpu")
+WAYS = (("factored", "torch"), ("factored", "faiss-cpu"), ("dense", "torch"))
+"""Store and backend; the dense store searches with FAISS whatever the backend is."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class RandomEmbedding:
+    """An arbitrary embedding, different at every site: codebooks float32 [L, V, D], one per window."""
+
+    codebooks: list[Tensor]
+
+    def __call__(self, window: int, tokens: Tensor) -> Tensor:
+        codebook = self.codebooks[window]
+        return codebook[torch.arange(len(codebook)), tokens]
+
+    @property
+    def dims(self) -> int:
+        return self.codebooks[0].shape[-1]
+
+
+@dataclass(frozen=True)
+class World:
+    """A windowed panel; people not in its reference set are there to be queried."""
+
+    data: WindowedPanel
+    samples: tuple[str, ...]
+
+    def embedding(self, seed: int = 1, dims: int = 3) -> RandomEmbedding:
+        maker = torch.Generator().manual_seed(seed)
+        return RandomEmbedding([torch.randn(len(w), VOCAB, dims, generator=maker) for w in self.data.windows])
+
+    def store(self, store: str, backend: str, dims: int = 3) -> Store:
+        if store == "dense":
+            return DenseStore(self.data, dims, 1.0, CPU)
+        return FactoredStore(self.data, resolve_backend(backend)[1], CPU)
+
+    def collator(
+        self,
+        embedding: RandomEmbedding,
+        store: str,
+        backend: str,
+        k: int,
+        relatives: Path | None = None,
+    ) -> RetrievalCollator:
+        made = self.store(store, backend, embedding.dims)
+        cache = ReferenceCache(self.data.windows, CPU)
+        cache.refresh(embedding, 0)
+        made.refresh(embedding)
+        exclusions = exclusion_table(self.samples, relatives)
+        return RetrievalCollator(self.data, CPU, store=made, source=cache, k=k, exclusions=exclusions)
+
+    def batch_of(self, window: int, people: Sequence[int], hidden: np.ndarray) -> Samples:
+        """A micro-batch; ``hidden`` [N, L]."""
+        chosen = np.array(people, dtype=np.int64)
+        return Samples(window, chosen, self.data.people_alleles(window, chosen), hidden)
+
+    def hidden(self, window: int, people: int, seed: int, rate: float = 0.5) -> np.ndarray:
+        """A mask for each of so many people, [N, L]."""
+        return np.random.default_rng(seed).random((people, len(self.data.windows[window]))) < rate
+
+
+class Build:
+    """What the ``build`` fixture gives: worlds from alleles, and oracles."""
+
+    ways = WAYS
+
+    def __call__(
+        self,
+        alleles: np.ndarray,
+        *,
+        reference: Sequence[int] | None = None,
+        populations: Sequence[int] | None = None,
+        window_sites: int = 10**6,
+        overlap: int = 0,
+        flank: int = 0,
+    ) -> World:
+        """``alleles`` [S, 2N] on one contig; ``reference`` are the people of the reference set."""
+        size, people = len(alleles), alleles.shape[1] // 2
+        sites = SiteTable(
+            contigs=("1",),
+            contig_lengths=(0,),
+            contig=np.zeros(size, dtype=np.int32),
+            pos=np.arange(1, size + 1, dtype=np.int64) * 1000,
+            ref=["A"] * size,
+            alt=["C"] * size,
+            id=["."] * size,
+        )
+        samples = tuple(f"p{i}" for i in range(people))
+        panel = Panel(Path("panel.vcf.gz"), sites, samples, np.packbits(alleles, axis=1, bitorder="little"), {})
+        of = np.zeros(people, dtype=np.int64) if populations is None else np.array(populations)
+        names = tuple(f"pop{code}" for code in range(int(of.max()) + 1))
+        chosen = np.arange(people) if reference is None else np.array(reference)
+        windows = make_windows(sites, window_sites, overlap, flank)
+        return World(
+            WindowedPanel(ReferenceSet(panel, Populations(names, of), chosen), windows, sites.pos * 1e-5), samples
+        )
+
+    @staticmethod
+    def random_alleles(seed: int, sites: int, people: int) -> np.ndarray:
+        return np.random.default_rng(seed).integers(0, 2, size=(sites, 2 * people), dtype=np.uint8)
+
+    @staticmethod
+    def distances(query: Query, embedding: RandomEmbedding, data: WindowedPanel) -> np.ndarray:
+        """The oracle, float64 [B, H]: squared L2 of flattened embeddings over the sites a query shows."""
+        codebook = embedding.codebooks[query.window].double().numpy()
+        reference = data.reference_alleles(query.window)
+        result = np.zeros((len(query.tokens), len(reference)))
+        for row, tokens in enumerate(query.tokens.tolist()):
+            shown = [site for site, token in enumerate(tokens) if token < 2]
+            for column, haplotype in enumerate(reference.tolist()):
+                for site in shown:
+                    difference = codebook[site, tokens[site]] - codebook[site, haplotype[site]]
+                    result[row, column] += (difference**2).sum()
+        return result
+
+    @staticmethod
+    def check_nearest(found: Neighbours, oracle: np.ndarray, excluded: np.ndarray, k: int) -> None:
+        """``found`` are the ``k`` nearest that are not excluded, in order, up to ties."""
+        for row, (ids, distance) in enumerate(zip(found.ids.tolist(), found.distance.tolist(), strict=True)):
+            assert len(set(ids)) == len(ids) == k
+            assert not excluded[row, ids].any()
+            allowed = np.sort(oracle[row][~excluded[row]])[:k]
+            assert np.allclose(distance, allowed, rtol=1e-4, atol=1e-3)
+            assert np.allclose(oracle[row, ids], distance, rtol=1e-4, atol=1e-3)
+
+
+@pytest.fixture(scope="session")
+def build() -> Build:
+    return Build()

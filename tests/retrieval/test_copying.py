@@ -1,0 +1,184 @@
+"""The copying model against an explicit hidden Markov model, compiled and in torch, values and gradients."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embrag_ds.retrieval.copying import (
+    copying_posterior,
+    interpolated_dosage,
+    interpolated_weights,
+    posterior_torch,
+)
+
+BOTH = pytest.mark.parametrize("posterior_of", [copying_posterior, posterior_torch], ids=["compiled", "torch"])
+
+
+def slow_posterior(emission: np.ndarray, switch: np.ndarray) -> np.ndarray:
+    """Forward-backward [T, K] float64 of one haplotype, with the whole transition matrix written out."""
+    sites, states = emission.shape
+
+    def transition(site: int, source: int, to: int) -> float:
+        return (1 - switch[site]) * (source == to) + switch[site] / states
+
+    forward = np.zeros((sites, states))
+    backward = np.ones((sites, states))
+    for state in range(states):
+        forward[0, state] = emission[0, state] / states
+    for site in range(1, sites):
+        for to in range(states):
+            arriving = sum(forward[site - 1, source] * transition(site, source, to) for source in range(states))
+            forward[site, to] = arriving * emission[site, to]
+        forward[site] /= forward[site].sum()
+    for site in range(sites - 2, -1, -1):
+        for source in range(states):
+            backward[site, source] = sum(
+                transition(site + 1, source, to) * emission[site + 1, to] * backward[site + 1, to]
+                for to in range(states)
+            )
+        backward[site] /= backward[site].sum()
+    both = forward * backward
+    return both / both.sum(1, keepdims=True)
+
+
+def random_case(seed: int, queries: int, sites: int, states: int, harshness: float = 5.0):
+    """mismatch [B, T, K], cost [B, T] and switch [B, T], one switch in ten being zero."""
+    rng = np.random.default_rng(seed)
+    mismatch = rng.random((queries, sites, states)) < 0.4
+    cost = harshness * rng.random((queries, sites))
+    switch = rng.random((queries, sites)) ** 3
+    switch[rng.random(switch.shape) < 0.1] = 0.0
+    return torch.from_numpy(mismatch), torch.from_numpy(cost).float(), torch.from_numpy(switch).float()
+
+
+@BOTH
+@settings(deadline=None, max_examples=50)
+@given(
+    seed=st.integers(0, 2**32),
+    queries=st.integers(1, 3),
+    sites=st.integers(1, 8),
+    states=st.integers(1, 5),
+    harshness=st.floats(0.1, 9),
+)
+def test_the_posterior_equals_forward_backward_with_the_full_transition_matrix(
+    posterior_of, seed: int, queries: int, sites: int, states: int, harshness: float
+) -> None:
+    mismatch, cost, switch = random_case(seed, queries, sites, states, harshness)
+    found = posterior_of(mismatch, cost, switch)
+    assert found.shape == mismatch.shape and found.dtype == torch.float32
+    for query in range(queries):
+        emission = np.exp(-cost[query].double().numpy()[:, None] * mismatch[query].numpy())
+        expected = slow_posterior(emission, switch[query].double().numpy())
+        assert np.allclose(found[query].numpy(), expected, rtol=1e-3, atol=2e-5)
+
+
+@BOTH
+def test_the_switch_before_the_first_site_is_ignored(posterior_of) -> None:
+    mismatch, cost, switch = random_case(1, 2, 6, 4)
+    other = switch.clone()
+    other[:, 0] = 0.9
+    assert torch.equal(posterior_of(mismatch, cost, switch), posterior_of(mismatch, cost, other))
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**32), queries=st.integers(1, 3), sites=st.integers(1, 9), states=st.integers(1, 6))
+def test_compiled_gradients_equal_those_of_autograd_in_double_precision(
+    seed: int, queries: int, sites: int, states: int
+) -> None:
+    mismatch, cost, switch = random_case(seed, queries, sites, states)
+    weight = torch.randn(mismatch.shape, generator=torch.Generator().manual_seed(seed))
+    gradients = []
+    for posterior_of, kind in ((copying_posterior, torch.float32), (posterior_torch, torch.float64)):
+        inputs = [each.detach().to(kind).requires_grad_() for each in (cost, switch)]
+        (posterior_of(mismatch, *inputs) * weight.to(kind)).sum().backward()
+        gradients.append([torch.zeros_like(cost) if each.grad is None else each.grad.float() for each in inputs])
+    for compiled, exact in zip(*gradients, strict=True):
+        scale = float(exact.abs().max()) + 1e-3
+        assert torch.allclose(compiled, exact, rtol=1e-3, atol=1e-4 * scale + 2e-6), (compiled, exact)
+
+
+@BOTH
+def test_the_posterior_stays_finite_and_normalised_over_many_sites(posterior_of) -> None:
+    mismatch = torch.rand(2, 3000, 5, generator=torch.Generator().manual_seed(1)) < 0.5
+    cost, switch = torch.full((2, 3000), 6.0), torch.full((2, 3000), 1e-3)
+    posterior = posterior_of(mismatch, cost, switch)
+    assert torch.allclose(posterior.sum(-1), torch.ones(2, 3000), atol=1e-4)
+    double = posterior_torch(mismatch, cost.double(), switch.double())
+    assert torch.allclose(posterior.double(), double, atol=1e-3)
+
+
+@BOTH
+def test_sites_that_nobody_mismatches_and_nothing_follows_change_nothing(posterior_of) -> None:
+    """Which is what the filled-up part of a row is."""
+    mismatch, cost, switch = random_case(1, 2, 6, 4)
+    longer = [torch.cat([part, part[:, :3] * 0], dim=1) for part in (mismatch, cost, switch)]
+    longer[2][:, 6] = 0.7
+    found = posterior_of(longer[0].bool(), *longer[1:])
+    assert torch.allclose(found[:, :6], posterior_of(mismatch, cost, switch), atol=1e-6)
+
+
+@BOTH
+def test_the_posterior_is_finite_where_every_neighbour_mismatches_at_a_large_cost(posterior_of) -> None:
+    """A factor that all states share cancels, however small it is."""
+    mismatch, cost, switch = random_case(1, 1, 6, 4)
+    expected = posterior_of(mismatch, cost, switch)
+    mismatch = torch.cat([mismatch[:, :3], torch.ones(1, 1, 4, dtype=torch.bool), mismatch[:, 3:]], dim=1)
+    cost = torch.cat([cost[:, :3], torch.full((1, 1), 120.0), cost[:, 3:]], dim=1)
+    switch = torch.cat([switch[:, :3], torch.zeros(1, 1), switch[:, 3:]], dim=1)
+    found = posterior_of(mismatch, cost, switch)
+    assert torch.allclose(found[:, [0, 1, 2, 4, 5, 6]], expected, atol=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize("switch", [0.0, 1e-9])
+def test_the_posterior_is_finite_where_the_map_is_flat_and_the_evidence_contradicts_itself(
+    posterior_of, switch: float
+) -> None:
+    """Real maps are flat over centromeres; each neighbour mismatches in one of two stretches."""
+    mismatch = torch.zeros(1, 60, 2, dtype=torch.bool)
+    mismatch[:, :30, 0] = True
+    mismatch[:, 30:, 1] = True
+    found = posterior_of(mismatch, torch.full((1, 60), 5.0), torch.full((1, 60), switch))
+    assert torch.isfinite(found).all()
+    assert torch.allclose(found.sum(-1), torch.ones(1, 60), atol=1e-5)
+
+
+def interpolation_case(seed: int):
+    maker = torch.Generator().manual_seed(seed)
+    posterior = torch.softmax(torch.randn(3, 5, 4, generator=maker), dim=-1)
+    alleles = torch.randint(0, 2, (3, 4, 11), generator=maker, dtype=torch.uint8)
+    left = torch.randint(0, 5, (3, 11), generator=maker)
+    right = (left + torch.randint(0, 2, (3, 11), generator=maker)).clamp_max(4)
+    return posterior, alleles, left, right, torch.rand(3, 11, generator=maker)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_interpolation_equals_a_plain_loop(seed: int) -> None:
+    posterior, alleles, left, right, share = interpolation_case(seed)
+    dosage = interpolated_dosage(posterior, alleles, left, right, share)
+    weights = interpolated_weights(posterior, left, right, share)
+    for query in range(3):
+        for site in range(11):
+            part = float(share[query, site])
+            expected = 0.0
+            for k in range(4):
+                before = float(posterior[query, left[query, site], k])
+                after = float(posterior[query, right[query, site], k])
+                mixed = (1 - part) * before + part * after
+                assert float(weights[query, k, site]) == pytest.approx(mixed, abs=1e-6)
+                expected += mixed * int(alleles[query, k, site])
+            assert float(dosage[query, site]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_compiled_dosage_gradients_equal_those_of_autograd() -> None:
+    posterior, *rest = interpolation_case(1)
+    weight = torch.randn(3, 11)
+    one, two = posterior.clone().requires_grad_(), posterior.clone().requires_grad_()
+    alleles, *places = rest
+    (interpolated_dosage(one, *rest) * weight).sum().backward()
+    ((interpolated_weights(two, *places) * alleles).sum(1) * weight).sum().backward()
+    assert torch.allclose(one.grad, two.grad, atol=1e-6)

@@ -1,0 +1,249 @@
+"""Both stores and all backends find the same neighbours: those of the squared L2 distance."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embrag_ds.data.tokens import MASK
+from embrag_ds.errors import UserError
+from embrag_ds.model.embedding import HaplotypeEmbedding, gather_embeddings
+from embrag_ds.retrieval.cache import ReferenceCache, encode_window, site_weights
+from embrag_ds.retrieval.collate import site_tensors
+from embrag_ds.retrieval.search import resolve_backend, search_faiss_cpu, search_torch
+from embrag_ds.retrieval.store import DenseStore, FactoredStore, Neighbours, Query
+
+CPU = torch.device("cpu")
+
+
+def make_query(world, people: int, seed: int, rate: float = 0.5, excluded_people: int = 1) -> Query:
+    """People of window 0 with a mask each; each bars itself and the next ``excluded_people - 1``."""
+    number = np.arange(people)
+    samples = world.batch_of(0, number, world.hidden(0, people, seed, rate))
+    hidden = torch.from_numpy(samples.hidden).repeat_interleave(2, 0)
+    tokens = torch.from_numpy(samples.alleles).long().masked_fill(hidden, MASK)
+    owner = torch.from_numpy(world.data.reference.person_of)
+    who = torch.arange(people).repeat_interleave(2)[:, None]
+    excluded = (owner >= who) & (owner < who + excluded_people)
+    return Query(0, tokens, torch.from_numpy(np.flatnonzero(~samples.hidden.all(0))), excluded)
+
+
+def search(world, embedding, query: Query, way: tuple[str, str], k: int) -> Neighbours:
+    cache = ReferenceCache(world.data.windows, CPU)
+    cache.refresh(embedding, 0)
+    store = world.store(*way, embedding.dims)
+    store.refresh(embedding)
+    return store.search(query, cache.code(query.window), k)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**32),
+    sites=st.integers(1, 20),
+    people=st.integers(2, 6),
+    rate=st.sampled_from([0.0, 0.5, 0.9]),
+    data=st.data(),
+)
+def test_every_store_and_backend_finds_the_nearest_by_explicit_squared_l2(
+    build, seed: int, sites: int, people: int, rate: float, data: st.DataObject
+) -> None:
+    world = build(build.random_alleles(seed, sites, people))
+    barred = data.draw(st.integers(1, people - 1))
+    k = data.draw(st.integers(1, 2 * (people - barred)))
+    query = make_query(world, people, seed, rate, barred)
+    embedding = world.embedding(seed)
+    oracle = build.distances(query, embedding, world.data)
+    for way in build.ways:
+        build.check_nearest(search(world, embedding, query, way, k), oracle, query.excluded.numpy(), k)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_stores_and_backends_agree_on_ids_where_distances_are_distinct(build, seed: int) -> None:
+    world = build(build.random_alleles(seed, 60, 20))
+    query, embedding = make_query(world, 5, seed, 0.6), world.embedding(seed)
+    k = 15
+    first, *others = (search(world, embedding, query, way, k + 1) for way in build.ways)
+    gap = torch.diff(first.distance) > 1e-3
+    alone = torch.cat([gap[:, :1], gap[:, 1:] & gap[:, :-1]], dim=1)
+    assert alone.float().mean() > 0.9
+    for other in others:
+        assert torch.allclose(first.distance, other.distance, rtol=1e-4, atol=1e-3)
+        assert torch.equal(first.ids[:, :k][alone], other.ids[:, :k][alone])
+
+
+def test_torch_and_faiss_agree_on_random_inner_products() -> None:
+    maker = torch.Generator().manual_seed(1)
+    queries, references = torch.randn(7, 30, generator=maker), torch.randn(90, 30, generator=maker)
+    excluded = torch.rand(7, 90, generator=maker) < 0.3
+    one, two = (search(queries, references, excluded, 20) for search in (search_torch, search_faiss_cpu))
+    assert torch.allclose(one[0], two[0], atol=1e-4)
+    assert torch.equal(one[1], two[1])
+    assert (torch.diff(two[0]) <= 0).all()
+
+
+def test_the_faiss_backend_and_the_dense_store_really_run_faiss(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    import faiss
+
+    ran = []
+    knn, index = faiss.knn, faiss.IndexFlatL2
+    monkeypatch.setattr(faiss, "knn", lambda *given, **named: (ran.append("knn"), knn(*given, **named))[1])
+    monkeypatch.setattr(faiss, "IndexFlatL2", lambda width: (ran.append("flat"), index(width))[1])
+    world = build(build.random_alleles(1, 10, 4))
+    for way, name in ((("factored", "torch"), None), (("factored", "faiss-cpu"), "knn"), (("dense", "torch"), "flat")):
+        ran.clear()
+        search(world, world.embedding(), make_query(world, 2, 1), way, 2)
+        assert set(ran) == ({name} if name else set())
+
+
+def test_backends_have_names_and_auto_is_torch() -> None:
+    assert resolve_backend("auto") == ("torch", search_torch)
+    assert resolve_backend("faiss-cpu") == ("faiss-cpu", search_faiss_cpu)
+
+
+@pytest.mark.parametrize("way", range(3))
+def test_planted_neighbours_are_found_first(build, way: int) -> None:
+    rng = np.random.default_rng(5)
+    alleles = build.random_alleles(5, 80, 30)
+    # Haplotypes 20, 31 and 44 are the first query's, with none, two and four sites changed.
+    planted = [20, 31, 44]
+    for changes, haplotype in zip((0, 2, 4), planted, strict=True):
+        alleles[:, haplotype] = alleles[:, 0]
+        alleles[rng.choice(80, changes, replace=False), haplotype] ^= 1
+    world = build(alleles)
+    found = search(world, world.embedding(), make_query(world, 1, 1, rate=0.0), build.ways[way], 3)
+    assert found.ids[0].tolist() == planted
+    assert found.distance[0, 0] == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize("way", range(3))
+def test_hidden_sites_never_change_ids_or_distances(build, way: int) -> None:
+    alleles = build.random_alleles(3, 50, 12)
+    world = build(alleles, reference=range(4, 12))
+    hidden = world.hidden(0, 4, 1, 0.6)
+    flipped = alleles.copy()
+    for haplotype in range(8):
+        flipped[hidden[haplotype // 2], haplotype] ^= 1
+    assert not np.array_equal(alleles, flipped)
+    found = []
+    for truth in (alleles, flipped):
+        again = build(truth, reference=range(4, 12))
+        batch = again.collator(again.embedding(), *build.ways[way], 6)(again.batch_of(0, range(4), hidden))
+        query = Query(0, batch.tokens, torch.arange(50), torch.zeros(8, 16, dtype=torch.bool))
+        found.append((batch.retrieved.ids, search(again, again.embedding(), query, build.ways[way], 6)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1].ids, found[1][1].ids)
+    assert torch.equal(found[0][1].distance, found[1][1].distance)
+
+
+@pytest.mark.parametrize("way", range(3))
+def test_reference_alleles_at_sites_a_query_hides_do_not_count(build, way: int) -> None:
+    """Even where other people of the batch show the site."""
+    alleles = build.random_alleles(3, 40, 10)
+    hidden = np.zeros((2, 40), dtype=bool)
+    hidden[0, :20], hidden[1, 20:] = True, True
+    changed = alleles.copy()
+    changed[:20, 4:] ^= np.random.default_rng(1).integers(0, 2, (20, 16), dtype=np.uint8)
+    ids = []
+    for panel in (alleles, changed):
+        world = build(panel, reference=range(2, 10))
+        batch = world.collator(world.embedding(), *build.ways[way], 5)(world.batch_of(0, [0, 1], hidden))
+        ids.append(batch.retrieved.ids)
+    assert torch.equal(ids[0][:2], ids[1][:2])
+    assert not torch.equal(ids[0][2:], ids[1][2:])
+
+
+@pytest.mark.parametrize("way", range(3))
+@pytest.mark.parametrize("seed", range(3))
+def test_permuting_the_panel_only_permutes_ids(build, way: int, seed: int) -> None:
+    alleles = build.random_alleles(seed, 60, 15)
+    order = np.random.default_rng(seed).permutation(np.arange(3, 15))
+    shuffled = alleles.copy()
+    for place, person in enumerate(order):
+        shuffled[:, 6 + 2 * place : 8 + 2 * place] = alleles[:, 2 * person : 2 * person + 2]
+    found = []
+    for panel in (alleles, shuffled):
+        world = build(panel, reference=range(3, 15))
+        found.append(search(world, world.embedding(), make_query(world, 3, 1), build.ways[way], 10))
+    where = torch.from_numpy((2 * (order[:, None] - 3) + np.arange(2)).reshape(-1))
+    assert torch.allclose(found[0].distance, found[1].distance, rtol=1e-4, atol=1e-3)
+    gap = torch.diff(found[0].distance) > 1e-3
+    alone = torch.cat([gap[:, :1], gap[:, 1:] & gap[:, :-1]], dim=1)
+    assert alone.float().mean() > 0.7
+    assert torch.equal(found[0].ids[:, :9][alone], where[found[1].ids][:, :9][alone])
+
+
+@pytest.mark.parametrize("way", range(3))
+def test_a_query_that_shows_nothing_is_equally_far_from_everyone_but_still_barred_from_itself(build, way: int) -> None:
+    world = build(build.random_alleles(1, 12, 5))
+    query = make_query(world, 2, 1, rate=2.0)
+    found = search(world, world.embedding(), query, build.ways[way], 8)
+    assert (found.distance == 0).all()
+    build.check_nearest(found, np.zeros((4, 10)), query.excluded.numpy(), 8)
+
+
+@pytest.mark.parametrize("way", range(3))
+def test_a_missing_allele_adds_nothing_to_a_distance(build, way: int) -> None:
+    world = build(build.random_alleles(1, 30, 8))
+    query = make_query(world, 2, 1)
+    missing = replace(query, tokens=query.tokens.masked_fill(query.tokens == MASK, 3))
+    one, two = (search(world, world.embedding(), each, build.ways[way], 6) for each in (query, missing))
+    assert torch.equal(one.ids, two.ids) and torch.equal(one.distance, two.distance)
+
+
+def real_encoder(world, dims: int, seed: int):
+    torch.manual_seed(seed)
+    embedding = HaplotypeEmbedding(dims).requires_grad_(False)
+    return lambda window, tokens: embedding(tokens, site_tensors(world.data, window, CPU))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_reference_embeddings_from_the_codebook_are_bit_equal_to_stored_rows(build, seed: int) -> None:
+    world = build(build.random_alleles(seed, 90, 10), window_sites=30, overlap=6, flank=11)
+    encoder = real_encoder(world, 16, seed)
+    factored, dense = world.store("factored", "torch"), world.store("dense", "torch", 16)
+    cache = ReferenceCache(world.data.windows, CPU)
+    for part in (factored, dense):
+        part.refresh(encoder)
+    cache.refresh(encoder, 0)
+    for window in world.data.windows:
+        ids = torch.randint(0, 20, (4, 5), generator=torch.Generator().manual_seed(seed))
+        alleles = torch.from_numpy(world.data.reference_alleles(window.index)).long()[ids][:, :, window.core]
+        gathered = gather_embeddings(cache.code(window.index).codebook, alleles)
+        stored = dense.embeddings(window.index, ids)
+        assert stored.shape == (4, 5, window.core_stop - window.core_start, 16)
+        assert torch.equal(gathered, stored)
+    assert factored.embeddings(0, ids) is None
+
+
+def test_site_weights_are_the_squared_distance_of_the_two_alleles(build) -> None:
+    world = build(build.random_alleles(1, 20, 3), window_sites=12, overlap=3, flank=4)
+    embedding = world.embedding()
+    for window in world.data.windows:
+        codebook, weights = encode_window(embedding, window, CPU)
+        whole = embedding.codebooks[window.index]
+        explicit = [float(((whole[l, 1] - whole[l, 0]) ** 2).sum()) for l in range(len(window))]  # noqa: E741
+        assert weights.tolist() == pytest.approx(explicit, rel=1e-5)
+        assert torch.equal(codebook, whole[window.core])
+        assert torch.equal(site_weights(whole), weights)
+
+
+def test_the_dense_store_refuses_above_its_budget_naming_the_key_and_the_way_out(build) -> None:
+    world = build(build.random_alleles(1, 100, 10))
+    exact = 100 * 20 * 8 * 4 / 2**30
+    DenseStore(world.data, 8, exact * 1.001, CPU)
+    with pytest.raises(UserError, match=r"embrag\.retrieval\.dense_budget_gb") as fault:
+        DenseStore(world.data, 8, exact * 0.999, CPU)
+    assert "\n" not in str(fault.value) and "store=factored" in str(fault.value)
+
+
+def test_the_factored_store_keeps_nothing_of_the_references_embeddings(build) -> None:
+    world = build(build.random_alleles(1, 20, 4))
+    store = FactoredStore(world.data, search_torch, CPU)
+    before = dict(vars(store))
+    store.refresh(lambda window, tokens: pytest.fail("the factored store encoded reference haplotypes"))
+    assert vars(store) == before
