@@ -323,7 +323,7 @@ def test_the_file_named_in_the_advice_exists(root: Path) -> None:
 def test_a_damaged_file_is_named(tmp_path: Path, text: str, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         load_config(write(tmp_path, text))
-    with pytest.raises(UserError, match="none.json: cannot read"):
+    with pytest.raises(UserError, match=r"none\.json: cannot read"):
         load_config(tmp_path / "none.json")
 
 

@@ -6,7 +6,6 @@ number), so a run is resumed by its step alone.
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +15,7 @@ import numpy as np
 
 from embrag_ds.data.masking import MaskingConfig, MaskSites, training_masks
 from embrag_ds.data.panel import Panel, ReferenceSet
+from embrag_ds.data.text import read_lines
 from embrag_ds.data.windows import Window, make_windows, read_windows
 from embrag_ds.errors import UserError, require
 
@@ -203,12 +203,7 @@ def _epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
 def read_manifest(path: Path, panel: Panel) -> np.ndarray:
     """Sites of an array, bool [S]: a VCF (plain or .gz), or ``contig pos`` per line; matched on position."""
     listed: set[tuple[str, int]] = set()
-    try:
-        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8") as stream:
-            text = stream.read()
-    except (OSError, UnicodeDecodeError) as fault:
-        raise UserError(f"{path}: cannot read the manifest as text: {fault}") from fault
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(read_lines(path, "manifest"), start=1):
         fields = line.split()
         if not fields or line.startswith("#"):
             continue
@@ -228,18 +223,15 @@ def exclusion_table(samples: Sequence[str], relatives: Path | None) -> np.ndarra
     excluded: list[list[int]] = [[number] for number in range(len(samples))]
     if relatives is not None:
         number_of = {sample: number for number, sample in enumerate(samples)}
-        try:
-            lines = relatives.read_text(encoding="utf-8").splitlines()
-        except OSError as fault:
-            raise UserError(f"{relatives}: cannot read the relatives: {fault.strerror}") from fault
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(read_lines(relatives, "relatives"), start=1):
             pair = line.split()
             if not pair:
                 continue
             if len(pair) != 2 or not all(sample in number_of for sample in pair):
                 raise UserError(f"{relatives}: line {number}: expected two sample ids of the panel")
             one, other = (number_of[sample] for sample in pair)
-            excluded[one].append(other)
-            excluded[other].append(one)
+            for person, relative in ((one, other), (other, one)):
+                if relative not in excluded[person]:
+                    excluded[person].append(relative)
     width = max(map(len, excluded))
     return np.array([row + [-1] * (width - len(row)) for row in excluded], dtype=np.int64)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 
 from embrag_ds.data.sites import SiteTable
+from embrag_ds.data.text import read_lines
 from embrag_ds.errors import UserError
 
 _CONTIG_NAMES = {"chr", "chrom", "chromosome"}
@@ -46,13 +45,7 @@ class GeneticMap:
         or no recombination.
         """
         path = Path(path)
-        if not path.is_file():
-            raise UserError(f"{path}: there is no such genetic map; check the path")
-        try:
-            with _open_text(path) as lines:
-                points = _read_points(path, lines)
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: it cannot be read as plain or gzipped text; download or copy it again") from error
+        points = _read_points(path, read_lines(path, "genetic map"))
         if not points:
             raise UserError(f"{path}: it has no points; give a PLINK, HapMap or SHAPEIT genetic map")
         for contig, (bp, cm) in points.items():
@@ -97,13 +90,7 @@ def _canonical(contig: str) -> str:
     return contig.removeprefix("chr")
 
 
-def _open_text(path: Path) -> TextIO:
-    with path.open("rb") as raw:
-        gzipped = raw.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rt", encoding="utf-8") if gzipped else path.open(encoding="utf-8")
-
-
-def _read_points(path: Path, lines: TextIO) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _read_points(path: Path, lines: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     columns = (0, 3, 2)
     bps: dict[str, list[float]] = {}
     cms: dict[str, list[float]] = {}

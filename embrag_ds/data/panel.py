@@ -31,6 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from embrag_ds.data.sites import SiteTable
+from embrag_ds.data.text import read_lines
 from embrag_ds.data.vcf import PhasedVcf
 from embrag_ds.errors import UserError
 
@@ -146,7 +147,7 @@ def _pack(path: Path, directory: Path, progress: bool) -> None:
 
 @dataclass(frozen=True)
 class Populations:
-    """Population of every panel person: ``names`` (P of them) and ``of`` int64 [N] indexing them."""
+    """Population of every person: ``names`` (P of them) and ``of`` int64 [N] indexing them."""
 
     names: tuple[str, ...]
     of: np.ndarray
@@ -160,21 +161,18 @@ def read_populations(path: Path | None, samples: tuple[str, ...]) -> Populations
     if path is None:
         return Populations(("all",), np.zeros(len(samples), dtype=np.int64))
     table: dict[str, str] = {}
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                fields = line.split()
-                if not fields:
-                    continue
-                if len(fields) < 2:
-                    raise UserError(f"{path}: line {number}: expected sample and population, separated by a tab")
-                table[fields[0]] = fields[1]
-    except (OSError, UnicodeDecodeError) as fault:
-        raise UserError(f"{path}: cannot read the sample table: {fault}") from fault
+    for number, line in enumerate(read_lines(path, "sample table"), start=1):
+        fields = line.split("\t") if "\t" in line else line.split()
+        if not fields:
+            continue
+        if len(fields) < 2:
+            raise UserError(f"{path}: line {number}: expected sample and population, separated by a tab")
+        if table.setdefault(fields[0], fields[1]) != fields[1]:
+            raise UserError(f"{path}: line {number}: {fields[0]} has another population further up; keep one")
     missing = [sample for sample in samples if sample not in table]
     if missing:
         raise UserError(
-            f"{path}: {len(missing)} panel samples have no line, the first is {missing[0]}; add them or omit --samples"
+            f"{path}: {len(missing)} samples have no line, the first is {missing[0]}; add them, or omit --samples"
         )
     names = tuple(sorted({table[sample] for sample in samples}))
     code = {name: number for number, name in enumerate(names)}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from embrag_ds.data.sites import SiteTable
-from embrag_ds.data.vcf import write_phased
+from embrag_ds.data.vcf_output import write_phased
 from embrag_ds.errors import UserError
 
 if TYPE_CHECKING:

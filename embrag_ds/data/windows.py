@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from embrag_ds.data.sites import SiteTable
+from embrag_ds.data.text import read_lines
 from embrag_ds.errors import UserError
 
 
@@ -71,11 +72,7 @@ def read_windows(path: Path, sites: SiteTable, flank_sites: int) -> list[Window]
     codes = {name: code for code, name in enumerate(sites.contigs)}
     runs = {int(sites.contig[first]): (first, last) for first, last in sites.contig_runs()}
     windows: list[Window] = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as fault:
-        raise UserError(f"{path}: cannot read the windows: {fault.strerror}") from fault
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_lines(path, "windows"), start=1):
         fields = line.split()
         if not fields or line.startswith("#"):
             continue

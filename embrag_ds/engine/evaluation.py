@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from embrag_ds.data.panel import read_populations
 from embrag_ds.data.sites import Harmonised, SiteTable, harmonise
-from embrag_ds.data.vcf import Dosages, PhasedData, PhasedVcf, read_dosages, read_phased
+from embrag_ds.data.vcf import PhasedData, PhasedVcf, read_phased
+from embrag_ds.data.vcf_dosages import Dosages, read_dosages
 from embrag_ds.engine import metrics
 from embrag_ds.engine.baselines import allele_frequency_dosage, nearest_haplotype_dosage
+from embrag_ds.engine.report import Difference, Report, Scores
 from embrag_ds.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -24,134 +25,6 @@ NEAREST_HAPLOTYPE = "nearest haplotype"
 BLOCK_SITES = 2048
 NO_ALLELES = np.empty(0, dtype=np.uint8)
 PathLike = str | Path
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What one tool reached. A dict has one value for each of ``metrics.MAF_BINS``, by name.
-
-    ``aggregate_r2_interval`` is a 95 % bootstrap interval over people. ``iqs`` uses what
-    ``iqs_from`` names. ``calibration_error`` is None for a tool without genotype probabilities,
-    ``dr2_correlation`` (its DR2 against the true per-site r2) None for one without DR2.
-    """
-
-    aggregate_r2: dict[str, float]
-    aggregate_r2_interval: dict[str, tuple[float, float]]
-    site_r2: dict[str, float]
-    concordance: dict[str, float]
-    non_reference_concordance: dict[str, float]
-    iqs: dict[str, float]
-    iqs_from: str
-    calibration_error: float | None
-    dr2_correlation: float | None
-    populations: dict[str, dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Aggregate r2 of tool ``a`` minus that of ``b``, with a 95 % interval paired over the same resamples."""
-
-    a: str
-    b: str
-    difference: dict[str, float]
-    interval: dict[str, tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Section:
-    """One table of a report."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything :func:`evaluate` measured.
-
-    ``sites`` counts the scored sites by bin; ``sites_without_truth_variance`` those of them that
-    the per-site r2 leaves out; ``populations`` has the number of people of each.
-    """
-
-    files: dict[str, str]
-    people: int
-    sites: dict[str, int]
-    sites_without_truth_variance: dict[str, int]
-    typed_sites: int
-    bootstrap: int
-    seed: int
-    populations: dict[str, int]
-    tools: dict[str, Scores]
-    differences: list[Difference]
-
-    def sections(self) -> list[Section]:
-        """The report as tables of text."""
-        header = ["", *metrics.BIN_NAMES]
-        counts = ["sites", *(str(self.sites[name]) for name in metrics.BIN_NAMES)]
-        sections = [
-            Section(
-                f"Aggregate dosage r2 by panel minor-allele frequency, {self.people} people",
-                header,
-                [counts, *([tool, *_row(scores.aggregate_r2)] for tool, scores in self.tools.items())],
-            )
-        ]
-        if self.bootstrap:
-            resampled = f"over {self.bootstrap} bootstrap resamples of people"
-            intervals = [[tool, *_interval_row(s.aggregate_r2_interval)] for tool, s in self.tools.items()]
-            sections.append(Section(f"95 % interval {resampled}", header, intervals))
-        if self.bootstrap and self.differences:
-            rows = [[f"{each.a} - {each.b}", *_interval_row(each.interval)] for each in self.differences]
-            sections.append(Section(f"95 % interval of the paired difference {resampled}", header, rows))
-        sections.append(self._other_measures())
-        for population, people in self.populations.items():
-            rows = [[tool, *_row(scores.populations[population])] for tool, scores in self.tools.items()]
-            sections.append(Section(f"Aggregate dosage r2, {population}, {people} people", header, rows))
-        return sections
-
-    def _other_measures(self) -> Section:
-        header = [
-            "",
-            "mean site r2",
-            "concordance",
-            "non-ref concordance",
-            "IQS",
-            "IQS from",
-            "ECE",
-            "DR2 correlation",
-        ]
-        rows = []
-        for tool, scores in self.tools.items():
-            measures = (scores.site_r2, scores.concordance, scores.non_reference_concordance, scores.iqs)
-            rows.append(
-                [
-                    tool,
-                    *(_number(measure["all"]) for measure in measures),
-                    scores.iqs_from,
-                    _number(scores.calibration_error),
-                    _number(scores.dr2_correlation),
-                ]
-            )
-        left_out = self.sites_without_truth_variance["all"]
-        return Section(
-            f"Other measures, all sites (site r2 without {left_out} where the truth is constant)",
-            header,
-            rows,
-        )
-
-    def table(self) -> str:
-        """Plain text with aligned columns."""
-        return "\n\n".join(_text_table(section) for section in self.sections()) + "\n"
-
-    def markdown(self) -> str:
-        """The same tables in Markdown."""
-        return "\n\n".join(_markdown_table(section) for section in self.sections()) + "\n"
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything, in types that ``json`` writes; undefined numbers are None."""
-        result = _plain(vars(self))
-        assert isinstance(result, dict)
-        return result
 
 
 def evaluate(
@@ -181,7 +54,7 @@ def evaluate(
     truth = _align(_read(truth_path), panel.sites, truth_path, panel_path)
     people = truth.samples
     _refuse_overlap(people, panel.samples, truth_path, panel_path)
-    populations = _read_populations(samples_path, people, truth_path) if samples_path is not None else {}
+    populations = _population_members(samples_path, people) if samples_path is not None else {}
     logger.info("reading %s", target_path)
     target = read_phased(target_path)
     typed = harmonise(target.sites, panel.sites, str(target_path), str(panel_path))
@@ -343,26 +216,10 @@ def _align(data: Dosages, panel_sites: SiteTable, path: PathLike, panel_path: Pa
     return _Aligned(matched.panel_index, data.samples, dosage, gp, dr2)
 
 
-def _read_populations(path: PathLike, people: tuple[str, ...], truth_path: PathLike) -> dict[str, np.ndarray]:
+def _population_members(path: PathLike, people: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Which people [N] bool are of each population, in alphabetical order of the populations."""
-    population: dict[str, str] = {}
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path of the table of samples") from error
-    for number, line in enumerate(lines, start=1):
-        fields = line.split("\t")
-        if not line.strip():
-            continue
-        if len(fields) < 2:
-            raise UserError(f"{path}: line {number} has no second column; separate sample and population by a tab")
-        population[fields[0]] = fields[1]
-    # A header line needs no special case: it names no sample of the truth.
-    missing = [name for name in people if name not in population]
-    if missing:
-        raise UserError(f"{path}: no line for {len(missing)} samples of {truth_path} ({_some(missing)}); add them")
-    groups = np.array([population[name] for name in people])
-    return {str(group): groups == group for group in np.unique(groups)}
+    populations = read_populations(Path(path), people)
+    return {name: populations.of == code for code, name in enumerate(populations.names)}
 
 
 def _baselines(
@@ -472,47 +329,3 @@ def _score_tool(
         populations={name: aggregate.result(member) for name, member in populations.items()},
     )
     return scores, aggregate, true_r2
-
-
-def _number(value: float | None) -> str:
-    if value is None or math.isnan(value):
-        return "-"
-    return f"{value:.4f}"
-
-
-def _row(values: dict[str, float]) -> list[str]:
-    return [_number(values[name]) for name in metrics.BIN_NAMES]
-
-
-def _interval_row(limits: dict[str, tuple[float, float]]) -> list[str]:
-    return [" to ".join(_number(limit) for limit in limits[name]) for name in metrics.BIN_NAMES]
-
-
-def _text_table(section: Section) -> str:
-    lines = [section.header, *section.rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(section.header))]
-    text = [section.title]
-    for line in lines:
-        cells = [line[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        text.append("  ".join(cells).rstrip())
-    return "\n".join(text)
-
-
-def _markdown_table(section: Section) -> str:
-    ruler = ["---", *("---:" for _ in section.header[1:])]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (section.header, ruler, *section.rows)]
-    return "\n".join([f"**{section.title}**", "", *lines])
-
-
-def _plain(value: object) -> object:
-    """Dataclasses as dicts, tuples as lists, NaN as None."""
-    if isinstance(value, Scores | Difference):
-        return _plain(vars(value))
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    return value

@@ -18,7 +18,8 @@ import embrag_ds
 from embrag_ds.data.dataset import Samples, WindowedPanel, exclusion_table
 from embrag_ds.data.sites import harmonise
 from embrag_ds.data.tokens import REF
-from embrag_ds.data.vcf import ImputedVcfWriter, PhasedData
+from embrag_ds.data.vcf import PhasedData
+from embrag_ds.data.vcf_output import ImputedVcfWriter
 from embrag_ds.data.windows import blend_weights, uncovered
 from embrag_ds.engine.checkpoint import ExportedModel
 from embrag_ds.engine.inputs import PanelInputs, skipped_records, windowed

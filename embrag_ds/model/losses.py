@@ -75,5 +75,6 @@ def _masked_mean(log_probabilities: Tensor, truth: Tensor, hidden: Tensor, setti
     chosen = log_probabilities.gather(-1, truth[..., None])[..., 0]
     cost = -chosen
     if settings.kind == "focal":
-        cost = cost * (-torch.expm1(chosen)) ** settings.focal_gamma
+        # The floor keeps the slope of a fractional power finite where p is 1.
+        cost = cost * (-torch.expm1(chosen)).clamp_min(1e-8) ** settings.focal_gamma
     return (cost * hidden).sum() / hidden.sum().clamp_min(1)

@@ -20,6 +20,12 @@ import torch
 from torch import Tensor
 
 
+# Both far enough from the smallest float32 that no sum over neighbours is 0, whatever the evidence: not where
+# all of them differ from the query, nor where each differs somewhere and the map says nothing recombined.
+_LARGEST_COST = 60.0
+_SMALLEST_SWITCH = 1e-8
+
+
 def copying_posterior(mismatch: Tensor, cost: Tensor, switch: Tensor) -> Tensor:
     """Posterior copying probabilities, float32 [B, T, K], summing to 1 over K.
 
@@ -27,12 +33,13 @@ def copying_posterior(mismatch: Tensor, cost: Tensor, switch: Tensor) -> Tensor:
     ignored. Differentiable in ``cost`` and ``switch``.
     """
     if mismatch.device.type == "cpu":
-        return _CompiledPosterior.apply(mismatch, cost, switch)
+        return _CompiledPosterior.apply(mismatch, *_bounded(cost, switch))
     return posterior_torch(mismatch, cost, switch)
 
 
 def posterior_torch(mismatch: Tensor, cost: Tensor, switch: Tensor) -> Tensor:
     """:func:`copying_posterior` in plain torch operations, a step per site."""
+    cost, switch = _bounded(cost, switch)
     emission = torch.where(mismatch, torch.exp(-cost)[..., None], 1.0).unbind(1)
     stay = (1 - switch)[..., None].unbind(1)
     jump = (switch / mismatch.shape[-1])[..., None].unbind(1)
@@ -48,6 +55,10 @@ def posterior_torch(mismatch: Tensor, cost: Tensor, switch: Tensor) -> Tensor:
     return both / both.sum(-1, keepdim=True)
 
 
+def _bounded(cost: Tensor, switch: Tensor) -> tuple[Tensor, Tensor]:
+    return cost.clamp_max(_LARGEST_COST), switch.clamp_min(_SMALLEST_SWITCH)
+
+
 class _CompiledPosterior(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mismatch: Tensor, cost: Tensor, switch: Tensor) -> Tensor:
@@ -56,6 +67,8 @@ class _CompiledPosterior(torch.autograd.Function):
             torch.exp(-cost.detach().float()).contiguous().numpy(),
             switch.detach().float().contiguous().numpy(),
         )
+        # Compiled loops know nothing of torch's setting; several ranks on a machine rely on it.
+        numba.set_num_threads(min(numba.config.NUMBA_NUM_THREADS, torch.get_num_threads()))
         alpha = np.empty(mismatch.shape, dtype=np.float32)
         beta = np.empty_like(alpha)
         posterior = np.empty_like(alpha)

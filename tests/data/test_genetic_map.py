@@ -97,11 +97,11 @@ def test_faults(tmp_path, text, expected):
 
 
 def test_unreadable(tmp_path):
-    with pytest.raises(UserError, match="no such genetic map"):
+    with pytest.raises(UserError, match="cannot read the genetic map"):
         GeneticMap.read(tmp_path / "absent")
     path = tmp_path / "map.gz"
     path.write_bytes(gzip.compress(FORMATS["plink"].encode())[:-12])
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot read the genetic map"):
         GeneticMap.read(path)
 
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import embrag_ds.data.panel as panel_module
 from embrag_ds.data.panel import Panel, Populations, ReferenceSet, open_panel, read_populations
 from embrag_ds.data.sites import SiteTable
-from embrag_ds.data.vcf import PhasedVcf, write_phased
+from embrag_ds.data.vcf import PhasedVcf
+from embrag_ds.data.vcf_output import write_phased
 from embrag_ds.errors import UserError
 
 
@@ -240,7 +241,7 @@ def test_a_sample_table_may_have_a_header_more_columns_other_people_and_any_orde
     ("content", "message"),
     [
         (b"a\tCEU\nb\n", "line 2"),
-        (b"a\tCEU\n", "1 panel samples have no line, the first is b"),
+        (b"a\tCEU\n", "1 samples have no line, the first is b"),
         (b"\xff\xfe\x00", "cannot read"),
     ],
 )

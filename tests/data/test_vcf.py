@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from embrag_ds.data.sites import SiteTable
-from embrag_ds.data.vcf import ImputedVcfWriter, PhasedVcf, read_dosages, read_phased, write_phased
+from embrag_ds.data.vcf import PhasedVcf, read_phased
+from embrag_ds.data.vcf_dosages import read_dosages
+from embrag_ds.data.vcf_output import ImputedVcfWriter, write_phased
 from embrag_ds.errors import UserError
 
 

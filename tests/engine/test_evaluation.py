@@ -12,7 +12,8 @@ import pysam
 import pytest
 
 from embrag_ds.data.sites import SiteTable
-from embrag_ds.data.vcf import read_phased, write_phased
+from embrag_ds.data.vcf import read_phased
+from embrag_ds.data.vcf_output import write_phased
 from embrag_ds.engine import metrics
 from embrag_ds.engine.evaluation import ALLELE_FREQUENCY, NEAREST_HAPLOTYPE, evaluate
 from embrag_ds.errors import UserError

@@ -18,7 +18,9 @@ from embrag_ds.config import RunConfig, parse_config
 from embrag_ds.data.dataset import DataConfig
 from embrag_ds.data.simulate import DefaultData
 from embrag_ds.data.sites import SiteTable
-from embrag_ds.data.vcf import PhasedData, read_dosages, read_phased, write_phased
+from embrag_ds.data.vcf import PhasedData, read_phased
+from embrag_ds.data.vcf_dosages import read_dosages
+from embrag_ds.data.vcf_output import write_phased
 from embrag_ds.engine.checkpoint import ExportedModel, read_export
 from embrag_ds.engine.evaluation import evaluate
 from embrag_ds.engine.imputation import Imputation, Targets, harmonise_targets, impute_to_vcf

@@ -17,7 +17,9 @@ import pysam
 import pytest
 
 from embrag_ds.data.simulate import DefaultData
-from embrag_ds.data.vcf import read_dosages, read_phased, write_phased
+from embrag_ds.data.vcf import read_phased
+from embrag_ds.data.vcf_dosages import read_dosages
+from embrag_ds.data.vcf_output import write_phased
 from embrag_ds.engine.initialize import World
 from embrag_ds.launching import run_main
 
