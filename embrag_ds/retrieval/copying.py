@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 # Both far enough from the smallest float32 that no sum over neighbours is 0, whatever the evidence: not where
 # all of them differ from the query, nor where each differs somewhere and the map says nothing recombined.
 _LARGEST_COST = 60.0
 _SMALLEST_SWITCH = 1e-8
+_MOST_THREADS: int = numba.get_num_threads()
 
 
 def copying_posterior(mismatch: Tensor, cost: Tensor, switch: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class _CompiledPosterior(torch.autograd.Function):
             switch.detach().float().contiguous().numpy(),
         )
         # Compiled loops know nothing of torch's setting; several ranks on a machine rely on it.
-        numba.set_num_threads(min(numba.config.NUMBA_NUM_THREADS, torch.get_num_threads()))
+        numba.set_num_threads(min(_MOST_THREADS, torch.get_num_threads()))
         alpha = np.empty(mismatch.shape, dtype=np.float32)
         beta = np.empty_like(alpha)
         posterior = np.empty_like(alpha)

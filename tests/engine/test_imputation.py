@@ -22,10 +22,10 @@ from embrag_ds.data.vcf import PhasedData, read_phased
 from embrag_ds.data.vcf_dosages import read_dosages
 from embrag_ds.data.vcf_output import write_phased
 from embrag_ds.engine.checkpoint import ExportedModel, read_export
-from embrag_ds.engine.evaluation import evaluate
 from embrag_ds.engine.imputation import Imputation, Targets, harmonise_targets, impute_to_vcf
 from embrag_ds.engine.initialize import World
 from embrag_ds.engine.inputs import PanelFiles, PanelInputs, open_inputs
+from embrag_ds.engine.metrics import AggregateR2
 from embrag_ds.engine.trainer import MODEL_FILE, Trainer
 from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import Imputer
@@ -299,31 +299,36 @@ def test_a_target_with_one_typed_site_or_all_of_them(
 def test_a_short_run_beats_the_nearest_haplotype_on_1000_genomes(
     real_data: Path, root: Path, world: World, tmp_path: Path, cache_dir: Path
 ) -> None:
-    """Train a few steps on chromosome 20, impute the sparse targets, and score every MAF bin."""
+    """Train a few steps on chromosome 20, impute sparse targets of every population, score every MAF bin."""
     tree = json.loads((root / "ds_configs" / "quickstart.json").read_text())
     tree["optimizer"]["params"]["torch_adam"] = True
     tree["train_micro_batch_size_per_gpu"] = 4
-    tree["embrag"]["data"] |= {
-        "window_sites": 192,
-        "overlap_sites": 32,
-        "flank_sites": 1024,
-        "cache_dir": str(cache_dir),
-    }
-    tree["embrag"]["retrieval"] |= {"encoding": "fixed", "k": 96}
-    tree["embrag"]["model"] |= {"dims": 16, "layers": 1, "heads": 1}
+    tree["embrag"]["data"] |= {"window_sites": 256, "overlap_sites": 16, "flank_sites": 1024}
+    tree["embrag"]["data"] |= {"cache_dir": str(cache_dir)}
+    tree["embrag"]["retrieval"] |= {"encoding": "fixed", "k": 64}
+    tree["embrag"]["model"] |= {"dims": 8, "layers": 1, "heads": 1}
     tree["embrag"]["train"] |= {"max_steps": 3}
-    tree["embrag"]["validation"] = {"windows": 1, "people": 8}
     config = parse_config(tree, "real")
     files = PanelFiles(real_data / "panel.vcf.gz", real_data / "chr20.plink.map.gz", real_data / "samples.tsv")
     inputs = open_inputs(files, DataConfig(cache_dir=str(cache_dir)), progress=False)
     Trainer(config, inputs, tmp_path / "run", world, resume=False).run()
-    target_path = real_data / "target.sparse.vcf.gz"
-    targets = harmonise_targets(read_phased(target_path), target_path, inputs, False, silent)
-    imputation = Imputation(read_export(tmp_path / "run" / MODEL_FILE), inputs, world.device, 64)
-    impute_to_vcf(imputation, targets, tmp_path / "out.vcf.gz", silent)
-    report = evaluate(
-        real_data / "truth.vcf.gz", {"ours": tmp_path / "out.vcf.gz"}, files.panel or "", target_path, bootstrap=0
+
+    target, truth = (read_phased(real_data / f"{name}.vcf.gz") for name in ("target.sparse", "truth"))
+    assert target.samples == truth.samples and list(truth.sites.identities()) == list(inputs.panel.sites.identities())
+    columns = np.flatnonzero(np.arange(500) // 2 % 3 == 0)  # a third of the people
+    names = tuple(target.samples[column // 2] for column in columns[::2])
+    fewer = dataclasses.replace(target, samples=names, alleles=target.alleles[:, columns])
+    targets = harmonise_targets(fewer, real_data / "target.sparse.vcf.gz", inputs, False, silent)
+    imputation = Imputation(read_export(tmp_path / "run" / MODEL_FILE), inputs, world.device, len(names))
+    probability = np.empty((len(columns), len(truth.sites)), dtype=np.float32)
+    for window, values in imputation.windows(targets):
+        probability[:, imputation.data.windows[window].core_sites] = values
+    untyped = ~targets.typed
+    counts, dosage = (
+        (each[0::2] + each[1::2]).T[untyped].astype(float) for each in (truth.alleles[:, columns].T, probability)
     )
+    tally = AggregateR2(len(names))
+    tally.add(counts, dosage, imputation.data.reference.allele_frequency[untyped])
+    ours = tally.result()
     nearest = {"<0.1 %": 0.2173, "0.1-0.5 %": 0.2714, "0.5-1 %": 0.4041, "1-5 %": 0.5840, "5-50 %": 0.8031}
-    ours = report.tools["ours"].aggregate_r2
     assert {name: r2 for name, r2 in nearest.items() if not ours[name] > r2} == {}, ours
