@@ -44,6 +44,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for key in ("max_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
             require(getattr(self, key) >= 1, f"train.{key}", "must be at least 1")
+        require(self.patience is None or self.patience >= 1, "train.patience", "must be at least 1, or null")
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,9 @@ class EmbragConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", "must not be negative")
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,8 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         tree = hjson.loads(text, object_pairs_hook=_no_duplicates, use_decimal=False)
     except (hjson.HjsonDecodeError, ValueError) as fault:
         raise UserError(f"{path}: not valid JSON: {fault}") from fault
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: not a configuration: expected a JSON object, as in ds_configs/v18.json")
     for override in overrides:
         _apply_override(tree, override)
     return parse_config(_plain(tree), str(path))
@@ -204,7 +210,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(key.lower(), sorted(known), n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
 
 
@@ -218,13 +224,15 @@ def _check_deepspeed_keys(tree: dict[str, Any], source: str) -> None:
         for key in node:
             if key not in known:
                 where = f"{section}.{key}" if section else key
-                raise UserError(f"{source}: unknown DeepSpeed key {where}; {_nearest(key, known)}")
+                offered = known if section else known | {"embrag"}
+                raise UserError(f"{source}: unknown DeepSpeed key {where}; {_nearest(key, offered)}")
     for key in ("train_micro_batch_size_per_gpu", "optimizer"):
         if key not in tree:
             raise UserError(f"{source}: {key} is missing; see ds_configs/v18.json")
-    steps = tree.get("gradient_accumulation_steps", 1)
-    if not isinstance(steps, int) or steps < 1:
-        raise UserError(f"{source}: gradient_accumulation_steps must be a whole number of at least 1")
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        count = tree.get(key, 1)
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise UserError(f"{source}: {key} must be a whole number of at least 1, not {count!r}")
 
 
 def _build(kind: type, tree: Any, where: str, source: str) -> Any:

@@ -44,6 +44,10 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.people_per_batch < 1:
         raise UserError("--people-per-batch must be at least 1")
+    try:
+        device = torch.device(arguments.device)
+    except RuntimeError as fault:
+        raise UserError(f"--device {arguments.device}: no such device; use cpu or cuda") from fault
     began = time.monotonic()
     path = arguments.model or arguments.run_dir / MODEL_FILE
     model = read_export(path)
@@ -54,7 +58,7 @@ def main() -> None:
     inputs = open_inputs(files, model.config.data)
     say(f"panel {inputs.panel.path}: {len(inputs.panel.samples)} people, {len(inputs.panel.sites)} sites")
     targets = harmonise_targets(read_phased(target_path), target_path, inputs, arguments.allow_overlap, say)
-    imputation = Imputation(model, inputs, torch.device(arguments.device), arguments.people_per_batch)
+    imputation = Imputation(model, inputs, device, arguments.people_per_batch)
     impute_to_vcf(imputation, targets, arguments.out, say)
     say(f"{arguments.out}: {len(targets.samples)} people in {time.monotonic() - began:.0f} s")
 

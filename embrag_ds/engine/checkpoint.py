@@ -26,6 +26,7 @@ from embrag_ds.errors import UserError
 
 EXPORT_FORMAT = "embrag_ds 1"
 _SNAPSHOT = "snapshot."
+_AGREED = "agreed.json"
 
 
 @dataclass
@@ -54,8 +55,12 @@ def save_checkpoint(
         "state": asdict(state),
         "reference": reference.state_dict(),
         "config": asdict(config),
-        "ranks": world.ranks,
+        "batches": _batches(engine, world),
     }
+    if world.is_main:
+        directory.mkdir(parents=True, exist_ok=True)
+        agreed = {"config": client["config"], "batches": client["batches"]}
+        (directory / _AGREED).write_text(json.dumps(agreed), encoding="utf-8")
     engine.save_checkpoint(str(directory), tag=f"step{state.step}", client_state=client)
     if world.is_main:
         steps = sorted(int(path.name[4:]) for path in directory.glob("step*") if path.name[4:].isdigit())
@@ -74,18 +79,29 @@ def load_checkpoint(
     """Restore the newest checkpoint (collective); settings that change the sequence of batches must agree."""
     if not (directory / "latest").exists():
         raise UserError(f"{directory}: no checkpoint to resume from; start without --resume")
+    # Before the weights: they would not fit another network.
+    agreed = json.loads((directory / _AGREED).read_text(encoding="utf-8"))
+    _check_compatible(agreed, config, _batches(engine, world), directory)
     _, client = engine.load_checkpoint(str(directory))
-    _check_compatible(client, config, world, directory)
     reference.load_state_dict(client["reference"])
     return TrainState(**client["state"])
 
 
-def _check_compatible(client: dict[str, Any], config: EmbragConfig, world: World, directory: Path) -> None:
-    if client["ranks"] != world.ranks:
-        raise UserError(
-            f"{directory}: saved by {client['ranks']} ranks, resumed with {world.ranks}; use as many, or convert it "
-            "with python -m deepspeed.checkpoint.ds_to_universal"
-        )
+def _batches(engine: deepspeed.DeepSpeedEngine, world: World) -> dict[str, int]:
+    return {
+        "ranks": world.ranks,
+        "train_micro_batch_size_per_gpu": engine.train_micro_batch_size_per_gpu(),
+        "gradient_accumulation_steps": engine.gradient_accumulation_steps(),
+    }
+
+
+def _check_compatible(client: dict[str, Any], config: EmbragConfig, batches: dict[str, int], directory: Path) -> None:
+    for name, now_is in batches.items():
+        if client["batches"][name] != now_is:
+            raise UserError(
+                f"{directory}: {name} differs from the checkpoint's ({now_is} for {client['batches'][name]}), so the run would "
+                "not continue; restore it, or start a new run folder"
+            )
     now = asdict(config)
     for section in ("seed", "data", "masking", "retrieval", "model", "loss"):
         if json.dumps(now[section]) != json.dumps(client["config"][section]):
@@ -111,7 +127,10 @@ def export_model(
         tensors |= {_SNAPSHOT + name: value.contiguous() for name, value in snapshot["weights"].items()}
     if world.is_main:
         temporary = path.with_name(f".{path.name}.tmp")
+        temporary.touch()  # with the user's usual permissions, which save_file would not give
+        mode = temporary.stat().st_mode
         save_file(tensors, temporary, {"format": EXPORT_FORMAT, "embrag": json.dumps(asdict(config))})
+        temporary.chmod(mode)
         temporary.replace(path)
 
 

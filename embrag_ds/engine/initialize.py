@@ -79,7 +79,7 @@ def adapt_to_machine(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str
     settings = copy.deepcopy(settings)
     notes: list[str] = []
     kind = settings.get("optimizer", {}).get("type", "")
-    parameters = settings.get("optimizer", {}).get("params", {})
+    parameters = settings.setdefault("optimizer", {}).setdefault("params", {})
     if kind.lower() in ("adam", "adamw") and not parameters.get("torch_adam"):
         parameters["torch_adam"] = True
         notes.append("CPU: torch's AdamW instead of the fused one")
@@ -97,7 +97,7 @@ def initialize_engine(model: nn.Module, settings: dict[str, Any]) -> deepspeed.D
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=settings)
-    except (DeepSpeedConfigError, ValidationError) as fault:
+    except (DeepSpeedConfigError, ValidationError, AssertionError, ValueError, TypeError) as fault:
         raise UserError(f"DeepSpeed refuses its settings: {' '.join(str(fault).split())}") from fault
     return engine
 

@@ -28,14 +28,19 @@ class RunRecord:
         self._path = directory / "metrics.jsonl"
         self._world = world
         self._started = time.monotonic()
-        if world.is_main:
-            directory.mkdir(parents=True, exist_ok=True)
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines beyond ``step``, which a resumed run writes again."""
+        if self._world.is_main and self._path.exists():
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+            self._path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
 
     def describe(self, config: RunConfig, engine: deepspeed.DeepSpeedEngine, inputs: dict[str, Any]) -> None:
         """Write ``config.json`` (the effective settings) and ``versions.json``."""
         if not self._world.is_main:
             return
         directory = self._path.parent
+        directory.mkdir(parents=True, exist_ok=True)
         versions = {
             "command": sys.argv,
             "python": platform.python_version(),
@@ -54,6 +59,7 @@ class RunRecord:
         """Append one JSON line and hand the numbers to whatever monitors the DeepSpeed settings enable."""
         if self._world.is_main:
             line = {"kind": kind, "step": step, "seconds": time.monotonic() - self._started, **values}
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(_finite(line)) + "\n")
         if engine.monitor.enabled:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 
 from embrag_ds.config import RunConfig
 from embrag_ds.data.dataset import TrainingSampler, exclusion_table, split_people
@@ -88,6 +89,8 @@ class Trainer:
             self.reference.take_snapshot(step=0)
 
         effective = RunConfig(self.embrag, settings)
+        if resume:
+            self.record.forget_after(self.state.step)
         self.record.describe(effective, self.engine, {"panel": str(inputs.panel.path)})
         world.say(self._summary(inputs, len(people), len(held_out)))
 
@@ -137,7 +140,8 @@ class Trainer:
         return _Interval(zero, skipped_before=self.engine.skipped_steps)
 
     def _log(self, interval: _Interval) -> None:
-        total, haplotype, genotype = (interval.losses / interval.micro_batches).tolist()
+        torch.distributed.all_reduce(interval.losses)
+        total, haplotype, genotype = (interval.losses / (interval.micro_batches * self.world.ranks)).tolist()
         if not math.isfinite(total):
             raise RuntimeError(f"step {self.state.step}: the loss is {total}; lower the learning rate")
         seconds = time.monotonic() - interval.started
@@ -157,7 +161,7 @@ class Trainer:
             "people_per_second": interval.people * self.world.ranks / seconds,
             "step_ms": 1000 * seconds / steps,
             "retrieval_wait_share": interval.collate_seconds / seconds,
-            "generation": self.state.step if cache is None else cache.generation,
+            "generation": self.state.step - 1 if cache is None else cache.generation,
             "staleness": 0 if cache is None else self.state.step - 1 - cache.step,
         }
         self.record.write("train", self.state.step, values, self.engine)

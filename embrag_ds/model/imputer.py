@@ -35,6 +35,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         require(self.dims >= 8, "model.dims", "must be at least 8")
         require(self.layers >= 1, "model.layers", "must be at least 1")
+        require(self.heads >= 1, "model.heads", "must be at least 1")
+        require(self.ffn_multiple >= 1, "model.ffn_multiple", "must be at least 1")
         require(
             self.dims % (2 * self.heads) == 0,
             "model.heads",

@@ -38,6 +38,7 @@ class RetrievalConfig:
     """File of related pairs (two sample ids a line) that never retrieve each other."""
 
     def __post_init__(self) -> None:
+        require(self.dense_budget_gb > 0, "retrieval.dense_budget_gb", "must be positive")
         require(self.k >= 1, "retrieval.k", "must be at least 1")
         require(
             not (self.store == "dense" and self.encoding == "live"),
