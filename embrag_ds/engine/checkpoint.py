@@ -24,7 +24,8 @@ from embrag_ds.engine.initialize import World
 from embrag_ds.engine.reference import Reference
 from embrag_ds.errors import UserError
 
-EXPORT_FORMAT = "embrag_ds 1"
+EXPORT_FORMAT = 1
+_HEADER = "embrag_ds"
 _SNAPSHOT = "snapshot."
 _AGREED = "agreed.json"
 
@@ -99,8 +100,8 @@ def _check_compatible(client: dict[str, Any], config: EmbragConfig, batches: dic
     for name, now_is in batches.items():
         if client["batches"][name] != now_is:
             raise UserError(
-                f"{directory}: {name} differs from the checkpoint's ({now_is} for {client['batches'][name]}), so the run would "
-                "not continue; restore it, or start a new run folder"
+                f"{directory}: {name} differs from the checkpoint's ({now_is} for {client['batches'][name]}), so the "
+                "run would not continue; restore it, or start a new run folder"
             )
     now = asdict(config)
     for section in ("seed", "data", "masking", "retrieval", "model", "loss"):
@@ -129,7 +130,9 @@ def export_model(
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.touch()  # with the user's usual permissions, which save_file would not give
         mode = temporary.stat().st_mode
-        save_file(tensors, temporary, {"format": EXPORT_FORMAT, "embrag": json.dumps(asdict(config))})
+        # One entry: safetensors writes several in random order, and equal models should be equal files.
+        header = {"format": EXPORT_FORMAT, "embrag": asdict(config)}
+        save_file(tensors, temporary, {_HEADER: json.dumps(header)})
         temporary.chmod(mode)
         temporary.replace(path)
 
@@ -147,13 +150,13 @@ def read_export(path: Path) -> ExportedModel:
     """Read what :func:`export_model` wrote."""
     try:
         with safe_open(path, framework="pt") as stored:
-            header = stored.metadata() or {}
+            header = json.loads((stored.metadata() or {}).get(_HEADER, "{}"))
             tensors = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as fault:
         raise UserError(f"{path}: cannot read the model: {fault}; name a model.safetensors of a run folder") from fault
     if header.get("format") != EXPORT_FORMAT:
         raise UserError(f"{path}: not a model written by launch/train.py (or by another version of it)")
-    config = parse_embrag(json.loads(header["embrag"]), str(path))
+    config = parse_embrag(header["embrag"], str(path))
     snapshot = {name.removeprefix(_SNAPSHOT): value for name, value in tensors.items() if name.startswith(_SNAPSHOT)}
     weights = {name: value for name, value in tensors.items() if not name.startswith(_SNAPSHOT)}
     return ExportedModel(config, weights, snapshot or None)

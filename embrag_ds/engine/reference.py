@@ -74,6 +74,14 @@ class Reference:
             live=settings.encoding == "live",
         )
 
+    def age(self, step: int) -> dict[str, int]:
+        """Generation in use at ``step`` and its staleness in steps; empty without retrieval."""
+        if self.store is None:
+            return {}
+        if self.cache is None:  # live: a generation a step
+            return {"generation": step, "staleness": 0}
+        return {"generation": self.cache.generation, "staleness": step - self.cache.step}
+
     def take_snapshot(self, step: int) -> None:
         """Freeze the embedding layer as it is and encode the next generation from it."""
         if self.cache is None:

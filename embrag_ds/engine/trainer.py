@@ -22,6 +22,7 @@ from embrag_ds.engine.metrics import MAF_BINS
 from embrag_ds.engine.record import RunRecord
 from embrag_ds.engine.reference import Reference
 from embrag_ds.engine.validation import MaskScores, Validator
+from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.model.losses import Losses, imputation_loss
 
@@ -143,14 +144,15 @@ class Trainer:
         torch.distributed.all_reduce(interval.losses)
         total, haplotype, genotype = (interval.losses / (interval.micro_batches * self.world.ranks)).tolist()
         if not math.isfinite(total):
-            raise RuntimeError(f"step {self.state.step}: the loss is {total}; lower the learning rate")
+            raise UserError(f"step {self.state.step}: the loss is {total}; lower the learning rate")
         seconds = time.monotonic() - interval.started
         steps = interval.micro_batches // self.accumulation
         skipped = self.engine.skipped_steps - interval.skipped_before
         if skipped == steps:
-            raise RuntimeError(f"step {self.state.step}: no gradient since the last log line was finite")
+            raise UserError(
+                f"step {self.state.step}: no gradient since the last log line was finite; lower the learning rate"
+            )
         norm = self.engine.get_global_grad_norm()
-        cache = self.reference.cache
         values: dict[str, Any] = {
             "loss": total,
             "haplotype_loss": haplotype,
@@ -161,15 +163,15 @@ class Trainer:
             "people_per_second": interval.people * self.world.ranks / seconds,
             "step_ms": 1000 * seconds / steps,
             "retrieval_wait_share": interval.collate_seconds / seconds,
-            "generation": self.state.step - 1 if cache is None else cache.generation,
-            "staleness": 0 if cache is None else self.state.step - 1 - cache.step,
+            **self.reference.age(self.state.step - 1),
         }
         self.record.write("train", self.state.step, values, self.engine)
         left = (self.embrag.train.max_steps - self.state.step) * seconds / steps
+        age = f"generation {values['generation']} (staleness {values['staleness']})  " if "generation" in values else ""
         self.world.say(
             f"step {self.state.step}/{self.embrag.train.max_steps}  loss {total:.4f}  "
             f"{values['people_per_second']:.0f} people/s  retrieval {100 * values['retrieval_wait_share']:.0f} %  "
-            f"generation {values['generation']} (staleness {values['staleness']})  {_clock(left)} left"
+            f"{age}{_clock(left)} left"
         )
 
     def _validate(self) -> None:
