@@ -18,8 +18,8 @@ from embrag_ds.engine.inputs import PanelFiles, PanelInputs, open_inputs
 ROOT = Path(__file__).resolve().parents[1]
 REAL_DATA = ROOT.parent / "shared" / "data" / "kgp_chr20"
 
-# Slow generation says how busy the machine is, nothing about the code.
-hypothesis.settings.register_profile("tests", suppress_health_check=[hypothesis.HealthCheck.too_slow])
+# How long an example takes says how busy the machine is, nothing about the code.
+hypothesis.settings.register_profile("tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("tests")
 
 

@@ -385,7 +385,7 @@ def test_imputed_text(tmp_path, small_sites):
     ]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_imputed_round_trip(tmp_path, small_sites, data):
     people = data.draw(st.integers(1, 4))

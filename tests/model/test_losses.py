@@ -50,7 +50,7 @@ def slow_losses(logits, alleles, hidden, gamma: float) -> tuple[float, float]:
     return sum(haplotype) / max(len(haplotype), 1), sum(genotype) / max(len(genotype), 1)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     seed=st.integers(0, 2**32),
     people=st.integers(1, 3),
@@ -122,7 +122,6 @@ def test_saturated_logits_keep_losses_and_gradients_finite(gamma: float, logit: 
     assert torch.isfinite(found.total) and torch.isfinite(logits.grad).all()
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**32), people=st.integers(1, 4), scale=st.sampled_from([0.1, 3.0, 50.0]))
 def test_genotype_probabilities_sum_to_one_and_follow_from_the_haplotypes(seed: int, people: int, scale: float) -> None:
     logits = scale * torch.randn(2 * people, 7, generator=torch.Generator().manual_seed(seed))

@@ -69,7 +69,7 @@ def slow_weights(rate: float, penalty: float, weight: np.ndarray, samples, batch
     return np.array([np.interp(core, position[typed], posterior[:, place]) for place in range(len(ids))])
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**20),
     rates=st.lists(st.sampled_from([0.0, 0.4, 0.9, 0.97, 1.1]), min_size=1, max_size=3),
