@@ -263,6 +263,10 @@ def _convert(hint: Any, value: Any, where: str, source: str) -> Any:
         if value not in arguments:
             raise UserError(f"{source}: {where} is {value!r}; choose one of {', '.join(map(str, arguments))}")
         return value
+    if origin is tuple and arguments[-1] is Ellipsis:
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{source}: {where} must be a list")
+        return tuple(_convert(arguments[0], item, where, source) for item in value)
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
             raise UserError(f"{source}: {where} must be a list of {len(arguments)} numbers")

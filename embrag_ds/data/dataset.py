@@ -82,8 +82,6 @@ class WindowedPanel:
         self.windows = windows
         self.position_cm = position_cm
         self.manifest = manifest
-        # Windows of one step are read several times (retrieval, samples, validation).
-        self.reference_alleles = lru_cache(maxsize=32)(self._reference_alleles)
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -112,7 +110,8 @@ class WindowedPanel:
         rows = (2 * people[:, None] + np.arange(2)).reshape(-1)
         return self.reference.panel.alleles(self.windows[window].start, self.windows[window].stop, rows)
 
-    def _reference_alleles(self, window: int) -> np.ndarray:
+    def reference_alleles(self, window: int) -> np.ndarray:
+        """Alleles of the reference haplotypes in a window, uint8 [H, L]."""
         return self.reference.alleles(self.windows[window].start, self.windows[window].stop)
 
 

@@ -28,6 +28,7 @@ EXPORT_FORMAT = 1
 _HEADER = "embrag_ds"
 _SNAPSHOT = "snapshot."
 _AGREED = "agreed.json"
+_SPEED_ONLY = ("backend", "prefetch", "device_budget_gb", "dense_budget_gb")
 
 
 @dataclass
@@ -54,7 +55,7 @@ def save_checkpoint(
     """Save under ``directory/step<N>`` (collective) and drop all but the newest ``keep``."""
     client = {
         "state": asdict(state),
-        "reference": reference.state_dict(),
+        "reference": reference.state_dict(state.step),
         "config": asdict(config),
         "batches": _batches(engine, world),
     }
@@ -103,13 +104,20 @@ def _check_compatible(client: dict[str, Any], config: EmbragConfig, batches: dic
                 f"{directory}: {name} differs from the checkpoint's ({now_is} for {client['batches'][name]}), so the "
                 "run would not continue; restore it, or start a new run folder"
             )
-    now = asdict(config)
+    now, then = (_deciding(each) for each in (asdict(config), client["config"]))
     for section in ("seed", "data", "masking", "retrieval", "model", "loss"):
-        if json.dumps(now[section]) != json.dumps(client["config"][section]):
+        if json.dumps(now[section]) != json.dumps(then[section]):
             raise UserError(
                 f"{directory}: embrag.{section} differs from the checkpoint's, so the run would not continue; "
                 "restore it, or start a new run folder"
             )
+
+
+def _deciding(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings without those of retrieval that say how fast something is done, not what."""
+    retrieval = {name: value for name, value in config["retrieval"].items() if name not in _SPEED_ONLY}
+    refresh = {name: value for name, value in retrieval["refresh"].items() if name != "asynchronous"}
+    return {**config, "retrieval": {**retrieval, "refresh": refresh}}
 
 
 def gathered_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
@@ -119,13 +127,16 @@ def gathered_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
 
 
 def export_model(
-    path: Path, engine: deepspeed.DeepSpeedEngine, reference: Reference, config: EmbragConfig, world: World
+    path: Path,
+    engine: deepspeed.DeepSpeedEngine,
+    snapshot: dict[str, Tensor] | None,
+    config: EmbragConfig,
+    world: World,
 ) -> None:
     """Write the export (collective); it appears complete or not at all."""
     tensors = gathered_state(engine)
-    snapshot = reference.state_dict()
     if snapshot is not None:
-        tensors |= {_SNAPSHOT + name: value.contiguous() for name, value in snapshot["weights"].items()}
+        tensors |= {_SNAPSHOT + name: value.contiguous() for name, value in snapshot.items()}
     if world.is_main:
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.touch()  # with the user's usual permissions, which save_file would not give

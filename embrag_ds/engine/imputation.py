@@ -26,6 +26,7 @@ from embrag_ds.engine.inputs import PanelInputs, skipped_records, windowed
 from embrag_ds.engine.reference import Reference
 from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import Imputer
+from embrag_ds.retrieval.collate import receive
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Imputation:
         self._reference = Reference(config.retrieval, self.data, self._network.embedding, device, exclusions)
         if model.snapshot is not None:
             self._reference.restore(model.snapshot)
+        self._collate = self._reference.collator(block)
 
     def windows(self, targets: Targets) -> Iterator[tuple[int, np.ndarray]]:
         """(window, ALT probability of every target haplotype in its core, float32 [2N, L]), in order."""
@@ -101,7 +103,7 @@ class Imputation:
                     hidden=np.repeat(hidden[None], len(group), axis=0),
                 )
                 with torch.no_grad():
-                    logits = self._network(self._reference.collate(samples)).logits
+                    logits = self._network(receive(self._collate(samples, step=0))).logits
                 blocks.append(logits.sigmoid().cpu().numpy())
             yield window.index, np.concatenate(blocks)
 

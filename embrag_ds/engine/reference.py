@@ -1,8 +1,10 @@
-"""The reference side of a run: snapshots of the embedding layer, when they are taken, and the collator."""
+"""The reference side of a run: snapshots of the embedding layer, when they are taken, and the collators."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -12,9 +14,11 @@ from torch import Tensor
 
 from embrag_ds.data.dataset import WindowedPanel
 from embrag_ds.model.embedding import HaplotypeEmbedding
-from embrag_ds.retrieval.cache import Encoder, LiveReference, ReferenceCache, refresh_due
+from embrag_ds.retrieval.cache import Encoder, LiveReference, ReferenceCache, ReferenceSource
 from embrag_ds.retrieval.collate import RetrievalCollator, site_tensors
-from embrag_ds.retrieval.search import resolve_backend
+from embrag_ds.retrieval.packed import GIB, PackedReference
+from embrag_ds.retrieval.schedule import Generation, RefreshSchedule
+from embrag_ds.retrieval.search import make_search
 from embrag_ds.retrieval.settings import RetrievalConfig
 from embrag_ds.retrieval.store import DenseStore, FactoredStore, Store
 
@@ -43,89 +47,138 @@ class Reference:
         embedding: HaplotypeEmbedding,
         device: torch.device,
         exclusions: np.ndarray,
+        steps_per_epoch: int = 1,
     ):
         self._settings = settings
         self._data = data
         self._live_embedding = embedding
         self._device = device
+        self._exclusions = exclusions
+        self._retrieves = settings.mode == "embedding"
+        refreshes = self._retrieves and settings.encoding == "refresh"
+        self.schedule = RefreshSchedule(settings.refresh if refreshes else None, steps_per_epoch)
+        self.prefetch = 0 if settings.encoding == "live" and self._retrieves else settings.prefetch
         self.cache: ReferenceCache | None = None
-        self.backend = "none"
-        self.store: Store | None = None
-        self.snapshot: HaplotypeEmbedding | None = None
-        source: ReferenceCache | LiveReference | None = None
-        if settings.mode == "embedding":
-            self.backend, search = resolve_backend(settings.backend)
-            if settings.store == "dense":
-                width = embedding.token.embedding_dim
-                self.store = DenseStore(data, width, settings.dense_budget_gb, device)
-            else:
-                self.store = FactoredStore(data, search, device)
-            if settings.encoding == "live":
-                source = LiveReference(window_encoder(embedding, data, device), data.windows, device)
-            else:
-                source = self.cache = ReferenceCache(data.windows, device)
-        self.collate = RetrievalCollator(
-            data,
-            device,
-            store=self.store,
-            source=source,
-            k=settings.k,
-            exclusions=exclusions,
-            live=settings.encoding == "live",
+        self._snapshots: dict[int, HaplotypeEmbedding] = {}
+        self._panel: PackedReference | None = None
+        self._dense: DenseStore | None = None
+        self._source: ReferenceSource | None = None
+        if not self._retrieves:
+            return
+        self._panel = PackedReference(data, device, settings.device_budget_gb)
+        width = embedding.token.embedding_dim
+        if settings.store == "dense":
+            self._dense = DenseStore(data, width, settings.dense_budget_gb, device, 2 if refreshes else 1)
+        if settings.encoding == "live":
+            self._source = LiveReference(window_encoder(embedding, data, device), data.windows, device)
+        else:
+            dtype = embedding.token.weight.dtype
+            asynchronous = refreshes and settings.refresh.asynchronous
+            self._source = self.cache = ReferenceCache(data.windows, width, dtype, device, self.schedule, asynchronous)
+
+    def collator(self, people: int, slots: int = 1) -> RetrievalCollator:
+        """A collator for one thread's use and batches of at most ``people``."""
+        store: Store | None = self._dense
+        if self._retrieves and store is None:
+            store = FactoredStore(make_search(self._settings.backend, self._device), self._settings.local)
+        return RetrievalCollator(
+            self._data,
+            self._device,
+            panel=self._panel,
+            store=store,
+            source=self._source,
+            k=self._settings.k,
+            exclusions=self._exclusions,
+            people=people,
+            slots=slots,
+            live=self._settings.encoding == "live",
         )
 
-    def age(self, step: int) -> dict[str, int]:
-        """Generation in use at ``step`` and its staleness in steps; empty without retrieval."""
-        if self.store is None:
-            return {}
-        if self.cache is None:  # live: a generation a step
-            return {"generation": step, "staleness": 0}
-        return {"generation": self.cache.generation, "staleness": step - self.cache.step}
+    def begin_refresh(self, step: int) -> None:
+        """Take a snapshot of the embedding layer and start encoding it, if that is due before ``step``.
 
-    def take_snapshot(self, step: int) -> None:
-        """Freeze the embedding layer as it is and encode the next generation from it."""
+        Raises what went wrong in an encoding begun earlier.
+        """
         if self.cache is None:
+            return
+        self.cache.raise_failure()
+        generation = self.schedule.taken_at(step)
+        if generation is None or generation.number in self._snapshots:
             return
         weights = list(self._live_embedding.parameters())
         with deepspeed.zero.GatheredParameters(weights):
             state = {name: value.detach().clone() for name, value in self._live_embedding.state_dict().items()}
-        self._encode(state, step)
+        self._encode(state, generation)
 
-    def refresh_if_due(self, step: int, steps_per_epoch: int) -> bool:
-        """Re-encode before step ``step`` if the schedule says so."""
-        if self._settings.encoding != "refresh" or self.cache is None:
-            return False
-        due = refresh_due(step, self._settings.refresh, steps_per_epoch)
-        if due:
-            self.take_snapshot(step)
-        return due
-
-    def _encode(self, state: dict[str, Tensor], step: int) -> None:
-        assert self.cache is not None and self.store is not None
-        if self.snapshot is None:
-            dims = self._live_embedding.token.embedding_dim
-            self.snapshot = HaplotypeEmbedding(dims).to(self._device).requires_grad_(False)
+    def _encode(self, state: dict[str, Tensor], generation: Generation) -> None:
+        assert self.cache is not None
         kind = next(iter(state.values())).dtype
-        self.snapshot.to(kind).load_state_dict(state)
-        encoder = window_encoder(self.snapshot, self._data, self._device)
-        self.cache.refresh(encoder, step)
-        self.store.refresh(encoder)
+        snapshot = HaplotypeEmbedding(self._live_embedding.token.embedding_dim).to(self._device, kind)
+        snapshot.requires_grad_(False).load_state_dict(state)
+        self._snapshots.pop(generation.number - 2, None)
+        self._snapshots[generation.number] = snapshot
+        encoder = window_encoder(snapshot, self._data, self._device)
+        store = self._dense
+        finished = partial(store.refresh, generation, encoder) if store is not None else lambda: None
+        self.cache.begin(generation, encoder, finished)
 
-    def state_dict(self) -> dict[str, Any] | None:
-        """What a checkpoint needs to restore the current generation."""
-        if self.cache is None or self.snapshot is None:
+    def age(self, step: int) -> dict[str, int]:
+        """What the log says of the generation used at ``step``; empty without retrieval."""
+        if not self._retrieves:
+            return {}
+        if self.cache is None:  # live: a generation a step
+            return {"generation": step, "staleness": 0, "refreshes_skipped": 0}
+        used = self.schedule.in_use(step)
+        return {
+            "generation": used.number,
+            "staleness": step - used.snapshot_step,
+            "refreshes_skipped": self.schedule.skipped_until(step),
+        }
+
+    def memory(self, collators: list[RetrievalCollator]) -> str:
+        """What retrieval holds, in one line; all of it is allocated at the start."""
+        if self._panel is None:
+            return "no retrieval"
+        cache = 0 if self.cache is None else self.cache.host_bytes
+        staging = sum(each.staging.host_bytes for each in collators)
+        where = "on the device" if self._panel.device_bytes else "memory-mapped"
+        pinned = "pinned " if self._device.type == "cuda" else ""
+        return (
+            f"reference cache {cache / GIB:.3f} GiB, staging {staging / GIB:.3f} GiB of {pinned}host memory; "
+            f"packed panel {self._panel.packed_bytes / GIB:.3f} GiB {where}"
+        )
+
+    def snapshot_weights(self, steps: int) -> dict[str, Tensor] | None:
+        """The embedding layer that encodes references after ``steps`` steps; None for ``live`` and no retrieval."""
+        if self.cache is None:
             return None
-        weights = {name: value.cpu() for name, value in copy.deepcopy(self.snapshot.state_dict()).items()}
-        return {"weights": weights, "generation": self.cache.generation, "step": self.cache.step}
+        return _on_cpu(self._snapshots[self.schedule.needed_after(steps)[0].number])
+
+    def state_dict(self, steps: int) -> list[dict[str, Any]]:
+        """What a checkpoint after ``steps`` steps needs: generations and the weights of their snapshots."""
+        if self.cache is None:
+            return []
+        return [
+            {"generation": asdict(each), "weights": _on_cpu(self._snapshots[each.number])}
+            for each in self.schedule.needed_after(steps)
+        ]
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        """Encode again the generations saved by :meth:`state_dict`."""
+        for each in state:
+            weights = {name: value.to(self._device) for name, value in each["weights"].items()}
+            self._encode(weights, Generation(**each["generation"]))
 
     def restore(self, weights: dict[str, Tensor]) -> None:
-        """Encode the panel with an exported snapshot."""
+        """Encode the panel with an exported snapshot, as generation 0."""
         if self.cache is not None:
-            self._encode({name: value.to(self._device) for name, value in weights.items()}, step=0)
+            self._encode({name: value.to(self._device) for name, value in weights.items()}, Generation(0, 0, 0))
 
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Restore a generation saved by :meth:`state_dict`."""
-        if state is None or self.cache is None:
-            return
-        self.restore(state["weights"])
-        self.cache.generation, self.cache.step = state["generation"], state["step"]
+    def close(self) -> None:
+        """Stop encoding."""
+        if self.cache is not None:
+            self.cache.close()
+
+
+def _on_cpu(snapshot: HaplotypeEmbedding) -> dict[str, Tensor]:
+    return {name: value.cpu() for name, value in copy.deepcopy(snapshot.state_dict()).items()}

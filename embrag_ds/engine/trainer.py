@@ -14,7 +14,7 @@ import torch
 import torch.distributed
 
 from embrag_ds.config import RunConfig
-from embrag_ds.data.dataset import TrainingSampler, exclusion_table, split_people
+from embrag_ds.data.dataset import Samples, TrainingSampler, exclusion_table, split_people
 from embrag_ds.engine.checkpoint import TrainState, export_model, load_checkpoint, save_checkpoint, seed_step
 from embrag_ds.engine.initialize import World, adapt_to_machine, initialize_engine
 from embrag_ds.engine.inputs import PanelInputs, skipped_records, windowed
@@ -25,6 +25,8 @@ from embrag_ds.engine.validation import MaskScores, Validator
 from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.model.losses import Losses, imputation_loss
+from embrag_ds.retrieval.collate import Batch, receive
+from embrag_ds.retrieval.prefetch import Prefetcher
 
 MODEL_FILE = "model.safetensors"
 _LONGEST_SILENCE_S = 10.0
@@ -38,8 +40,9 @@ class _Interval:
     losses: torch.Tensor
     micro_batches: int = 0
     people: int = 0
-    collate_seconds: float = 0.0
     skipped_before: int = 0
+    waited_before: float = 0.0
+    bytes_moved: int = 0
     started: float = field(default_factory=time.monotonic)
     spoken: float = field(default_factory=time.monotonic)
 
@@ -80,14 +83,24 @@ class Trainer:
         torch.manual_seed(self.embrag.seed)
         model = Imputer(self.embrag.model)
         self.engine = initialize_engine(model, settings)
-        self.reference = Reference(self.embrag.retrieval, data, self.engine.module.embedding, world.device, exclusions)
+        self.reference = Reference(
+            self.embrag.retrieval,
+            data,
+            self.engine.module.embedding,
+            world.device,
+            exclusions,
+            self.sampler.steps_per_epoch,
+        )
+        # One for the thread that prefetches, one for validation.
+        self.collate = self.reference.collator(micro_batch, slots=self.reference.prefetch + 2)
+        self._validation_collate = self.reference.collator(micro_batch)
         self.validator = Validator(data, self.embrag.validation, held_out, micro_batch, world)
         self.record = RunRecord(run_dir, world)
         self.state = TrainState()
         if resume:
             self.state = load_checkpoint(run_dir / "checkpoints", self.engine, self.reference, self.embrag, world)
         else:
-            self.reference.take_snapshot(step=0)
+            self.reference.begin_refresh(0)
 
         effective = RunConfig(self.embrag, settings)
         if resume:
@@ -98,49 +111,63 @@ class Trainer:
     def run(self) -> None:
         """Train to ``max_steps``, or until validation has not improved for ``patience`` rounds."""
         train = self.embrag.train
-        interval = self._new_interval()
-        while self.state.step < train.max_steps and not self._out_of_patience():
-            self.reference.refresh_if_due(self.state.step, self.sampler.steps_per_epoch)
-            self._step(interval)
-            self.state.step += 1
-            last = self.state.step == train.max_steps
-            if self.state.step % train.log_every == 0 or last:
-                self._log(interval)
-                interval = self._new_interval()
-            elif interval.silent_for() > _LONGEST_SILENCE_S:
-                interval.spoken = time.monotonic()
-                self.world.say(f"step {self.state.step}/{train.max_steps}")
-            if self.state.step % train.eval_every == 0:
-                with interval.paused():
-                    self._validate()
-            if self.state.step % train.checkpoint_every == 0 or last or self._out_of_patience():
-                with interval.paused():
-                    self._save()
-        self._close()
+        batches = self._batches()
+        try:
+            interval = self._new_interval(batches)
+            while self.state.step < train.max_steps and not self._out_of_patience():
+                self.reference.begin_refresh(self.state.step)
+                self._step(batches, interval)
+                self.state.step += 1
+                last = self.state.step == train.max_steps
+                if self.state.step % train.log_every == 0 or last:
+                    self._log(batches, interval)
+                    interval = self._new_interval(batches)
+                elif interval.silent_for() > _LONGEST_SILENCE_S:
+                    interval.spoken = time.monotonic()
+                    self.world.say(f"step {self.state.step}/{train.max_steps}")
+                if self.state.step % train.eval_every == 0:
+                    with interval.paused():
+                        self._validate()
+                if self.state.step % train.checkpoint_every == 0 or last or self._out_of_patience():
+                    with interval.paused():
+                        self._save()
+            self._close()
+        finally:
+            self.reference.close()
+            batches.close()
 
-    def _step(self, interval: _Interval) -> None:
+    def _batches(self) -> Prefetcher:
+        """The run's remaining micro-batches, each under the generation of its step."""
+
+        def build(number: int) -> Batch:
+            return self.collate(self.sampler.samples(number), number // self.accumulation)
+
+        first, stop = (step * self.accumulation for step in (self.state.step, self.embrag.train.max_steps))
+        return Prefetcher(build, first, stop, self.reference.prefetch)
+
+    def _step(self, batches: Prefetcher, interval: _Interval) -> None:
         """One optimiser step: ``accumulation`` micro-batches of one window each."""
         self.engine.train()
         seed_step(self.embrag.seed, self.state.step, self.world.rank)
-        first = self.state.step * self.accumulation
-        for micro_batch in range(first, first + self.accumulation):
-            began = time.monotonic()
-            samples = self.sampler.samples(micro_batch)
-            batch = self.reference.collate(samples)
-            interval.collate_seconds += time.monotonic() - began
+        for _ in range(self.accumulation):
+            batch = batches.next()
             prediction = self.engine(batch)
             losses = imputation_loss(prediction.logits, batch.alleles, batch.hidden, self.embrag.loss)
             self.engine.backward(losses.total)
             self.engine.step()
             interval.losses += _stacked(losses)
             interval.micro_batches += 1
-            interval.people += len(samples.people)
+            interval.people += len(batch.tokens) // 2
+            interval.bytes_moved += batch.bytes_moved
 
-    def _new_interval(self) -> _Interval:
-        zero = torch.zeros(3, device=self.world.device)
-        return _Interval(zero, skipped_before=self.engine.skipped_steps)
+    def _new_interval(self, batches: Prefetcher) -> _Interval:
+        return _Interval(
+            losses=torch.zeros(3, device=self.world.device),
+            skipped_before=self.engine.skipped_steps,
+            waited_before=batches.waited_seconds,
+        )
 
-    def _log(self, interval: _Interval) -> None:
+    def _log(self, batches: Prefetcher, interval: _Interval) -> None:
         torch.distributed.all_reduce(interval.losses)
         total, haplotype, genotype = (interval.losses / (interval.micro_batches * self.world.ranks)).tolist()
         if not math.isfinite(total):
@@ -153,6 +180,7 @@ class Trainer:
                 f"step {self.state.step}: no gradient since the last log line was finite; lower the learning rate"
             )
         norm = self.engine.get_global_grad_norm()
+        waited = batches.waited_seconds - interval.waited_before
         values: dict[str, Any] = {
             "loss": total,
             "haplotype_loss": haplotype,
@@ -162,7 +190,9 @@ class Trainer:
             "gradient_norm": None if norm is None else float(norm),
             "people_per_second": interval.people * self.world.ranks / seconds,
             "step_ms": 1000 * seconds / steps,
-            "retrieval_wait_share": interval.collate_seconds / seconds,
+            "retrieval_wait_ms": 1000 * waited / steps,
+            "retrieval_wait_share": waited / seconds,
+            "bytes_moved": interval.bytes_moved / steps,
             **self.reference.age(self.state.step - 1),
         }
         self.record.write("train", self.state.step, values, self.engine)
@@ -170,14 +200,14 @@ class Trainer:
         age = f"generation {values['generation']} (staleness {values['staleness']})  " if "generation" in values else ""
         self.world.say(
             f"step {self.state.step}/{self.embrag.train.max_steps}  loss {total:.4f}  "
-            f"{values['people_per_second']:.0f} people/s  retrieval {100 * values['retrieval_wait_share']:.0f} %  "
+            f"{values['people_per_second']:.0f} people/s  retrieval wait {100 * values['retrieval_wait_share']:.0f} %  "
             f"{age}{_clock(left)} left"
         )
 
     def _validate(self) -> None:
         self.engine.eval()
         self.world.say(f"validating on {self.validator}")
-        scores = self.validator.scores(self.engine, self.reference.collate)
+        scores = self.validator.scores(self.engine, self.validation_batch)
         values = {name: asdict(score) for name, score in scores.items()}
         score = _selection_score(scores)
         improved = score > self.state.best_score
@@ -192,6 +222,10 @@ class Trainer:
                 f"retrieval alone {each.prior_r2['all']:.4f} ({each.prior_r2['all <1 %']:.4f}), "
                 f"accuracy {each.accuracy:.4f}, calibration error {each.calibration_error:.4f}"
             )
+
+    def validation_batch(self, samples: Samples) -> Batch:
+        """``samples`` under the generation last trained with."""
+        return receive(self._validation_collate(samples, max(self.state.step - 1, 0)))
 
     def _save(self) -> None:
         keep = self.embrag.train.keep_checkpoints
@@ -209,7 +243,8 @@ class Trainer:
         self.world.say(f"model {which}: {self.run_dir / MODEL_FILE}")
 
     def _export(self) -> None:
-        export_model(self.run_dir / MODEL_FILE, self.engine, self.reference, self.embrag, self.world)
+        snapshot = self.reference.snapshot_weights(self.state.step)
+        export_model(self.run_dir / MODEL_FILE, self.engine, snapshot, self.embrag, self.world)
 
     def _out_of_patience(self) -> bool:
         patience = self.embrag.train.patience
@@ -225,8 +260,9 @@ class Trainer:
             + "\n"
             f"model: {parameters / 1e6:.2f} M parameters on {self.world.ranks} x {self.world.device.type}, "
             f"{self.engine.train_batch_size()} people a step, {self.sampler.steps_per_epoch} steps an epoch; "
-            f"retrieval {self.embrag.retrieval.mode} ({self.embrag.retrieval.encoding}, {self.reference.backend}, "
-            f"k {self.reference.collate.k}); run folder {self.run_dir}"
+            f"retrieval {self.embrag.retrieval.mode} ({self.embrag.retrieval.encoding}, {self.collate.backend}, "
+            f"k {self.collate.k}); {self.reference.memory([self.collate, self._validation_collate])}; "
+            f"run folder {self.run_dir}"
         )
 
 

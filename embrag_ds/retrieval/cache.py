@@ -7,16 +7,20 @@ every token at every site. A reference embedding is a gather from it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from threading import Condition, get_ident
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from embrag_ds.data.tokens import ALT, REF, VOCAB
 from embrag_ds.data.windows import Window
-from embrag_ds.retrieval.settings import RefreshConfig
+from embrag_ds.retrieval.schedule import Generation, RefreshSchedule
+from embrag_ds.retrieval.streams import SideStream, host_buffer, mark_current
 
 Encoder = Callable[[int, Tensor], Tensor]
 """(window, tokens int64 [R, L]) -> embeddings [R, L, D]."""
@@ -24,22 +28,23 @@ Encoder = Callable[[int, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class WindowCode:
-    """What one generation says of a window.
+    """What one generation says of a window, on the device.
 
     ``codebook`` [L, V, D] of the core's sites and ``weights`` float32 [L] of all the window's: what
-    disagreement at a site adds to a distance. ``step`` is that of the snapshot.
+    disagreement at a site adds to a distance.
     """
 
     codebook: Tensor
     weights: Tensor
-    generation: int
-    step: int
+    generation: Generation
 
 
 class ReferenceSource(Protocol):
     """Where a batch's codebook comes from: the cache, or the live embedding layer."""
 
-    def code(self, window: int) -> WindowCode: ...
+    def code(self, window: int, step: int) -> WindowCode:
+        """What the batches of ``step`` use of ``window``."""
+        ...
 
 
 def site_weights(codebook: Tensor) -> Tensor:
@@ -56,24 +61,123 @@ def encode_window(encoder: Encoder, window: Window, device: torch.device) -> tup
     return codebook[window.core].contiguous(), site_weights(codebook)
 
 
-class ReferenceCache:
-    """Codebooks of every window under the current generation (encodings ``fixed`` and ``refresh``)."""
+class _Buffer:
+    """One generation's codebooks and weights of all windows, in (pinned) host memory."""
 
-    def __init__(self, windows: list[Window], device: torch.device):
+    def __init__(self, windows: list[Window], dims: int, dtype: torch.dtype, device: torch.device):
+        cores = [window.core_stop - window.core_start for window in windows]
+        codes = host_buffer(sum(cores) * VOCAB * dims * dtype.itemsize, device).view(dtype)
+        weights = host_buffer(sum(map(len, windows)) * 4, device).view(torch.float32)
+        self.codebooks = [part.view(-1, VOCAB, dims) for part in codes.split([core * VOCAB * dims for core in cores])]
+        self.weights = list(weights.split(list(map(len, windows))))
+        self.bytes = codes.nbytes + weights.nbytes
+        self.reads: dict[int, Any] = {}  # the last one of every thread
+
+
+class ReferenceCache:
+    """Codebooks of every window, double-buffered: readers use one generation while the next is encoded.
+
+    Generation g lies in buffer g mod 2. Its predecessor but one is not read any more when it is begun: a
+    generation is begun only after the one before it was published, at a step whose earlier batches are built.
+    """
+
+    def __init__(
+        self,
+        windows: list[Window],
+        dims: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        schedule: RefreshSchedule,
+        asynchronous: bool = False,
+    ):
         self._windows = windows
         self._device = device
-        self._encoded: list[tuple[Tensor, Tensor]] = []
-        self.generation = -1
-        self.step = -1
+        self.schedule = schedule
+        copies = 1 if schedule.config is None else 2  # one that never changes needs no back
+        self._buffers = [_Buffer(windows, dims, dtype, device) for _ in range(copies)]
+        self._side = SideStream(device)
+        self._encoded: dict[int, Future[None]] = {}
+        self._begun = Condition()
+        self._closed = False
+        self._thread = ThreadPoolExecutor(1, "reference-refresh") if asynchronous else None
+        self.refresh_seconds = 0.0
 
-    def refresh(self, encoder: Encoder, step: int) -> None:
-        """Encode every window from ``encoder`` and make that the next generation."""
-        self._encoded = [encode_window(encoder, window, self._device) for window in self._windows]
-        self.generation += 1
-        self.step = step
+    @property
+    def host_bytes(self) -> int:
+        """Host memory of both buffers (pinned on a CUDA machine)."""
+        return sum(buffer.bytes for buffer in self._buffers)
 
-    def code(self, window: int) -> WindowCode:
-        return WindowCode(*self._encoded[window], self.generation, self.step)
+    def begin(self, generation: Generation, encoder: Encoder, finished: Callable[[], None] = lambda: None) -> None:
+        """Encode every window from ``encoder`` into the back buffer; ``finished`` is called at the end.
+
+        On the refresh thread if there is one, otherwise before returning. A failure surfaces in
+        :meth:`raise_failure` and in every :meth:`code` of that generation.
+        """
+        ready = mark_current(self._device)
+
+        def encode() -> None:
+            self._encode(generation, encoder, ready)
+            finished()
+
+        if self._thread is None:
+            encode()
+            future: Future[None] = Future()
+            future.set_result(None)
+        else:
+            future = self._thread.submit(encode)
+        with self._begun:
+            self._encoded.pop(generation.number - 2, None)
+            self._encoded[generation.number] = future
+            self._begun.notify_all()
+
+    def _encode(self, generation: Generation, encoder: Encoder, ready: Any) -> None:
+        began = time.monotonic()
+        buffer = self._buffers[generation.number % len(self._buffers)]
+        for read in list(buffer.reads.values()):
+            if read is not None:
+                read.synchronize()
+        with self._side as side:
+            side.wait_for_main(ready)
+            for window in self._windows:
+                codebook, weights = encode_window(encoder, window, self._device)
+                buffer.codebooks[window.index].copy_(codebook, non_blocking=True)
+                buffer.weights[window.index].copy_(weights, non_blocking=True)
+            done = side.event()
+        if done is not None:
+            done.synchronize()
+        self.refresh_seconds = time.monotonic() - began
+
+    def raise_failure(self) -> None:
+        """Raise what went wrong on the refresh thread, if anything did."""
+        for future in list(self._encoded.values()):
+            if future.done():
+                future.result()
+
+    def code(self, window: int, step: int) -> WindowCode:
+        """Copies, on the device, of what the generation in use at ``step`` says; waits until it is encoded."""
+        generation = self.schedule.in_use(step)
+        with self._begun:
+            self._begun.wait_for(lambda: self._closed or generation.number in self._encoded)
+            if generation.number not in self._encoded:
+                raise RuntimeError("the reference cache was closed while a batch waited for it")
+            encoded = self._encoded[generation.number]
+        encoded.result()
+        buffer = self._buffers[generation.number % len(self._buffers)]
+        codebook, weights = buffer.codebooks[window], buffer.weights[window]
+        copies = (
+            codebook.to(self._device, non_blocking=True, copy=True),
+            weights.to(self._device, non_blocking=True, copy=True),
+        )
+        buffer.reads[get_ident()] = mark_current(self._device)
+        return WindowCode(*copies, generation)
+
+    def close(self) -> None:
+        """Release whoever waits, and the refresh thread."""
+        with self._begun:
+            self._closed = True
+            self._begun.notify_all()
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
 
 
 class LiveReference:
@@ -83,15 +187,7 @@ class LiveReference:
         self._encoder = encoder
         self._windows = windows
         self._device = device
-        self._calls = 0
 
-    def code(self, window: int) -> WindowCode:
+    def code(self, window: int, step: int) -> WindowCode:
         encoded = encode_window(self._encoder, self._windows[window], self._device)
-        self._calls += 1
-        return WindowCode(*encoded, self._calls - 1, self._calls - 1)
-
-
-def refresh_due(step: int, schedule: RefreshConfig, steps_per_epoch: int) -> bool:
-    """Whether the cache is re-encoded before step ``step``: a pure function of the step."""
-    interval = schedule.every_steps or (schedule.every_epochs or 0) * steps_per_epoch
-    return step > 0 and step % interval == 0
+        return WindowCode(*encoded, Generation(step, step, step))

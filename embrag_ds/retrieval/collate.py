@@ -6,7 +6,9 @@ batch's generation, search, fetch. It runs in the rank's own process, never in a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +17,10 @@ from torch import Tensor
 from embrag_ds.data.dataset import Samples, WindowedPanel
 from embrag_ds.data.tokens import MASK
 from embrag_ds.errors import UserError
-from embrag_ds.retrieval.cache import ReferenceSource
+from embrag_ds.retrieval.cache import ReferenceSource, WindowCode
+from embrag_ds.retrieval.packed import PackedReference
 from embrag_ds.retrieval.store import Query, Store
+from embrag_ds.retrieval.streams import SideStream, Staging, hand_over
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,9 @@ class Batch:
     ``alleles`` int64 [B, L] the truth (meaningless at the hidden sites of people to be imputed). In the
     whole window: ``sites`` has the features of its sites, ``typed`` int64 [B, T] lists the sites each
     query shows, in order, ``typed_count`` int64 [B] says how many they are; the rest of a row repeats
-    the window's last site. ``retrieved`` is None in mode ``none``.
+    the window's last site. ``retrieved`` is None in mode ``none``. ``bytes_moved`` counts what went from host to
+    device for it. ``ready`` marks, on a CUDA device, the end of
+    what builds the batch (:func:`receive`).
     """
 
     window: int
@@ -73,30 +79,41 @@ class Batch:
     typed_count: Tensor
     sites: SiteTensors
     retrieved: Retrieved | None
+    bytes_moved: int
+    ready: Any
 
 
 class RetrievalCollator:
-    """Turns :class:`~embrag_ds.data.dataset.Samples` into a :class:`Batch`, synchronously."""
+    """Turns :class:`~embrag_ds.data.dataset.Samples` into a :class:`Batch`.
+
+    Copies and search run on a side stream; the batch is handed to the stream that is current when it is
+    *received* (:meth:`receive`), which on a CPU, or without a thread in between, changes nothing. An instance
+    serves one thread.
+    """
 
     def __init__(
         self,
         data: WindowedPanel,
         device: torch.device,
         *,
+        panel: PackedReference | None,
         store: Store | None,
         source: ReferenceSource | None,
         k: int,
         exclusions: np.ndarray,
+        people: int,
+        slots: int = 1,
         live: bool = False,
     ):
-        """``store`` and ``source`` are None in mode ``none``; ``exclusions`` int64 [N, E] lists, for every
-        panel person, the people it must not retrieve (itself first)."""
+        """``panel``, ``store`` and ``source`` are None in mode ``none``; ``exclusions`` int64 [N, E] lists, for
+        every panel person, the people it must not retrieve (itself first). A batch holds at most ``people``
+        people; ``slots`` of staging are used in turn."""
         self._data = data
         self._device = device
+        self._panel = panel
         self._store = store
         self._source = source
         self._live = live
-        self._exclusions = exclusions
         reference = data.reference
         # As many as every query can have, whoever is excluded for it.
         self.k = min(k, len(reference) - 2 * exclusions.shape[1])
@@ -104,13 +121,42 @@ class RetrievalCollator:
             raise UserError(
                 f"{reference.panel.path}: {len(reference)} reference haplotypes are too few to retrieve from"
             )
-        self._person_of = torch.from_numpy(reference.person_of).to(device)
+        self._excluded = _excluded_haplotypes(exclusions, reference.person_of)
         self._population_of = torch.from_numpy(reference.population_of).to(device)
+        longest = max(map(len, data.windows))
+        core = max(window.core_stop - window.core_start for window in data.windows)
+        self.staging = Staging(device, slots, self._slot_bytes(people, longest, core))
+        self._side = SideStream(device, urgent=True)
 
-    def __call__(self, samples: Samples) -> Batch:
+    def _slot_bytes(self, people: int, sites: int, core: int) -> int:
+        """The most a batch stages: alleles, masks, typed sites, features, exclusions, panel rows."""
+        populations = len(self._data.reference.populations.names)
+        needed = people * sites * (2 + 1 + 8) + 8 * people * (self._excluded.shape[1] + 1)
+        needed += sites * (8 + 4 * (2 + populations))
+        if self._panel is not None:
+            needed += self._panel.staged_bytes(sites) + self._panel.staged_bytes(core)
+        return needed + 16 * 256  # alignment
+
+    @property
+    def backend(self) -> str:
+        """What searches."""
+        return "none" if self._store is None else self._store.backend
+
+    @torch.no_grad()
+    def __call__(self, samples: Samples, step: int) -> Batch:
+        """The batch of ``samples`` under the generation that ``step`` uses."""
+        moved = self.staging.bytes_moved
+        with self._side as side:
+            batch = self._build(samples, step)
+            moved = self.staging.bytes_moved - moved + batch.bytes_moved
+            return replace(batch, bytes_moved=moved, ready=side.event())
+
+    def _build(self, samples: Samples, step: int) -> Batch:
         window = self._data.windows[samples.window]
-        alleles = torch.from_numpy(samples.alleles).to(self._device, torch.int64)
-        hidden = torch.from_numpy(samples.hidden).to(self._device).repeat_interleave(2, dim=0)
+        put = self.staging.put
+        self.staging.begin()
+        alleles = put(samples.alleles).to(torch.int64)
+        hidden = put(samples.hidden).repeat_interleave(2, dim=0)
         tokens = alleles.masked_fill(hidden, MASK)
         typed, count = _typed_sites(samples.hidden)
         batch = Batch(
@@ -119,45 +165,84 @@ class RetrievalCollator:
             tokens=tokens[:, window.core],
             hidden=hidden[:, window.core],
             alleles=alleles[:, window.core],
-            typed=torch.from_numpy(typed).to(self._device).repeat_interleave(2, dim=0),
-            typed_count=torch.from_numpy(count).to(self._device).repeat_interleave(2, dim=0),
-            sites=site_tensors(self._data, samples.window, self._device),
+            typed=put(typed).repeat_interleave(2, dim=0),
+            typed_count=put(count).repeat_interleave(2, dim=0),
+            sites=_staged_sites(self._data, samples.window, put),
             retrieved=None,
+            bytes_moved=0,
+            ready=None,
         )
-        if self._store is None or self._source is None:
-            return batch
-        # Found on the CPU: on a GPU the size of the result would force a synchronisation.
-        shown = torch.from_numpy(np.flatnonzero(~samples.hidden.all(0))).to(self._device)
-        query = Query(samples.window, tokens, shown, self._excluded(samples.people))
-        return replace(batch, retrieved=self._retrieve(query, batch, self._store, self._source))
+        if self._panel is not None and self._store is not None and self._source is not None:
+            # Found on the CPU: on a GPU the size of the result would force a synchronisation.
+            shown = np.flatnonzero(~samples.hidden.all(0))
+            if not shown.size:
+                shown = np.zeros(1, dtype=np.int64)  # nothing to go by: a site of weight 0
+            query = Query(
+                window=samples.window,
+                tokens=tokens,
+                shown=shown,
+                shown_on_device=put(shown),
+                alleles=self._panel.alleles(samples.window, shown, self.staging),
+                excluded=put(self._excluded[samples.people]).repeat_interleave(2, dim=0),
+                typed_per_haplotype=float(count.mean()),
+            )
+            code = self._source.code(samples.window, step)
+            retrieved = self._retrieve(query, batch, code, self._store, self._panel)
+            batch = replace(batch, retrieved=retrieved, bytes_moved=code.codebook.nbytes + code.weights.nbytes)
+        self.staging.end()
+        return batch
 
-    def _retrieve(self, query: Query, batch: Batch, store: Store, source: ReferenceSource) -> Retrieved:
-        code = source.code(query.window)
-        found = store.search(query, code, self.k)
-        reference = torch.from_numpy(self._data.reference_alleles(query.window)).to(self._device)
-        place = torch.arange(batch.typed.shape[1], device=self._device)
-        valid = place < batch.typed_count[:, None]
-        at_typed = reference[found.ids[:, None, :], batch.typed[:, :, None]]
+    def _retrieve(
+        self, query: Query, batch: Batch, code: WindowCode, store: Store, panel: PackedReference
+    ) -> Retrieved:
+        ids = store.search(query, code, self.k)
+        core = np.arange(batch.core.start, batch.core.stop)
+        in_core = panel.alleles(query.window, core, self.staging).T.contiguous()
+        # Where each typed site lies among the shown ones; what fills a row up lies anywhere.
+        place = torch.searchsorted(query.shown_on_device, batch.typed).clamp_max_(len(query.shown) - 1)
+        valid = torch.arange(batch.typed.shape[1], device=ids.device) < batch.typed_count[:, None]
+        at_typed = query.alleles[place[:, :, None], ids[:, None, :]]
         differs = at_typed != query.tokens.gather(1, batch.typed)[:, :, None]
         return Retrieved(
-            ids=found.ids,
-            alleles=reference[:, batch.core][found.ids],
+            ids=ids,
+            alleles=in_core[ids],
             mismatch=differs & valid[:, :, None],
-            population=self._population_of[found.ids],
+            population=self._population_of[ids],
             codebook=None if self._live else code.codebook,
-            embeddings=store.embeddings(query.window, found.ids),
-            generation=code.generation,
-            snapshot_step=code.step,
+            embeddings=store.embeddings(query.window, ids, code.generation),
+            generation=code.generation.number,
+            snapshot_step=code.generation.snapshot_step,
         )
 
-    def _excluded(self, people: np.ndarray) -> Tensor:
-        """Reference haplotypes barred from each query haplotype, bool [B, H]."""
-        barred = np.where(people[:, None] >= 0, self._exclusions[people], -1)
-        barred_ids = torch.from_numpy(barred).to(self._device).repeat_interleave(2, dim=0)
-        excluded = torch.zeros(len(barred_ids), len(self._person_of), dtype=torch.bool, device=self._device)
-        for column in barred_ids.unbind(1):
-            excluded |= self._person_of == column[:, None]
-        return excluded
+
+def receive(batch: Batch) -> Batch:
+    """Take over a batch on the current stream: wait for what builds it, and keep its memory until it is used."""
+    if batch.ready is not None:
+        hand_over(_tensors(batch), batch.ready)
+    return batch
+
+
+def _tensors(part: object) -> Iterator[Tensor]:
+    for field in fields(part):  # type: ignore[arg-type]
+        value = getattr(part, field.name)
+        if isinstance(value, Tensor):
+            yield value
+        elif is_dataclass(value):
+            yield from _tensors(value)
+
+
+def _excluded_haplotypes(exclusions: np.ndarray, person_of: np.ndarray) -> np.ndarray:
+    """Reference haplotypes that each panel person must not find, int64 [N + 1, 2 E], filled up with H.
+
+    The last row, for people that are not in the panel (-1), names none.
+    """
+    nobody = len(person_of)
+    rows = np.full((len(exclusions) + 1, 2), nobody, dtype=np.int64)
+    places = np.arange(nobody)
+    # A person's two haplotypes are neighbours.
+    rows[person_of[0::2]] = np.stack([places[0::2], places[1::2]], axis=1)
+    barred = rows[exclusions].reshape(len(exclusions), -1)  # -1 picks the last row, nobody's
+    return np.concatenate([barred, np.full((1, barred.shape[1]), nobody, dtype=np.int64)])
 
 
 def _typed_sites(hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -170,9 +255,9 @@ def _typed_sites(hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def site_tensors(data: WindowedPanel, window: int, device: torch.device) -> SiteTensors:
     """A window's site features on the device."""
+    return _staged_sites(data, window, lambda array: torch.from_numpy(array).to(device))
+
+
+def _staged_sites(data: WindowedPanel, window: int, put: Callable[[np.ndarray], Tensor]) -> SiteTensors:
     features = data.features(window)
-    return SiteTensors(
-        torch.from_numpy(features.position).to(device),
-        torch.from_numpy(features.frequency).to(device),
-        torch.from_numpy(features.population_frequency).to(device),
-    )
+    return SiteTensors(put(features.position), put(features.frequency), put(features.population_frequency))

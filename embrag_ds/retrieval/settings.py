@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
+import numpy as np
+
 from embrag_ds.errors import require
+from embrag_ds.retrieval.schedule import RefreshConfig
 
 
 @dataclass(frozen=True)
-class RefreshConfig:
-    """When the reference cache is re-encoded under ``encoding = "refresh"``; set exactly one."""
+class LocalRetrieval:
+    """Search in chunks of ``chunk_sites`` typed sites with ``context_sites`` on either side, the
+    ``per_chunk`` nearest of each."""
 
-    every_steps: int | None = None
-    every_epochs: int | None = None
+    chunk_sites: int
+    context_sites: int
+    per_chunk: int
 
-    def __post_init__(self) -> None:
-        given = [value for value in (self.every_steps, self.every_epochs) if value is not None]
-        require(len(given) == 1, "retrieval.refresh", "set exactly one of every_steps and every_epochs")
-        require(given[0] >= 1, "retrieval.refresh", "the interval must be at least 1")
+    def chunks(self, shown: int, typed: float) -> list[slice]:
+        """Chunks, context included, of ``shown`` sites of which a haplotype shows ``typed`` on average."""
+        spread = shown / max(typed, 1.0)
+        context = round(self.context_sites * spread)
+        number = max(1, round(shown / (self.chunk_sites * spread)))
+        bounds = np.linspace(0, shown, number + 1).round().astype(int).tolist()
+        return [slice(max(0, first - context), min(shown, last + context)) for first, last in pairwise(bounds)]
 
 
 @dataclass(frozen=True)
@@ -31,17 +40,42 @@ class RetrievalConfig:
     store: Literal["factored", "dense"] = "factored"
     dense_budget_gb: float = 2.0
     """The dense store refuses to hold more than this."""
-    backend: Literal["auto", "torch", "faiss-cpu"] = "auto"
+    backend: Literal["auto", "torch", "faiss-cpu", "faiss-gpu", "cupy"] = "auto"
     k: int = 64
     """Neighbours per query haplotype."""
+    per_chunk: int = 0
+    """Of these, so many from every chunk of typed sites, before those over the whole window; 0: none."""
+    chunk_sites: int = 32
+    """Typed sites in a chunk."""
+    context_sites: int = 32
+    """Typed sites on either side of a chunk that its search looks at, too."""
+    prefetch: int = 2
+    """Batches built ahead of the training step, on a thread of their own; 0: built when asked for."""
+    device_budget_gb: float = 8.0
+    """The packed panel lives on a CUDA device up to this size; a larger one is streamed."""
     relatives: str | None = None
     """File of related pairs (two sample ids a line) that never retrieve each other."""
 
     def __post_init__(self) -> None:
         require(self.dense_budget_gb > 0, "retrieval.dense_budget_gb", "must be positive")
+        require(self.device_budget_gb >= 0, "retrieval.device_budget_gb", "must not be negative")
         require(self.k >= 1, "retrieval.k", "must be at least 1")
+        require(self.per_chunk >= 0, "retrieval.per_chunk", "must not be negative")
+        require(self.chunk_sites >= 1, "retrieval.chunk_sites", "must be at least 1")
+        require(self.context_sites >= 0, "retrieval.context_sites", "must not be negative")
+        require(self.prefetch >= 0, "retrieval.prefetch", "must not be negative")
         require(
             not (self.store == "dense" and self.encoding == "live"),
             "retrieval.store",
             '"dense" holds stored embeddings, so it goes with encoding "fixed" or "refresh", not "live"',
         )
+        require(
+            not (self.store == "dense" and self.per_chunk),
+            "retrieval.per_chunk",
+            'store "dense" searches whole windows; set it to 0',
+        )
+
+    @property
+    def local(self) -> LocalRetrieval | None:
+        """How to search in chunks, if at all."""
+        return LocalRetrieval(self.chunk_sites, self.context_sites, self.per_chunk) if self.per_chunk else None

@@ -19,7 +19,7 @@ MakeTrainer = Callable[..., Trainer]
 ZERO_3 = ["zero_optimization.stage=3", "zero_optimization.stage3_param_persistence_threshold=0"]
 SHORT = ["embrag.train.max_steps=5", "optimizer.params.lr=0.02"]
 # The learning rate is 0 in the first two steps: the second generation is the first that differs.
-REFRESH = ["embrag.retrieval.encoding=refresh", "embrag.retrieval.refresh.every_steps=3"]
+REFRESH = ["embrag.retrieval.encoding=refresh", 'embrag.retrieval.refresh={"every_steps": 3, "lag_steps": 1}']
 
 
 def rebuilt(model: ExportedModel) -> Imputer:
@@ -31,7 +31,7 @@ def rebuilt(model: ExportedModel) -> Imputer:
 def predicted(network: Callable, trainer: Trainer) -> Tensor:
     trainer.engine.eval()
     with torch.no_grad():
-        return network(trainer.reference.collate(trainer.sampler.samples(3))).logits
+        return network(trainer.validation_batch(trainer.sampler.samples(3))).logits
 
 
 @pytest.mark.parametrize("stage", [["zero_optimization.stage=1"], ZERO_3], ids=["stage 1", "stage 3"])
@@ -55,8 +55,8 @@ def test_the_snapshot_is_that_of_the_last_generation(make_trainer: MakeTrainer, 
         state = {key: value.clone() for key, value in trainer.engine.module.embedding.state_dict().items()}
         trainer.run()
         model = read_export(tmp_path / name / MODEL_FILE)
-        assert model.snapshot is not None and trainer.reference.snapshot is not None
-        used = trainer.reference.snapshot.state_dict()
+        used = trainer.reference.snapshot_weights(trainer.state.step)
+        assert model.snapshot is not None and used is not None
         assert all(torch.equal(value, used[key]) for key, value in model.snapshot.items())
         first = all(torch.equal(value, state[key]) for key, value in model.snapshot.items())
         now = all(torch.equal(value, model.weights[f"embedding.{key}"]) for key, value in model.snapshot.items())

@@ -172,14 +172,14 @@ def test_a_target_in_the_panel_is_refused_and_with_the_flag_never_copies_itself(
 
     targets = harmonise_targets(own, Path("target.vcf.gz"), inputs, True, silent)
     imputation = Imputation(retrieval_alone, inputs, CPU, 2)
-    collate, copied = imputation._reference.collate, []
+    collate, copied = imputation._collate, []
 
-    def record(samples: Any) -> Any:
-        batch = collate(samples)
+    def record(samples: Any, step: int) -> Any:
+        batch = collate(samples, step)
         copied.append(batch.retrieved.ids // 2)
         return batch
 
-    monkeypatch.setattr(imputation._reference, "collate", record)
+    monkeypatch.setattr(imputation, "_collate", record)
     list(imputation.windows(targets))
     assert len(copied) == len(imputation.data.windows)
     for each in copied:

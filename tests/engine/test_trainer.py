@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from embrag_ds.retrieval.collate import Batch, SiteTensors, site_tensors
 Metrics = Callable[..., list[dict[str, Any]]]
 MakeTrainer = Callable[..., Trainer]
 MakeConfig = Callable[..., RunConfig]
-TIMES = ("seconds", "people_per_second", "step_ms", "retrieval_wait_share")
+TIMES = ("retrieval_wait_ms", "seconds", "people_per_second", "step_ms", "retrieval_wait_share")
 NO_DROPOUT = "embrag.model.dropout=0"
 STRONG = "optimizer.params.lr=0.02"
 
@@ -44,15 +45,17 @@ def losses(lines: list[dict[str, Any]]) -> list[float]:
 
 ENCODINGS = {
     "fixed": ["embrag.retrieval.encoding=fixed"],
-    "refresh": ["embrag.retrieval.encoding=refresh", "embrag.retrieval.refresh.every_steps=3"],
+    "refresh": ["embrag.retrieval.encoding=refresh", 'embrag.retrieval.refresh={"every_steps": 3, "lag_steps": 0}'],
+    "lagging": ["embrag.retrieval.encoding=refresh", 'embrag.retrieval.refresh={"every_steps": 3, "lag_steps": 2}'],
     "live": ["embrag.retrieval.encoding=live"],
 }
 
 
 @pytest.mark.parametrize(
     ("encoding", "cut"),
-    # With refresh: generations begin at steps 0, 3 and 6; the cut lies between two, and at one.
-    [("fixed", 4), ("refresh", 4), ("refresh", 6), ("live", 4)],
+    # Snapshots are taken before steps 3 and 6; the cut lies between two, at one, and (lagging) between snapshot
+    # and publication, at publication, and at the next snapshot.
+    [("fixed", 4), ("refresh", 4), ("refresh", 6), ("live", 4), ("lagging", 4), ("lagging", 5), ("lagging", 6)],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(
     make_trainer: MakeTrainer, metrics_of: Metrics, encoding: str, cut: int
@@ -80,10 +83,10 @@ def test_a_run_killed_between_checkpoints_logs_every_step_once(
     trainer = make_trainer("killed", *overrides)
     step = trainer._step
 
-    def dies(interval: Any) -> None:
+    def dies(*given: Any) -> None:
         if trainer.state.step == 5:
             raise KeyboardInterrupt
-        step(interval)
+        step(*given)
 
     monkeypatch.setattr(trainer, "_step", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -125,9 +128,10 @@ def test_another_network_is_not_a_continuation(make_trainer: MakeTrainer) -> Non
         make_trainer("run", "embrag.model.layers=2", resume=True)
 
 
-def test_loop_settings_may_change_on_resume(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
+def test_settings_of_the_loop_and_of_speed_may_change_on_resume(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
     make_trainer("run", "embrag.train.max_steps=1").run()
-    make_trainer("run", "embrag.train.max_steps=2", "embrag.train.eval_every=1", resume=True).run()
+    overrides = ["embrag.train.eval_every=1", "embrag.retrieval.prefetch=0", "embrag.retrieval.backend=faiss-cpu"]
+    make_trainer("run", "embrag.train.max_steps=2", *overrides, resume=True).run()
     assert [line["step"] for line in metrics_of("run")] == [1, 2]
 
 
@@ -153,7 +157,7 @@ def test_zero_3_with_every_parameter_partitioned_trains_as_stage_1(
         (["embrag.retrieval.encoding=fixed"], lambda index: 0, lambda index: index),
         (ENCODINGS["refresh"], lambda index: index // 3, lambda index: index % 3),
         (
-            ["embrag.retrieval.encoding=refresh", "embrag.retrieval.refresh.every_epochs=1"],
+            ["embrag.retrieval.encoding=refresh", 'embrag.retrieval.refresh={"every_epochs": 1, "lag_steps": 0}'],
             lambda index: index // 4,
             lambda index: index % 4,
         ),
@@ -173,22 +177,24 @@ def test_generation_and_staleness_are_those_of_the_batches(
     size = "train_micro_batch_size_per_gpu=12"  # 54 people: 4 groups, 5 windows
     trainer = make_trainer("run", *overrides, size, "gradient_accumulation_steps=5", "embrag.train.max_steps=9", STRONG)
     assert trainer.sampler.steps_per_epoch == 4
-    collate = trainer.reference.collate
+    collate, step = trainer.collate, trainer._step
     seen: list[tuple[int, Batch]] = []
     said: dict[tuple[int, int], torch.Tensor] = {}
 
-    def record(samples: Samples) -> Batch:
-        step = trainer.state.step
-        batch = collate(samples)
-        if not seen or seen[-1][0] != step:
-            with torch.no_grad():
-                for window in range(len(trainer.sampler.data)):
-                    sites = window_sites(trainer, window)
-                    said[step, window] = trainer.engine.module.embedding.codebook(sites)
+    def record(samples: Samples, step: int) -> Batch:
+        batch = collate(samples, step)
         seen.append((step, batch))
         return batch
 
-    monkeypatch.setattr(trainer.reference, "collate", record)
+    def note(*given: Any) -> None:
+        with torch.no_grad():
+            for window in range(len(trainer.sampler.data)):
+                codebook = trainer.engine.module.embedding.codebook(window_sites(trainer, window))
+                said[trainer.state.step, window] = codebook
+        step(*given)
+
+    monkeypatch.setattr(trainer, "collate", record)
+    monkeypatch.setattr(trainer, "_step", note)
     monkeypatch.setattr(trainer, "_validate", lambda: None)
     trainer.run()
     lines = metrics_of("run")
@@ -213,8 +219,69 @@ def test_staleness_matters_to_the_loss(make_trainer: MakeTrainer, metrics_of: Me
     for name, overrides in ENCODINGS.items():
         make_trainer(name, *overrides, STRONG, NO_DROPOUT).run()
     by_encoding = {name: losses(metrics_of(name)) for name in ENCODINGS}
+    assert by_encoding["refresh"][:5] != by_encoding["lagging"][:5] == by_encoding["fixed"][:5]
+    assert by_encoding["lagging"][5:] != by_encoding["fixed"][5:]
     assert by_encoding["fixed"][:3] == by_encoding["refresh"][:3]
     assert by_encoding["fixed"][3:] != by_encoding["refresh"][3:] != by_encoding["live"][3:]
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_prefetching_and_asynchronous_refreshes_change_no_loss(
+    make_trainer: MakeTrainer, metrics_of: Metrics, lag: int
+) -> None:
+    """Both are off in the first run, which is the oracle of the others."""
+    by_run = []
+    for prefetch, asynchronous in ((0, "false"), (4, "false"), (0, "true"), (1, "true"), (4, "true")):
+        name = f"{prefetch}-{asynchronous}"
+        refresh = f'{{"every_steps": 1, "lag_steps": {lag}, "asynchronous": {asynchronous}}}'
+        overrides = [f"embrag.retrieval.refresh={refresh}", f"embrag.retrieval.prefetch={prefetch}"]
+        accumulation = "gradient_accumulation_steps=2"
+        make_trainer(name, "embrag.retrieval.encoding=refresh", *overrides, accumulation, STRONG).run()
+        by_run.append(timeless(metrics_of(name)))
+    assert len(set(losses(by_run[0]))) == len(by_run[0]) == 6
+    assert all(each == by_run[0] for each in by_run)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_refresh_that_dies_ends_training_within_a_step(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, prefetch: int
+) -> None:
+    refresh = 'embrag.retrieval.refresh={"every_steps": 3, "lag_steps": 3}'
+    trainer = make_trainer("run", "embrag.retrieval.encoding=refresh", refresh, f"embrag.retrieval.prefetch={prefetch}")
+    cache = trainer.reference.cache
+    assert cache is not None
+    cache.code(0, 0)
+    died = threading.Event()
+
+    def dies(*given: Any) -> None:
+        died.set()
+        raise MemoryError("no room for the codebooks")
+
+    monkeypatch.setattr(cache, "_encode", dies)
+    step = trainer._step
+
+    def waits(*given: Any) -> None:
+        step(*given)
+        assert trainer.state.step < 3 or died.wait(10)
+
+    monkeypatch.setattr(trainer, "_step", waits)
+    with pytest.raises(MemoryError, match="no room for the codebooks"):
+        trainer.run()
+    assert trainer.state.step in (3, 4)
+    assert not [each.name for each in threading.enumerate() if each.name.startswith(("retrieval", "reference"))]
+
+
+def test_the_log_says_what_retrieval_cost(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
+    refresh = 'embrag.retrieval.refresh={"every_steps": 1, "lag_steps": 2}'
+    make_trainer("run", "embrag.retrieval.encoding=refresh", refresh).run()
+    lines = metrics_of("run")
+    # Snapshots before steps 0, 1, 3 and 5; those due at 2 and 4 were skipped.
+    assert [line["generation"] for line in lines] == [0, 0, 0, 1, 1, 2]
+    assert [line["staleness"] for line in lines] == [0, 1, 2, 2, 3, 2]
+    assert [line["refreshes_skipped"] for line in lines] == [0, 0, 1, 1, 2, 2]
+    for line in lines:
+        assert 0 <= line["retrieval_wait_share"] <= 1 and line["retrieval_wait_ms"] <= line["step_ms"]
+        assert line["bytes_moved"] > 1000
 
 
 def test_the_dense_store_trains_as_the_factored_one(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
@@ -223,7 +290,7 @@ def test_the_dense_store_trains_as_the_factored_one(make_trainer: MakeTrainer, m
     for store in ("factored", "dense"):
         overrides = [*ENCODINGS["refresh"], everybody, NO_DROPOUT, STRONG, f"embrag.retrieval.store={store}"]
         trainer = make_trainer(store, *overrides)
-        retrieved = trainer.reference.collate(trainer.sampler.samples(0)).retrieved
+        retrieved = trainer.validation_batch(trainer.sampler.samples(0)).retrieved
         assert retrieved is not None and (retrieved.embeddings is None) == (store == "factored")
         trainer.run()
     np.testing.assert_allclose(losses(metrics_of("dense")), losses(metrics_of("factored")), rtol=1e-3)
@@ -237,7 +304,7 @@ def predicted(trainer: Trainer, batch: Batch) -> Any:
 
 def test_without_retrieval_it_trains_from_frequencies(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
     trainer = make_trainer("none", "embrag.retrieval.mode=none")
-    batch = trainer.reference.collate(trainer.sampler.samples(0))
+    batch = trainer.validation_batch(trainer.sampler.samples(0))
     assert batch.retrieved is None
     expected = torch.logit(batch.sites.frequency[batch.core], eps=1e-5)
     torch.testing.assert_close(predicted(trainer, batch).prior, expected.expand(12, -1))
@@ -247,7 +314,7 @@ def test_without_retrieval_it_trains_from_frequencies(make_trainer: MakeTrainer,
 
 def test_an_untrained_network_is_its_retrieval(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer("run")
-    prediction = predicted(trainer, trainer.reference.collate(trainer.sampler.samples(0)))
+    prediction = predicted(trainer, trainer.validation_batch(trainer.sampler.samples(0)))
     assert torch.equal(prediction.logits, prediction.prior)
 
 
@@ -274,7 +341,7 @@ def test_training_lowers_the_loss_on_other_masks(make_trainer: MakeTrainer) -> N
     def loss() -> float:
         total = 0.0
         for micro_batch in range(1000, 1012):
-            batch = trainer.reference.collate(trainer.sampler.samples(micro_batch))
+            batch = trainer.validation_batch(trainer.sampler.samples(micro_batch))
             logits = predicted(trainer, batch).logits
             total += float(imputation_loss(logits, batch.alleles, batch.hidden, trainer.embrag.loss).total)
         return total
@@ -343,21 +410,22 @@ world = start_world()
 def train(name, steps, resume, *overrides):
     run = load_config(config, [f"embrag.train.max_steps={steps}", *overrides])
     trainer = Trainer(run, open_inputs(PanelFiles(panel), run.embrag.data, False), out / name, world, resume)
-    draw, seen = trainer.sampler.samples, []
-    def record(micro_batch):
-        samples = draw(micro_batch)
+    collate, seen, generations = trainer.collate, [], []
+    def record(samples, step):
+        batch = collate(samples, step)
         seen.append([samples.window, *samples.people.tolist()])
-        return samples
-    trainer.sampler.samples = record
+        generations.append([step, batch.retrieved.generation])
+        return batch
+    trainer.collate = record
     trainer.run()
-    return seen
+    return seen, generations
 
 zero3 = ["zero_optimization.stage=3", "zero_optimization.stage3_param_persistence_threshold=0"]
-seen = train("whole", 4, False)
+seen, generations = train("whole", 4, False)
 train("cut", 2, False)
 train("cut", 4, True)
 train("three", 4, False, *zero3)
-(out / f"seen{world.rank}.json").write_text(json.dumps(seen))
+(out / f"seen{world.rank}.json").write_text(json.dumps([seen, generations]))
 world.close()
 """
 
@@ -366,14 +434,19 @@ def test_two_ranks_are_one_run(
     make_config: MakeConfig, metrics_of: Metrics, inputs: PanelInputs, world: World, tmp_path: Path, root: Path
 ) -> None:
     """Launched by ``deepspeed``: two ranks do what one rank does with two micro-batches a step, and resume."""
-    config = make_config(*ENCODINGS["refresh"], NO_DROPOUT, STRONG, "embrag.train.eval_every=4")
+    refresh = 'embrag.retrieval.refresh={"every_steps": 1, "lag_steps": 1}'
+    encoding = ["embrag.retrieval.encoding=refresh", refresh]
+    config = make_config(*encoding, NO_DROPOUT, STRONG, "embrag.train.eval_every=4")
     (tmp_path / "shared.json").write_text(json.dumps(config.as_dict()))
     (tmp_path / "two_ranks.py").write_text(TWO_RANKS)
     script = [tmp_path / "two_ranks.py", tmp_path / "shared.json", inputs.panel.path, tmp_path]
     launched = run_deepspeed(root, "--num_accelerators", "2", *script)
     assert launched.returncode == 0, launched.stdout + launched.stderr
 
-    seen = [json.loads((tmp_path / f"seen{rank}.json").read_text()) for rank in (0, 1)]
+    told = [json.loads((tmp_path / f"seen{rank}.json").read_text()) for rank in (0, 1)]
+    seen = [each for each, _ in told]
+    # Both publish generation 1 at step 2 and generation 2 at step 3, without asking one another.
+    assert [generations for _, generations in told] == [[[0, 0], [1, 0], [2, 1], [3, 2]]] * 2
     micro_batches = [tuple(each) for rank in seen for each in rank]
     assert len(set(micro_batches)) == len(micro_batches) == 8
     assert any(a[0] != b[0] for a, b in zip(*seen, strict=True))

@@ -48,8 +48,8 @@ def assert_same(one: dict[str, MaskScores], other: dict[str, MaskScores]) -> Non
 
 @pytest.mark.parametrize("block", [1, 2, 4])
 def test_scores_do_not_depend_on_the_micro_batch(trainer: Trainer, block: int) -> None:
-    whole = validator(trainer, 5).scores(trainer.engine, trainer.reference.collate)
-    assert_same(validator(trainer, block).scores(trainer.engine, trainer.reference.collate), whole)
+    whole = validator(trainer, 5).scores(trainer.engine, trainer.validation_batch)
+    assert_same(validator(trainer, block).scores(trainer.engine, trainer.validation_batch), whole)
 
 
 def test_scores_are_those_of_the_hidden_genotypes(trainer: Trainer) -> None:
@@ -59,7 +59,7 @@ def test_scores_are_those_of_the_hidden_genotypes(trainer: Trainer) -> None:
 
     def collate(samples: Samples) -> Batch:
         calls.append(samples)
-        return trainer.reference.collate(samples)
+        return trainer.validation_batch(samples)
 
     def predict(batch: Batch) -> Prediction:
         noise = torch.randn(batch.alleles.shape, generator=torch.Generator().manual_seed(len(calls)))
@@ -98,7 +98,7 @@ def recorded(trainer: Trainer, validator: Validator) -> list[Samples]:
 
     def collate(samples: Samples) -> Any:
         seen.append(samples)
-        return trainer.reference.collate(samples)
+        return trainer.validation_batch(samples)
 
     validator.scores(trainer.engine, collate)
     return seen

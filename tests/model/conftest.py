@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,11 @@ from embrag_ds.data.dataset import Samples, WindowedPanel, exclusion_table
 from embrag_ds.data.panel import Panel, Populations, ReferenceSet
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.windows import make_windows
+from embrag_ds.engine.reference import Reference
 from embrag_ds.model.embedding import HaplotypeEmbedding
 from embrag_ds.model.imputer import Imputer, ModelConfig
-from embrag_ds.retrieval.cache import LiveReference, ReferenceCache
-from embrag_ds.retrieval.collate import RetrievalCollator, site_tensors
-from embrag_ds.retrieval.search import resolve_backend
-from embrag_ds.retrieval.store import DenseStore, FactoredStore, Store
+from embrag_ds.retrieval.collate import Batch
+from embrag_ds.retrieval.settings import RetrievalConfig
 
 CPU = torch.device("cpu")
 
@@ -45,31 +45,18 @@ class World:
         k: int = 6,
         mode: str = "factored",
         backend: str = "torch",
-    ) -> RetrievalCollator:
+    ) -> Callable[[Samples], Batch]:
         """``mode`` is ``none``, ``factored``, ``dense`` or ``live``."""
-
-        @torch.no_grad()
-        def encode(window: int, tokens: torch.Tensor) -> torch.Tensor:
-            return embedding(tokens, site_tensors(self.data, window, CPU))
-
-        cache = ReferenceCache(self.data.windows, CPU)
-        store: Store | None = FactoredStore(self.data, resolve_backend(backend)[1], CPU)
-        if mode == "none":
-            store = None
-        elif mode == "dense":
-            store = DenseStore(self.data, embedding.token.embedding_dim, 1.0, CPU)
-        if store is not None:
-            cache.refresh(encode, 0)
-            store.refresh(encode)
-        return RetrievalCollator(
-            self.data,
-            CPU,
-            store=store,
-            source=LiveReference(encode, self.data.windows, CPU) if mode == "live" else cache,
+        settings = RetrievalConfig(
+            mode="none" if mode == "none" else "embedding",
+            encoding="live" if mode == "live" else "fixed",
+            store="dense" if mode == "dense" else "factored",
+            backend=backend,
             k=k,
-            exclusions=exclusion_table(self.samples, None),
-            live=mode == "live",
         )
+        reference = Reference(settings, self.data, embedding, CPU, exclusion_table(self.samples, None))
+        reference.begin_refresh(0)
+        return partial(reference.collator(len(self.samples)), step=0)
 
     def batch_of(self, window: int, people: Sequence[int], hidden: np.ndarray) -> Samples:
         """A micro-batch; ``hidden`` [N, L]."""

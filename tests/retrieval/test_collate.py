@@ -63,7 +63,7 @@ def test_nobody_retrieves_itself_or_a_relative_even_among_identical_people(
         assert closest <= set(range(6)) - barred[person], (row, found[row])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32), people=st.integers(3, 7), way=st.integers(0, 2), data=st.data())
 def test_no_training_sample_ever_retrieves_whom_it_must_not(
     build, tmp_path_factory: pytest.TempPathFactory, seed: int, people: int, way: int, data: st.DataObject

@@ -1,0 +1,71 @@
+"""A CUDA kernel for weighted Hamming distances on bit-packed alleles, launched through CuPy.
+
+Alleles stay packed, site by site, as the panel holds them. A thread owns one byte's eight haplotypes and
+one query: at every typed site it XORs the byte with the query's allele spread over eight bits, and adds the
+site's weight to the distances whose bit is set. Sites the query hides have weight 0 (the AND with its typed mask)
+and are skipped. The source is plain C, so that a test can compile it for the host.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SOURCE = r"""
+extern "C" __global__ void mismatch_distances(
+    const unsigned char* reference,  // [T, W], bit j of byte w is haplotype 8 w + j
+    const unsigned char* query,      // [B, T], alleles
+    const float* weight,             // [B, T], 0 where the query hides the site
+    float* distance,                 // [B, H]
+    const int sites, const int bytes, const int haplotypes)
+{
+    const int byte = blockIdx.x * blockDim.x + threadIdx.x;
+    const int b = blockIdx.y;
+    if (byte >= bytes) return;
+    float sum[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
+    for (int t = 0; t < sites; ++t) {
+        const float w = weight[(long long)b * sites + t];
+        if (w == 0.f) continue;
+        const unsigned spread = query[(long long)b * sites + t] ? 0xFFu : 0u;
+        const unsigned differs = reference[(long long)t * bytes + byte] ^ spread;
+        #pragma unroll
+        for (int j = 0; j < 8; ++j) sum[j] += ((differs >> j) & 1u) ? w : 0.f;
+    }
+    for (int j = 0; j < 8; ++j) {
+        const int haplotype = 8 * byte + j;
+        if (haplotype < haplotypes) distance[(long long)b * haplotypes + haplotype] = sum[j];
+    }
+}
+"""
+_THREADS = 128
+
+
+@cache
+def _kernel() -> Any:
+    import cupy
+
+    return cupy.RawKernel(SOURCE, "mismatch_distances")
+
+
+def mismatch_distances(tokens: Tensor, weights: Tensor, packed: Tensor, haplotypes: int) -> Tensor:
+    """Distances float32 [B, H] of queries ``tokens`` int64 [B, T] from ``packed`` uint8 [T, ceil(H / 8)].
+
+    ``weights`` float32 [B, T] are 0 where a query hides the site. Runs on the current torch stream; tensors are
+    exchanged by DLPack, nothing is copied.
+    """
+    import cupy
+
+    queries, sites = tokens.shape
+    distance = torch.empty(queries, haplotypes, dtype=torch.float32, device=packed.device)
+    arguments = (packed.contiguous(), (tokens == 1).to(torch.uint8), weights.contiguous(), distance)
+    width = packed.shape[1]
+    sizes = (np.int32(sites), np.int32(width), np.int32(haplotypes))
+    stream = torch.cuda.current_stream(packed.device).cuda_stream
+    with cupy.cuda.Device(packed.device.index), cupy.cuda.ExternalStream(stream):
+        arrays = [cupy.from_dlpack(each) for each in arguments]
+        _kernel()((-(-width // _THREADS), queries), (_THREADS,), (*arrays, *sizes))
+    return distance

@@ -1,0 +1,79 @@
+"""The panel's bit-packed alleles, where the device can read them.
+
+The alleles never change, so they are copied to the device once when they fit its budget. Otherwise the
+rows of a batch are fetched from the memory-mapped panel and streamed through pinned staging, ahead of use
+because the collator works ahead of the training step.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embrag_ds.data.dataset import WindowedPanel
+from embrag_ds.retrieval.streams import Staging
+
+GIB = 1 << 30
+_COPY_ROWS = 1 << 16
+
+
+class PackedReference:
+    """Site-major packed alleles [S, ceil(2N / 8)] of the whole panel, read as rows of the reference set."""
+
+    def __init__(self, data: WindowedPanel, device: torch.device, budget_gb: float):
+        panel = data.reference.panel
+        self._packed = panel.packed
+        self._windows = data.windows
+        self._device = device
+        self._haplotypes = 2 * len(panel.samples)
+        whole = len(data.reference) == self._haplotypes
+        self._columns = None if whole else torch.from_numpy(data.reference.haplotypes).to(device)
+        self._resident: Tensor | None = None
+        if device.type == "cuda" and self._packed.nbytes <= budget_gb * GIB:
+            self._resident = torch.empty(self._packed.shape, dtype=torch.uint8, device=device)
+            for start in range(0, len(self._packed), _COPY_ROWS):
+                rows = torch.from_numpy(np.array(self._packed[start : start + _COPY_ROWS]))
+                self._resident[start : start + _COPY_ROWS] = rows.to(device)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Size of the packed panel."""
+        return int(self._packed.nbytes)
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory held."""
+        return 0 if self._resident is None else self._resident.numel()
+
+    def staged_bytes(self, rows: int) -> int:
+        """Staging that a fetch of ``rows`` sites takes."""
+        if self._device.type == "cpu":
+            return 0
+        return rows * (8 if self._resident is not None else self._packed.shape[1])
+
+    def alleles(self, window: int, sites: np.ndarray, staging: Staging) -> Tensor:
+        """Alleles of the reference haplotypes at ``sites`` int64 [n] of a window: uint8 [n, H], site by site."""
+        places = self._windows[window].start + sites
+        if self._device.type == "cpu":
+            bits = np.unpackbits(self._packed[places], axis=1, count=self._haplotypes, bitorder="little")
+            unpacked = torch.from_numpy(bits)
+        elif self._resident is not None:
+            unpacked = unpack(self._resident[staging.put(places)], self._haplotypes)
+        else:
+            unpacked = unpack(staging.put(self._packed[places]), self._haplotypes)
+        return unpacked if self._columns is None else unpacked.index_select(1, self._columns)
+
+
+def unpack(packed: Tensor, count: int) -> Tensor:
+    """Bits uint8 [n, W], lowest first, as uint8 [n, count]."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits = (packed[..., None] >> shifts).bitwise_and_(1)
+    return bits.flatten(-2)[:, :count]
+
+
+def pack(alleles: Tensor) -> Tensor:
+    """The inverse of :func:`unpack`: uint8 [n, H] as bits uint8 [n, ceil(H / 8)]."""
+    padded = torch.nn.functional.pad(alleles, (0, -alleles.shape[1] % 8))
+    places = torch.arange(8, dtype=torch.uint8, device=alleles.device)
+    return (padded.unflatten(-1, (-1, 8)) << places).sum(-1, dtype=torch.uint8)

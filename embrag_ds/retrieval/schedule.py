@@ -1,0 +1,113 @@
+"""When the reference cache is re-encoded, and which generation a step uses: pure functions of the step.
+
+A refresh that is due at step s takes its *snapshot* of the embedding layer before that step and is used
+from step ``s + lag_steps`` on, its *publication*. In between it is encoded while training goes on. Both
+steps follow from the settings alone, so all ranks publish at the same step without asking one another, a
+resumed run repeats the uninterrupted one, and the asynchronous run repeats the synchronous one.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from itertools import count, pairwise, takewhile
+from threading import Lock
+
+from embrag_ds.errors import require
+
+
+@dataclass(frozen=True)
+class RefreshConfig:
+    """When the reference cache is re-encoded under ``encoding = "refresh"``; set exactly one of the first three."""
+
+    every_steps: int | None = None
+    every_epochs: int | None = None
+    at_steps: tuple[int, ...] | None = None
+    """A list of steps, increasing."""
+    lag_steps: int = 4
+    """Steps from snapshot to publication: what the encoding may take without anybody waiting for it."""
+    asynchronous: bool = True
+    """Encode on a thread of its own; false encodes before the next step, with the same result."""
+
+    def __post_init__(self) -> None:
+        where = "retrieval.refresh"
+        given = [name for name in ("every_steps", "every_epochs", "at_steps") if getattr(self, name) is not None]
+        require(len(given) == 1, where, "set exactly one of every_steps, every_epochs and at_steps")
+        for name in ("every_steps", "every_epochs"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{where}.{name}", "the interval must be at least 1")
+        steps = (0, *(self.at_steps or ()))
+        rising = all(earlier < later for earlier, later in pairwise(steps))
+        listed = self.at_steps is None or len(self.at_steps) > 0
+        require(listed and rising, f"{where}.at_steps", "must be increasing steps, the first at least 1")
+        require(self.lag_steps >= 0, f"{where}.lag_steps", "must not be negative")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One snapshot of the embedding layer, encoded for every window.
+
+    ``snapshot_step`` is the step before which it is taken, ``first_step`` the first one that uses it.
+    """
+
+    number: int
+    snapshot_step: int
+    first_step: int
+
+
+@dataclass
+class RefreshSchedule:
+    """The generations of a run. Number 0 is taken and used from step 0; ``config`` None adds no other.
+
+    A refresh that falls due while another is unpublished is skipped, never queued.
+    """
+
+    config: RefreshConfig | None
+    steps_per_epoch: int = 1
+    _generations: list[Generation] = field(default_factory=lambda: [Generation(0, 0, 0)])
+    _skipped: list[int] = field(default_factory=list)
+    _known_until: int = 0
+    # The prefetch thread asks, too.
+    _lock: Lock = field(default_factory=Lock)
+
+    def taken_at(self, step: int) -> Generation | None:
+        """The generation whose snapshot is taken before ``step``, if there is one."""
+        self._extend(step)
+        return next((each for each in reversed(self._generations) if each.snapshot_step == step), None)
+
+    def in_use(self, step: int) -> Generation:
+        """The generation that the batches of ``step`` are built with."""
+        self._extend(step)
+        return self._generations[bisect_right(self._generations, step, key=lambda each: each.first_step) - 1]
+
+    def needed_after(self, steps: int) -> list[Generation]:
+        """What a run resumed after ``steps`` steps cannot take again: the generation last used, and the
+        unpublished one if there is one."""
+        self._extend(steps)
+        last = self.in_use(max(steps - 1, 0))
+        return [last] + [each for each in self._generations[last.number + 1 :] if each.snapshot_step < steps]
+
+    def skipped_until(self, step: int) -> int:
+        """How many refreshes due before or at ``step`` were skipped."""
+        self._extend(step)
+        return bisect_right(self._skipped, step)
+
+    def _extend(self, step: int) -> None:
+        """Decide all that is due up to ``step``."""
+        if self.config is None:
+            return
+        with self._lock:
+            for due in self._due(self.config, self._known_until + 1, step):
+                if due < self._generations[-1].first_step:
+                    self._skipped.append(due)
+                else:
+                    number = len(self._generations)
+                    self._generations.append(Generation(number, due, due + self.config.lag_steps))
+            self._known_until = max(step, self._known_until)
+
+    def _due(self, config: RefreshConfig, first: int, last: int) -> list[int]:
+        if config.at_steps is not None:
+            return [step for step in config.at_steps if first <= step <= last]
+        interval = config.every_steps or (config.every_epochs or 0) * self.steps_per_epoch
+        start = -(-first // interval) * interval
+        return list(takewhile(lambda step: step <= last, count(start, interval)))

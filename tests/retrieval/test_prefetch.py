@@ -1,0 +1,123 @@
+"""Batches built ahead: in order, under one generation each, and no failure unheard."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from embrag_ds.retrieval.cache import ReferenceCache
+from embrag_ds.retrieval.collate import Batch, RetrievalCollator
+from embrag_ds.retrieval.packed import PackedReference
+from embrag_ds.retrieval.prefetch import Prefetcher
+from embrag_ds.retrieval.schedule import RefreshConfig, RefreshSchedule
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def world(build):
+    return build(build.random_alleles(1, 60, 10), window_sites=30, overlap=4, flank=5)
+
+
+def builder(world) -> Callable[[int], Batch]:
+    collate = world.collator(world.embedding(), "factored", "torch", 4)
+    return lambda number: collate(world.batch_of(number % 2, [number % 10], world.hidden(number % 2, 1, number)))
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_prefetched_batches_are_those_built_on_demand(world, depth: int) -> None:
+    build = builder(world)
+    ahead, on_demand = (Prefetcher(build, 3, 40, each) for each in (depth, 0))
+    for _ in range(3, 40):
+        one, two = ahead.next(), on_demand.next()
+        assert torch.equal(one.tokens, two.tokens) and torch.equal(one.retrieved.ids, two.retrieved.ids)
+    assert on_demand.waited_seconds > 0
+    ahead.close()
+
+
+def test_it_runs_so_far_ahead_and_no_farther() -> None:
+    built: list[int] = []
+    batches = Prefetcher(lambda number: built.append(number) or FakeBatch(), 0, 100, 3)  # type: ignore[arg-type,func-returns-value]
+    for taken in range(5):
+        deadline = time.monotonic() + 5
+        # Three wait in the queue and one more is at its door.
+        while len(built) < taken + 4 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(0.02)
+        assert built == list(range(taken + 4))
+        batches.next()
+    batches.close()
+    assert threading.active_count() < 50 and "retrieval-prefetch" not in [each.name for each in threading.enumerate()]
+
+
+class FakeBatch:
+    ready = None
+
+
+@pytest.mark.parametrize("depth", [0, 1, 4])
+def test_what_fails_is_raised_in_its_place(depth: int) -> None:
+    def build(number: int) -> FakeBatch:
+        if number == 2:
+            raise KeyError("no such window")
+        return FakeBatch()
+
+    batches = Prefetcher(build, 0, 9, depth)  # type: ignore[arg-type]
+    batches.next(), batches.next()
+    with pytest.raises(KeyError, match="no such window"):
+        batches.next()
+    batches.close()
+
+
+def test_a_thread_that_was_killed_is_noticed() -> None:
+    batches = Prefetcher(lambda number: FakeBatch(), 0, 2, 1)  # type: ignore[arg-type,return-value]
+    batches.next(), batches.next()
+    with pytest.raises(RuntimeError, match="ended without a word"):
+        batches.next()
+
+
+@pytest.mark.parametrize(("every", "lag"), [(1, 0), (1, 1), (2, 3), (5, 4)])
+def test_a_batch_never_mixes_generations(world, every: int, lag: int) -> None:
+    """Refreshes as fast as they come, each with an encoding that says its number everywhere, over
+    thousands of batches built ahead by another thread."""
+    steps = 2000
+    schedule = RefreshSchedule(RefreshConfig(every_steps=every, lag_steps=lag))
+    cache = ReferenceCache(world.data.windows, 2, torch.float32, CPU, schedule, asynchronous=True)
+    collate = RetrievalCollator(
+        world.data,
+        CPU,
+        panel=PackedReference(world.data, CPU, 1.0),
+        store=world.store("factored", "torch"),
+        source=cache,
+        k=2,
+        exclusions=np.arange(10)[:, None],
+        people=1,
+    )
+    samples = [world.batch_of(window, [3], world.hidden(window, 1, window)) for window in range(2)]
+
+    def saying(number: int):
+        def encode(window: int, tokens: torch.Tensor) -> torch.Tensor:
+            return torch.full((*tokens.shape, 2), float(number))
+
+        return encode
+
+    batches = Prefetcher(lambda number: collate(samples[number % 2], number), 0, steps, 4)
+    seen = set()
+    for step in range(steps):
+        taken = schedule.taken_at(step)
+        cache.raise_failure()
+        if taken is not None:
+            cache.begin(taken, saying(taken.number))
+        batch = batches.next()
+        expected = schedule.in_use(step)
+        assert batch.retrieved.generation == expected.number
+        assert batch.retrieved.snapshot_step == expected.snapshot_step
+        assert (batch.retrieved.codebook == float(expected.number)).all()
+        seen.add(expected.number)
+    assert len(seen) > steps / (2 * max(every, lag + 1))
+    batches.close()
+    cache.close()
