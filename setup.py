@@ -23,6 +23,7 @@ setup(
         "hjson",
         "numba>=0.61",
         "pydantic>=2",
+        "matplotlib",
         "tqdm",
     ],
     extras_require={

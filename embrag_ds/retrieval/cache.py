@@ -1,27 +1,30 @@
 """The reference cache: what the embedding layer says of every window, as numbered generations.
 
 A *generation* is one snapshot of the embedding layer. Because the layer is per site, a window of any
-number of reference haplotypes is described losslessly by its *codebook* C [L, V, D]: the embedding of
-every token at every site. A reference embedding is a gather from it.
+number of reference haplotypes is described losslessly by its *codebook* C [L, 2, D]: the embeddings of
+both alleles at every site (a reference haplotype hides nothing). A reference embedding is a gather from it.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Condition, get_ident
+from threading import Condition, get_ident, get_native_id
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from embrag_ds.data.tokens import ALT, REF, VOCAB
+from embrag_ds.data.tokens import ALT, REF
 from embrag_ds.data.windows import Window
 from embrag_ds.retrieval.schedule import Generation, RefreshSchedule
 from embrag_ds.retrieval.streams import SideStream, host_buffer, mark_current
 
+ALLELES = 2
 Encoder = Callable[[int, Tensor], Tensor]
 """(window, tokens int64 [R, L]) -> embeddings [R, L, D]."""
 
@@ -30,7 +33,7 @@ Encoder = Callable[[int, Tensor], Tensor]
 class WindowCode:
     """What one generation says of a window, on the device.
 
-    ``codebook`` [L, V, D] of the core's sites and ``weights`` float32 [L] of all the window's: what
+    ``codebook`` [L, 2, D] of the core's sites and ``weights`` float32 [L] of all the window's: what
     disagreement at a site adds to a distance.
     """
 
@@ -55,8 +58,8 @@ def site_weights(codebook: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_window(encoder: Encoder, window: Window, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Codebook [L, V, D] of a window's core and weights [L] of its sites: every token at every site."""
-    tokens = torch.arange(VOCAB, device=device)[:, None].expand(VOCAB, len(window))
+    """Codebook [L, 2, D] of a window's core and weights [L] of its sites: both alleles at every site."""
+    tokens = torch.tensor([REF, ALT], device=device)[:, None].expand(ALLELES, len(window))
     codebook = encoder(window.index, tokens).transpose(0, 1)
     return codebook[window.core].contiguous(), site_weights(codebook)
 
@@ -66,9 +69,11 @@ class _Buffer:
 
     def __init__(self, windows: list[Window], dims: int, dtype: torch.dtype, device: torch.device):
         cores = [window.core_stop - window.core_start for window in windows]
-        codes = host_buffer(sum(cores) * VOCAB * dims * dtype.itemsize, device).view(dtype)
+        codes = host_buffer(sum(cores) * ALLELES * dims * dtype.itemsize, device).view(dtype)
         weights = host_buffer(sum(map(len, windows)) * 4, device).view(torch.float32)
-        self.codebooks = [part.view(-1, VOCAB, dims) for part in codes.split([core * VOCAB * dims for core in cores])]
+        self.codebooks = [
+            part.view(-1, ALLELES, dims) for part in codes.split([core * ALLELES * dims for core in cores])
+        ]
         self.weights = list(weights.split(list(map(len, windows))))
         self.bytes = codes.nbytes + weights.nbytes
         self.reads: dict[int, Any] = {}  # the last one of every thread
@@ -99,7 +104,7 @@ class ReferenceCache:
         self._encoded: dict[int, Future[None]] = {}
         self._begun = Condition()
         self._closed = False
-        self._thread = ThreadPoolExecutor(1, "reference-refresh") if asynchronous else None
+        self._thread = ThreadPoolExecutor(1, "reference-refresh", _yield_to_training) if asynchronous else None
         self.refresh_seconds = 0.0
 
     @property
@@ -178,6 +183,12 @@ class ReferenceCache:
             self._begun.notify_all()
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+def _yield_to_training() -> None:
+    """Let this thread have the processor time that nobody else wants: a CPU's low-priority stream."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, get_native_id(), 19)
 
 
 class LiveReference:

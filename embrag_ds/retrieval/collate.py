@@ -42,7 +42,7 @@ class Retrieved:
     ``ids`` int64 [B, K] number haplotypes of the reference set, nearest first; ``alleles`` uint8
     [B, K, L] are theirs, ``mismatch`` bool [B, T, K] says where they differ from what the query shows
     (in the order of :attr:`Batch.typed`; False in its filled-up part), ``population`` int64 [B, K] names their
-    populations. ``codebook`` [L, V, D] encodes them, unless the encoding is ``live`` (None: the model's own).
+    populations. ``codebook`` [L, 2, D] encodes them, unless the encoding is ``live`` (None: the model's own).
     ``embeddings`` [B, K, L, D] come only from the dense store. ``generation`` and ``snapshot_step`` say
     how old the encoding is.
     """

@@ -1,0 +1,364 @@
+"""Retrieval and the reference cache beside the literal form they replace, as ratios in one run.
+
+    python profiling/bench_retrieval.py --json FILE [--plot FILE.png]
+
+The literal form: every reference haplotype embedded and stored, [H, L, D]; a FAISS ``IndexFlatL2`` over its
+flattened rows; in the collate a loop over people with one search per haplotype; a refresh embeds every
+haplotype of every window again. Ours: packed alleles, a codebook per window, one search for the batch.
+Timings that are compared alternate, after a warm-up of both; medians are reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from torch import Tensor
+
+from embrag_ds.config import RunConfig, load_config
+from embrag_ds.data.dataset import Samples, WindowedPanel
+from embrag_ds.data.panel import Panel, Populations, ReferenceSet
+from embrag_ds.data.sites import SiteTable
+from embrag_ds.data.tokens import MASK
+from embrag_ds.data.windows import make_windows
+from embrag_ds.engine.reference import Reference
+from embrag_ds.model.embedding import HaplotypeEmbedding
+from embrag_ds.model.imputer import Imputer
+from embrag_ds.model.losses import imputation_loss
+from embrag_ds.retrieval.collate import Batch, RetrievalCollator, receive, site_tensors
+from embrag_ds.retrieval.prefetch import Prefetcher
+from embrag_ds.retrieval.schedule import RefreshConfig
+from embrag_ds.retrieval.settings import RetrievalConfig
+
+CPU = torch.device("cpu")
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
+TYPED = 0.2
+_BLOCK = 50
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Shapes, and how much is measured."""
+
+    reference: int
+    sites: int
+    dims: int
+    people: int
+    rounds: int
+    windows: int
+    literal_windows: int
+    steps: int
+
+
+def random_panel(haplotypes: int, windows: int, sites: int, seed: int = 1) -> WindowedPanel:
+    """Random alleles in ``windows`` windows of ``sites`` sites without flanks."""
+    total, people = sites * windows, haplotypes // 2
+    rng = np.random.default_rng(seed)
+    blocks = [rng.integers(0, 256, (sites, (haplotypes + 7) // 8), dtype=np.uint8) for _ in range(windows)]
+    nothing = ["."] * total
+    table = SiteTable(
+        ("1",),
+        (0,),
+        np.zeros(total, dtype=np.int32),
+        np.arange(1, total + 1, dtype=np.int64) * 1000,
+        ["A"] * total,
+        ["C"] * total,
+        nothing,
+    )
+    panel = Panel(Path("random"), table, tuple(f"s{i}" for i in range(people)), np.concatenate(blocks), {})
+    everybody = Populations(("all",), np.zeros(people, dtype=np.int64))
+    reference = ReferenceSet(panel, everybody, np.arange(people))
+    return WindowedPanel(reference, make_windows(table, sites, 0, 0), np.arange(total) / 1000.0)
+
+
+def some_samples(data: WindowedPanel, window: int, people: int, seed: int) -> Samples:
+    """People of the panel, typed at a fifth of the sites, the same for all."""
+    rng = np.random.default_rng(seed)
+    chosen = rng.permutation(len(data.reference.panel.samples))[:people]
+    hidden = np.repeat(rng.random((1, len(data.windows[window]))) >= TYPED, people, axis=0)
+    return Samples(window, chosen, data.people_alleles(window, chosen), hidden)
+
+
+def make_reference(data: WindowedPanel, dims: int, **settings: Any) -> Reference:
+    """Retrieval over ``data`` with a fresh embedding layer of its own, generation 0 encoded."""
+    embedding = HaplotypeEmbedding(dims).to(DEVICE).requires_grad_(False)
+    exclusions = np.arange(len(data.reference.panel.samples))[:, None]
+    reference = Reference(RetrievalConfig(**settings), data, embedding, DEVICE, exclusions)
+    reference.begin_refresh(0)
+    return reference
+
+
+def synchronised() -> None:
+    """Wait for the device."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def alternating(*functions: Callable[[], object], rounds: int) -> list[float]:
+    """Median seconds of each function, called in turn."""
+    times: list[list[float]] = [[] for _ in functions]
+    for round_ in range(rounds + 1):
+        for function, kept in zip(functions, times, strict=True):
+            synchronised()
+            began = time.perf_counter()
+            function()
+            synchronised()
+            if round_:
+                kept.append(time.perf_counter() - began)
+    return [statistics.median(each) for each in times]
+
+
+class LiteralCollate:
+    """The document's collate over one window: always on the CPU, as its FAISS index and store are."""
+
+    def __init__(self, data: WindowedPanel, dims: int):
+        self._embedding = HaplotypeEmbedding(dims).requires_grad_(False)
+        self._sites = site_tensors(data, 0, CPU)
+        self.stored = self._embedding(torch.from_numpy(data.reference_alleles(0)).long(), self._sites)
+        self.index = faiss.IndexFlatL2(self.stored[0].numel())
+        self.index.add(self.stored.flatten(1).numpy())
+
+    def __call__(self, samples: Samples) -> Tensor:
+        fetched = []
+        for person in range(len(samples.people)):
+            for haplotype in (2 * person, 2 * person + 1):
+                tokens = torch.from_numpy(samples.alleles[haplotype]).long()
+                tokens = tokens.masked_fill(torch.from_numpy(samples.hidden[person]), MASK)
+                query = self._embedding(tokens[None], self._sites)
+                _, ids = self.index.search(query.flatten(1).numpy(), 1)
+                fetched.append(self.stored[ids[0, 0]])
+        return torch.stack(fetched)
+
+
+def bench_collate(bench: Bench) -> dict[str, Any]:
+    """One batch, K = 1, and the memory of one generation."""
+    data = random_panel(bench.reference, 1, bench.sites)
+    samples = some_samples(data, 0, bench.people, 2)
+    literal = LiteralCollate(data, bench.dims)
+    progress("the literal collate is built")
+    reference = make_reference(data, bench.dims, encoding="fixed", k=1)
+    collate = reference.collator(bench.people)
+    slow, fast = alternating(lambda: literal(samples), lambda: collate(samples, 0), rounds=bench.rounds)
+
+    packed = data.reference.panel.packed.nbytes
+    numbers = bench.sites * 2 * bench.dims  # a codebook's
+    full, half = (numbers * size + bench.sites * 4 + packed for size in (4, 2))
+    stored = literal.stored.nbytes
+    index = literal.index.ntotal * literal.index.d * 4
+    assert reference.cache is not None and reference.cache.host_bytes + packed == full
+    return {
+        "collate_speedup": slow / fast,
+        "literal_collate_ms": 1000 * slow,
+        "our_collate_ms": 1000 * fast,
+        # In bf16, the precision of v18.json; FAISS keeps a copy of the vectors, always in fp32.
+        "reference_memory_ratio": (stored / 2 + index) / half,
+        "reference_memory_ratio_fp32": (stored + index) / full,
+        "literal_bytes": {"store_fp32": stored, "store_bf16": stored // 2, "index": index},
+        "our_bytes": {"fp32": full, "bf16": half},
+    }
+
+
+def bench_refresh(bench: Bench) -> dict[str, Any]:
+    """Time per window: ours over all of them, every haplotype over as many as were asked for."""
+    data = random_panel(bench.reference, bench.windows, bench.sites)
+    embedding = HaplotypeEmbedding(bench.dims).to(DEVICE).requires_grad_(False)
+    kept = torch.empty(bench.reference, bench.sites, bench.dims)
+    began = time.perf_counter()
+    for window in range(bench.literal_windows):
+        alleles = torch.from_numpy(data.reference_alleles(window)).to(DEVICE, torch.long)
+        sites = site_tensors(data, window, DEVICE)
+        for start in range(0, bench.reference, _BLOCK):
+            kept[start : start + _BLOCK] = embedding(alleles[start : start + _BLOCK], sites)
+        progress(f"encoding every haplotype, window {window + 1}/{bench.literal_windows}")
+    literal = (time.perf_counter() - began) / bench.literal_windows
+    reference = make_reference(data, bench.dims, encoding="fixed", k=1)
+    assert reference.cache is not None
+    generation = reference.schedule.in_use(0)
+    weights = {name: value.clone() for name, value in embedding.state_dict().items()}
+
+    def refresh() -> None:
+        reference._encode(weights, generation)
+
+    (taken,) = alternating(refresh, rounds=bench.rounds)
+    ours = taken / len(data)
+    return {
+        "refresh_speedup": literal / ours,
+        "literal_refresh_ms_per_window": 1000 * literal,
+        "our_refresh_ms_per_window": 1000 * ours,
+        "refreshed_windows": {"literal": bench.literal_windows, "ours": len(data)},
+    }
+
+
+def bench_scaling(haplotypes: list[int], bench: Bench) -> list[dict[str, Any]]:
+    """Collate time as the panel grows; with K = 128 over the window, and locally."""
+    rows = []
+    for count in haplotypes:
+        data = random_panel(count, 1, bench.sites)
+        samples = some_samples(data, 0, bench.people, 2)
+        collators = {}
+        for name, local in (("whole window", {}), ("local", {"per_chunk": 8})):
+            reference = make_reference(data, bench.dims, encoding="fixed", k=128, **local)
+            collators[name] = reference.collator(bench.people)
+        functions = [partial(collate, samples, 0) for collate in collators.values()]
+        taken = alternating(*functions, rounds=bench.rounds)
+        rows.append({"haplotypes": count, **{f"{n}_ms": 1000 * t for n, t in zip(collators, taken, strict=True)}})
+        progress(f"{count} haplotypes: " + ", ".join(f"{value:.1f} ms" for value in list(rows[-1].values())[1:]))
+    return rows
+
+
+class TrainingLoop:
+    """A training step of the configured model over a random panel, batches prefetched, refreshes on demand."""
+
+    def __init__(self, config: RunConfig, bench: Bench, lag: int):
+        embrag = config.embrag
+        torch.manual_seed(1)
+        self.people = config.deepspeed["train_micro_batch_size_per_gpu"]
+        self.data = random_panel(bench.reference, bench.windows, embrag.data.window_sites)
+        bf16 = DEVICE.type == "cuda" and config.deepspeed.get("bf16", {}).get("enabled", False)
+        self.model = Imputer(embrag.model).to(DEVICE, torch.bfloat16 if bf16 else torch.float32)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.loss_settings = embrag.loss
+        self.lag = lag
+        # Every step of the first half of a block lies between a snapshot and its publication.
+        self.schedule = RefreshConfig(at_steps=tuple(range(2 * lag, 10_000, 2 * lag)), lag_steps=lag)
+        settings = RetrievalConfig(
+            encoding="refresh", refresh=self.schedule, k=embrag.retrieval.k, per_chunk=embrag.retrieval.per_chunk
+        )
+        exclusions = np.arange(bench.reference // 2)[:, None]
+        self.reference = Reference(settings, self.data, self.model.embedding, DEVICE, exclusions)
+        collate: RetrievalCollator = self.reference.collator(self.people, slots=4)
+
+        def build(number: int) -> Batch:
+            return collate(some_samples(self.data, number % len(self.data), self.people, number), number)
+
+        self.batches = Prefetcher(build, 0, 10_000, settings.prefetch)
+        self.step_number = 0
+
+    def step(self) -> None:
+        self.reference.begin_refresh(self.step_number)
+        batch = receive(self.batches.next())
+        prediction = self.model(batch)
+        imputation_loss(prediction.logits, batch.alleles, batch.hidden, self.loss_settings).total.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step_number += 1
+
+    def block(self, steps: int) -> float:
+        """Seconds of so many steps."""
+        synchronised()
+        began = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        synchronised()
+        return time.perf_counter() - began
+
+    def close(self) -> None:
+        self.reference.close()
+        self.batches.close()
+
+
+def bench_training(config: RunConfig, bench: Bench) -> dict[str, Any]:
+    """Blocks of ``lag`` steps, by turns with and without a refresh under way."""
+    lag = bench.steps
+    loop = TrainingLoop(config, bench, lag)
+    loop.block(2 * lag)  # warm-up; the first snapshot is due right after it
+    during, without, encoding = [], [], []
+    waited_before, began = loop.batches.waited_seconds, time.perf_counter()
+    for round_ in range(2 * bench.rounds):
+        during.append(loop.block(lag))
+        without.append(loop.block(lag))
+        assert loop.reference.cache is not None
+        encoding.append(loop.reference.cache.refresh_seconds)
+        progress(
+            f"training, round {round_ + 1}/{2 * bench.rounds}: {during[-1]:.2f} s during, {without[-1]:.2f} s without"
+        )
+    elapsed = time.perf_counter() - began
+    waited = loop.batches.waited_seconds - waited_before
+    loop.close()
+    return {
+        # Neighbouring blocks are compared, so that a drift of the machine falls out.
+        "throughput_during_refresh": statistics.median(b / a for a, b in zip(during, without, strict=True)),
+        "block_s": {"during": during, "without": without},
+        "retrieval_wait_fraction": waited / elapsed,
+        "step_ms": 1000 * statistics.median(without) / lag,
+        "steps_per_refresh": lag,
+        "refresh_encoding_s": statistics.median(encoding),
+        "people": loop.people,
+        "model": f"dims {config.embrag.model.dims}, {config.embrag.model.layers} layers, k {config.embrag.retrieval.k}",
+    }
+
+
+def progress(text: str) -> None:
+    """Say how far it is."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Collate time against panel size, both axes logarithmic."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    for name in [key for key in rows[0] if key != "haplotypes"]:
+        axes.loglog([row["haplotypes"] for row in rows], [row[name] for row in rows], "o-", label=name[:-3])
+    axes.set(xlabel="reference haplotypes", ylabel="ms per batch", title=device_name())
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def device_name() -> str:
+    """What all of this ran on."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.get_device_name(DEVICE)
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = "v18.json" if DEVICE.type == "cuda" else "v18_cpu.json"
+    configs = Path(__file__).resolve().parents[1] / "ds_configs"
+    parser.add_argument("--deepspeed_config", type=Path, default=configs / default, help="the step to measure")
+    parser.add_argument("--haplotypes", type=int, nargs="+", default=[1000, 10_000, 100_000], help="panel sizes")
+    parser.add_argument("--reference", type=int, default=1000, help="reference haplotypes of the other parts")
+    parser.add_argument("--sites", type=int, default=1030, help="in a window")
+    parser.add_argument("--dims", type=int, default=192)
+    parser.add_argument("--people", type=int, default=32, help="in a batch")
+    parser.add_argument("--windows", type=int, default=150, help="windows of a refresh")
+    parser.add_argument("--literal-windows", type=int, default=10, help="of these, encoded haplotype by haplotype")
+    parser.add_argument("--steps", type=int, default=10, help="steps of a refresh (its lag)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, metavar="PNG")
+    options = parser.parse_args()
+    shapes = {name: getattr(options, name) for name in Bench.__dataclass_fields__}
+    bench = Bench(**shapes)
+    result = {
+        "device": device_name(),
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "shape": asdict(bench),
+        **bench_collate(bench),
+        **bench_refresh(bench),
+        **bench_training(load_config(options.deepspeed_config), bench),
+        "scaling": bench_scaling(options.haplotypes, bench),
+    }
+    print(json.dumps(result, indent=2))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if options.plot:
+        draw(result["scaling"], options.plot)
+
+
+if __name__ == "__main__":
+    main()
