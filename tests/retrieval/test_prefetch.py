@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from embrag_ds.engine.reference import Reference
+from embrag_ds.model.embedding import HaplotypeEmbedding
 from embrag_ds.retrieval.cache import ReferenceCache
 from embrag_ds.retrieval.collate import Batch, RetrievalCollator
 from embrag_ds.retrieval.packed import PackedReference
 from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.schedule import RefreshConfig, RefreshSchedule
+from embrag_ds.retrieval.settings import RetrievalConfig
 
 CPU = torch.device("cpu")
 
@@ -121,3 +124,42 @@ def test_a_batch_never_mixes_generations(world, every: int, lag: int) -> None:
     assert len(seen) > steps / (2 * max(every, lag + 1))
     batches.close()
     cache.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("budget", [1.0, 0.0])
+def test_side_streams_on_the_gpu_build_the_batches_of_the_cpu(build, budget: float) -> None:
+    """Prefetched, refreshed asynchronously, resident or streamed, while the default stream is kept busy."""
+    world = build(build.random_alleles(1, 600, 100), window_sites=200, overlap=20, flank=50)
+    runs = []
+    for device, prefetch in ((CPU, 0), (torch.device("cuda", 0), 4)):
+        torch.manual_seed(1)
+        embedding = HaplotypeEmbedding(64).to(device).requires_grad_(False)
+        refresh = RefreshConfig(every_steps=3, lag_steps=2, asynchronous=device.type == "cuda")
+        settings = RetrievalConfig(k=16, refresh=refresh, backend="torch", prefetch=prefetch, device_budget_gb=budget)
+        reference = Reference(settings, world.data, embedding, device, np.arange(100)[:, None])
+        collate = reference.collator(4, slots=prefetch + 2)
+        count = len(world.data)
+
+        def built(number: int, collate=collate, count=count) -> Batch:
+            hidden = world.hidden(number % count, 4, number)
+            return collate(world.batch_of(number % count, range(number % 90, number % 90 + 4), hidden), number)
+
+        batches, seen = Prefetcher(built, 0, 60, prefetch), []
+        busy = torch.ones(2048, 2048, device=device)
+        for step in range(60):
+            reference.begin_refresh(step)
+            batch = batches.next()
+            if device.type == "cuda":
+                busy = (busy @ busy).clamp_(0, 1)
+            assert batch.retrieved is not None and batch.retrieved.codebook is not None
+            seen.append((batch.tokens.cpu(), batch.retrieved.alleles.sum(1).cpu(), batch.retrieved.codebook.cpu()))
+            for parameter in embedding.parameters():
+                parameter.mul_(0.99)
+        batches.close()
+        reference.close()
+        runs.append(seen)
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one[0], other[0])
+        assert (one[1] == other[1]).float().mean() > 0.99  # up to near ties
+        torch.testing.assert_close(one[2], other[2], rtol=1e-4, atol=1e-5)
