@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from embrag_ds.data.tokens import ALT, REF
 from embrag_ds.errors import require
+from embrag_ds.model.confidence import ConfidenceHead
 from embrag_ds.model.embedding import HaplotypeEmbedding, gather_embeddings
 from embrag_ds.model.fusion import GatedFusion
 from embrag_ds.model.pooling import CopyingPooling, DistancePooling, pooled_embedding
@@ -65,6 +66,7 @@ class Imputer(nn.Module):
         self.pooling = POOLINGS[config.fusion]()
         self.fusion = GatedFusion(config.dims)
         self.transformer = Transformer(config.dims, config.layers, config.heads, config.ffn_multiple, config.dropout)
+        self.confidence = ConfidenceHead() if config.fusion == "copying" else None
         self.head = nn.Linear(config.dims, 1)
         # Share of the prior that comes from allele frequency rather than from the neighbours.
         self.background = nn.Parameter(torch.tensor([-4.0]))
@@ -83,15 +85,18 @@ class Imputer(nn.Module):
             dosage = expected = frequency.expand(batch.tokens.shape)
             step = own[:, ALT] - own[:, REF]
             reference = own[:, REF] + dosage[..., None].to(step.dtype) * step
+            evidence = None
         else:
             weight = site_weights(whole)
             pooled = self.pooling(batch, retrieved, weight / weight.mean())
             codebook = own if retrieved.codebook is None else retrieved.codebook
             reference = pooled_embedding(pooled, retrieved, codebook)
-            dosage = pooled.dosage
+            dosage, evidence = pooled.dosage, pooled.evidence
             expected = (pooled.ancestry * sites.population_frequency[:, batch.core]).sum(1)
         share = torch.sigmoid(self.background.float())
         prior = torch.logit((1 - share) * dosage + share * expected, eps=1e-5)
         fused = self.fusion(query, reference.to(query.dtype), frequency, expected)
         residual = self.head(self.transformer(fused, sites.position[batch.core]))[..., 0].float()
+        if self.confidence is not None and evidence is not None:
+            residual = residual + self.confidence(prior, evidence, frequency)
         return Prediction(prior + residual, prior)

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from embrag_ds.data.tokens import ALT, REF
 from embrag_ds.retrieval.collate import Batch, Retrieved
-from embrag_ds.retrieval.copying import copying_posterior, interpolated_dosage, interpolated_weights
+from embrag_ds.retrieval.copying import (
+    copying_posterior,
+    interpolated_dosage,
+    interpolated_weights,
+    match_lengths,
+)
+
+_LEAST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -24,12 +31,32 @@ class Pooled:
 
     ``dosage`` float32 [B, L] is their weighted share of ALT, ``ancestry`` float32 [B, P, L] the weight on
     each population. ``weights`` float32 [B, K, L], summing to 1 over K, are written out only for the dense
-    store.
+    store. ``evidence`` is what stands behind the dosage, where the pooling knows.
     """
 
     dosage: Tensor
     ancestry: Tensor
     weights: Tensor | None
+    evidence: Evidence | None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a dosage rests on, float32 [B, L] each, without gradients.
+
+    ``alt_length`` and ``ref_length``: mean length in cM of the match of the copied haplotypes that carry
+    ALT and REF; ``uncertainty``: entropy of the copying probabilities over log K, in [0, 1]; ``share``: how
+    many of the neighbours carry ALT; ``nearest`` and ``gap``: cM to the nearest typed site and between the
+    flanking ones; ``density``: typed sites per cM.
+    """
+
+    alt_length: Tensor
+    ref_length: Tensor
+    uncertainty: Tensor
+    share: Tensor
+    nearest: Tensor
+    gap: Tensor
+    density: Tensor
 
 
 class DistancePooling(nn.Module):
@@ -52,6 +79,7 @@ class DistancePooling(nn.Module):
             dosage=(weights[..., None] * retrieved.alleles).sum(1),
             ancestry=ancestry[..., None].expand(-1, -1, sites),
             weights=None if retrieved.embeddings is None else weights[..., None].expand(-1, -1, sites),
+            evidence=None,
         )
 
 
@@ -88,14 +116,44 @@ class CopyingPooling(nn.Module):
         switch = -torch.expm1(-rate * gap)
         cost = penalty * site_weight[batch.typed]
         posterior = copying_posterior(retrieved.mismatch, cost, switch)
-        left, right, share = _flanking(batch)
+        between = _flanking(batch)
         ancestry = posterior @ _membership(batch, retrieved)
         written_out = retrieved.embeddings is not None
+        dosage = interpolated_dosage(posterior, retrieved.alleles, *between)
         return Pooled(
-            dosage=interpolated_dosage(posterior, retrieved.alleles, left, right, share),
-            ancestry=interpolated_weights(ancestry, left, right, share),
-            weights=interpolated_weights(posterior, left, right, share) if written_out else None,
+            dosage=dosage,
+            ancestry=interpolated_weights(ancestry, *between),
+            weights=interpolated_weights(posterior, *between) if written_out else None,
+            evidence=_evidence(batch, retrieved, posterior.detach(), dosage.detach(), between, density),
         )
+
+
+@torch.no_grad()
+def _evidence(
+    batch: Batch,
+    retrieved: Retrieved,
+    posterior: Tensor,
+    dosage: Tensor,
+    between: tuple[Tensor, Tensor, Tensor],
+    density: Tensor,
+) -> Evidence:
+    position = batch.sites.position[batch.typed]
+    lengths = match_lengths(retrieved.mismatch, position, batch.typed_count).mul_(posterior)
+    of_alt = interpolated_dosage(lengths, retrieved.alleles, *between)
+    spread = torch.special.entr(posterior).sum(-1) / math.log(max(2, posterior.shape[-1]))
+    overall = interpolated_weights(torch.stack([lengths.sum(-1), spread], dim=-1), *between)
+    left, right, _ = between
+    sites = batch.sites.position[batch.core]
+    before, after = (position.gather(1, place) for place in (left, right))
+    return Evidence(
+        alt_length=of_alt / dosage.clamp_min(_LEAST),
+        ref_length=(overall[:, 0] - of_alt).clamp_min(0) / (1 - dosage).clamp_min(_LEAST),
+        uncertainty=overall[:, 1],
+        share=retrieved.alleles.float().mean(1),
+        nearest=torch.minimum((sites - before).abs(), (after - sites).abs()),
+        gap=(after - before).abs(),
+        density=density[:, None].expand_as(dosage),
+    )
 
 
 def _membership(batch: Batch, retrieved: Retrieved) -> Tensor:

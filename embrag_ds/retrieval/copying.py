@@ -198,6 +198,44 @@ def _adjoint(mismatch, likelihood, switch, alpha, beta, posterior, gradient, lik
             switch_slope[b, t] += moved
 
 
+def match_lengths(mismatch: Tensor, position: Tensor, count: Tensor) -> Tensor:
+    """How far each neighbour matches the query around a typed site, in cM, float32 [B, T, K].
+
+    From the nearest mismatch at or left of the site to the nearest at or right of it, or to the first and the
+    last typed site. ``mismatch`` bool [B, T, K], ``position`` [B, T] in cM; ``count`` int64 [B] are a row's
+    typed sites, what follows them is filling.
+    """
+    first = position[:, :1]
+    last = position.gather(1, (count - 1).clamp_min(0)[:, None])
+    if mismatch.device.type == "cpu":
+        lengths = np.empty(mismatch.shape, dtype=np.float32)
+        bounds = (each.float().contiguous().numpy() for each in (position, first[:, 0], last[:, 0]))
+        _match_lengths(mismatch.contiguous().numpy(), *bounds, lengths)
+        return torch.from_numpy(lengths)
+    place = position.float()[..., None].expand(mismatch.shape)
+    left = torch.where(mismatch, place, first[..., None]).cummax(1).values
+    right = torch.where(mismatch, place, last[..., None]).flip(1).cummin(1).values.flip(1)
+    return (right - left).clamp_min(0)
+
+
+@_compiled
+def _match_lengths(mismatch, position, first, last, lengths):
+    queries, sites, neighbours = mismatch.shape
+    for b in numba.prange(queries):
+        bound = np.full(neighbours, first[b], dtype=np.float32)
+        for t in range(sites):
+            here = position[b, t]
+            for k in range(neighbours):
+                bound[k] = here if mismatch[b, t, k] else bound[k]
+                lengths[b, t, k] = bound[k]
+        bound[:] = last[b]
+        for t in range(sites - 1, -1, -1):
+            here = position[b, t]
+            for k in range(neighbours):
+                bound[k] = here if mismatch[b, t, k] else bound[k]
+                lengths[b, t, k] = max(bound[k] - lengths[b, t, k], np.float32(0))
+
+
 def interpolated_dosage(posterior: Tensor, alleles: Tensor, left: Tensor, right: Tensor, share: Tensor) -> Tensor:
     """Expected allele of the copied haplotype between typed sites, float32 [B, L].
 

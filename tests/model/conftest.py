@@ -112,6 +112,8 @@ class Build:
         if trained:
             torch.nn.init.normal_(network.head.weight, std=0.5)
             torch.nn.init.normal_(network.head.bias, std=0.5)
+            if network.confidence is not None:
+                torch.nn.init.normal_(network.confidence.layers[-1].weight, std=0.5)
         return network
 
 

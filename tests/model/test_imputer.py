@@ -159,7 +159,7 @@ def test_every_parameter_gets_a_finite_gradient_and_the_pooling_a_real_one(build
     batch = world.collator(network.embedding, mode=mode)(world.batch_of(1, [0, 4, 9, 2], world.hidden(1, 4, 1)))
     imputation_loss(network(batch).logits, batch.alleles, batch.hidden, LossConfig()).total.backward()
     for name, parameter in network.named_parameters():
-        if mode == "none" and (name.startswith("pooling") or name == "background"):
+        if mode == "none" and (name.startswith(("pooling", "confidence")) or name == "background"):
             continue  # not used, or without effect where the dosage is the frequency
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name

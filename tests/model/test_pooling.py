@@ -233,7 +233,7 @@ def test_the_pooled_embedding_from_the_codebook_is_the_sum_over_neighbours(build
 def test_the_pooled_embedding_lies_between_the_two_alleles_by_dosage() -> None:
     codebook = torch.randn(4, 4, 3)
     dosage = torch.tensor([[0.0, 1.0, 0.25, 0.5]])
-    pooled = Pooled(dosage, torch.empty(0), None)
+    pooled = Pooled(dosage, torch.empty(0), None, None)
     retrieved = type("Retrieved", (), {"embeddings": None})()
     found = pooled_embedding(pooled, retrieved, codebook)
     assert torch.allclose(found[0, 0], codebook[0, 0]) and torch.allclose(found[0, 1], codebook[1, 1])

@@ -1,0 +1,123 @@
+"""What a dosage rests on, against explicit loops; and that the correction knows neither REF nor ALT by name."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embrag_ds.model.confidence import ConfidenceHead
+from embrag_ds.model.pooling import Evidence
+from embrag_ds.retrieval.copying import match_lengths
+
+
+@given(seed=st.integers(0, 2**32), sites=st.integers(1, 9), rate=st.sampled_from([0.0, 0.2, 0.6, 1.0]))
+def test_match_lengths_are_those_of_a_walk_to_either_side(seed: int, sites: int, rate: float) -> None:
+    maker = torch.Generator().manual_seed(seed)
+    count = torch.randint(1, sites + 1, (3,), generator=maker)
+    position = torch.rand(3, sites, generator=maker).sort(1).values
+    mismatch = (torch.rand(3, sites, 4, generator=maker) < rate) & (torch.arange(sites) < count[:, None])[..., None]
+    found = match_lengths(mismatch, position, count)
+    for row in range(3):
+        typed = int(count[row])
+        for site in range(typed):
+            for neighbour in range(4):
+                left = right = site
+                while left > 0 and not mismatch[row, left, neighbour]:
+                    left -= 1
+                while right < typed - 1 and not mismatch[row, right, neighbour]:
+                    right += 1
+                expected = float(position[row, right] - position[row, left])
+                assert float(found[row, site, neighbour]) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.gpu
+def test_match_lengths_on_the_gpu_are_those_of_the_cpu() -> None:
+    maker = torch.Generator().manual_seed(1)
+    position = torch.rand(5, 40, generator=maker).sort(1).values
+    mismatch = torch.rand(5, 40, 30, generator=maker) < 0.2
+    count = torch.full((5,), 40)
+    there = match_lengths(mismatch.cuda(), position.cuda(), count.cuda())
+    torch.testing.assert_close(there.cpu(), match_lengths(mismatch, position, count))
+
+
+def test_the_evidence_is_what_its_docstring_says(build) -> None:
+    world = build(5, people=12, cm_per_site=0.1)
+    network = build.imputer(fusion="copying")
+    # The dense store writes the copying probabilities out.
+    collate = world.collator(network.embedding, k=8, mode="dense")
+    batch = collate(world.batch_of(1, [0, 1], world.hidden(1, 2, 1, 0.8)))
+    found = batch.retrieved
+    pooled = network.pooling(batch, found, torch.ones(len(batch.sites.position)))
+    position, evidence = batch.sites.position, pooled.evidence
+    checked = 0
+    lengths = match_lengths(found.mismatch, position[batch.typed], batch.typed_count)
+    for row in range(4):
+        typed = batch.typed[row, : int(batch.typed_count[row])]
+        for place, site in enumerate(range(batch.core.start, batch.core.stop)):
+            left = typed[typed < site].max() if (typed < site).any() else typed.min()
+            right = typed[typed >= site].min() if (typed >= site).any() else typed.max()
+            carriers = found.alleles[row, :, place].float()
+            assert float(evidence.share[row, place]) == pytest.approx(float(carriers.mean()))
+            assert float(evidence.gap[row, place]) == pytest.approx(
+                abs(float(position[right] - position[left])), abs=1e-5
+            )
+            nearest = min(abs(float(position[each] - position[site])) for each in (left, right))
+            assert float(evidence.nearest[row, place]) == pytest.approx(nearest, abs=1e-5)
+            assert 0 <= float(evidence.uncertainty[row, place]) <= 1 + 1e-6
+            if site in typed.tolist():
+                here = typed.tolist().index(site)
+                weights, reach = pooled.weights[row, :, place].detach(), lengths[row, here]
+                entropy = -(weights * weights.clamp_min(1e-30).log()).sum() / math.log(8)
+                assert float(evidence.uncertainty[row, place]) == pytest.approx(float(entropy), abs=1e-4)
+                for value, of in ((evidence.alt_length, carriers), (evidence.ref_length, 1 - carriers)):
+                    if float((weights * of).sum()) > 1e-3:
+                        mean = (weights * of * reach).sum() / (weights * of).sum()
+                        assert float(value[row, place]) == pytest.approx(float(mean), rel=1e-2, abs=1e-4)
+                        checked += 1
+    assert checked > 10
+
+
+def random_evidence(seed: int, shape: tuple[int, int]) -> Evidence:
+    maker = torch.Generator().manual_seed(seed)
+    return Evidence(*(torch.rand(shape, generator=maker) for _ in range(7)))
+
+
+def trained_head() -> ConfidenceHead:
+    torch.manual_seed(3)
+    head = ConfidenceHead()
+    torch.nn.init.normal_(head.layers[-1].weight)
+    return head
+
+
+def test_it_starts_at_nothing() -> None:
+    torch.manual_seed(1)
+    assert (ConfidenceHead()(torch.randn(2, 5), random_evidence(1, (2, 5)), torch.rand(5)) == 0).all()
+
+
+def test_turning_alleles_round_turns_the_correction_round() -> None:
+    prior, frequency, evidence = torch.randn(4, 30), torch.rand(30), random_evidence(2, (4, 30))
+    turned = Evidence(
+        alt_length=evidence.ref_length,
+        ref_length=evidence.alt_length,
+        uncertainty=evidence.uncertainty,
+        share=1 - evidence.share,
+        nearest=evidence.nearest,
+        gap=evidence.gap,
+        density=evidence.density,
+    )
+    head = trained_head()
+    one, other = head(prior, evidence, frequency), head(-prior, turned, 1 - frequency)
+    torch.testing.assert_close(one, -other, rtol=1e-4, atol=1e-5)
+    assert one.std() > 0.1
+
+
+def test_it_is_finite_at_the_edges() -> None:
+    nothing = Evidence(*(torch.zeros(2, 3) for _ in range(6)), torch.full((2, 3), 0.01))
+    for frequency in (0.0, 1.0, 0.5):
+        prior = torch.tensor([[-11.6, 0.0, 11.6]]).repeat(2, 1)
+        correction = trained_head()(prior, nothing, torch.full((3,), frequency))
+        assert torch.isfinite(correction).all()
