@@ -11,6 +11,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
+    package_data={"embrag_ds": ["pretrained/*.safetensors"]},
     packages=find_packages(include=["embrag_ds", "embrag_ds.*"]),
     install_requires=[
         "torch>=2.6",

@@ -1,6 +1,7 @@
-"""Impute phased targets: ``python launch/impute.py --run-dir RUN --panel P --target T --out O.vcf.gz``.
+"""Impute phased targets: ``python launch/impute.py --panel P --target T --out O.vcf.gz``.
 
-Without a panel it imputes the target people of the embedded default data set.
+Without a model it uses the one that comes with the package; without a panel it imputes the target people of
+the embedded default data set.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 from embrag_ds.data.vcf import read_phased
-from embrag_ds.engine.checkpoint import read_export
+from embrag_ds.engine.checkpoint import PRETRAINED, read_export
 from embrag_ds.engine.imputation import Imputation, harmonise_targets, impute_to_vcf
 from embrag_ds.engine.inputs import PanelFiles, default_data, open_inputs
 from embrag_ds.engine.trainer import MODEL_FILE
@@ -22,8 +23,10 @@ from embrag_ds.launching import run_main
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Impute every panel site of phased target people.")
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--run-dir", type=Path, metavar="DIR", help="run folder of launch/train.py")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument(
+        "--run-dir", type=Path, metavar="DIR", help="run folder of launch/train.py (default: the pretrained model)"
+    )
     model.add_argument("--model", type=Path, metavar="FILE", help="a model.safetensors")
     parser.add_argument("--panel", type=Path, metavar="VCF", help="phased, indexed .vcf.gz or .bcf")
     parser.add_argument("--target", type=Path, metavar="VCF", help="phased targets, indexed")
@@ -49,8 +52,9 @@ def main() -> None:
     except RuntimeError as fault:
         raise UserError(f"--device {arguments.device}: no such device; use cpu or cuda") from fault
     began = time.monotonic()
-    path = arguments.model or arguments.run_dir / MODEL_FILE
+    path = arguments.model or (arguments.run_dir / MODEL_FILE if arguments.run_dir else PRETRAINED)
     model = read_export(path)
+    say(f"model {path}")
     if (arguments.panel is None) != (arguments.target is None):
         raise UserError("--panel and --target go together")
     files = PanelFiles(arguments.panel, arguments.map, arguments.samples)

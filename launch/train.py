@@ -26,6 +26,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<config>-<date>-<time>")
     parser.add_argument("--max-steps", type=int, metavar="N", help="stop at step N (the schedule stays)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --run-dir (default: the newest)")
+    parser.add_argument("--init-from", type=Path, metavar="FILE", help="start from the weights of a model.safetensors")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. embrag.model.dims=128; repeatable"
     )
@@ -55,6 +56,8 @@ def main() -> None:
     overrides = list(arguments.set)
     if arguments.max_steps is not None:
         overrides.append(f"embrag.train.max_steps={arguments.max_steps}")
+    if arguments.resume and arguments.init_from:
+        raise UserError("--resume goes on from a checkpoint, --init-from starts anew: give one of them")
     config = load_config(arguments.deepspeed_config, overrides)
     world = start_world()
     run_dir = choose_run_dir(arguments, world)
@@ -64,7 +67,7 @@ def main() -> None:
         open_inputs(files, config.embrag.data)
     world.barrier()
     inputs = open_inputs(files, config.embrag.data, progress=False)
-    Trainer(config, inputs, run_dir, world, arguments.resume).run()
+    Trainer(config, inputs, run_dir, world, arguments.resume, arguments.init_from).run()
     world.close()
 
 

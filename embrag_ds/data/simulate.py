@@ -44,13 +44,19 @@ _DATA_FILES = (
 
 @dataclass(frozen=True)
 class SimulationSettings:
-    """Size of the simulated region and of its samples, which are split evenly over the populations."""
+    """Size of the simulated region and of its samples, which are split evenly over the populations.
+
+    Real panels carry errors of phasing and calling: ``switch_errors_per_mb`` is the mean number of places per
+    person where the two haplotypes change sides, ``allele_error`` the share of alleles read wrongly.
+    """
 
     length_bp: int = 1_000_000
     panel_people: int = 750
     target_people: int = 60
     typed_spacing_bp: int = 4_000
     seed: int = 1
+    switch_errors_per_mb: float = 0.0
+    allele_error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,7 @@ def _build(directory: Path, settings: SimulationSettings) -> None:
     target_counts = _split(settings.target_people)
     people = [panel + target for panel, target in zip(panel_counts, target_counts, strict=True)]
     positions, alleles = _simulate(settings, people, breakpoints, rates)
+    _spoil(alleles, positions, settings)
 
     # Within a population people are exchangeable, so its last ones can be the target.
     population = np.repeat(np.arange(len(POPULATIONS)), people)
@@ -224,6 +231,21 @@ def _simulate(
     # The genome is discrete: positions are distinct integers from 0 on.
     positions = tree_sequence.tables.sites.position.astype(np.int64) + 1
     return positions, tree_sequence.genotype_matrix().astype(np.uint8)
+
+
+def _spoil(alleles: np.ndarray, positions: np.ndarray, settings: SimulationSettings) -> None:
+    """Put switch errors and wrong alleles into ``alleles`` [S, 2N]."""
+    rng = np.random.default_rng([settings.seed, 3])
+    if settings.switch_errors_per_mb > 0:
+        for person in range(alleles.shape[1] // 2):
+            count = rng.poisson(settings.switch_errors_per_mb * settings.length_bp * 1e-6)
+            places = np.sort(rng.uniform(0, settings.length_bp, count))
+            swapped = np.searchsorted(places, positions) % 2 == 1
+            pair = slice(2 * person, 2 * person + 2)
+            alleles[swapped, pair] = alleles[swapped, pair][:, ::-1]
+    if settings.allele_error > 0:
+        wrong = rng.binomial(alleles.size, settings.allele_error)
+        np.bitwise_xor.at(alleles.reshape(-1), rng.integers(0, alleles.size, wrong), 1)
 
 
 def _site_table(positions: np.ndarray, length_bp: int, rng: np.random.Generator) -> SiteTable:

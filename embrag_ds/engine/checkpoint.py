@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,17 @@ import deepspeed
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from embrag_ds.config import EmbragConfig, parse_embrag
 from embrag_ds.engine.initialize import World
 from embrag_ds.engine.reference import Reference
 from embrag_ds.errors import UserError
+from embrag_ds.model.imputer import ModelConfig
 
 EXPORT_FORMAT = 1
+PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained" / "model.safetensors"
+"""The model that comes with the package; how it was trained is in docs/results.md."""
 _HEADER = "embrag_ds"
 _SNAPSHOT = "snapshot."
 _AGREED = "agreed.json"
@@ -171,6 +174,13 @@ def read_export(path: Path) -> ExportedModel:
     snapshot = {name.removeprefix(_SNAPSHOT): value for name, value in tensors.items() if name.startswith(_SNAPSHOT)}
     weights = {name: value for name, value in tensors.items() if not name.startswith(_SNAPSHOT)}
     return ExportedModel(config, weights, snapshot or None)
+
+
+def start_from(model: nn.Module, settings: ModelConfig, export: ExportedModel, path: Path) -> None:
+    """Give ``model`` an export's weights; its network must be the same, dropout apart."""
+    if replace(export.config.model, dropout=0.0) != replace(settings, dropout=0.0):
+        raise UserError(f"--init-from {path}: its network is {export.config.model}; set embrag.model to that")
+    model.load_state_dict(export.weights)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

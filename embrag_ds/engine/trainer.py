@@ -15,7 +15,15 @@ import torch.distributed
 
 from embrag_ds.config import RunConfig
 from embrag_ds.data.dataset import Samples, TrainingSampler, exclusion_table, split_people
-from embrag_ds.engine.checkpoint import TrainState, export_model, load_checkpoint, save_checkpoint, seed_step
+from embrag_ds.engine.checkpoint import (
+    TrainState,
+    export_model,
+    load_checkpoint,
+    read_export,
+    save_checkpoint,
+    seed_step,
+    start_from,
+)
 from embrag_ds.engine.initialize import World, adapt_to_machine, initialize_engine
 from embrag_ds.engine.inputs import PanelInputs, skipped_records, windowed
 from embrag_ds.engine.metrics import MAF_BINS
@@ -61,7 +69,16 @@ class _Interval:
 class Trainer:
     """Trains an :class:`Imputer` on a panel: build, then :meth:`run`."""
 
-    def __init__(self, config: RunConfig, inputs: PanelInputs, run_dir: Path, world: World, resume: bool):
+    def __init__(
+        self,
+        config: RunConfig,
+        inputs: PanelInputs,
+        run_dir: Path,
+        world: World,
+        resume: bool,
+        init_from: Path | None = None,
+    ):
+        """``init_from`` is an exported model whose weights training starts from."""
         self.config = config
         self.embrag = config.embrag
         self.world = world
@@ -82,6 +99,8 @@ class Trainer:
 
         torch.manual_seed(self.embrag.seed)
         model = Imputer(self.embrag.model)
+        if init_from is not None:
+            start_from(model, self.embrag.model, read_export(init_from), init_from)
         self.engine = initialize_engine(model, settings)
         self.reference = Reference(
             self.embrag.retrieval,
@@ -105,7 +124,9 @@ class Trainer:
         effective = RunConfig(self.embrag, settings)
         if resume:
             self.record.forget_after(self.state.step)
-        self.record.describe(effective, self.engine, {"panel": str(inputs.panel.path)})
+        self.record.describe(
+            effective, self.engine, {"panel": str(inputs.panel.path), "init_from": init_from and str(init_from)}
+        )
         world.say(self._summary(inputs, len(people), len(held_out)))
 
     def run(self) -> None:

@@ -131,3 +131,27 @@ def test_never_replaces_the_users_files(tmp_path, name):
 
 def test_fills_an_empty_folder(tmp_path):
     assert simulate_default(tmp_path, SMALL).panel.is_file()
+
+
+def test_switch_errors_change_phase_and_no_genotype():
+    settings = replace(SMALL, length_bp=1_000_000, switch_errors_per_mb=3.0)
+    positions = np.arange(1, 1_000_000, 500)
+    clean = np.tile(np.array([0, 1], dtype=np.uint8), (len(positions), 400))
+    spoiled = clean.copy()
+    simulate._spoil(spoiled, positions, settings)
+    assert np.array_equal(spoiled[:, 0::2] + spoiled[:, 1::2], clean[:, 0::2] + clean[:, 1::2])
+    changes = np.abs(np.diff(spoiled[:, 0::2].astype(int), axis=0)).sum(0)
+    assert changes.mean() == pytest.approx(3.0, rel=0.15) and changes.var() == pytest.approx(3.0, rel=0.4)
+
+
+def test_allele_errors_are_as_many_as_asked_for():
+    clean = np.zeros((2000, 100), dtype=np.uint8)
+    spoiled = clean.copy()
+    simulate._spoil(spoiled, np.arange(2000), replace(SMALL, allele_error=0.01))
+    assert spoiled.mean() == pytest.approx(0.01, rel=0.1) and set(np.unique(spoiled)) == {0, 1}
+
+
+def test_without_errors_nothing_is_spoiled():
+    clean = np.zeros((20, 10), dtype=np.uint8)
+    simulate._spoil(clean, np.arange(20), SMALL)
+    assert not clean.any()

@@ -56,8 +56,8 @@ def make_config(tmp_path: Path, cache_dir: Path) -> MakeConfig:
 def make_trainer(make_config: MakeConfig, inputs: PanelInputs, world: World, tmp_path: Path) -> MakeTrainer:
     """A trainer of the tiny run in ``tmp_path / name``."""
 
-    def make(name: str, *overrides: str, resume: bool = False) -> Trainer:
-        return Trainer(make_config(*overrides), inputs, tmp_path / name, world, resume)
+    def make(name: str, *overrides: str, resume: bool = False, init_from: Path | None = None) -> Trainer:
+        return Trainer(make_config(*overrides), inputs, tmp_path / name, world, resume, init_from)
 
     return make
 

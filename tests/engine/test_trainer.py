@@ -489,3 +489,19 @@ def run_deepspeed(root: Path, *arguments: object) -> subprocess.CompletedProcess
         env=environment,
         timeout=120,
     )
+
+
+def test_a_run_may_start_from_an_exported_model(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    make_trainer("first", STRONG).run()
+    path = tmp_path / "first" / MODEL_FILE
+    export = read_export(path)
+    second = make_trainer("second", "embrag.seed=9", "embrag.retrieval.k=4", init_from=path)
+    for name, value in second.engine.module.state_dict().items():
+        assert torch.equal(value, export.weights[name])
+    # Generation 0 is encoded from those weights, too.
+    used = second.reference.snapshot_weights(0)
+    assert used is not None
+    assert all(torch.equal(value, export.weights[f"embedding.{name}"]) for name, value in used.items())
+    assert json.loads((tmp_path / "second" / "versions.json").read_text())["init_from"] == str(path)
+    with pytest.raises(UserError, match=r"--init-from .*dims=16.*set embrag\.model"):
+        make_trainer("third", "embrag.model.dims=8", init_from=path)

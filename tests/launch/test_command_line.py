@@ -200,6 +200,22 @@ def test_a_run_folder_is_not_overwritten(fails: Fails, train_options: list[str],
     assert (folder / "metrics.jsonl").read_text() == "{}\n"
 
 
+def test_a_run_is_either_resumed_or_begun(fails: Fails, train_options: list[str], tmp_path: Path) -> None:
+    folder = ["--run-dir", tmp_path / "run"]
+    assert "give one of them" in fails("train", *train_options, *folder, "--resume", "--init-from=model.safetensors")
+    assert "cannot read the model" in fails("train", *train_options, *folder, f"--init-from={tmp_path / 'none'}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [(["--panel-people=2"], "--panel-people must be at least 3"), (["--allele-error=-1"], "must not be negative")],
+)
+def test_simulate_says_what_is_wrong(fails: Fails, tmp_path: Path, arguments: list[str], complaint: str) -> None:
+    assert complaint in fails("simulate", "--out", tmp_path / "sim", *arguments)
+    assert not (tmp_path / "sim").exists()
+
+
 def test_nothing_to_resume(
     fails: Fails, train_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

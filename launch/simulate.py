@@ -1,0 +1,41 @@
+"""Simulate a panel, targets, map and sample table: ``python launch/simulate.py --out DIR``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from embrag_ds.data.simulate import SimulationSettings, simulate_default
+from embrag_ds.errors import UserError
+from embrag_ds.launching import run_main
+
+
+def parse_arguments() -> argparse.Namespace:
+    default = SimulationSettings()
+    parser = argparse.ArgumentParser(description="Simulate three human populations (out-of-Africa model).")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder, or one made by this")
+    parser.add_argument("--length-bp", type=int, default=default.length_bp, help="region (%(default)s)")
+    parser.add_argument("--panel-people", type=int, default=default.panel_people, help="(%(default)s)")
+    parser.add_argument("--target-people", type=int, default=default.target_people, help="(%(default)s)")
+    parser.add_argument("--typed-spacing-bp", type=int, default=default.typed_spacing_bp, help="array (%(default)s)")
+    parser.add_argument("--switch-errors-per-mb", type=float, default=0.0, help="phasing errors a person (0)")
+    parser.add_argument("--allele-error", type=float, default=0.0, help="share of alleles read wrongly (0)")
+    parser.add_argument("--seed", type=int, default=default.seed)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = vars(parse_arguments())
+    out = arguments.pop("out")
+    for name in ("length_bp", "panel_people", "target_people", "typed_spacing_bp"):
+        if arguments[name] < 3:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 3")
+    for name in ("switch_errors_per_mb", "allele_error"):
+        if arguments[name] < 0:
+            raise UserError(f"--{name.replace('_', '-')} must not be negative")
+    data = simulate_default(out, SimulationSettings(**arguments))
+    print(f"panel {data.panel}, target {data.target}, truth {data.truth}, map {data.genetic_map}")
+
+
+if __name__ == "__main__":
+    run_main(main)
