@@ -116,6 +116,18 @@ def test_train_impute_evaluate(
     assert "| ours |" in (tmp_path / "out.md").read_text()
 
 
+def test_the_model_of_the_package_imputes_without_training(
+    launch: Launch, simulated: DefaultData, panel_options: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "imputed.vcf.gz"
+    done = launch("python", "impute.py", *panel_options, f"--target={simulated.target}", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "pretrained/model.safetensors" in done.stdout
+    truth, imputed = read_phased(simulated.truth), read_dosages(out)
+    counts = truth.alleles[:, 0::2].astype(float) + truth.alleles[:, 1::2]
+    assert np.corrcoef(counts.reshape(-1), imputed.dosage.reshape(-1))[0, 1] ** 2 > 0.8
+
+
 def test_a_bad_key_stops_the_launcher_with_one_line(launch: Launch, train_options: list[str], tmp_path: Path) -> None:
     done = launch("deepspeed", "train.py", *train_options, "--run-dir", tmp_path / "run", "--set=embrag.model.dim=3")
     assert done.returncode != 0
