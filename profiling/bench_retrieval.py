@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -33,11 +32,12 @@ from embrag_ds.data.panel import Panel, Populations, ReferenceSet
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.tokens import MASK
 from embrag_ds.data.windows import make_windows
+from embrag_ds.engine.record import device_name
 from embrag_ds.engine.reference import Reference
 from embrag_ds.model.embedding import HaplotypeEmbedding
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.model.losses import imputation_loss
-from embrag_ds.retrieval.collate import Batch, RetrievalCollator, receive, site_tensors
+from embrag_ds.retrieval.collate import Batch, site_tensors
 from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.schedule import RefreshConfig
 from embrag_ds.retrieval.settings import RetrievalConfig
@@ -67,7 +67,6 @@ def random_panel(haplotypes: int, windows: int, sites: int, seed: int = 1) -> Wi
     total, people = sites * windows, haplotypes // 2
     rng = np.random.default_rng(seed)
     blocks = [rng.integers(0, 256, (sites, (haplotypes + 7) // 8), dtype=np.uint8) for _ in range(windows)]
-    nothing = ["."] * total
     table = SiteTable(
         ("1",),
         (0,),
@@ -75,7 +74,7 @@ def random_panel(haplotypes: int, windows: int, sites: int, seed: int = 1) -> Wi
         np.arange(1, total + 1, dtype=np.int64) * 1000,
         ["A"] * total,
         ["C"] * total,
-        nothing,
+        ["."] * total,
     )
     panel = Panel(Path("random"), table, tuple(f"s{i}" for i in range(people)), np.concatenate(blocks), {})
     everybody = Populations(("all",), np.zeros(people, dtype=np.int64))
@@ -184,14 +183,8 @@ def bench_refresh(bench: Bench) -> dict[str, Any]:
         progress(f"encoding every haplotype, window {window + 1}/{bench.literal_windows}")
     literal = (time.perf_counter() - began) / bench.literal_windows
     reference = make_reference(data, bench.dims, encoding="fixed", k=1)
-    assert reference.cache is not None
-    generation = reference.schedule.in_use(0)
-    weights = {name: value.clone() for name, value in embedding.state_dict().items()}
-
-    def refresh() -> None:
-        reference._encode(weights, generation)
-
-    (taken,) = alternating(refresh, rounds=bench.rounds)
+    weights = embedding.state_dict()
+    (taken,) = alternating(lambda: reference.restore(weights), rounds=bench.rounds)
     ours = taken / len(data)
     return {
         "refresh_speedup": literal / ours,
@@ -230,15 +223,14 @@ class TrainingLoop:
         self.model = Imputer(embrag.model).to(DEVICE, torch.bfloat16 if bf16 else torch.float32)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.loss_settings = embrag.loss
-        self.lag = lag
         # Every step of the first half of a block lies between a snapshot and its publication.
-        self.schedule = RefreshConfig(at_steps=tuple(range(2 * lag, 10_000, 2 * lag)), lag_steps=lag)
+        refresh = RefreshConfig(at_steps=tuple(range(2 * lag, 10_000, 2 * lag)), lag_steps=lag)
         settings = RetrievalConfig(
-            encoding="refresh", refresh=self.schedule, k=embrag.retrieval.k, per_chunk=embrag.retrieval.per_chunk
+            encoding="refresh", refresh=refresh, k=embrag.retrieval.k, per_chunk=embrag.retrieval.per_chunk
         )
         exclusions = np.arange(bench.reference // 2)[:, None]
         self.reference = Reference(settings, self.data, self.model.embedding, DEVICE, exclusions)
-        collate: RetrievalCollator = self.reference.collator(self.people, slots=4)
+        collate = self.reference.collator(self.people, slots=4)
 
         def build(number: int) -> Batch:
             return collate(some_samples(self.data, number % len(self.data), self.people, number), number)
@@ -248,7 +240,7 @@ class TrainingLoop:
 
     def step(self) -> None:
         self.reference.begin_refresh(self.step_number)
-        batch = receive(self.batches.next())
+        batch = self.batches.next()
         prediction = self.model(batch)
         imputation_loss(prediction.logits, batch.alleles, batch.hidden, self.loss_settings).total.backward()
         self.optimizer.step()
@@ -312,16 +304,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
     for name in [key for key in rows[0] if key != "haplotypes"]:
         axes.loglog([row["haplotypes"] for row in rows], [row[name] for row in rows], "o-", label=name[:-3])
-    axes.set(xlabel="reference haplotypes", ylabel="ms per batch", title=device_name())
+    axes.set(xlabel="reference haplotypes", ylabel="ms per batch", title=device_name(DEVICE))
     axes.legend()
     figure.savefig(path, dpi=120)
-
-
-def device_name() -> str:
-    """What all of this ran on."""
-    if DEVICE.type == "cuda":
-        return torch.cuda.get_device_name(DEVICE)
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def main() -> None:
@@ -344,7 +329,7 @@ def main() -> None:
     shapes = {name: getattr(options, name) for name in Bench.__dataclass_fields__}
     bench = Bench(**shapes)
     result = {
-        "device": device_name(),
+        "device": device_name(DEVICE),
         "date": time.strftime("%Y-%m-%d"),
         "torch": torch.__version__,
         "shape": asdict(bench),

@@ -46,7 +46,7 @@ class RunRecord:
             "python": platform.python_version(),
             "packages": {name: _version(name) for name in _PACKAGES},
             "git": _git_revision(),
-            "device": _device_name(self._world.device),
+            "device": device_name(self._world.device),
             "ranks": self._world.ranks,
             "micro_batch_people": engine.train_micro_batch_size_per_gpu(),
             "global_batch_people": engine.train_batch_size(),
@@ -106,7 +106,8 @@ def _git_revision() -> str | None:
     return found.stdout.strip() or None
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What a run's numbers were measured on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -66,7 +66,7 @@ class Imputer(nn.Module):
         self.pooling = POOLINGS[config.fusion]()
         self.fusion = GatedFusion(config.dims)
         self.transformer = Transformer(config.dims, config.layers, config.heads, config.ffn_multiple, config.dropout)
-        self.confidence = ConfidenceHead() if config.fusion == "copying" else None
+        self.confidence = ConfidenceHead() if self.pooling.gives_evidence else None
         self.head = nn.Linear(config.dims, 1)
         # Share of the prior that comes from allele frequency rather than from the neighbours.
         self.background = nn.Parameter(torch.tensor([-4.0]))

@@ -65,6 +65,8 @@ class DistancePooling(nn.Module):
     The distance counts mismatches at the typed sites, each with the embedding's weight (mean 1).
     """
 
+    gives_evidence = False
+
     def __init__(self) -> None:
         super().__init__()
         self.log_strength = nn.Parameter(torch.zeros(1))
@@ -93,6 +95,7 @@ class CopyingPooling(nn.Module):
     (Browning et al. 2016, Am. J. Hum. Genet. 98:116). See :mod:`embrag_ds.retrieval.copying`.
     """
 
+    gives_evidence = True
     _INITIAL_RATE = 2.0  # per cM
     _INITIAL_PENALTY = 5.0
     _TYPICAL_DENSITY = 100.0  # typed sites per cM
@@ -124,7 +127,7 @@ class CopyingPooling(nn.Module):
             dosage=dosage,
             ancestry=interpolated_weights(ancestry, *between),
             weights=interpolated_weights(posterior, *between) if written_out else None,
-            evidence=_evidence(batch, retrieved, posterior.detach(), dosage.detach(), between, density),
+            evidence=_evidence(batch, retrieved, position, posterior.detach(), dosage.detach(), between, density),
         )
 
 
@@ -132,12 +135,12 @@ class CopyingPooling(nn.Module):
 def _evidence(
     batch: Batch,
     retrieved: Retrieved,
+    position: Tensor,
     posterior: Tensor,
     dosage: Tensor,
     between: tuple[Tensor, Tensor, Tensor],
     density: Tensor,
 ) -> Evidence:
-    position = batch.sites.position[batch.typed]
     lengths = match_lengths(retrieved.mismatch, position, batch.typed_count).mul_(posterior)
     of_alt = interpolated_dosage(lengths, retrieved.alleles, *between)
     spread = torch.special.entr(posterior).sum(-1) / math.log(max(2, posterior.shape[-1]))

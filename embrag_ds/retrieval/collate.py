@@ -66,8 +66,7 @@ class Batch:
     whole window: ``sites`` has the features of its sites, ``typed`` int64 [B, T] lists the sites each
     query shows, in order, ``typed_count`` int64 [B] says how many they are; the rest of a row repeats
     the window's last site. ``retrieved`` is None in mode ``none``. ``bytes_moved`` counts what went from host to
-    device for it. ``ready`` marks, on a CUDA device, the end of
-    what builds the batch (:func:`receive`).
+    device for it. ``ready`` marks, on a CUDA device, the end of what builds the batch (:func:`receive`).
     """
 
     window: int
@@ -87,7 +86,7 @@ class RetrievalCollator:
     """Turns :class:`~embrag_ds.data.dataset.Samples` into a :class:`Batch`.
 
     Copies and search run on a side stream; the batch is handed to the stream that is current when it is
-    *received* (:meth:`receive`), which on a CPU, or without a thread in between, changes nothing. An instance
+    *received* (:func:`receive`), which on a CPU, or without a thread in between, changes nothing. An instance
     serves one thread.
     """
 
@@ -217,8 +216,7 @@ class RetrievalCollator:
 
 def receive(batch: Batch) -> Batch:
     """Take over a batch on the current stream: wait for what builds it, and keep its memory until it is used."""
-    if batch.ready is not None:
-        hand_over(_tensors(batch), batch.ready)
+    hand_over(_tensors(batch), batch.ready)
     return batch
 
 

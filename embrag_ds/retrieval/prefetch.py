@@ -5,8 +5,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 
 from embrag_ds.retrieval.collate import Batch, receive
 
@@ -44,13 +44,13 @@ class Prefetcher:
         """Stop the thread; a batch under construction is finished first."""
         self._stopping.set()
         while self._thread is not None and self._thread.is_alive():
-            with _ignored_emptiness():
+            with suppress(queue.Empty):
                 self._ready.get_nowait()
             self._thread.join(timeout=0.05)
 
     def _take(self, thread: threading.Thread) -> Batch | BaseException:
         while True:
-            with _ignored_emptiness():
+            with suppress(queue.Empty):
                 return self._ready.get(timeout=_LOOK_EVERY_S)
             if not thread.is_alive() and self._ready.empty():
                 raise RuntimeError("the prefetch thread has ended without a word")
@@ -74,11 +74,3 @@ class Prefetcher:
         except queue.Full:
             return False
         return True
-
-
-@contextmanager
-def _ignored_emptiness() -> Iterator[None]:
-    try:
-        yield
-    except queue.Empty:
-        return

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass, field
-from itertools import count, pairwise, takewhile
+from itertools import pairwise
 from threading import Lock
 
 from embrag_ds.errors import require
@@ -73,7 +73,8 @@ class RefreshSchedule:
     def taken_at(self, step: int) -> Generation | None:
         """The generation whose snapshot is taken before ``step``, if there is one."""
         self._extend(step)
-        return next((each for each in reversed(self._generations) if each.snapshot_step == step), None)
+        newest = self._generations[bisect_right(self._generations, step, key=lambda each: each.snapshot_step) - 1]
+        return newest if newest.snapshot_step == step else None
 
     def in_use(self, step: int) -> Generation:
         """The generation that the batches of ``step`` are built with."""
@@ -110,4 +111,4 @@ class RefreshSchedule:
             return [step for step in config.at_steps if first <= step <= last]
         interval = config.every_steps or (config.every_epochs or 0) * self.steps_per_epoch
         start = -(-first // interval) * interval
-        return list(takewhile(lambda step: step <= last, count(start, interval)))
+        return list(range(start, last + 1, interval))

@@ -48,6 +48,11 @@ def _signed(tokens: Tensor, weights: Tensor) -> Tensor:
     return weights * (2 * tokens - 1)
 
 
+def _signs(alleles: Tensor) -> Tensor:
+    """Alleles as -1 and +1, float32."""
+    return alleles.float().mul_(2).sub_(1)
+
+
 def _distance(similarity: Tensor, weights: Tensor) -> Tensor:
     return (weights.sum(1, keepdim=True) - similarity) / 2
 
@@ -67,7 +72,7 @@ class TorchSearch:
     def nearest(
         self, tokens: Tensor, weights: Tensor, reference: Tensor, count: int, excluded: Tensor, k: int
     ) -> tuple[Tensor, Tensor]:
-        similarity = _signed(tokens, weights) @ reference.float().mul_(2).sub_(1)
+        similarity = _signed(tokens, weights) @ _signs(reference)
         similarity.masked_fill_(barred(excluded, count), -torch.inf)
         best = torch.topk(similarity, k, dim=1)
         return _distance(best.values, weights), best.indices
@@ -84,7 +89,7 @@ class FaissCpuSearch:
     ) -> tuple[Tensor, Tensor]:
         import faiss
 
-        rows = reference.T.float().mul_(2).sub_(1).contiguous()
+        rows = _signs(reference).T.contiguous()
         fetched = min(k + excluded.shape[1], count)
         similarity, ids = faiss.knn(
             _signed(tokens, weights).numpy(force=True),
@@ -123,7 +128,7 @@ class FaissGpuSearch:
                 f"embrag.retrieval.backend=faiss-gpu: finds at most {_FAISS_GPU_MOST} neighbours, {fetched} are "
                 "asked for; lower embrag.retrieval.k or choose backend torch"
             )
-        rows = reference.float().mul_(2).sub_(1)
+        rows = _signs(reference)
         with torch.cuda.device(weights.device):
             # The transpose of a contiguous matrix: FAISS reads it as column-major, nothing is copied.
             similarity, ids = faiss.knn_gpu(
