@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import hjson
 
+from embrag_ds.data.augmentation import AugmentationConfig
 from embrag_ds.data.dataset import DataConfig
 from embrag_ds.data.masking import MaskingConfig
 from embrag_ds.errors import UserError, require
@@ -67,6 +68,7 @@ class EmbragConfig:
     seed: int = 1
     data: DataConfig = field(default_factory=DataConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)

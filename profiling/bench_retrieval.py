@@ -242,7 +242,9 @@ class TrainingLoop:
         self.reference.begin_refresh(self.step_number)
         batch = self.batches.next()
         prediction = self.model(batch)
-        imputation_loss(prediction.logits, batch.alleles, batch.hidden, self.loss_settings).total.backward()
+        imputation_loss(
+            prediction.logits, batch.alleles, batch.scored, batch.sites.frequency[batch.core], self.loss_settings
+        ).total.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step_number += 1

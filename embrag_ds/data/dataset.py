@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from embrag_ds.data.augmentation import AugmentationConfig, augmented
 from embrag_ds.data.masking import MaskingConfig, MaskSites, training_masks
-from embrag_ds.data.panel import Panel, ReferenceSet
+from embrag_ds.data.panel import FEW, RARE, Panel, ReferenceSet
 from embrag_ds.data.text import read_lines
 from embrag_ds.data.windows import Window, make_windows, read_windows
 from embrag_ds.errors import UserError, require
@@ -58,13 +59,14 @@ class DataConfig:
 class SiteFeatures:
     """What the network knows of a window's sites, all float32 on the CPU.
 
-    ``position`` [L] is in cM from the core's centre, ``frequency`` [L] the ALT frequency over the
-    reference set and ``population_frequency`` [P, L] per population.
+    ``position`` [L] is in cM from the core's centre; ``frequency`` [L] is the ALT frequency over the reference
+    set, no nearer to 0 or 1 than a frequency that one person more or less does not show in (see
+    :mod:`embrag_ds.retrieval.frequency`); ``counts`` [P, L] are the copies of ALT in every population.
     """
 
     position: np.ndarray
     frequency: np.ndarray
-    population_frequency: np.ndarray
+    counts: np.ndarray
 
 
 class WindowedPanel:
@@ -92,10 +94,11 @@ class WindowedPanel:
         position = self.position_cm[span]
         core = position[self.windows[window].core]
         centre = (core[0] + core[-1]) / 2
+        rare = min(0.5, max(RARE, FEW / len(self.reference)))
         return SiteFeatures(
             (position - centre).astype(np.float32),
-            self.reference.allele_frequency[span],
-            np.ascontiguousarray(self.reference.population_frequency[:, span]),
+            self.reference.allele_frequency[span].clip(rare, 1 - rare),
+            np.ascontiguousarray(self.reference.population_counts[:, span]),
         )
 
     def mask_sites(self, window: int) -> MaskSites:
@@ -136,6 +139,9 @@ def split_people(count: int, held_out: int, seed: int) -> tuple[np.ndarray, np.n
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
+NO_AUGMENTATION = AugmentationConfig()
+
+
 class TrainingSampler:
     """Micro-batches of the training people: every (window, group of people) once an epoch."""
 
@@ -148,9 +154,11 @@ class TrainingSampler:
         rank: int = 0,
         ranks: int = 1,
         accumulation: int = 1,
+        augmentation: AugmentationConfig = NO_AUGMENTATION,
     ):
         self.data = data
         self.masking = masking
+        self.augmentation = augmentation
         self.seed = seed
         self.rank = rank
         self.ranks = ranks
@@ -178,20 +186,21 @@ class TrainingSampler:
         window, group = divmod(int(order[place]), self.groups)
         shuffled = np.random.default_rng([self.seed, 2, epoch, window]).permutation(self.people)
         people = shuffled[group * self.group_size : (group + 1) * self.group_size]
-        return Samples(
-            window=window,
-            people=people,
-            alleles=self.data.people_alleles(window, people),
-            hidden=training_masks(
-                self.masking,
-                self.data.mask_sites(window),
-                self.seed,
-                epoch,
-                micro_batch // self.accumulation,
-                window,
-                people,
-            ),
+        step = micro_batch // self.accumulation
+        sites = self.data.mask_sites(window)
+        hidden = training_masks(self.masking, sites, self.seed, epoch, step, window, people)
+        span = slice(self.data.windows[window].start, self.data.windows[window].stop)
+        alleles = augmented(
+            self.augmentation,
+            self.data.people_alleles(window, people),
+            hidden,
+            self.data.position_cm[span],
+            self.seed,
+            epoch,
+            window,
+            people,
         )
+        return Samples(window, people, alleles, hidden)
 
 
 @lru_cache(maxsize=2)

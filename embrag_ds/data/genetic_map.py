@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,13 @@ class GeneticMap:
                     "give its whole map or remove the contig"
                 )
         return GeneticMap(name=str(path), points=points)
+
+    def write_plink(self, path: Path, contigs: Sequence[str]) -> None:
+        """Write the map's points as a PLINK map (contig, ``.``, cM, bp), of these contigs and under their names."""
+        with path.open("w", encoding="utf-8") as out:
+            for contig in contigs:
+                bp, cm = self.points.get(_canonical(contig), (np.empty(0), np.empty(0)))
+                out.writelines(f"{contig}\t.\t{c:.8f}\t{b:.0f}\n" for b, c in zip(bp, cm, strict=True))
 
     def positions(self, sites: SiteTable) -> np.ndarray:
         """Genetic position of every site, in cM: float64 [S], not decreasing along a contig.

@@ -36,6 +36,9 @@ from embrag_ds.data.vcf import PhasedVcf
 from embrag_ds.errors import UserError
 
 FORMAT = 1
+RARE = 0.01
+FEW = 10
+"""An allele is rare among n haplotypes if it has fewer than max(RARE n, FEW) copies: one more would show."""
 _SITES_PER_READ = 2048
 
 
@@ -54,6 +57,18 @@ class Panel:
         bits = np.unpackbits(self.packed[start:stop], axis=1, count=2 * len(self.samples), bitorder="little")
         chosen = bits if haplotypes is None else bits[:, haplotypes]
         return np.ascontiguousarray(chosen.T)
+
+    @cached_property
+    def fewest_copies(self) -> int:
+        """Copies of the minor allele at the rarest site: what it took to be a site of this panel."""
+        copies = np.concatenate(
+            [
+                np.bitwise_count(self.packed[start : start + _SITES_PER_READ]).sum(1, dtype=np.int64)
+                for start in range(0, len(self.packed), _SITES_PER_READ)
+            ]
+        )
+        minor = np.minimum(copies, 2 * len(self.samples) - copies)
+        return int(minor[minor > 0].min(initial=2 * len(self.samples)))
 
 
 def default_cache_dir() -> Path:
@@ -203,20 +218,28 @@ class ReferenceSet:
         return self.panel.alleles(start, stop, None if whole else self.haplotypes)
 
     @cached_property
-    def population_frequency(self) -> np.ndarray:
-        """ALT frequency per population, float32 [P, S] (the overall one where nobody is left)."""
+    def population_sizes(self) -> np.ndarray:
+        """Haplotypes of every population, float32 [P]."""
+        return np.bincount(self.population_of, minlength=len(self.populations.names)).astype(np.float32)
+
+    @cached_property
+    def population_counts(self) -> np.ndarray:
+        """Copies of ALT in every population, float32 [P, S]."""
         members = np.zeros((len(self), len(self.populations.names)), dtype=np.float32)
         members[np.arange(len(self)), self.population_of] = 1
-        sizes = members.sum(0)
         counts = np.empty((members.shape[1], len(self.panel.sites)), dtype=np.float32)
         for start in range(0, counts.shape[1], _SITES_PER_READ):
             block = self.alleles(start, start + _SITES_PER_READ).astype(np.float32)
             counts[:, start : start + _SITES_PER_READ] = members.T @ block
-        overall = counts.sum(0) / len(self)
-        return np.where(sizes[:, None] > 0, counts / np.maximum(sizes, 1)[:, None], overall)
+        return counts
 
     @cached_property
     def allele_frequency(self) -> np.ndarray:
         """ALT frequency over the set, float32 [S]."""
-        sizes = np.bincount(self.population_of, minlength=len(self.populations.names))
-        return (sizes @ self.population_frequency / len(self)).astype(np.float32)
+        return self.population_counts.sum(0) / len(self)
+
+    @cached_property
+    def minor_copies(self) -> np.ndarray:
+        """Copies of the minor allele in the set, float32 [S]."""
+        copies = self.population_counts.sum(0)
+        return np.minimum(copies, len(self) - copies)

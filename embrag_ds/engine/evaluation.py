@@ -259,9 +259,13 @@ def _score(
     scores: dict[str, Scores] = {}
     accumulators: dict[str, metrics.AggregateR2] = {}
     constant = np.zeros(len(panel_af), dtype=bool)
+    # One measure for all: probabilities and best guesses do not compare.
+    from_probabilities = all(tool.gp is not None for tool in tools.values())
     for name, tool in tools.items():
         logger.info("scoring %s", name)
-        scores[name], accumulators[name], true_r2 = _score_tool(tool, truth.dosage, panel_af, weights, populations)
+        scores[name], accumulators[name], true_r2 = _score_tool(
+            tool, truth.dosage, panel_af, weights, populations, from_probabilities
+        )
         constant = np.isnan(true_r2)
     resampled = {name: each.resample(weights) for name, each in accumulators.items()}
     names = list(tools)
@@ -283,6 +287,7 @@ def _score(
         sites_without_truth_variance=dict(
             zip(metrics.BIN_NAMES, (members & constant).sum(axis=1).tolist(), strict=True)
         ),
+        iqs_from="genotype probabilities" if from_probabilities else "best guesses",
         typed_sites=typed_sites,
         bootstrap=bootstrap,
         seed=seed,
@@ -298,11 +303,13 @@ def _score_tool(
     panel_af: np.ndarray,
     weights: np.ndarray,
     populations: dict[str, np.ndarray],
+    iqs_from_probabilities: bool,
 ) -> tuple[Scores, metrics.AggregateR2, np.ndarray]:
     """One tool's scores, the accumulator to pair with other tools, and its true per-site r2 [n]."""
     aggregate = metrics.AggregateR2(truth.shape[1])
     concordance = metrics.Concordance()
-    calibration = metrics.Calibration()
+    calibration, rare_calls = metrics.Calibration(), metrics.Calibration()
+    rare = metrics.minor_allele_frequency(panel_af) < metrics.RARE_MAF
     true_r2 = np.empty(len(panel_af))
     quality = np.empty(len(panel_af))
     for start in range(0, len(panel_af), BLOCK_SITES):
@@ -312,9 +319,13 @@ def _score_tool(
         aggregate.add(truth[rows], tool.dosage[rows], panel_af[rows])
         concordance.add(truth[rows], called, panel_af[rows])
         true_r2[rows] = metrics.site_r2(truth[rows], tool.dosage[rows])
-        quality[rows] = metrics.iqs(truth[rows], metrics.one_hot(called) if gp is None else gp)
+        quality[rows] = metrics.iqs(
+            truth[rows], gp if gp is not None and iqs_from_probabilities else metrics.one_hot(called)
+        )
         if gp is not None:
             calibration.add(truth[rows], gp)
+            carried = metrics.polarise(called, panel_af[rows]) > 0
+            rare_calls.add(truth[rows], gp, carried & rare[rows, None])
     overall, non_reference = concordance.result()
     scores = Scores(
         aggregate_r2=aggregate.result(),
@@ -323,9 +334,11 @@ def _score_tool(
         concordance=overall,
         non_reference_concordance=non_reference,
         iqs=metrics.by_bin(quality, panel_af),
-        iqs_from="best guesses" if tool.gp is None else "genotype probabilities",
         calibration_error=None if tool.gp is None else calibration.result(),
-        dr2_correlation=None if tool.dr2 is None else metrics.estimate_correlation(tool.dr2, true_r2),
+        rare_calibration_error=None if tool.gp is None else rare_calls.result(),
+        calibration_curve=calibration.curve(),
+        rare_calibration_curve=rare_calls.curve(),
+        dr2_correlation=None if tool.dr2 is None else metrics.estimate_correlation(tool.dr2, true_r2, panel_af),
         populations={name: aggregate.result(member) for name, member in populations.items()},
     )
     return scores, aggregate, true_r2

@@ -35,6 +35,7 @@ MAF_BINS: tuple[MafBin, ...] = (
 )
 BIN_NAMES: tuple[str, ...] = tuple(each.name for each in MAF_BINS)
 CALIBRATION_BINS = 15
+RARE_MAF = 0.01
 
 
 def minor_allele_frequency(panel_af: np.ndarray) -> np.ndarray:
@@ -240,9 +241,9 @@ class Calibration:
     def __init__(self) -> None:
         self.sums = np.zeros((CALIBRATION_BINS, 3), dtype=np.float64)
 
-    def add(self, truth: np.ndarray, probabilities: np.ndarray) -> None:
-        """Take in a block: truth [n, N], probabilities [n, N, 3]."""
-        known = np.isfinite(truth)
+    def add(self, truth: np.ndarray, probabilities: np.ndarray, chosen: np.ndarray | None = None) -> None:
+        """Take in a block: truth [n, N], probabilities [n, N, 3]; only the ``chosen`` bool [n, N], if given."""
+        known = np.isfinite(truth) if chosen is None else np.isfinite(truth) & chosen
         confidence = probabilities.max(axis=-1)[known].astype(np.float64)
         correct = (probabilities.argmax(axis=-1) == truth)[known]
         row = np.minimum((confidence * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
@@ -254,15 +255,21 @@ class Calibration:
         count, confidence, correct = self.sums.T
         return float(np.abs(correct - confidence).sum() / count.sum()) if count.sum() else float("nan")
 
+    def curve(self) -> list[tuple[float, float, int]]:
+        """(mean probability, share called correctly, genotypes) of every bin that has genotypes."""
+        return [(said / n, right / n, int(n)) for n, said, right in self.sums.tolist() if n]
 
-def estimate_correlation(estimated_r2: np.ndarray, true_r2: np.ndarray) -> float:
-    """Pearson correlation over sites between a tool's own DR2 [n] and the true per-site r2 [n].
+
+def estimate_correlation(estimated_r2: np.ndarray, true_r2: np.ndarray, panel_af: np.ndarray) -> dict[str, float]:
+    """Pearson correlation over a bin's sites between a tool's own DR2 [n] and the true per-site r2 [n].
 
     Sites where either is NaN are left out; NaN when fewer than two remain or either is constant.
     """
     both = np.isfinite(estimated_r2) & np.isfinite(true_r2)
-    x = np.asarray(estimated_r2, dtype=np.float64)[both]
-    y = np.asarray(true_r2, dtype=np.float64)[both]
-    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return float("nan")
-    return float(np.corrcoef(x, y)[0, 1])
+    found = {}
+    for name, member in zip(BIN_NAMES, bin_members(panel_af), strict=True):
+        x = np.asarray(estimated_r2, dtype=np.float64)[both & member]
+        y = np.asarray(true_r2, dtype=np.float64)[both & member]
+        varies = len(x) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0
+        found[name] = float(np.corrcoef(x, y)[0, 1]) if varies else float("nan")
+    return found

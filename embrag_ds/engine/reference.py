@@ -18,7 +18,7 @@ from embrag_ds.retrieval.cache import Encoder, LiveReference, ReferenceCache, Re
 from embrag_ds.retrieval.collate import RetrievalCollator, site_tensors
 from embrag_ds.retrieval.packed import GIB, PackedReference
 from embrag_ds.retrieval.schedule import Generation, RefreshSchedule
-from embrag_ds.retrieval.search import make_search
+from embrag_ds.retrieval.search import Search, make_search
 from embrag_ds.retrieval.settings import RetrievalConfig
 from embrag_ds.retrieval.store import DenseStore, FactoredStore, Store
 
@@ -60,12 +60,11 @@ class Reference:
         self.prefetch = 0 if settings.encoding == "live" and self._retrieves else settings.prefetch
         self.cache: ReferenceCache | None = None
         self._snapshots: dict[int, HaplotypeEmbedding] = {}
-        self._panel: PackedReference | None = None
+        self._panel = PackedReference(data, device, settings.device_budget_gb)
         self._dense: DenseStore | None = None
         self._source: ReferenceSource | None = None
         if not self._retrieves:
             return
-        self._panel = PackedReference(data, device, settings.device_budget_gb)
         width = embedding.token.embedding_dim
         if settings.store == "dense":
             self._dense = DenseStore(data, width, settings.dense_budget_gb, device, 2 if refreshes else 1)
@@ -76,11 +75,12 @@ class Reference:
             asynchronous = refreshes and settings.refresh.asynchronous
             self._source = self.cache = ReferenceCache(data.windows, width, dtype, device, self.schedule, asynchronous)
 
-    def collator(self, people: int, slots: int = 1) -> RetrievalCollator:
-        """A collator for one thread's use and batches of at most ``people``."""
+    def collator(self, people: int, slots: int = 1, search: Search | None = None) -> RetrievalCollator:
+        """A collator for one thread's use and batches of at most ``people``; ``search`` in place of the backend's."""
         store: Store | None = self._dense
         if self._retrieves and store is None:
-            store = FactoredStore(make_search(self._settings.backend, self._device), self._settings.local)
+            search = search or make_search(self._settings.backend, self._device)
+            store = FactoredStore(search, self._settings.local)
         return RetrievalCollator(
             self._data,
             self._device,
@@ -137,8 +137,6 @@ class Reference:
 
     def memory(self, collators: list[RetrievalCollator]) -> str:
         """What retrieval holds, in one line; all of it is allocated at the start."""
-        if self._panel is None:
-            return "no retrieval"
         cache = 0 if self.cache is None else self.cache.host_bytes
         staging = sum(each.staging.host_bytes for each in collators)
         where = "on the device" if self._panel.device_bytes else "memory-mapped"

@@ -13,9 +13,10 @@ from embrag_ds.engine import metrics
 class Scores:
     """What one tool reached. A dict has one value for each of ``metrics.MAF_BINS``, by name.
 
-    ``aggregate_r2_interval`` is a 95 % bootstrap interval over people. ``iqs`` uses what
-    ``iqs_from`` names. ``calibration_error`` is None for a tool without genotype probabilities,
-    ``dr2_correlation`` (its DR2 against the true per-site r2) None for one without DR2.
+    ``aggregate_r2_interval`` is a 95 % bootstrap interval over people. ``calibration_error``, of all genotypes
+    and of called carriers of an allele below 1 % MAF, is None for a tool without genotype probabilities; the curves are
+    (mean probability, share right, genotypes). ``dr2_correlation`` (its DR2 against the true per-site r2)
+    is None for a tool without DR2.
     """
 
     aggregate_r2: dict[str, float]
@@ -24,9 +25,11 @@ class Scores:
     concordance: dict[str, float]
     non_reference_concordance: dict[str, float]
     iqs: dict[str, float]
-    iqs_from: str
     calibration_error: float | None
-    dr2_correlation: float | None
+    rare_calibration_error: float | None
+    calibration_curve: list[tuple[float, float, int]]
+    rare_calibration_curve: list[tuple[float, float, int]]
+    dr2_correlation: dict[str, float] | None
     populations: dict[str, dict[str, float]]
 
 
@@ -54,13 +57,15 @@ class Report:
     """Everything :func:`evaluate` measured.
 
     ``sites`` counts the scored sites by bin; ``sites_without_truth_variance`` those of them that
-    the per-site r2 leaves out; ``populations`` has the number of people of each.
+    the per-site r2 leaves out; ``iqs_from`` says what every tool's IQS was computed from;
+    ``populations`` has the number of people of each.
     """
 
     files: dict[str, str]
     people: int
     sites: dict[str, int]
     sites_without_truth_variance: dict[str, int]
+    iqs_from: str
     typed_sites: int
     bootstrap: int
     seed: int
@@ -99,25 +104,28 @@ class Report:
             "concordance",
             "non-ref concordance",
             "IQS",
-            "IQS from",
             "ECE",
+            "ECE of rare carriers",
             "DR2 correlation",
+            "DR2 correlation, <1 %",
         ]
         rows = []
         for tool, scores in self.tools.items():
             measures = (scores.site_r2, scores.concordance, scores.non_reference_concordance, scores.iqs)
+            estimated = scores.dr2_correlation or {}
             rows.append(
                 [
                     tool,
                     *(_number(measure["all"]) for measure in measures),
-                    scores.iqs_from,
                     _number(scores.calibration_error),
-                    _number(scores.dr2_correlation),
+                    _number(scores.rare_calibration_error),
+                    *(_number(estimated.get(each)) for each in ("all", "all <1 %")),
                 ]
             )
         left_out = self.sites_without_truth_variance["all"]
         return Section(
-            f"Other measures, all sites (site r2 without {left_out} where the truth is constant)",
+            f"Other measures, all sites (site r2 without {left_out} where the truth is constant; IQS from "
+            f"{self.iqs_from}; rare carriers: called carriers of an allele below 1 % MAF)",
             header,
             rows,
         )

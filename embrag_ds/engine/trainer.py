@@ -92,7 +92,14 @@ class Trainer:
         data = windowed(inputs, self.embrag.data, people, self.embrag.masking.array_manifest)
         micro_batch = settings["train_micro_batch_size_per_gpu"]
         self.sampler = TrainingSampler(
-            data, self.embrag.masking, self.embrag.seed, micro_batch, world.rank, world.ranks, self.accumulation
+            data,
+            self.embrag.masking,
+            self.embrag.seed,
+            micro_batch,
+            world.rank,
+            world.ranks,
+            self.accumulation,
+            self.embrag.augmentation,
         )
         relatives = self.embrag.retrieval.relatives
         exclusions = exclusion_table(inputs.panel.samples, Path(relatives) if relatives else None)
@@ -173,7 +180,9 @@ class Trainer:
         for _ in range(self.accumulation):
             batch = batches.next()
             prediction = self.engine(batch)
-            losses = imputation_loss(prediction.logits, batch.alleles, batch.hidden, self.embrag.loss)
+            losses = imputation_loss(
+                prediction.logits, batch.alleles, batch.scored, batch.sites.frequency[batch.core], self.embrag.loss
+            )
             self.engine.backward(losses.total)
             self.engine.step()
             interval.losses += _stacked(losses)

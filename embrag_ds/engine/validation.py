@@ -85,13 +85,15 @@ class Validator:
                 prediction = predict(collate(Samples(window, people, alleles[rows], masks)))
             probabilities.append(genotype_log_probabilities(prediction.logits).exp().cpu().numpy())
             dosages.append(prediction.prior.sigmoid().unflatten(0, (-1, 2)).sum(1).cpu().numpy())
-        core = self._data.windows[window].core
-        scored = hidden[core]
+        core, sites = self._data.windows[window].core, self._data.windows[window].core_sites
+        reference = self._data.reference
+        # A site of which the reference has too few copies is in the panel because somebody held out has the others.
+        scored = hidden[core] & (reference.minor_copies[sites] >= reference.panel.fewest_copies)
         return _Measured(
             truth=(alleles[0::2] + alleles[1::2]).T[core][scored],
             probabilities=np.concatenate(probabilities).transpose(1, 0, 2)[scored],
             prior=np.concatenate(dosages).T[scored],
-            frequency=self._data.features(window).frequency[core][scored],
+            frequency=reference.allele_frequency[sites][scored],
         )
 
 

@@ -33,7 +33,7 @@ class ConfidenceHead(nn.Module):
         nn.init.zeros_(self.layers[-1].bias)  # type: ignore[arg-type]
 
     def forward(self, prior: Tensor, evidence: Evidence, frequency: Tensor) -> Tensor:
-        """Correction float32 [B, L] of the log-odds of ALT, ``prior`` [B, L]; ``frequency`` [L] is ALT's."""
+        """Correction float32 [B, L] of the log-odds of ALT, ``prior`` [B, L]; ``frequency`` [B, L] is ALT's."""
         sign = torch.where(frequency > 0.5, -1.0, 1.0)
         features = confidence_features(sign * prior.detach(), sign, evidence, frequency)
         correction = self.layers(features.to(next(self.parameters()).dtype))[..., 0]
@@ -50,7 +50,7 @@ def confidence_features(minor_odds: Tensor, sign: Tensor, evidence: Evidence, fr
     features = [
         minor_odds / 4,
         (minor_odds / 4).square() / 4,
-        (maf.log() / 4).expand_as(minor_odds),
+        maf.log() / 4,
         _log_cm(own),
         _log_cm(others),
         evidence.uncertainty,

@@ -25,10 +25,8 @@ class GatedFusion(nn.Module):
         self.norm = nn.LayerNorm(dims)
 
     def forward(self, query: Tensor, reference: Tensor, frequency: Tensor, expected: Tensor) -> Tensor:
-        """``query`` and ``reference`` [B, L, D], ``frequency`` [L], ``expected`` [B, L] -> [B, L, D]."""
-        features = torch.cat(
-            [frequency_features(frequency).expand(*expected.shape, -1), frequency_features(expected)], dim=-1
-        )
+        """``query`` and ``reference`` [B, L, D], ``frequency`` and ``expected`` [B, L] -> [B, L, D]."""
+        features = torch.cat([frequency_features(frequency), frequency_features(expected)], dim=-1)
         rarity = self.frequency(features.to(query.dtype))
         together = torch.cat([query, reference, rarity], dim=-1)
         gate = torch.sigmoid(self.gate(together))

@@ -79,10 +79,9 @@ class Imputer(nn.Module):
         whole = self.embedding.codebook(sites)
         own = whole[batch.core]
         query = gather_embeddings(own, batch.tokens)
-        frequency = sites.frequency[batch.core]
         if retrieved is None:
             # Without retrieval the frequency itself stands in for the reference haplotypes.
-            dosage = expected = frequency.expand(batch.tokens.shape)
+            dosage = expected = batch.frequency
             step = own[:, ALT] - own[:, REF]
             reference = own[:, REF] + dosage[..., None].to(step.dtype) * step
             evidence = None
@@ -92,11 +91,11 @@ class Imputer(nn.Module):
             codebook = own if retrieved.codebook is None else retrieved.codebook
             reference = pooled_embedding(pooled, retrieved, codebook)
             dosage, evidence = pooled.dosage, pooled.evidence
-            expected = (pooled.ancestry * sites.population_frequency[:, batch.core]).sum(1)
+            expected = (pooled.ancestry * batch.population_frequency).sum(1)
         share = torch.sigmoid(self.background.float())
         prior = torch.logit((1 - share) * dosage + share * expected, eps=1e-5)
-        fused = self.fusion(query, reference.to(query.dtype), frequency, expected)
+        fused = self.fusion(query, reference.to(query.dtype), batch.frequency, expected)
         residual = self.head(self.transformer(fused, sites.position[batch.core]))[..., 0].float()
         if self.confidence is not None and evidence is not None:
-            residual = residual + self.confidence(prior, evidence, frequency)
+            residual = residual + self.confidence(prior, evidence, batch.frequency)
         return Prediction(prior + residual, prior)

@@ -24,9 +24,13 @@ class LossConfig:
     focal_gamma: float = 2.0
     haplotype_weight: float = 1.0
     genotype_weight: float = 0.5
+    rarity: float = 0.0
+    """A site counts in proportion to its minor-allele frequency to the power of minus this (all alleles that the
+    embedding layer sees as rare alike); 0: all sites alike."""
 
     def __post_init__(self) -> None:
         require(self.focal_gamma >= 0, "loss.focal_gamma", "must not be negative")
+        require(0 <= self.rarity <= 1, "loss.rarity", "must lie between 0 and 1")
         require(
             min(self.haplotype_weight, self.genotype_weight) >= 0 and self.haplotype_weight + self.genotype_weight > 0,
             "loss",
@@ -60,21 +64,23 @@ def genotype_log_probabilities(logits: Tensor) -> Tensor:
     return torch.stack([one[..., 0] + other[..., 0], het, one[..., 1] + other[..., 1]], dim=-1)
 
 
-def imputation_loss(logits: Tensor, alleles: Tensor, hidden: Tensor, settings: LossConfig) -> Losses:
-    """The training loss: ``logits`` [B, L] log-odds of ALT, ``alleles`` [B, L], ``hidden`` bool [B, L]."""
+def imputation_loss(logits: Tensor, alleles: Tensor, scored: Tensor, frequency: Tensor, settings: LossConfig) -> Losses:
+    """The training loss: ``logits`` [B, L] log-odds of ALT, ``alleles`` [B, L], ``scored`` bool [B, L], the same
+    for both haplotypes of a person; ``frequency`` [L] of ALT is the site's, whoever is asked about."""
     logits = logits.float()
-    haplotype = _masked_mean(allele_log_probabilities(logits), alleles, hidden, settings)
+    weight = scored * torch.minimum(frequency, 1 - frequency).clamp_min(1e-6) ** -settings.rarity
+    haplotype = _weighted_mean(allele_log_probabilities(logits), alleles, weight, settings)
     genotypes = alleles.unflatten(0, (-1, 2)).sum(1)
-    genotype = _masked_mean(genotype_log_probabilities(logits), genotypes, hidden[::2], settings)
+    genotype = _weighted_mean(genotype_log_probabilities(logits), genotypes, weight[::2], settings)
     total = settings.haplotype_weight * haplotype + settings.genotype_weight * genotype
     return Losses(total, haplotype, genotype)
 
 
-def _masked_mean(log_probabilities: Tensor, truth: Tensor, hidden: Tensor, settings: LossConfig) -> Tensor:
-    """Mean over hidden sites of -(1 - p)^gamma log p (focal, Lin et al. 2017; gamma 0 is cross-entropy)."""
+def _weighted_mean(log_probabilities: Tensor, truth: Tensor, weight: Tensor, settings: LossConfig) -> Tensor:
+    """Weighted mean over sites of -(1 - p)^gamma log p (focal, Lin et al. 2017; gamma 0 is cross-entropy)."""
     chosen = log_probabilities.gather(-1, truth[..., None])[..., 0]
     cost = -chosen
     if settings.kind == "focal":
         # The floor keeps the slope of a fractional power finite where p is 1.
         cost = cost * (-torch.expm1(chosen)).clamp_min(1e-8) ** settings.focal_gamma
-    return (cost * hidden).sum() / hidden.sum().clamp_min(1)
+    return (cost * weight).sum() / weight.sum().clamp_min(1e-6)

@@ -118,7 +118,7 @@ class CopyingPooling(nn.Module):
         penalty = torch.exp(features @ self.penalty.float() * self._GAIN)[:, None]
         switch = -torch.expm1(-rate * gap)
         cost = penalty * site_weight[batch.typed]
-        posterior = copying_posterior(retrieved.mismatch, cost, switch)
+        posterior = copying_posterior(retrieved.mismatch, cost, switch, batch.near)
         between = _flanking(batch)
         ancestry = posterior @ _membership(batch, retrieved)
         written_out = retrieved.embeddings is not None
@@ -141,18 +141,18 @@ def _evidence(
     between: tuple[Tensor, Tensor, Tensor],
     density: Tensor,
 ) -> Evidence:
-    lengths = match_lengths(retrieved.mismatch, position, batch.typed_count).mul_(posterior)
+    lengths = match_lengths(retrieved.mismatch, position, batch.typed_count, batch.near).mul_(posterior)
     of_alt = interpolated_dosage(lengths, retrieved.alleles, *between)
     spread = torch.special.entr(posterior).sum(-1) / math.log(max(2, posterior.shape[-1]))
     overall = interpolated_weights(torch.stack([lengths.sum(-1), spread], dim=-1), *between)
     left, right, _ = between
     sites = batch.sites.position[batch.core]
-    before, after = (position.gather(1, place) for place in (left, right))
+    before, after = (position[:, batch.near].gather(1, place) for place in (left, right))
     return Evidence(
         alt_length=of_alt / dosage.clamp_min(_LEAST),
         ref_length=(overall[:, 0] - of_alt).clamp_min(0) / (1 - dosage).clamp_min(_LEAST),
         uncertainty=overall[:, 1],
-        share=retrieved.alleles.float().mean(1),
+        share=retrieved.alleles.sum(1, dtype=torch.int32) / retrieved.alleles.shape[1],
         nearest=torch.minimum((sites - before).abs(), (after - sites).abs()),
         gap=(after - before).abs(),
         density=density[:, None].expand_as(dosage),
@@ -161,14 +161,15 @@ def _evidence(
 
 def _membership(batch: Batch, retrieved: Retrieved) -> Tensor:
     """1 where a neighbour belongs to a population, float32 [B, K, P]."""
-    populations = len(batch.sites.population_frequency)
+    populations = batch.population_frequency.shape[1]
     return nn.functional.one_hot(retrieved.population, populations).float()
 
 
 def _flanking(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """The typed sites on either side of every site of the core, and the right one's share, each [B, L].
 
-    The sites are places in a row of ``batch.typed``; beyond the first and the last both sides are the same.
+    The sites are places in the part ``batch.near`` of a row of ``batch.typed``; beyond the first and the last
+    typed site both sides are the same.
     """
     sites = torch.arange(batch.core.start, batch.core.stop, device=batch.typed.device)
     # The filled-up part of a row repeats the last site, so rows stay sorted.
@@ -180,7 +181,7 @@ def _flanking(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     start = position[batch.typed.gather(1, left)]
     between = position[batch.typed.gather(1, right)] - start
     share = torch.where(between > 0, (position[sites] - start) / between.clamp_min(1e-12), 0.0)
-    return left, right, share.clamp(0, 1)
+    return left - batch.near.start, right - batch.near.start, share.clamp(0, 1)
 
 
 def pooled_embedding(pooled: Pooled, retrieved: Retrieved, codebook: Tensor) -> Tensor:

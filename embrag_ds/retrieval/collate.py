@@ -6,7 +6,7 @@ batch's generation, search, fetch. It runs in the rank's own process, never in a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -18,6 +18,8 @@ from embrag_ds.data.dataset import Samples, WindowedPanel
 from embrag_ds.data.tokens import MASK
 from embrag_ds.errors import UserError
 from embrag_ds.retrieval.cache import ReferenceSource, WindowCode
+from embrag_ds.retrieval.copying import mismatches
+from embrag_ds.retrieval.frequency import frequencies_without
 from embrag_ds.retrieval.packed import PackedReference
 from embrag_ds.retrieval.store import Query, Store
 from embrag_ds.retrieval.streams import SideStream, Staging, hand_over
@@ -27,12 +29,11 @@ from embrag_ds.retrieval.streams import SideStream, Staging, hand_over
 class SiteTensors:
     """:class:`~embrag_ds.data.dataset.SiteFeatures` as tensors, float32.
 
-    ``position`` [L] in cM, ``frequency`` [L], ``population_frequency`` [P, L].
+    ``position`` [L] in cM, ``frequency`` [L] as the embedding layer sees it.
     """
 
     position: Tensor
     frequency: Tensor
-    population_frequency: Tensor
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,16 @@ class Batch:
     """A micro-batch on the device. ``core`` is the place of the predicted sites within the window.
 
     In the core: ``tokens`` int64 [B, L] is what the query shows, ``hidden`` bool [B, L] where it hides,
-    ``alleles`` int64 [B, L] the truth (meaningless at the hidden sites of people to be imputed). In the
-    whole window: ``sites`` has the features of its sites, ``typed`` int64 [B, T] lists the sites each
+    ``alleles`` int64 [B, L] the truth (meaningless at the hidden sites of people to be imputed). ``frequency``
+    [B, L] and ``population_frequency`` [B, P, L], float32, are those of ALT among the people whom the query may
+    retrieve (see :mod:`embrag_ds.retrieval.frequency`); ``scored`` bool [B, L] are the hidden sites with as many
+    copies left among them as the rarest site of the panel has. At the others the loss does not count: such a
+    site would not be in a panel without the query, so that it is here says that the query has the allele.
+
+    In the whole window: ``sites`` has the features of its sites, ``typed`` int64 [B, T] lists the sites each
     query shows, in order, ``typed_count`` int64 [B] says how many they are; the rest of a row repeats
-    the window's last site. ``retrieved`` is None in mode ``none``. ``bytes_moved`` counts what went from host to
+    the window's last site; ``near`` are the places in those rows of all typed sites that lie in the core or next to it.
+    ``retrieved`` is None in mode ``none``. ``bytes_moved`` counts what went from host to
     device for it. ``ready`` marks, on a CUDA device, the end of what builds the batch (:func:`receive`).
     """
 
@@ -74,8 +81,12 @@ class Batch:
     tokens: Tensor
     hidden: Tensor
     alleles: Tensor
+    scored: Tensor
+    frequency: Tensor
+    population_frequency: Tensor
     typed: Tensor
     typed_count: Tensor
+    near: slice
     sites: SiteTensors
     retrieved: Retrieved | None
     bytes_moved: int
@@ -95,7 +106,7 @@ class RetrievalCollator:
         data: WindowedPanel,
         device: torch.device,
         *,
-        panel: PackedReference | None,
+        panel: PackedReference,
         store: Store | None,
         source: ReferenceSource | None,
         k: int,
@@ -104,7 +115,7 @@ class RetrievalCollator:
         slots: int = 1,
         live: bool = False,
     ):
-        """``panel``, ``store`` and ``source`` are None in mode ``none``; ``exclusions`` int64 [N, E] lists, for
+        """``store`` and ``source`` are None in mode ``none``; ``exclusions`` int64 [N, E] lists, for
         every panel person, the people it must not retrieve (itself first). A batch holds at most ``people``
         people; ``slots`` of staging are used in turn."""
         self._data = data
@@ -122,6 +133,7 @@ class RetrievalCollator:
             )
         self._excluded = _excluded_haplotypes(exclusions, reference.person_of)
         self._population_of = torch.from_numpy(reference.population_of).to(device)
+        self._population_sizes = torch.from_numpy(reference.population_sizes).to(device)
         longest = max(map(len, data.windows))
         core = max(window.core_stop - window.core_start for window in data.windows)
         self.staging = Staging(device, slots, self._slot_bytes(people, longest, core))
@@ -132,8 +144,7 @@ class RetrievalCollator:
         populations = len(self._data.reference.populations.names)
         needed = people * sites * (2 + 1 + 8) + 8 * people * (self._excluded.shape[1] + 1)
         needed += sites * (8 + 4 * (2 + populations))
-        if self._panel is not None:
-            needed += self._panel.staged_bytes(sites) + self._panel.staged_bytes(core)
+        needed += self._panel.staged_bytes(sites) + self._panel.staged_bytes(core)
         return needed + 16 * 256  # alignment
 
     @property
@@ -158,20 +169,36 @@ class RetrievalCollator:
         hidden = put(samples.hidden).repeat_interleave(2, dim=0)
         tokens = alleles.masked_fill(hidden, MASK)
         typed, count = _typed_sites(samples.hidden)
+        features = self._data.features(samples.window)
+        excluded = put(self._excluded[samples.people])
+        core = np.arange(window.core.start, window.core.stop)
+        reference = self._panel.alleles(samples.window, core, self.staging).T.contiguous()
+        frequencies = frequencies_without(
+            excluded,
+            reference,
+            self._population_of,
+            put(np.ascontiguousarray(features.counts[:, window.core])),
+            self._population_sizes,
+        )
+        listed = frequencies.copies >= self._data.reference.panel.fewest_copies
         batch = Batch(
             window=samples.window,
             core=window.core,
             tokens=tokens[:, window.core],
             hidden=hidden[:, window.core],
             alleles=alleles[:, window.core],
+            scored=hidden[:, window.core] & listed.repeat_interleave(2, dim=0),
+            frequency=frequencies.overall.repeat_interleave(2, dim=0),
+            population_frequency=frequencies.population.repeat_interleave(2, dim=0),
             typed=put(typed).repeat_interleave(2, dim=0),
             typed_count=put(count).repeat_interleave(2, dim=0),
-            sites=_staged_sites(self._data, samples.window, put),
+            near=_near(samples.hidden, window.core),
+            sites=SiteTensors(put(features.position), put(features.frequency)),
             retrieved=None,
             bytes_moved=0,
             ready=None,
         )
-        if self._panel is not None and self._store is not None and self._source is not None:
+        if self._store is not None and self._source is not None:
             # Found on the CPU: on a GPU the size of the result would force a synchronisation.
             shown = np.flatnonzero(~samples.hidden.all(0))
             if not shown.size:
@@ -182,30 +209,24 @@ class RetrievalCollator:
                 shown=shown,
                 shown_on_device=put(shown),
                 alleles=self._panel.alleles(samples.window, shown, self.staging),
-                excluded=put(self._excluded[samples.people]).repeat_interleave(2, dim=0),
+                excluded=excluded.repeat_interleave(2, dim=0),
                 typed_per_haplotype=float(count.mean()),
             )
             code = self._source.code(samples.window, step)
-            retrieved = self._retrieve(query, batch, code, self._store, self._panel)
+            retrieved = self._retrieve(query, batch, code, self._store, reference)
             batch = replace(batch, retrieved=retrieved, bytes_moved=code.codebook.nbytes + code.weights.nbytes)
         self.staging.end()
         return batch
 
-    def _retrieve(
-        self, query: Query, batch: Batch, code: WindowCode, store: Store, panel: PackedReference
-    ) -> Retrieved:
+    def _retrieve(self, query: Query, batch: Batch, code: WindowCode, store: Store, reference: Tensor) -> Retrieved:
         ids = store.search(query, code, self.k)
-        core = np.arange(batch.core.start, batch.core.stop)
-        in_core = panel.alleles(query.window, core, self.staging).T.contiguous()
         # Where each typed site lies among the shown ones; what fills a row up lies anywhere.
         place = torch.searchsorted(query.shown_on_device, batch.typed).clamp_max_(len(query.shown) - 1)
-        valid = torch.arange(batch.typed.shape[1], device=ids.device) < batch.typed_count[:, None]
-        at_typed = query.alleles[place[:, :, None], ids[:, None, :]]
-        differs = at_typed != query.tokens.gather(1, batch.typed)[:, :, None]
+        shown = query.tokens.gather(1, batch.typed)
         return Retrieved(
             ids=ids,
-            alleles=in_core[ids],
-            mismatch=differs & valid[:, :, None],
+            alleles=reference[ids],
+            mismatch=mismatches(query.alleles, place, ids, shown, batch.typed_count),
             population=self._population_of[ids],
             codebook=None if self._live else code.codebook,
             embeddings=store.embeddings(query.window, ids, code.generation),
@@ -251,11 +272,15 @@ def _typed_sites(hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(filled, hidden.shape[1] - 1, order), count
 
 
+def _near(hidden: np.ndarray, core: slice) -> slice:
+    """Of every person's typed sites, in order: the places from the last before the core to the first beyond it."""
+    before = (~hidden[:, : core.start]).sum(1)
+    until = (~hidden[:, : core.stop]).sum(1)
+    last = np.maximum((~hidden).sum(1) - 1, 0)
+    return slice(max(0, int(before.min()) - 1), int(np.minimum(until, last).max()) + 1)
+
+
 def site_tensors(data: WindowedPanel, window: int, device: torch.device) -> SiteTensors:
     """A window's site features on the device."""
-    return _staged_sites(data, window, lambda array: torch.from_numpy(array).to(device))
-
-
-def _staged_sites(data: WindowedPanel, window: int, put: Callable[[np.ndarray], Tensor]) -> SiteTensors:
     features = data.features(window)
-    return SiteTensors(put(features.position), put(features.frequency), put(features.population_frequency))
+    return SiteTensors(*(torch.from_numpy(each).to(device) for each in (features.position, features.frequency)))

@@ -183,9 +183,12 @@ def test_other_measures_use_what_the_file_has(study: dict, tmp_path: Path) -> No
     write_dosages(tmp_path / "bare.vcf.gz", study["people"], range(SITES), noise)
     report = score(study, imputed={"full": tmp_path / "full.vcf.gz", "bare": tmp_path / "bare.vcf.gz"})
     full, bare = report.tools["full"], report.tools["bare"]
-    assert full.iqs_from == "genotype probabilities" and bare.iqs_from == "best guesses"
+    assert report.iqs_from == "best guesses"  # what both have
     assert full.calibration_error == 0.0 and bare.calibration_error is None and bare.dr2_correlation is None
+    assert full.rare_calibration_error == 0.0 and full.calibration_curve[-1][:2] == (1.0, 1.0)
     assert full.iqs["all"] == pytest.approx(1.0)
+    alone = score(study, imputed={"full": tmp_path / "full.vcf.gz"})
+    assert alone.iqs_from == "genotype probabilities"
     called = np.rint(noise)
     assert bare.concordance["all"] == pytest.approx((called == counts)[UNTYPED].mean())
     undefined = int((np.ptp(counts[UNTYPED], axis=1) == 0).sum())
@@ -197,7 +200,7 @@ def test_dr2_is_compared_with_the_true_r2_of_its_own_site(study: dict, tmp_path:
     true_r2 = np.nan_to_num(metrics.site_r2(study["counts"], dosage))
     write_dosages(tmp_path / "a.vcf.gz", study["people"], range(SITES), dosage, dr2=true_r2)
     report = score(study, imputed={"a": tmp_path / "a.vcf.gz"})
-    assert report.tools["a"].dr2_correlation == pytest.approx(1.0, abs=1e-4)
+    assert report.tools["a"].dr2_correlation["all"] == pytest.approx(1.0, abs=1e-4)
 
 
 def test_intervals_are_seeded_and_differences_paired(study: dict, tmp_path: Path) -> None:

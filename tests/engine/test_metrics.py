@@ -236,13 +236,20 @@ def test_calibration_by_hand() -> None:
     gp = np.array([[[0.8, 0.2, 0.0], [0.8, 0.1, 0.1], [0.4, 0.35, 0.25], [1.0, 0.0, 0.0]]])
     accumulator.add(np.array([[0.0, 1.0, 0.0, np.nan]]), gp)
     assert accumulator.result() == pytest.approx((abs(1 - 1.6) + abs(1 - 0.4)) / 3)
+    assert accumulator.curve() == [(pytest.approx(0.4), 1.0, 1), (pytest.approx(0.8), 0.5, 2)]
+    some = metrics.Calibration()
+    some.add(np.array([[0.0, 1.0, 0.0, np.nan]]), gp, np.array([[True, False, False, True]]))
+    assert some.curve() == [(pytest.approx(0.8), 1.0, 1)]
 
 
 def test_estimate_correlation_leaves_out_undefined_sites() -> None:
     estimated = np.array([0.1, 0.5, 0.9, np.nan, 0.2])
     true = np.array([0.2, 0.4, 0.8, 0.1, np.nan])
-    assert metrics.estimate_correlation(estimated, true) == pytest.approx(np.corrcoef(estimated[:3], true[:3])[0, 1])
-    assert math.isnan(metrics.estimate_correlation(np.ones(3), true[:3]))
+    af = np.array([0.3, 0.4, 0.004, 0.004, 0.2])
+    found = metrics.estimate_correlation(estimated, true, af)
+    assert found["all"] == pytest.approx(np.corrcoef(estimated[:3], true[:3])[0, 1])
+    assert found["5-50 %"] == pytest.approx(1.0) and math.isnan(found["all <1 %"])
+    assert math.isnan(metrics.estimate_correlation(np.ones(3), true[:3], af[:3])["all"])
 
 
 def test_by_bin_is_the_mean_over_defined_sites() -> None:

@@ -56,6 +56,7 @@ def test_scores_are_those_of_the_hidden_genotypes(trainer: Trainer) -> None:
     """Against an oracle that collects every hidden genotype and correlates."""
     rows: dict[int, list[tuple[float, float, float, float, float]]] = {n: [] for n in range(len(VALIDATION_MASKS))}
     calls = []
+    fewest = trainer.sampler.data.reference.panel.fewest_copies
 
     def collate(samples: Samples) -> Batch:
         calls.append(samples)
@@ -66,10 +67,12 @@ def test_scores_are_those_of_the_hidden_genotypes(trainer: Trainer) -> None:
         logits = 3.0 * batch.alleles - 1.5 + 2 * noise
         prior = 3.0 * batch.alleles - 1.5 + 3 * noise
         mask = (len(calls) - 1) // (2 * 3)  # two blocks of people, three windows
-        frequency = batch.sites.frequency[batch.core]
+        core = trainer.sampler.data.windows[batch.window].core_sites
+        frequency = trainer.sampler.data.reference.allele_frequency[core]
+        listed = trainer.sampler.data.reference.minor_copies[core] >= fewest
         for person in range(len(batch.alleles) // 2):
             for site in range(batch.alleles.shape[1]):
-                if batch.hidden[2 * person, site]:
+                if batch.hidden[2 * person, site] and listed[site]:
                     pair = slice(2 * person, 2 * person + 2)
                     p, q = logits[pair, site].sigmoid().tolist()
                     truth = int(batch.alleles[pair, site].sum())

@@ -84,10 +84,10 @@ def test_the_prior_mixes_copied_dosage_and_the_frequency_of_the_neighbours_popul
         pooled = network.pooling(batch, batch.retrieved, weight / weight.mean())
     share = float(torch.sigmoid(network.background.detach()))
     found = predict(network, batch).prior.sigmoid()
-    frequency = world.data.features(1).population_frequency[:, batch.core]
+    frequency = batch.population_frequency
     for row in range(4):
         for site in range(found.shape[1]):
-            expected = sum(float(pooled.ancestry[row, p, site]) * float(frequency[p, site]) for p in range(3))
+            expected = sum(float(pooled.ancestry[row, p, site]) * float(frequency[row, p, site]) for p in range(3))
             mixed = (1 - share) * float(pooled.dosage[row, site]) + share * expected
             assert float(found[row, site]) == pytest.approx(min(max(mixed, 1e-5), 1 - 1e-5), abs=1e-5)
 

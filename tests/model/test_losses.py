@@ -30,24 +30,29 @@ def alt_probability(logit: float) -> float:
     return 1 / (1 + math.exp(-logit))
 
 
-def slow_losses(logits, alleles, hidden, gamma: float) -> tuple[float, float]:
-    """Haplotype and genotype loss, by loops."""
+EVEN = torch.tensor([0.5])
+
+
+def slow_losses(logits, alleles, hidden, gamma: float, weights: list[float]) -> tuple[float, float]:
+    """Haplotype and genotype loss, by loops; ``weights`` of the sites."""
     people, sites = len(logits) // 2, logits.shape[1]
     haplotype: list[float] = []
     genotype: list[float] = []
+    total = 0.0
     for person in range(people):
         for site in range(sites):
             if not hidden[2 * person, site]:
                 continue
+            total += weights[site]
             one, two = (alt_probability(float(logits[2 * person + i, site])) for i in range(2))
             for i, share in enumerate((one, two)):
                 right = share if alleles[2 * person + i, site] == 1 else 1 - share
-                haplotype.append(-((1 - right) ** gamma) * math.log(right))
+                haplotype.append(-weights[site] * ((1 - right) ** gamma) * math.log(right))
             # Both phases of a heterozygote count as one genotype.
             chances = [(1 - one) * (1 - two), one * (1 - two) + (1 - one) * two, one * two]
             right = chances[int(alleles[2 * person, site]) + int(alleles[2 * person + 1, site])]
-            genotype.append(-((1 - right) ** gamma) * math.log(right))
-    return sum(haplotype) / max(len(haplotype), 1), sum(genotype) / max(len(genotype), 1)
+            genotype.append(-weights[site] * ((1 - right) ** gamma) * math.log(right))
+    return sum(haplotype) / max(2 * total, 1e-9), sum(genotype) / max(total, 1e-9)
 
 
 @settings(max_examples=50)
@@ -58,13 +63,16 @@ def slow_losses(logits, alleles, hidden, gamma: float) -> tuple[float, float]:
     rate=st.sampled_from([0.1, 0.5, 1.1]),
     gamma=st.sampled_from([None, 0.0, 0.5, 1.0, 2.0, 3.7]),
     weights=st.sampled_from([(1.0, 0.5), (0.0, 2.0), (3.0, 0.0)]),
+    rarity=st.sampled_from([0.0, 0.5, 1.0]),
 )
-def test_losses_equal_plain_loops(seed, people, sites, rate, gamma, weights) -> None:
+def test_losses_equal_plain_loops(seed, people, sites, rate, gamma, weights, rarity) -> None:
     logits, alleles, hidden = random_case(seed, people, sites, rate)
     kind = "cross_entropy" if gamma is None else "focal"
-    config = LossConfig(kind, gamma if gamma is not None else 2.0, *weights)
-    found = imputation_loss(logits, alleles, hidden, config)
-    haplotype, genotype = slow_losses(logits, alleles, hidden, gamma or 0.0)
+    config = LossConfig(kind, gamma if gamma is not None else 2.0, *weights, rarity)
+    frequency = torch.rand(sites, generator=torch.Generator().manual_seed(seed)).clamp(0.01, 0.99)
+    found = imputation_loss(logits, alleles, hidden, frequency, config)
+    by_site = [min(f, 1 - f) ** -rarity for f in frequency.tolist()]
+    haplotype, genotype = slow_losses(logits, alleles, hidden, gamma or 0.0, by_site)
     assert float(found.haplotype) == pytest.approx(haplotype, rel=1e-4, abs=1e-6)
     assert float(found.genotype) == pytest.approx(genotype, rel=1e-4, abs=1e-6)
     assert float(found.total) == pytest.approx(weights[0] * haplotype + weights[1] * genotype, rel=1e-4, abs=1e-6)
@@ -74,7 +82,10 @@ def test_the_mean_is_per_masked_site_whatever_is_shown_beside_them() -> None:
     logits, alleles, hidden = random_case(1, 2, 6)
     wide = [torch.cat([part, part], dim=1) for part in (logits, alleles)]
     shown = torch.cat([hidden, torch.zeros_like(hidden)], dim=1)
-    narrow, padded = imputation_loss(logits, alleles, hidden, LossConfig()), imputation_loss(*wide, shown, LossConfig())
+    narrow, padded = (
+        imputation_loss(logits, alleles, hidden, EVEN, LossConfig()),
+        imputation_loss(*wide, shown, EVEN, LossConfig()),
+    )
     assert float(narrow.total) == pytest.approx(float(padded.total), rel=1e-6)
 
 
@@ -82,7 +93,7 @@ def test_the_mean_is_per_masked_site_whatever_is_shown_beside_them() -> None:
 def test_shown_sites_get_no_gradient(kind: str) -> None:
     logits, alleles, hidden = random_case(1, 2, 20)
     logits.requires_grad_()
-    imputation_loss(logits, alleles, hidden, LossConfig(kind)).total.backward()
+    imputation_loss(logits, alleles, hidden, EVEN, LossConfig(kind)).total.backward()
     assert (logits.grad[~hidden] == 0).all() and (logits.grad[hidden] != 0).all()
 
 
@@ -91,14 +102,14 @@ def test_a_confident_right_prediction_costs_nothing_and_a_wrong_one_its_logit(ki
     """A double softmax would leave the right one at 0.31 or more."""
     _, alleles, hidden = random_case(1, 2, 20)
     right = 40.0 * (2 * alleles.float() - 1)
-    assert float(imputation_loss(right, alleles, hidden, LossConfig(kind)).total) < 1e-6
-    wrong = imputation_loss(-right, alleles, hidden, LossConfig(kind))
+    assert float(imputation_loss(right, alleles, hidden, EVEN, LossConfig(kind)).total) < 1e-6
+    wrong = imputation_loss(-right, alleles, hidden, EVEN, LossConfig(kind))
     assert float(wrong.haplotype) == pytest.approx(40, rel=1e-3)
 
 
 def test_an_even_prediction_costs_one_bit() -> None:
     _, alleles, hidden = random_case(1, 2, 20)
-    even = imputation_loss(torch.zeros(4, 20), alleles, hidden, LossConfig())
+    even = imputation_loss(torch.zeros(4, 20), alleles, hidden, EVEN, LossConfig())
     assert float(even.haplotype) == pytest.approx(math.log(2), rel=1e-6)
 
 
@@ -106,7 +117,7 @@ def test_an_even_prediction_costs_one_bit() -> None:
 def test_nothing_hidden_costs_zero_with_finite_gradients(kind: str) -> None:
     logits, alleles, hidden = random_case(1, 2, 5)
     logits.requires_grad_()
-    found = imputation_loss(logits, alleles, torch.zeros_like(hidden), LossConfig(kind))
+    found = imputation_loss(logits, alleles, torch.zeros_like(hidden), EVEN, LossConfig(kind))
     found.total.backward()
     assert [float(part.detach()) for part in (found.total, found.haplotype, found.genotype)] == [0, 0, 0]
     assert (logits.grad == 0).all()
@@ -117,7 +128,7 @@ def test_nothing_hidden_costs_zero_with_finite_gradients(kind: str) -> None:
 def test_saturated_logits_keep_losses_and_gradients_finite(gamma: float, logit: float) -> None:
     alleles = torch.tensor([[1, 0, 1, 0], [1, 0, 0, 1]])
     logits = torch.tensor([[logit, -logit, -logit, logit], [logit, -logit, -logit, logit]], requires_grad=True)
-    found = imputation_loss(logits, alleles, torch.ones(2, 4, dtype=torch.bool), LossConfig("focal", gamma))
+    found = imputation_loss(logits, alleles, torch.ones(2, 4, dtype=torch.bool), EVEN, LossConfig("focal", gamma))
     found.total.backward()
     assert torch.isfinite(found.total) and torch.isfinite(logits.grad).all()
 
@@ -154,6 +165,7 @@ def test_allele_probabilities_sum_to_one() -> None:
         {"focal_gamma": -1.0},
         {"haplotype_weight": 0.0, "genotype_weight": 0.0},
         {"haplotype_weight": -1.0, "genotype_weight": 2.0},
+        {"rarity": -0.5},
     ],
 )
 def test_bad_settings_are_user_errors(settings: dict[str, float]) -> None:

@@ -147,7 +147,6 @@ def test_a_batch_holds_what_its_docstring_says(build, way: int) -> None:
         assert batch.typed.shape[1] == int(batch.typed_count.max())
         assert torch.equal(found.codebook, embedding.codebooks[number][window.core, :2])
         assert batch.sites.position.shape == batch.sites.frequency.shape == (length,)
-        assert batch.sites.population_frequency.shape == (3, length)
 
 
 @WAY

@@ -12,8 +12,16 @@ from embrag_ds.retrieval.copying import (
     copying_posterior,
     interpolated_dosage,
     interpolated_weights,
+    mismatches,
     posterior_torch,
 )
+
+
+def some_of(seed: int, sites: int) -> slice:
+    """Some of so many sites, at least one."""
+    first = seed % sites
+    return slice(first, first + 1 + seed // 7 % (sites - first))
+
 
 BOTH = pytest.mark.parametrize("posterior_of", [copying_posterior, posterior_torch], ids=["compiled", "torch"])
 
@@ -68,11 +76,12 @@ def test_the_posterior_equals_forward_backward_with_the_full_transition_matrix(
     posterior_of, seed: int, queries: int, sites: int, states: int, harshness: float
 ) -> None:
     mismatch, cost, switch = random_case(seed, queries, sites, states, harshness)
-    found = posterior_of(mismatch, cost, switch)
-    assert found.shape == mismatch.shape and found.dtype == torch.float32
+    near = some_of(seed, sites)
+    found = posterior_of(mismatch, cost, switch, near)
+    assert found.shape == mismatch[:, near].shape and found.dtype == torch.float32
     for query in range(queries):
         emission = np.exp(-cost[query].double().numpy()[:, None] * mismatch[query].numpy())
-        expected = slow_posterior(emission, switch[query].double().numpy())
+        expected = slow_posterior(emission, switch[query].double().numpy())[near]
         assert np.allclose(found[query].numpy(), expected, rtol=1e-3, atol=2e-5)
 
 
@@ -90,15 +99,45 @@ def test_compiled_gradients_equal_those_of_autograd_in_double_precision(
     seed: int, queries: int, sites: int, states: int
 ) -> None:
     mismatch, cost, switch = random_case(seed, queries, sites, states)
-    weight = torch.randn(mismatch.shape, generator=torch.Generator().manual_seed(seed))
+    near = some_of(seed, sites)
+    weight = torch.randn(mismatch[:, near].shape, generator=torch.Generator().manual_seed(seed))
     gradients = []
     for posterior_of, kind in ((copying_posterior, torch.float32), (posterior_torch, torch.float64)):
         inputs = [each.detach().to(kind).requires_grad_() for each in (cost, switch)]
-        (posterior_of(mismatch, *inputs) * weight.to(kind)).sum().backward()
+        (posterior_of(mismatch, *inputs, near) * weight.to(kind)).sum().backward()
         gradients.append([torch.zeros_like(cost) if each.grad is None else each.grad.float() for each in inputs])
     for compiled, exact in zip(*gradients, strict=True):
         scale = float(exact.abs().max()) + 1e-3
         assert torch.allclose(compiled, exact, rtol=1e-3, atol=1e-4 * scale + 2e-6), (compiled, exact)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_it_is_the_same_whether_or_not_gradients_are_kept(seed: int) -> None:
+    mismatch, cost, switch = random_case(seed, 3, 9, 6)
+    near = some_of(seed, 9)
+    kept = copying_posterior(mismatch, cost.clone().requires_grad_(), switch, near)
+    assert kept.requires_grad
+    assert torch.allclose(copying_posterior(mismatch, cost, switch, near), kept.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_mismatches_equal_a_plain_loop() -> None:
+    rng = np.random.default_rng(1)
+    alleles = torch.from_numpy(rng.integers(0, 2, (7, 12), dtype=np.uint8))
+    place, tokens = (torch.from_numpy(rng.integers(0, high, (3, 5))) for high in (7, 2))
+    ids, count = torch.from_numpy(rng.integers(0, 12, (3, 4))), torch.tensor([5, 0, 2])
+    found = mismatches(alleles, place, ids, tokens, count)
+    for b, t, k in np.ndindex(3, 5, 4):
+        expected = t < int(count[b]) and int(alleles[place[b, t], ids[b, k]]) != int(tokens[b, t])
+        assert bool(found[b, t, k]) == expected
+
+
+@pytest.mark.gpu
+def test_mismatches_on_the_gpu_are_those_of_the_cpu() -> None:
+    rng = np.random.default_rng(1)
+    alleles = torch.from_numpy(rng.integers(0, 2, (70, 120), dtype=np.uint8))
+    place, tokens = (torch.from_numpy(rng.integers(0, high, (3, 50))) for high in (70, 2))
+    given = alleles, place, torch.from_numpy(rng.integers(0, 120, (3, 40))), tokens, torch.tensor([50, 0, 20])
+    assert torch.equal(mismatches(*(each.cuda() for each in given)).cpu(), mismatches(*given))
 
 
 @BOTH

@@ -1,0 +1,242 @@
+"""The copying model's loops, compiled for CPUs (numba), one haplotype a task.
+
+Shapes: B haplotypes, T typed sites, K neighbours, L sites; N typed sites from ``first`` to ``last``, around the core.
+All fill arrays that the caller made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+
+_MOST_THREADS: int = numba.get_num_threads()
+_compiled: Any = numba.njit(parallel=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})
+
+
+def use_torch_threads() -> None:
+    """Compiled loops know nothing of torch's setting; several ranks on a machine rely on it."""
+    numba.set_num_threads(min(_MOST_THREADS, torch.get_num_threads()))
+
+
+@_compiled
+def mismatches(alleles, place, ids, tokens, count, out):
+    """out [B, T, K]: where haplotype ``ids`` [B, K] differs from ``tokens`` [B, T] at row ``place`` [B, T] of
+    ``alleles`` [T', H]; False from a row's ``count`` [B] on."""
+    queries, sites, neighbours = out.shape
+    for b in numba.prange(queries):
+        for t in range(sites):
+            if t < count[b]:
+                row = alleles[place[b, t]]
+                for k in range(neighbours):
+                    out[b, t, k] = row[ids[b, k]] != tokens[b, t]
+            else:
+                out[b, t] = False
+
+
+@_compiled
+def posterior_alone(mismatch, likelihood, switch, first, last, posterior):
+    """Fill posterior [B, N, K]; ``likelihood`` [B, T] is that of a mismatch.
+
+    Nothing is kept for sites that are not asked for, and what a pass is divided by at a site is
+    multiplied into the next.
+    """
+    queries, sites, neighbours = mismatch.shape
+    for b in numba.prange(queries):
+        state = np.empty(neighbours, dtype=np.float32)
+        total = np.float32(0)
+        for k in range(neighbours):
+            state[k] = likelihood[b, 0] if mismatch[b, 0, k] else np.float32(1)
+            total += state[k]
+        if first == 0:
+            posterior[b, 0] = state
+        for t in range(1, last):
+            stay, jump = (np.float32(1) - switch[b, t]) / total, switch[b, t] / np.float32(neighbours)
+            miss = likelihood[b, t]
+            total = np.float32(0)
+            for k in range(neighbours):
+                moved = stay * state[k] + jump
+                moved *= miss if mismatch[b, t, k] else np.float32(1)
+                state[k] = moved
+                total += moved
+            if t >= first:
+                posterior[b, t - first] = state
+        state[:] = np.float32(0)
+        stay, jump = np.float32(0), np.float32(1)
+        for t in range(sites - 1, first - 1, -1):
+            miss = likelihood[b, t]
+            total = np.float32(0)
+            if t < last:
+                mass = np.float32(0)
+                for k in range(neighbours):
+                    after = stay * state[k] + jump
+                    both = posterior[b, t - first, k] * after
+                    posterior[b, t - first, k] = both
+                    mass += both
+                    seen = after * (miss if mismatch[b, t, k] else np.float32(1))
+                    state[k] = seen
+                    total += seen
+                scale = np.float32(1) / mass
+                for k in range(neighbours):
+                    posterior[b, t - first, k] *= scale
+            else:
+                for k in range(neighbours):
+                    seen = stay * state[k] + jump
+                    seen *= miss if mismatch[b, t, k] else np.float32(1)
+                    state[k] = seen
+                    total += seen
+            stay, jump = (np.float32(1) - switch[b, t]) / total, switch[b, t] / np.float32(neighbours)
+
+
+@_compiled
+def forward_backward(mismatch, likelihood, switch, first, last, alpha, beta, posterior):
+    """The same, and alpha and beta [B, T, K], for :func:`adjoint`."""
+    queries, sites, neighbours = mismatch.shape
+    for b in numba.prange(queries):
+        total = np.float32(0)
+        for k in range(neighbours):
+            alpha[b, 0, k] = likelihood[b, 0] if mismatch[b, 0, k] else np.float32(1)
+            total += alpha[b, 0, k]
+        for k in range(neighbours):
+            alpha[b, 0, k] /= total
+        for t in range(1, sites):
+            stay, jump = np.float32(1) - switch[b, t], switch[b, t] / np.float32(neighbours)
+            miss = likelihood[b, t]
+            total = np.float32(0)
+            for k in range(neighbours):
+                moved = stay * alpha[b, t - 1, k] + jump
+                moved *= miss if mismatch[b, t, k] else np.float32(1)
+                alpha[b, t, k] = moved
+                total += moved
+            scale = np.float32(1) / total
+            for k in range(neighbours):
+                alpha[b, t, k] *= scale
+        for k in range(neighbours):
+            beta[b, sites - 1, k] = np.float32(1)
+        for t in range(sites - 1, 0, -1):
+            stay, jump = np.float32(1) - switch[b, t], switch[b, t] / np.float32(neighbours)
+            miss = likelihood[b, t]
+            total = np.float32(0)
+            for k in range(neighbours):
+                seen = beta[b, t, k] * (miss if mismatch[b, t, k] else np.float32(1))
+                beta[b, t - 1, k] = seen
+                total += seen
+            scale = stay / total
+            for k in range(neighbours):
+                beta[b, t - 1, k] = scale * beta[b, t - 1, k] + jump
+        for t in range(first, last):
+            total = np.float32(0)
+            for k in range(neighbours):
+                posterior[b, t - first, k] = alpha[b, t, k] * beta[b, t, k]
+                total += posterior[b, t - first, k]
+            scale = np.float32(1) / total
+            for k in range(neighbours):
+                posterior[b, t - first, k] *= scale
+
+
+@_compiled
+def adjoint(
+    mismatch, likelihood, switch, first, last, alpha, beta, posterior, gradient, likelihood_slope, switch_slope
+):
+    """Add d L / d likelihood and d L / d switch [B, T], given ``gradient`` = d L / d posterior [B, N, K].
+
+    Reverse-mode differentiation of :func:`forward_backward`, recursion by recursion: the backward pass ran
+    from the last site to the first, so its adjoint runs from the first to the last, and the other way round
+    for the forward pass. For x = u / sum(u): du = (dx - sum(dx x)) / sum(u).
+    """
+    queries, sites, neighbours = mismatch.shape
+    for b in numba.prange(queries):
+        alpha_slope = np.zeros((sites, neighbours), dtype=np.float32)
+        beta_slope = np.zeros((sites, neighbours), dtype=np.float32)
+        for t in range(first, last):
+            total, mean = np.float32(0), np.float32(0)
+            for k in range(neighbours):
+                total += alpha[b, t, k] * beta[b, t, k]
+                mean += gradient[b, t - first, k] * posterior[b, t - first, k]
+            scale = np.float32(1) / total
+            for k in range(neighbours):
+                slope = (gradient[b, t - first, k] - mean) * scale
+                alpha_slope[t, k] = slope * beta[b, t, k]
+                beta_slope[t, k] = slope * alpha[b, t, k]
+        even = np.float32(1) / np.float32(neighbours)
+        for t in range(first + 1, sites):
+            stay, miss = np.float32(1) - switch[b, t], likelihood[b, t]
+            total, mean, moved = np.float32(0), np.float32(0), np.float32(0)
+            for k in range(neighbours):
+                seen = beta[b, t, k] * (miss if mismatch[b, t, k] else np.float32(1))
+                total += seen
+                mean += beta_slope[t - 1, k] * seen
+                moved += beta_slope[t - 1, k]
+            mean /= total
+            switch_slope[b, t] += moved * even - mean
+            missed = np.float32(0)
+            for k in range(neighbours):
+                slope = stay * (beta_slope[t - 1, k] - mean) / total
+                beta_slope[t, k] += slope * (miss if mismatch[b, t, k] else np.float32(1))
+                missed += slope * beta[b, t, k] if mismatch[b, t, k] else np.float32(0)
+            likelihood_slope[b, t] += missed
+        for t in range(last - 1, -1, -1):
+            stay, jump = np.float32(1) - switch[b, t], switch[b, t] * even
+            miss = likelihood[b, t]
+            total, mean = np.float32(0), np.float32(0)
+            for k in range(neighbours):
+                came = np.float32(1) if t == 0 else stay * alpha[b, t - 1, k] + jump
+                total += came * (miss if mismatch[b, t, k] else np.float32(1))
+                mean += alpha_slope[t, k] * alpha[b, t, k]
+            missed, moved = np.float32(0), np.float32(0)
+            for k in range(neighbours):
+                came = np.float32(1) if t == 0 else stay * alpha[b, t - 1, k] + jump
+                slope = (alpha_slope[t, k] - mean) / total
+                missed += slope * came if mismatch[b, t, k] else np.float32(0)
+                slope *= miss if mismatch[b, t, k] else np.float32(1)
+                if t > 0:
+                    moved += slope * (even - alpha[b, t - 1, k])
+                    alpha_slope[t - 1, k] += stay * slope
+            likelihood_slope[b, t] += missed
+            switch_slope[b, t] += moved
+
+
+@_compiled
+def match_lengths(mismatch, position, bounds, first, last, lengths):
+    """Fill lengths [B, N, K]; ``bounds`` [B, 2] are the positions of a row's first and last typed site."""
+    queries, sites, neighbours = mismatch.shape
+    for b in numba.prange(queries):
+        bound = np.full(neighbours, bounds[b, 0], dtype=np.float32)
+        for t in range(last):
+            here = position[b, t]
+            for k in range(neighbours):
+                bound[k] = here if mismatch[b, t, k] else bound[k]
+            if t >= first:
+                lengths[b, t - first] = bound
+        bound[:] = bounds[b, 1]
+        for t in range(sites - 1, first - 1, -1):
+            here = position[b, t]
+            for k in range(neighbours):
+                bound[k] = here if mismatch[b, t, k] else bound[k]
+            if t < last:
+                for k in range(neighbours):
+                    lengths[b, t - first, k] = max(bound[k] - lengths[b, t - first, k], np.float32(0))
+
+
+@_compiled
+def mix(posterior, alleles, left, right, share, dosage):
+    """Add to dosage [B, L] the interpolated posterior [B, N, K] of the neighbours whose alleles [B, K, L] are 1."""
+    for b in numba.prange(len(dosage)):
+        for k in range(alleles.shape[1]):
+            for site in range(alleles.shape[2]):
+                if alleles[b, k, site]:
+                    at_left, at_right = posterior[b, left[b, site], k], posterior[b, right[b, site], k]
+                    dosage[b, site] += at_left + share[b, site] * (at_right - at_left)
+
+
+@_compiled
+def mix_adjoint(gradient, alleles, left, right, share, slope):
+    """Add to slope [B, N, K] what :func:`mix` hands back of ``gradient`` [B, L]."""
+    for b in numba.prange(len(gradient)):
+        for k in range(alleles.shape[1]):
+            for site in range(alleles.shape[2]):
+                if alleles[b, k, site]:
+                    slope[b, left[b, site], k] += (np.float32(1) - share[b, site]) * gradient[b, site]
+                    slope[b, right[b, site], k] += share[b, site] * gradient[b, site]

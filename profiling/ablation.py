@@ -1,0 +1,184 @@
+"""What each part of a trained model adds, on the people its training held out.
+
+    python profiling/ablation.py --run-dir RUN --panel P [--map M] [--samples S] --typed sparse=A.vcf.gz \\
+        --typed dense=B.vcf.gz [--without-retrieval RUN2] --json FILE
+
+Rows, each with the same people, sites and windows:
+
+    no retrieval      a model trained with embrag.retrieval.mode = none (--without-retrieval)
+    random            the copying model over random haplotypes instead of the nearest
+    top 1             the single nearest haplotype
+    copying, fixed    the untrained copying model over the K nearest
+    copying, learned  the trained copying model, the residual left out
+    with residual     the whole trained model
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embrag_ds.config import EmbragConfig
+from embrag_ds.data.dataset import Samples, WindowedPanel, exclusion_table, read_manifest, split_people
+from embrag_ds.engine.checkpoint import ExportedModel, read_export
+from embrag_ds.engine.inputs import PanelFiles, PanelInputs, open_inputs, windowed
+from embrag_ds.engine.metrics import BIN_NAMES, AggregateR2
+from embrag_ds.engine.reference import Reference
+from embrag_ds.engine.trainer import MODEL_FILE
+from embrag_ds.errors import UserError
+from embrag_ds.launching import run_main
+from embrag_ds.model.imputer import Imputer, Prediction
+from embrag_ds.retrieval.collate import RetrievalCollator
+from embrag_ds.retrieval.search import TorchSearch, barred
+
+CPU = torch.device("cpu")
+BLOCK = 25
+
+
+class RandomSearch(TorchSearch):
+    """Neighbours at random, as many and with the same exclusions as the real search."""
+
+    name = "random"
+
+    def nearest(
+        self, tokens: Tensor, weights: Tensor, reference: Tensor, count: int, excluded: Tensor, k: int
+    ) -> tuple[Tensor, Tensor]:
+        order = torch.rand(len(tokens), count).masked_fill_(barred(excluded, count), -1)
+        ids = torch.topk(order, k, dim=1).indices
+        return torch.zeros(ids.shape), ids
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to impute: what builds its batches, the network, and what it reads off the prediction."""
+
+    collate: RetrievalCollator
+    network: Imputer
+    read: Callable[[Prediction], Tensor]
+
+    @torch.no_grad()
+    def dosage(self, samples: Samples) -> np.ndarray:
+        """ALT dosage [n sites, N]."""
+        haplotypes = self.read(self.network(self.collate(samples, 0))).sigmoid()
+        return haplotypes.unflatten(0, (-1, 2)).sum(1).T.numpy()
+
+
+def network_of(model: ExportedModel, trained: bool = True) -> Imputer:
+    network = Imputer(model.config.model)
+    if trained:
+        network.load_state_dict(model.weights)
+    return network.eval()
+
+
+def make_row(
+    model: ExportedModel,
+    data: WindowedPanel,
+    read: Callable[[Prediction], Tensor],
+    trained: bool = True,
+    k: int | None = None,
+    search: TorchSearch | None = None,
+) -> Row:
+    settings = model.config.retrieval if k is None else replace(model.config.retrieval, k=k)
+    network = network_of(model, trained)
+    reference = Reference(settings, data, network.embedding, CPU, exclusion_table(data.reference.panel.samples, None))
+    if model.snapshot is not None and trained:
+        reference.restore(model.snapshot)
+    else:
+        reference.begin_refresh(0)
+    return Row(reference.collator(BLOCK, search=search), network, read)
+
+
+def score(rows: dict[str, Row], data: WindowedPanel, people: np.ndarray, typed: np.ndarray, stride: int) -> dict:
+    """Aggregate r2 by MAF bin of every row, at the sites that are not ``typed`` bool [S]."""
+    tallies = {name: AggregateR2(1) for name in rows}
+    reference = data.reference
+    spoken = time.monotonic()
+    for window in data.windows[::stride]:
+        core = window.core_sites
+        scored = ~typed[core] & (reference.minor_copies[core] >= reference.panel.fewest_copies)
+        frequency = reference.allele_frequency[core][scored]
+        for start in range(0, len(people), BLOCK):
+            group = people[start : start + BLOCK]
+            alleles = data.people_alleles(window.index, group)
+            hidden = np.repeat(~typed[None, window.start : window.stop], len(group), axis=0)
+            samples = Samples(window.index, group, alleles, hidden)
+            truth = (alleles[0::2] + alleles[1::2]).T[window.core][scored]
+            for name, row in rows.items():
+                dosage = row.dosage(samples)[scored]
+                tallies[name].add(truth.reshape(-1, 1), dosage.reshape(-1, 1), np.repeat(frequency, truth.shape[1]))
+        if time.monotonic() - spoken > 10:
+            print(f"  window {window.index + 1}/{len(data.windows)}", flush=True)
+            spoken = time.monotonic()
+    return {name: tally.result() for name, tally in tallies.items()}
+
+
+def rows_of(
+    model: ExportedModel, without: ExportedModel | None, data: WindowedPanel, which: Iterable[str]
+) -> dict[str, Row]:
+    """The wanted rows, by name."""
+    prior, whole = (lambda found: found.prior), (lambda found: found.logits)
+    makers: dict[str, Callable[[], Row]] = {
+        "random": lambda: make_row(model, data, prior, search=RandomSearch()),
+        "top 1": lambda: make_row(model, data, prior, k=1),
+        "copying, fixed": lambda: make_row(model, data, prior, trained=False),
+        "copying, learned": lambda: make_row(model, data, prior),
+        "with residual": lambda: make_row(model, data, whole),
+    }
+    if without is not None:
+        makers = {"no retrieval": lambda: make_row(without, data, whole), **makers}
+    unknown = [name for name in which if name not in makers]
+    if unknown:
+        raise UserError(f"--rows: no row {unknown[0]!r}; there are {', '.join(map(repr, makers))}")
+    return {name: make() for name, make in makers.items() if not which or name in which}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="What each part of a trained model adds.")
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--without-retrieval", type=Path, metavar="DIR", help="a run with mode none")
+    parser.add_argument("--panel", type=Path)
+    parser.add_argument("--map", type=Path)
+    parser.add_argument("--samples", type=Path)
+    parser.add_argument("--typed", action="append", required=True, metavar="NAME=FILE", help="VCF or list of sites")
+    parser.add_argument("--rows", nargs="*", default=[], help="only these")
+    parser.add_argument("--stride", type=int, default=1, help="every so many windows only")
+    parser.add_argument("--people", type=int, help="at most so many of the held-out people")
+    parser.add_argument("--json", type=Path, required=True)
+    return parser.parse_args()
+
+
+def held_out(config: EmbragConfig, inputs: PanelInputs) -> tuple[WindowedPanel, np.ndarray]:
+    """The panel as the training saw it, and whom it held out."""
+    training, people = split_people(len(inputs.panel.samples), config.data.validation_people, config.seed)
+    return windowed(inputs, config.data, training), people
+
+
+def main() -> None:
+    options = parse_arguments()
+    model = read_export(options.run_dir / MODEL_FILE)
+    without = read_export(options.without_retrieval / MODEL_FILE) if options.without_retrieval else None
+    inputs = open_inputs(PanelFiles(options.panel, options.map, options.samples), model.config.data)
+    data, people = held_out(model.config, inputs)
+    people = people[: options.people]
+    rows = rows_of(model, without, data, options.rows)
+    result = {}
+    for each in options.typed:
+        name, _, path = each.partition("=")
+        print(f"{name}: {len(people)} held-out people", flush=True)
+        found = result[name] = score(rows, data, people, read_manifest(Path(path), inputs.panel), options.stride)
+        print(f"| {name} | {' | '.join(BIN_NAMES)} |")
+        for row, values in found.items():
+            print(f"| {row} | {' | '.join(f'{values[bin_name]:.4f}' for bin_name in BIN_NAMES)} |", flush=True)
+    options.json.write_text(json.dumps({"people": len(people), "r2": result}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,154 @@
+"""Speed and memory of imputation beside Beagle and minimac4, on one machine in one run.
+
+    python profiling/bench_impute.py --panel P --target T [--map M] [--run-dir DIR] --json FILE
+
+Every tool runs as its user would run it, in a process of its own, from reading the files to the finished output; the
+tools take turns, and the median of the rounds is reported. minimac4's time includes the conversion of the panel;
+ours includes packing it, in an empty cache (and the same run again with the panel packed). Peers that are not
+installed are left empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from embrag_ds.data.dataset import DataConfig
+from embrag_ds.data.vcf import PhasedVcf
+from embrag_ds.engine.inputs import default_data
+from embrag_ds.engine.peers import PEERS, installed, plink_map
+from embrag_ds.engine.record import device_name
+from embrag_ds.errors import UserError
+from embrag_ds.launching import run_main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Cost:
+    """Seconds of every round and the peak resident memory, in GB (1e9 bytes), of the largest process."""
+
+    seconds: list[float]
+    peak_gb: float = 0.0
+
+
+class Meter:
+    """Runs commands and adds up what they cost."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.peak_gb = 0.0
+
+    def run(self, command: Sequence[str | Path], log: Path) -> None:
+        began = time.monotonic()
+        with log.open("wb") as out:
+            words = [str(word) for word in command]
+            process = os.posix_spawnp(
+                words[0],
+                words,
+                os.environ,
+                file_actions=[(os.POSIX_SPAWN_DUP2, out.fileno(), 1), (os.POSIX_SPAWN_DUP2, out.fileno(), 2)],
+            )
+            _, status, usage = os.wait4(process, 0)
+        if status:
+            last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            raise UserError(f"{words[0]} failed: {' '.join(last)}")
+        self.seconds += time.monotonic() - began
+        self.peak_gb = max(self.peak_gb, usage.ru_maxrss * 1024 / 1e9)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Imputation beside Beagle and minimac4.")
+    parser.add_argument("--panel", type=Path)
+    parser.add_argument("--target", type=Path)
+    parser.add_argument("--map", type=Path)
+    parser.add_argument("--run-dir", type=Path, help="our model (default: the pretrained one)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path, required=True)
+    return parser.parse_args()
+
+
+def ours(options: argparse.Namespace, device: str, folder: Path, meter: Meter) -> None:
+    """Impute with launch/impute.py."""
+    model = ["--run-dir", options.run_dir] if options.run_dir else []
+    given = ["--map", options.map] if options.map else []
+    files = ["--panel", options.panel, "--target", options.target, "--out", folder / "ours.vcf.gz"]
+    command = [sys.executable, ROOT / "launch" / "impute.py", *files, *given, *model, "--device", device]
+    meter.run(command, folder / "ours.out")
+
+
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, Cost]:
+    """Cost of every tool, taking turns."""
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    os.environ["PYTHONPATH"] = str(ROOT)
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    genetic_map = plink_map(options.map, options.panel, folder) if options.map else None
+    costs: dict[str, Cost] = {}
+
+    def note(name: str, meter: Meter) -> None:
+        cost = costs.setdefault(name, Cost([]))
+        cost.seconds.append(meter.seconds)
+        cost.peak_gb = max(cost.peak_gb, meter.peak_gb)
+        print(f"{name}: {meter.seconds:.1f} s, {meter.peak_gb:.2f} GB", flush=True)
+
+    for _ in range(options.rounds):
+        for name in installed():
+            meter = Meter()
+            PEERS[name](options.panel, options.target, genetic_map, folder, options.threads, meter.run)
+            note(name, meter)
+        for device in devices:
+            shutil.rmtree(folder / "cache", ignore_errors=True)
+            for what in ("", ", panel packed"):
+                meter = Meter()
+                ours(options, device, folder, meter)
+                note(f"embrag_ds {device}{what}", meter)
+    return costs
+
+
+def main() -> None:
+    options = parse_arguments()
+    if (options.panel is None) != (options.target is None):
+        raise UserError("--panel and --target go together")
+    if options.panel is None:
+        default = default_data(DataConfig())
+        options.panel, options.target, options.map = default.panel, default.target, default.genetic_map
+    with PhasedVcf(options.target) as vcf:
+        people = len(vcf.samples)
+    with PhasedVcf(options.panel) as vcf:
+        reference, sites = len(vcf.samples), sum(1 for _ in vcf.records())
+    with tempfile.TemporaryDirectory() as folder:
+        costs = measure(options, Path(folder))
+    result = {
+        "date": date.today().isoformat(),
+        "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "threads": options.threads,
+        "shape": {"panel_people": reference, "sites": sites, "people": people},
+        "tools": {
+            name: {
+                **asdict(cost),
+                "median_seconds": statistics.median(cost.seconds),
+                "people_x_sites_per_second": people * sites / statistics.median(cost.seconds),
+            }
+            for name, cost in costs.items()
+        },
+        "missing": [name for name in PEERS if name not in costs],
+    }
+    options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result["tools"], indent=2))
+
+
+if __name__ == "__main__":
+    run_main(main)
