@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from embrag_ds.model.pooling import Evidence
 
-_FEATURES = 10
+_FEATURES = 11
 _SHORTEST_CM = 1e-3
 _RAREST = 1e-5
 
@@ -41,7 +41,7 @@ class ConfidenceHead(nn.Module):
 
 
 def confidence_features(minor_odds: Tensor, sign: Tensor, evidence: Evidence, frequency: Tensor) -> Tensor:
-    """What the head sees, float32 [B, L, 10], each of the order of 1."""
+    """What the head sees, float32 [B, L, 11], each of the order of 1."""
     turned = sign < 0
     own = torch.where(turned, evidence.ref_length, evidence.alt_length)
     others = torch.where(turned, evidence.alt_length, evidence.ref_length)
@@ -58,6 +58,7 @@ def confidence_features(minor_odds: Tensor, sign: Tensor, evidence: Evidence, fr
         _log_cm(evidence.nearest),
         _log_cm(evidence.gap),
         evidence.density.log() / 2,
+        torch.where(turned, -evidence.disagreement, evidence.disagreement) / 4,
     ]
     return torch.stack(features, dim=-1)
 

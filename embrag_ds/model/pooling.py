@@ -47,7 +47,8 @@ class Evidence:
     ``alt_length`` and ``ref_length``: mean length in cM of the match of the copied haplotypes that carry
     ALT and REF; ``uncertainty``: entropy of the copying probabilities over log K, in [0, 1]; ``share``: how
     many of the neighbours carry ALT; ``nearest`` and ``gap``: cM to the nearest typed site and between the
-    flanking ones; ``density``: typed sites per cM.
+    flanking ones; ``density``: typed sites per cM; ``disagreement``: log-odds of ALT by the slow mosaic less those by
+    the fast one (the others are the slow one's).
     """
 
     alt_length: Tensor
@@ -57,6 +58,7 @@ class Evidence:
     nearest: Tensor
     gap: Tensor
     density: Tensor
+    disagreement: Tensor
 
 
 class DistancePooling(nn.Module):
@@ -91,21 +93,31 @@ class CopyingPooling(nn.Module):
     Between typed sites d cM apart the mosaic switches with probability ``1 - exp(-rate d)``; a mismatch at
     site l costs a factor ``exp(-penalty w_l)``, w_l being the embedding's weight. Rate and penalty are
     learned, each as a power of the density of typed sites: on a sparse array a mosaic of few neighbours
-    stands for more than on a dense one. Between typed sites posteriors are interpolated linearly in cM
-    (Browning et al. 2016, Am. J. Hum. Genet. 98:116). See :mod:`embrag_ds.retrieval.copying`.
+    stands for more than on a dense one. A switch prefers neighbours that resemble the query over the whole window,
+    by a learned factor per percent of typed sites that differ. Between typed sites posteriors are interpolated
+    linearly in cM (Browning et al. 2016, Am. J. Hum. Genet. 98:116). See :mod:`embrag_ds.retrieval.copying`.
+
+    Rare alleles are young: those who share one share a long haplotype, and the best rate for them is below that for
+    common alleles. So there are two mosaics, a slow one and a fast one; a site's dosage is a mean of theirs
+    whose weights are a learned function of its frequency.
     """
 
     gives_evidence = True
-    _INITIAL_RATE = 2.0  # per cM
+    _INITIAL_RATES = (2.0, 5.0)  # per cM; slow, fast
     _INITIAL_PENALTY = 5.0
+    _INITIAL_CLOSENESS = 0.07  # per percent
     _TYPICAL_DENSITY = 100.0  # typed sites per cM
     # These few parameters are stored at a tenth, so that they move ten times as fast as the weights.
     _GAIN = 10.0
 
     def __init__(self) -> None:
         super().__init__()
-        self.rate = nn.Parameter(torch.tensor([math.log(self._INITIAL_RATE) / self._GAIN, 0.0]))
-        self.penalty = nn.Parameter(torch.tensor([math.log(self._INITIAL_PENALTY) / self._GAIN, 0.0]))
+        rates = [math.log(rate) / self._GAIN for rate in self._INITIAL_RATES]
+        self.rate = nn.Parameter(torch.tensor([rates, [0.0, 0.0]]))
+        self.penalty = nn.Parameter(torch.tensor([[math.log(self._INITIAL_PENALTY) / self._GAIN] * 2, [0.0, 0.0]]))
+        self.closeness = nn.Parameter(torch.tensor([self._INITIAL_CLOSENESS / self._GAIN]))
+        # Log-odds of the slow mosaic: at a frequency of 0.1 %, and how much more for ten times that.
+        self.slow = nn.Parameter(torch.tensor([0.0, -2.0]) / self._GAIN)
 
     def forward(self, batch: Batch, retrieved: Retrieved, site_weight: Tensor) -> Pooled:
         """``site_weight`` [L], mean 1: what disagreement at a site counts."""
@@ -114,21 +126,46 @@ class CopyingPooling(nn.Module):
         length = (batch.sites.position[-1] - batch.sites.position[0]).clamp_min(1e-6)
         density = batch.typed_count.clamp_min(1) / (length * self._TYPICAL_DENSITY)
         features = torch.stack([torch.ones_like(density), density.log()], dim=1)
-        rate = torch.exp(features @ self.rate.float() * self._GAIN)[:, None]
-        penalty = torch.exp(features @ self.penalty.float() * self._GAIN)[:, None]
-        switch = -torch.expm1(-rate * gap)
-        cost = penalty * site_weight[batch.typed]
-        posterior = copying_posterior(retrieved.mismatch, cost, switch, batch.near)
-        between = _flanking(batch)
-        ancestry = posterior @ _membership(batch, retrieved)
-        written_out = retrieved.embeddings is not None
-        dosage = interpolated_dosage(posterior, retrieved.alleles, *between)
-        return Pooled(
-            dosage=dosage,
-            ancestry=interpolated_weights(ancestry, *between),
-            weights=interpolated_weights(posterior, *between) if written_out else None,
-            evidence=_evidence(batch, retrieved, position, posterior.detach(), dosage.detach(), between, density),
+        rates = torch.exp(features @ self.rate.float() * self._GAIN)
+        penalties = torch.exp(features @ self.penalty.float() * self._GAIN)
+        cost = site_weight[batch.typed]
+        prior = self._switch_prior(batch, retrieved)
+        slow, fast = (
+            copying_posterior(
+                retrieved.mismatch,
+                penalties[:, chain, None] * cost,
+                -torch.expm1(-rates[:, chain, None] * gap),
+                prior,
+                batch.near,
+            )
+            for chain in range(2)
         )
+        between = _flanking(batch)
+        by_slow, by_fast = (interpolated_dosage(each, retrieved.alleles, *between) for each in (slow, fast))
+        share = self._share_of_slow(batch.frequency)
+        weights = None
+        if retrieved.embeddings is not None:
+            spread_fast, spread_slow = (interpolated_weights(each, *between) for each in (fast, slow))
+            weights = torch.lerp(spread_fast, spread_slow, share[:, None])
+        return Pooled(
+            dosage=torch.lerp(by_fast, by_slow, share),
+            ancestry=interpolated_weights(slow @ _membership(batch, retrieved), *between),
+            weights=weights,
+            evidence=_evidence(
+                batch, retrieved, position, slow.detach(), by_slow.detach(), by_fast.detach(), between, density
+            ),
+        )
+
+    def _switch_prior(self, batch: Batch, retrieved: Retrieved) -> Tensor:
+        """Probability of every neighbour at a switch, float32 [B, K]."""
+        differs = retrieved.mismatch.sum(1, dtype=torch.int32) * (100 / batch.typed_count.clamp_min(1))[:, None]
+        return torch.softmax(-self.closeness.float() * self._GAIN * differs, dim=-1)
+
+    def _share_of_slow(self, frequency: Tensor) -> Tensor:
+        """Weight of the slow mosaic, float32 [B, L]."""
+        maf = torch.minimum(frequency, 1 - frequency).clamp_min(1e-5)
+        level, slope = self.slow.float() * self._GAIN
+        return torch.sigmoid(level + slope * torch.log10(maf / 1e-3))
 
 
 @torch.no_grad()
@@ -138,6 +175,7 @@ def _evidence(
     position: Tensor,
     posterior: Tensor,
     dosage: Tensor,
+    other: Tensor,
     between: tuple[Tensor, Tensor, Tensor],
     density: Tensor,
 ) -> Evidence:
@@ -156,6 +194,7 @@ def _evidence(
         nearest=torch.minimum((sites - before).abs(), (after - sites).abs()),
         gap=(after - before).abs(),
         density=density[:, None].expand_as(dosage),
+        disagreement=torch.logit(dosage, eps=1e-4) - torch.logit(other, eps=1e-4),
     )
 
 

@@ -37,32 +37,29 @@ def mismatches(alleles, place, ids, tokens, count, out):
 
 
 @_compiled
-def posterior_alone(mismatch, likelihood, switch, first, last, posterior):
-    """Fill posterior [B, N, K]; ``likelihood`` [B, T] is that of a mismatch.
+def posterior_alone(mismatch, likelihood, switch, prior, first, last, posterior):
+    """Fill posterior [B, N, K]; ``likelihood`` [B, T] is that of a mismatch, ``prior`` [B, K] sums to 1 over K.
 
     Nothing is kept for sites that are not asked for, and what a pass is divided by at a site is
     multiplied into the next.
     """
     queries, sites, neighbours = mismatch.shape
     for b in numba.prange(queries):
-        state = np.empty(neighbours, dtype=np.float32)
-        total = np.float32(0)
-        for k in range(neighbours):
-            state[k] = likelihood[b, 0] if mismatch[b, 0, k] else np.float32(1)
-            total += state[k]
-        if first == 0:
-            posterior[b, 0] = state
-        for t in range(1, last):
-            stay, jump = (np.float32(1) - switch[b, t]) / total, switch[b, t] / np.float32(neighbours)
+        state = np.zeros(neighbours, dtype=np.float32)
+        chosen = prior[b]
+        stay, jump = np.float32(0), np.float32(1)
+        for t in range(last):
             miss = likelihood[b, t]
             total = np.float32(0)
             for k in range(neighbours):
-                moved = stay * state[k] + jump
+                moved = stay * state[k] + jump * chosen[k]
                 moved *= miss if mismatch[b, t, k] else np.float32(1)
                 state[k] = moved
                 total += moved
             if t >= first:
                 posterior[b, t - first] = state
+            if t + 1 < last:
+                stay, jump = (np.float32(1) - switch[b, t + 1]) / total, switch[b, t + 1]
         state[:] = np.float32(0)
         stay, jump = np.float32(0), np.float32(1)
         for t in range(sites - 1, first - 1, -1):
@@ -77,7 +74,7 @@ def posterior_alone(mismatch, likelihood, switch, first, last, posterior):
                     mass += both
                     seen = after * (miss if mismatch[b, t, k] else np.float32(1))
                     state[k] = seen
-                    total += seen
+                    total += seen * chosen[k]
                 scale = np.float32(1) / mass
                 for k in range(neighbours):
                     posterior[b, t - first, k] *= scale
@@ -86,46 +83,42 @@ def posterior_alone(mismatch, likelihood, switch, first, last, posterior):
                     seen = stay * state[k] + jump
                     seen *= miss if mismatch[b, t, k] else np.float32(1)
                     state[k] = seen
-                    total += seen
-            stay, jump = (np.float32(1) - switch[b, t]) / total, switch[b, t] / np.float32(neighbours)
+                    total += seen * chosen[k]
+            stay, jump = (np.float32(1) - switch[b, t]) / total, switch[b, t]
 
 
 @_compiled
-def forward_backward(mismatch, likelihood, switch, first, last, alpha, beta, posterior):
-    """The same, and alpha and beta [B, T, K], for :func:`adjoint`."""
+def forward_backward(mismatch, likelihood, switch, prior, first, last, alpha, beta, posterior):
+    """The same, and alpha and beta [B, T, K], for :func:`adjoint`: alpha sums to 1, beta to 1 when weighed by the prior
+    and what is seen."""
     queries, sites, neighbours = mismatch.shape
     for b in numba.prange(queries):
-        total = np.float32(0)
-        for k in range(neighbours):
-            alpha[b, 0, k] = likelihood[b, 0] if mismatch[b, 0, k] else np.float32(1)
-            total += alpha[b, 0, k]
-        for k in range(neighbours):
-            alpha[b, 0, k] /= total
-        for t in range(1, sites):
-            stay, jump = np.float32(1) - switch[b, t], switch[b, t] / np.float32(neighbours)
+        for t in range(sites):
+            stay = np.float32(0) if t == 0 else np.float32(1) - switch[b, t]
+            jump = np.float32(1) if t == 0 else switch[b, t]
             miss = likelihood[b, t]
             total = np.float32(0)
             for k in range(neighbours):
-                moved = stay * alpha[b, t - 1, k] + jump
+                moved = jump * prior[b, k]
+                if t > 0:
+                    moved += stay * alpha[b, t - 1, k]
                 moved *= miss if mismatch[b, t, k] else np.float32(1)
                 alpha[b, t, k] = moved
                 total += moved
             scale = np.float32(1) / total
             for k in range(neighbours):
                 alpha[b, t, k] *= scale
-        for k in range(neighbours):
-            beta[b, sites - 1, k] = np.float32(1)
+        beta[b, sites - 1] = np.float32(1)
         for t in range(sites - 1, 0, -1):
-            stay, jump = np.float32(1) - switch[b, t], switch[b, t] / np.float32(neighbours)
             miss = likelihood[b, t]
             total = np.float32(0)
             for k in range(neighbours):
                 seen = beta[b, t, k] * (miss if mismatch[b, t, k] else np.float32(1))
                 beta[b, t - 1, k] = seen
-                total += seen
-            scale = stay / total
+                total += seen * prior[b, k]
+            scale = (np.float32(1) - switch[b, t]) / total
             for k in range(neighbours):
-                beta[b, t - 1, k] = scale * beta[b, t - 1, k] + jump
+                beta[b, t - 1, k] = scale * beta[b, t - 1, k] + switch[b, t]
         for t in range(first, last):
             total = np.float32(0)
             for k in range(neighbours):
@@ -138,9 +131,22 @@ def forward_backward(mismatch, likelihood, switch, first, last, alpha, beta, pos
 
 @_compiled
 def adjoint(
-    mismatch, likelihood, switch, first, last, alpha, beta, posterior, gradient, likelihood_slope, switch_slope
+    mismatch,
+    likelihood,
+    switch,
+    prior,
+    first,
+    last,
+    alpha,
+    beta,
+    posterior,
+    gradient,
+    likelihood_slope,
+    switch_slope,
+    prior_slope,
 ):
-    """Add d L / d likelihood and d L / d switch [B, T], given ``gradient`` = d L / d posterior [B, N, K].
+    """Add d L / d likelihood, d L / d switch [B, T] and d L / d prior [B, K], given ``gradient`` = d L / d posterior
+    [B, N, K].
 
     Reverse-mode differentiation of :func:`forward_backward`, recursion by recursion: the backward pass ran
     from the last site to the first, so its adjoint runs from the first to the last, and the other way round
@@ -160,39 +166,46 @@ def adjoint(
                 slope = (gradient[b, t - first, k] - mean) * scale
                 alpha_slope[t, k] = slope * beta[b, t, k]
                 beta_slope[t, k] = slope * alpha[b, t, k]
-        even = np.float32(1) / np.float32(neighbours)
         for t in range(first + 1, sites):
             stay, miss = np.float32(1) - switch[b, t], likelihood[b, t]
-            total, mean, moved = np.float32(0), np.float32(0), np.float32(0)
+            total, weighed, moved = np.float32(0), np.float32(0), np.float32(0)
             for k in range(neighbours):
                 seen = beta[b, t, k] * (miss if mismatch[b, t, k] else np.float32(1))
-                total += seen
-                mean += beta_slope[t - 1, k] * seen
+                total += seen * prior[b, k]
+                weighed += beta_slope[t - 1, k] * seen
                 moved += beta_slope[t - 1, k]
-            mean /= total
-            switch_slope[b, t] += moved * even - mean
+            weighed /= total
+            switch_slope[b, t] += moved - weighed
             missed = np.float32(0)
             for k in range(neighbours):
-                slope = stay * (beta_slope[t - 1, k] - mean) / total
+                slope = stay * (beta_slope[t - 1, k] - weighed * prior[b, k]) / total
                 beta_slope[t, k] += slope * (miss if mismatch[b, t, k] else np.float32(1))
                 missed += slope * beta[b, t, k] if mismatch[b, t, k] else np.float32(0)
+                seen = beta[b, t, k] * (miss if mismatch[b, t, k] else np.float32(1))
+                prior_slope[b, k] -= stay * weighed * seen / total
             likelihood_slope[b, t] += missed
         for t in range(last - 1, -1, -1):
-            stay, jump = np.float32(1) - switch[b, t], switch[b, t] * even
+            stay = np.float32(0) if t == 0 else np.float32(1) - switch[b, t]
+            jump = np.float32(1) if t == 0 else switch[b, t]
             miss = likelihood[b, t]
             total, mean = np.float32(0), np.float32(0)
             for k in range(neighbours):
-                came = np.float32(1) if t == 0 else stay * alpha[b, t - 1, k] + jump
+                came = jump * prior[b, k]
+                if t > 0:
+                    came += stay * alpha[b, t - 1, k]
                 total += came * (miss if mismatch[b, t, k] else np.float32(1))
                 mean += alpha_slope[t, k] * alpha[b, t, k]
             missed, moved = np.float32(0), np.float32(0)
             for k in range(neighbours):
-                came = np.float32(1) if t == 0 else stay * alpha[b, t - 1, k] + jump
+                came = jump * prior[b, k]
+                if t > 0:
+                    came += stay * alpha[b, t - 1, k]
                 slope = (alpha_slope[t, k] - mean) / total
                 missed += slope * came if mismatch[b, t, k] else np.float32(0)
                 slope *= miss if mismatch[b, t, k] else np.float32(1)
+                prior_slope[b, k] += jump * slope
                 if t > 0:
-                    moved += slope * (even - alpha[b, t - 1, k])
+                    moved += slope * (prior[b, k] - alpha[b, t - 1, k])
                     alpha_slope[t - 1, k] += stay * slope
             likelihood_slope[b, t] += missed
             switch_slope[b, t] += moved

@@ -1,9 +1,9 @@
 """Copying probabilities: the Li and Stephens model over retrieved haplotypes.
 
 A query haplotype is a mosaic of its K neighbours (Li & Stephens 2003, Genetics 165:2213). At a typed site
-a neighbour that differs from the query costs a factor ``exp(-cost)``; before each site the mosaic chooses a
-new neighbour, all alike, with probability ``switch``. Forward-backward gives the posterior probability that
-each neighbour is the one being copied.
+a neighbour that differs from the query costs a factor ``exp(-cost)``; before each site the mosaic chooses anew
+with probability ``switch``, neighbour k with probability ``prior[k]``. Forward-backward gives the posterior
+probability that each neighbour is the one being copied.
 
 Every pass is normalised at every site, so nothing underflows. On a CPU forward, backward and their adjoints
 are compiled loops (:mod:`embrag_ds.retrieval.compiled`); elsewhere they are torch operations, differentiated by
@@ -43,38 +43,41 @@ def mismatches(alleles: Tensor, place: Tensor, ids: Tensor, tokens: Tensor, coun
     return (alleles[place[:, :, None], ids[:, None, :]] != tokens[:, :, None]) & valid[:, :, None]
 
 
-def copying_posterior(mismatch: Tensor, cost: Tensor, switch: Tensor, near: slice = slice(None)) -> Tensor:
+def copying_posterior(
+    mismatch: Tensor, cost: Tensor, switch: Tensor, prior: Tensor, near: slice = slice(None)
+) -> Tensor:
     """Posterior copying probabilities at the sites ``near``, float32 [B, N, K], summing to 1 over K.
 
     ``mismatch`` bool [B, T, K]; ``cost`` and ``switch`` float32 [B, T], the switch at the first site being
-    ignored. Differentiable in ``cost`` and ``switch``.
+    ignored; ``prior`` float32 [B, K], positive, summing to 1 over K. Differentiable in all but ``mismatch``.
     """
     if mismatch.device.type != "cpu":
-        return posterior_torch(mismatch, cost, switch, near)
+        return posterior_torch(mismatch, cost, switch, prior, near)
     cost, switch = _bounded(cost, switch)
     first, last, _ = near.indices(mismatch.shape[1])
     compiled.use_torch_threads()
-    if torch.is_grad_enabled() and (cost.requires_grad or switch.requires_grad):
-        return _CompiledPosterior.apply(mismatch, cost, switch, first, last)
+    if torch.is_grad_enabled() and (cost.requires_grad or switch.requires_grad or prior.requires_grad):
+        return _CompiledPosterior.apply(mismatch, cost, switch, prior, first, last)
     posterior = np.empty((len(mismatch), last - first, mismatch.shape[2]), dtype=np.float32)
-    compiled.posterior_alone(*_arguments(mismatch, cost, switch), first, last, posterior)
+    compiled.posterior_alone(*_arguments(mismatch, cost, switch, prior), first, last, posterior)
     return torch.from_numpy(posterior)
 
 
-def posterior_torch(mismatch: Tensor, cost: Tensor, switch: Tensor, near: slice = slice(None)) -> Tensor:
+def posterior_torch(mismatch: Tensor, cost: Tensor, switch: Tensor, prior: Tensor, near: slice = slice(None)) -> Tensor:
     """:func:`copying_posterior` in plain torch operations, a step per site."""
     cost, switch = _bounded(cost, switch)
     emission = torch.where(mismatch, torch.exp(-cost)[..., None], 1.0).unbind(1)
     stay = (1 - switch)[..., None].unbind(1)
-    jump = (switch / mismatch.shape[-1])[..., None].unbind(1)
-    forward = [emission[0] / emission[0].sum(-1, keepdim=True)]
+    jump = switch[..., None].unbind(1)
+    first = prior * emission[0]
+    forward = [first / first.sum(-1, keepdim=True)]
     for site in range(1, len(emission)):
-        moved = torch.addcmul(jump[site], stay[site], forward[-1]) * emission[site]
+        moved = (jump[site] * prior + stay[site] * forward[-1]) * emission[site]
         forward.append(moved / moved.sum(-1, keepdim=True))
     backward = [torch.ones_like(emission[0])]
     for site in range(len(emission) - 1, 0, -1):
         seen = backward[-1] * emission[site]
-        backward.append(torch.addcmul(jump[site], stay[site], seen / seen.sum(-1, keepdim=True)))
+        backward.append(jump[site] + stay[site] * seen / (prior * seen).sum(-1, keepdim=True))
     both = torch.stack(forward[near], 1) * torch.stack(backward[::-1][near], 1)
     return both / both.sum(-1, keepdim=True)
 
@@ -83,17 +86,18 @@ def _bounded(cost: Tensor, switch: Tensor) -> tuple[Tensor, Tensor]:
     return cost.clamp_max(_LARGEST_COST), switch.clamp_min(_SMALLEST_SWITCH)
 
 
-def _arguments(mismatch: Tensor, cost: Tensor, switch: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _arguments(mismatch: Tensor, cost: Tensor, switch: Tensor, prior: Tensor) -> list[np.ndarray]:
     """As the compiled loops take them: the likelihood of a mismatch in place of its cost."""
-    likelihood = torch.exp(-cost.detach().float())
-    switch = switch.detach().float()
-    return mismatch.contiguous().numpy(), likelihood.contiguous().numpy(), switch.contiguous().numpy()
+    numbers = (torch.exp(-cost.detach()), switch.detach(), prior.detach())
+    return [mismatch.contiguous().numpy(), *(each.float().contiguous().numpy() for each in numbers)]
 
 
 class _CompiledPosterior(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mismatch: Tensor, cost: Tensor, switch: Tensor, first: int, last: int) -> Tensor:
-        arguments = (*_arguments(mismatch, cost, switch), first, last)
+    def forward(
+        ctx: Any, mismatch: Tensor, cost: Tensor, switch: Tensor, prior: Tensor, first: int, last: int
+    ) -> Tensor:
+        arguments = (*_arguments(mismatch, cost, switch, prior), first, last)
         alpha = np.empty(mismatch.shape, dtype=np.float32)
         beta = np.empty_like(alpha)
         posterior = np.empty((len(mismatch), last - first, mismatch.shape[2]), dtype=np.float32)
@@ -104,16 +108,14 @@ class _CompiledPosterior(torch.autograd.Function):
         return torch.from_numpy(posterior)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, Tensor, None, None]:
         (gradient,) = gradients
         likelihood_slope = np.zeros(ctx.cost.shape, dtype=np.float32)
-        switch_slope = np.zeros_like(likelihood_slope)
-        compiled.adjoint(
-            *ctx.arguments, *ctx.passes, gradient.float().contiguous().numpy(), likelihood_slope, switch_slope
-        )
+        slopes = likelihood_slope, np.zeros_like(likelihood_slope), np.zeros_like(ctx.arguments[3])
+        compiled.adjoint(*ctx.arguments, *ctx.passes, gradient.float().contiguous().numpy(), *slopes)
         # d exp(-cost) / d cost = -exp(-cost)
         cost_slope = -torch.from_numpy(likelihood_slope) * torch.exp(-ctx.cost)
-        return None, cost_slope, torch.from_numpy(switch_slope), None, None
+        return None, cost_slope, torch.from_numpy(slopes[1]), torch.from_numpy(slopes[2]), None, None
 
 
 def match_lengths(mismatch: Tensor, position: Tensor, count: Tensor, near: slice = slice(None)) -> Tensor:

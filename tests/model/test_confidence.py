@@ -52,7 +52,14 @@ def test_the_evidence_is_what_its_docstring_says(build) -> None:
     collate = world.collator(network.embedding, k=8, mode="dense")
     batch = collate(world.batch_of(1, [0, 1], world.hidden(1, 2, 1, 0.8)))
     found = batch.retrieved
-    pooled = network.pooling(batch, found, torch.ones(len(batch.sites.position)))
+    even = torch.ones(len(batch.sites.position))
+    network.pooling.slow.data[0] = -100.0
+    fast = network.pooling(batch, found, even)
+    network.pooling.slow.data[0] = 100.0  # the slow mosaic alone, which the evidence is about
+    pooled = network.pooling(batch, found, even)
+    apart = torch.logit(pooled.dosage, eps=1e-4) - torch.logit(fast.dosage, eps=1e-4)
+    torch.testing.assert_close(pooled.evidence.disagreement, apart, rtol=1e-3, atol=1e-3)
+    assert float(apart.detach().abs().max()) > 0.1
     position, evidence = batch.sites.position, pooled.evidence
     checked = 0
     lengths = match_lengths(found.mismatch, position[batch.typed], batch.typed_count)
@@ -84,7 +91,7 @@ def test_the_evidence_is_what_its_docstring_says(build) -> None:
 
 def random_evidence(seed: int, shape: tuple[int, int]) -> Evidence:
     maker = torch.Generator().manual_seed(seed)
-    return Evidence(*(torch.rand(shape, generator=maker) for _ in range(7)))
+    return Evidence(*(torch.rand(shape, generator=maker) for _ in range(8)))
 
 
 def trained_head() -> ConfidenceHead:
@@ -96,11 +103,11 @@ def trained_head() -> ConfidenceHead:
 
 def test_it_starts_at_nothing() -> None:
     torch.manual_seed(1)
-    assert (ConfidenceHead()(torch.randn(2, 5), random_evidence(1, (2, 5)), torch.rand(5)) == 0).all()
+    assert (ConfidenceHead()(torch.randn(2, 5), random_evidence(1, (2, 5)), torch.rand(2, 5)) == 0).all()
 
 
 def test_turning_alleles_round_turns_the_correction_round() -> None:
-    prior, frequency, evidence = torch.randn(4, 30), torch.rand(30), random_evidence(2, (4, 30))
+    prior, frequency, evidence = torch.randn(4, 30), torch.rand(4, 30), random_evidence(2, (4, 30))
     turned = Evidence(
         alt_length=evidence.ref_length,
         ref_length=evidence.alt_length,
@@ -109,6 +116,7 @@ def test_turning_alleles_round_turns_the_correction_round() -> None:
         nearest=evidence.nearest,
         gap=evidence.gap,
         density=evidence.density,
+        disagreement=-evidence.disagreement,
     )
     head = trained_head()
     one, other = head(prior, evidence, frequency), head(-prior, turned, 1 - frequency)
@@ -117,8 +125,8 @@ def test_turning_alleles_round_turns_the_correction_round() -> None:
 
 
 def test_it_is_finite_at_the_edges() -> None:
-    nothing = Evidence(*(torch.zeros(2, 3) for _ in range(6)), torch.full((2, 3), 0.01))
+    nothing = Evidence(*(torch.zeros(2, 3) for _ in range(6)), torch.full((2, 3), 0.01), torch.zeros(2, 3))
     for frequency in (0.0, 1.0, 0.5):
         prior = torch.tensor([[-11.6, 0.0, 11.6]]).repeat(2, 1)
-        correction = trained_head()(prior, nothing, torch.full((3,), frequency))
+        correction = trained_head()(prior, nothing, torch.full((2, 3), frequency))
         assert torch.isfinite(correction).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -18,17 +19,17 @@ from embrag_ds.model.pooling import CopyingPooling, DistancePooling, Pooled, poo
 POOLINGS = pytest.mark.parametrize("kind", [CopyingPooling, DistancePooling])
 
 
-def slow_posterior(emission: np.ndarray, switch: np.ndarray) -> np.ndarray:
+def slow_posterior(emission: np.ndarray, switch: np.ndarray, prior: np.ndarray) -> np.ndarray:
     """Forward-backward [T, K] float64 of one haplotype, with the whole transition matrix written out."""
     sites, states = emission.shape
 
     def transition(site: int, source: int, to: int) -> float:
-        return (1 - switch[site]) * (source == to) + switch[site] / states
+        return (1 - switch[site]) * (source == to) + switch[site] * prior[to]
 
     forward = np.zeros((sites, states))
     backward = np.ones((sites, states))
     for state in range(states):
-        forward[0, state] = emission[0, state] / states
+        forward[0, state] = emission[0, state] * prior[state]
     for site in range(1, sites):
         for to in range(states):
             arriving = sum(forward[site - 1, source] * transition(site, source, to) for source in range(states))
@@ -52,7 +53,14 @@ def disturb(module: torch.nn.Module) -> None:
             parameter.add_(0.02 * torch.randn_like(parameter))
 
 
-def slow_weights(rate: float, penalty: float, weight: np.ndarray, samples, batch, panel: np.ndarray, row: int):
+def slow_alone(pooling: torch.nn.Module) -> torch.nn.Module:
+    """Without the fast mosaic, where there is one: weights then change along the sites only as the slow one's do."""
+    if isinstance(pooling, CopyingPooling):
+        pooling.slow.data[0] = 100.0
+    return pooling
+
+
+def slow_weights(rate: float, penalty: float, weight: np.ndarray, samples, batch, panel: np.ndarray, row: int, prior):
     """Weights [K, L] of one query haplotype: the explicit model at its typed sites, np.interp between them.
 
     ``panel`` [H, L] are the reference alleles of the whole window.
@@ -65,7 +73,7 @@ def slow_weights(rate: float, penalty: float, weight: np.ndarray, samples, batch
         return np.full((len(ids), len(core)), 1 / len(ids))
     emission = np.array([[np.exp(-penalty * weight[s] * (panel[i, s] != truth[s])) for i in ids] for s in typed])
     switch = np.array([0.0] + [1 - np.exp(-rate * (position[b] - position[a])) for a, b in pairwise(typed)])
-    posterior = slow_posterior(emission, switch)
+    posterior = slow_posterior(emission, switch, prior)
     return np.array([np.interp(core, position[typed], posterior[:, place]) for place in range(len(ids))])
 
 
@@ -95,24 +103,46 @@ def test_copying_weights_equal_the_slow_model_interpolated_in_centimorgans(
         original = pooling_module.copying_posterior
         patch.setattr(pooling_module, "copying_posterior", lambda *given: (passed.append(given), original(*given))[1])
         found = pooling(batch, batch.retrieved, weight).weights.numpy()
-    ((_, cost, switch),) = passed
+        share = pooling._share_of_slow(batch.frequency).numpy()
     panel = world.data.reference_alleles(window)
+    assert len(passed) == 2
     for row in range(2 * len(people)):
         typed = batch.typed[row, : int(batch.typed_count[row])]
-        rate, penalty = 0.0, 0.0
-        if len(typed):
-            penalties = cost[row, : len(typed)] / weight[typed]
-            penalty = float(penalties.mean())
-            assert torch.allclose(penalties, torch.full_like(penalties, penalty), rtol=1e-4) and penalty > 0
-        if len(typed) > 1:
-            gaps = torch.diff(batch.sites.position[typed].double())
-            switches = switch[row, 1 : len(typed)].double()
-            clearest = int((switches - 0.5).abs().argmin())
-            rate = float(-torch.log1p(-switches[clearest]) / gaps[clearest])
-            assert torch.allclose(switches, 1 - torch.exp(-rate * gaps), rtol=1e-2, atol=1e-5)
-            assert rate > 0
-        slow = slow_weights(rate, penalty, weight.double().numpy(), samples, batch, panel, row)
+        by_chain = []
+        for _, cost, switch, prior, near in passed:
+            assert near == batch.near
+            rate, penalty = 0.0, 0.0
+            if len(typed):
+                penalties = cost[row, : len(typed)] / weight[typed]
+                penalty = float(penalties.mean())
+                assert torch.allclose(penalties, torch.full_like(penalties, penalty), rtol=1e-4) and penalty > 0
+            if len(typed) > 1:
+                gaps = torch.diff(batch.sites.position[typed].double())
+                switches = switch[row, 1 : len(typed)].double()
+                clearest = int((switches - 0.5).abs().argmin())
+                rate = float(-torch.log1p(-switches[clearest]) / gaps[clearest])
+                assert torch.allclose(switches, 1 - torch.exp(-rate * gaps), rtol=1e-2, atol=1e-5)
+                assert rate > 0
+            chances = prior[row].double().numpy()
+            by_chain.append(slow_weights(rate, penalty, weight.double().numpy(), samples, batch, panel, row, chances))
+        slow = share[row] * by_chain[0] + (1 - share[row]) * by_chain[1]
         assert np.allclose(found[row], slow, atol=5e-4), np.abs(found[row] - slow).max()
+
+
+def test_a_switch_prefers_neighbours_with_fewer_mismatches_and_a_rare_site_the_slow_mosaic(build) -> None:
+    world = build(3, outside=2)
+    batch = world.collator(build.imputer().embedding)(world.batch_of(1, [0, 1], world.hidden(1, 2, 1)))
+    pooling = CopyingPooling()
+    with torch.no_grad():
+        prior = pooling._switch_prior(batch, batch.retrieved)
+        share = pooling._share_of_slow(torch.tensor([[1e-4, 1e-3, 0.1, 0.9, 0.9999]]))[0]
+    for row in range(4):
+        count = int(batch.typed_count[row])
+        percent = 100 * batch.retrieved.mismatch[row, :count].float().mean(0).double()
+        expected = torch.exp(-0.07 * percent)
+        assert torch.allclose(prior[row].double(), expected / expected.sum(), rtol=1e-4)
+    assert float(share[1]) == pytest.approx(0.5) and float(share[0]) == pytest.approx(1 / (1 + math.exp(-2)))
+    assert torch.allclose(share, torch.stack([share[4], share[1], share[3], share[2], share[0]]), atol=1e-4)
 
 
 def test_outside_the_typed_sites_the_nearest_typed_site_decides(build) -> None:
@@ -121,7 +151,7 @@ def test_outside_the_typed_sites_the_nearest_typed_site_decides(build) -> None:
     hidden[0, [12, 20, 29]] = False
     batch = world.collator(build.imputer().embedding, mode="dense")(world.batch_of(0, [0], hidden))
     with torch.no_grad():
-        weights = CopyingPooling()(batch, batch.retrieved, torch.ones(40)).weights
+        weights = slow_alone(CopyingPooling())(batch, batch.retrieved, torch.ones(40)).weights
     assert torch.equal(weights[..., :12], weights[..., 12:13].expand(-1, -1, 12))
     assert torch.equal(weights[..., 30:], weights[..., 29:30].expand(-1, -1, 10))
     # Between two typed sites: the convex combination by genetic distance.
@@ -195,7 +225,7 @@ def test_dosage_and_ancestry_are_the_alleles_and_populations_of_the_weights(buil
     batch = world.collator(build.imputer().embedding, k=5, mode="dense")(samples)
     found = batch.retrieved
     with torch.no_grad():
-        pooled = kind()(batch, found, torch.ones(len(world.data.windows[1])))
+        pooled = slow_alone(kind())(batch, found, torch.ones(len(world.data.windows[1])))
     sites = found.alleles.shape[2]
     assert pooled.weights.shape == (4, 5, sites)
     assert torch.allclose(pooled.weights.sum(1), torch.ones(4, sites), atol=1e-5)

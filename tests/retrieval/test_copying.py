@@ -26,17 +26,17 @@ def some_of(seed: int, sites: int) -> slice:
 BOTH = pytest.mark.parametrize("posterior_of", [copying_posterior, posterior_torch], ids=["compiled", "torch"])
 
 
-def slow_posterior(emission: np.ndarray, switch: np.ndarray) -> np.ndarray:
+def slow_posterior(emission: np.ndarray, switch: np.ndarray, prior: np.ndarray) -> np.ndarray:
     """Forward-backward [T, K] float64 of one haplotype, with the whole transition matrix written out."""
     sites, states = emission.shape
 
     def transition(site: int, source: int, to: int) -> float:
-        return (1 - switch[site]) * (source == to) + switch[site] / states
+        return (1 - switch[site]) * (source == to) + switch[site] * prior[to]
 
     forward = np.zeros((sites, states))
     backward = np.ones((sites, states))
     for state in range(states):
-        forward[0, state] = emission[0, state] / states
+        forward[0, state] = emission[0, state] * prior[state]
     for site in range(1, sites):
         for to in range(states):
             arriving = sum(forward[site - 1, source] * transition(site, source, to) for source in range(states))
@@ -54,13 +54,14 @@ def slow_posterior(emission: np.ndarray, switch: np.ndarray) -> np.ndarray:
 
 
 def random_case(seed: int, queries: int, sites: int, states: int, harshness: float = 5.0):
-    """mismatch [B, T, K], cost [B, T] and switch [B, T], one switch in ten being zero."""
+    """mismatch [B, T, K], cost [B, T], switch [B, T], one in ten being zero, and prior [B, K]."""
     rng = np.random.default_rng(seed)
     mismatch = rng.random((queries, sites, states)) < 0.4
     cost = harshness * rng.random((queries, sites))
     switch = rng.random((queries, sites)) ** 3
     switch[rng.random(switch.shape) < 0.1] = 0.0
-    return torch.from_numpy(mismatch), torch.from_numpy(cost).float(), torch.from_numpy(switch).float()
+    prior = rng.dirichlet(np.ones(states), queries) * 0.9 + 0.1 / states
+    return torch.from_numpy(mismatch), *(torch.from_numpy(each).float() for each in (cost, switch, prior))
 
 
 @BOTH
@@ -75,22 +76,22 @@ def random_case(seed: int, queries: int, sites: int, states: int, harshness: flo
 def test_the_posterior_equals_forward_backward_with_the_full_transition_matrix(
     posterior_of, seed: int, queries: int, sites: int, states: int, harshness: float
 ) -> None:
-    mismatch, cost, switch = random_case(seed, queries, sites, states, harshness)
+    mismatch, cost, switch, prior = random_case(seed, queries, sites, states, harshness)
     near = some_of(seed, sites)
-    found = posterior_of(mismatch, cost, switch, near)
+    found = posterior_of(mismatch, cost, switch, prior, near)
     assert found.shape == mismatch[:, near].shape and found.dtype == torch.float32
     for query in range(queries):
         emission = np.exp(-cost[query].double().numpy()[:, None] * mismatch[query].numpy())
-        expected = slow_posterior(emission, switch[query].double().numpy())[near]
+        expected = slow_posterior(emission, *(each[query].double().numpy() for each in (switch, prior)))[near]
         assert np.allclose(found[query].numpy(), expected, rtol=1e-3, atol=2e-5)
 
 
 @BOTH
 def test_the_switch_before_the_first_site_is_ignored(posterior_of) -> None:
-    mismatch, cost, switch = random_case(1, 2, 6, 4)
+    mismatch, cost, switch, prior = random_case(1, 2, 6, 4)
     other = switch.clone()
     other[:, 0] = 0.9
-    assert torch.equal(posterior_of(mismatch, cost, switch), posterior_of(mismatch, cost, other))
+    assert torch.equal(posterior_of(mismatch, cost, switch, prior), posterior_of(mismatch, cost, other, prior))
 
 
 @settings(deadline=None, max_examples=30)
@@ -98,14 +99,14 @@ def test_the_switch_before_the_first_site_is_ignored(posterior_of) -> None:
 def test_compiled_gradients_equal_those_of_autograd_in_double_precision(
     seed: int, queries: int, sites: int, states: int
 ) -> None:
-    mismatch, cost, switch = random_case(seed, queries, sites, states)
+    mismatch, cost, switch, prior = random_case(seed, queries, sites, states)
     near = some_of(seed, sites)
     weight = torch.randn(mismatch[:, near].shape, generator=torch.Generator().manual_seed(seed))
     gradients = []
     for posterior_of, kind in ((copying_posterior, torch.float32), (posterior_torch, torch.float64)):
-        inputs = [each.detach().to(kind).requires_grad_() for each in (cost, switch)]
+        inputs = [each.detach().to(kind).requires_grad_() for each in (cost, switch, prior)]
         (posterior_of(mismatch, *inputs, near) * weight.to(kind)).sum().backward()
-        gradients.append([torch.zeros_like(cost) if each.grad is None else each.grad.float() for each in inputs])
+        gradients.append([(torch.zeros_like(each) if each.grad is None else each.grad).float() for each in inputs])
     for compiled, exact in zip(*gradients, strict=True):
         scale = float(exact.abs().max()) + 1e-3
         assert torch.allclose(compiled, exact, rtol=1e-3, atol=1e-4 * scale + 2e-6), (compiled, exact)
@@ -113,11 +114,11 @@ def test_compiled_gradients_equal_those_of_autograd_in_double_precision(
 
 @pytest.mark.parametrize("seed", range(5))
 def test_it_is_the_same_whether_or_not_gradients_are_kept(seed: int) -> None:
-    mismatch, cost, switch = random_case(seed, 3, 9, 6)
+    mismatch, cost, switch, prior = random_case(seed, 3, 9, 6)
     near = some_of(seed, 9)
-    kept = copying_posterior(mismatch, cost.clone().requires_grad_(), switch, near)
+    kept = copying_posterior(mismatch, cost.clone().requires_grad_(), switch, prior, near)
     assert kept.requires_grad
-    assert torch.allclose(copying_posterior(mismatch, cost, switch, near), kept.detach(), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(copying_posterior(mismatch, cost, switch, prior, near), kept.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_mismatches_equal_a_plain_loop() -> None:
@@ -144,31 +145,32 @@ def test_mismatches_on_the_gpu_are_those_of_the_cpu() -> None:
 def test_the_posterior_stays_finite_and_normalised_over_many_sites(posterior_of) -> None:
     mismatch = torch.rand(2, 3000, 5, generator=torch.Generator().manual_seed(1)) < 0.5
     cost, switch = torch.full((2, 3000), 6.0), torch.full((2, 3000), 1e-3)
-    posterior = posterior_of(mismatch, cost, switch)
+    prior = torch.full((2, 5), 0.2)
+    posterior = posterior_of(mismatch, cost, switch, prior)
     assert torch.allclose(posterior.sum(-1), torch.ones(2, 3000), atol=1e-4)
-    double = posterior_torch(mismatch, cost.double(), switch.double())
+    double = posterior_torch(mismatch, cost.double(), switch.double(), prior.double())
     assert torch.allclose(posterior.double(), double, atol=1e-3)
 
 
 @BOTH
 def test_sites_that_nobody_mismatches_and_nothing_follows_change_nothing(posterior_of) -> None:
     """Which is what the filled-up part of a row is."""
-    mismatch, cost, switch = random_case(1, 2, 6, 4)
+    mismatch, cost, switch, prior = random_case(1, 2, 6, 4)
     longer = [torch.cat([part, part[:, :3] * 0], dim=1) for part in (mismatch, cost, switch)]
     longer[2][:, 6] = 0.7
-    found = posterior_of(longer[0].bool(), *longer[1:])
-    assert torch.allclose(found[:, :6], posterior_of(mismatch, cost, switch), atol=1e-6)
+    found = posterior_of(longer[0].bool(), *longer[1:], prior)
+    assert torch.allclose(found[:, :6], posterior_of(mismatch, cost, switch, prior), atol=1e-6)
 
 
 @BOTH
 def test_the_posterior_is_finite_where_every_neighbour_mismatches_at_a_large_cost(posterior_of) -> None:
     """A factor that all states share cancels, however small it is."""
-    mismatch, cost, switch = random_case(1, 1, 6, 4)
-    expected = posterior_of(mismatch, cost, switch)
+    mismatch, cost, switch, prior = random_case(1, 1, 6, 4)
+    expected = posterior_of(mismatch, cost, switch, prior)
     mismatch = torch.cat([mismatch[:, :3], torch.ones(1, 1, 4, dtype=torch.bool), mismatch[:, 3:]], dim=1)
     cost = torch.cat([cost[:, :3], torch.full((1, 1), 120.0), cost[:, 3:]], dim=1)
     switch = torch.cat([switch[:, :3], torch.zeros(1, 1), switch[:, 3:]], dim=1)
-    found = posterior_of(mismatch, cost, switch)
+    found = posterior_of(mismatch, cost, switch, prior)
     assert torch.allclose(found[:, [0, 1, 2, 4, 5, 6]], expected, atol=1e-5)
 
 
@@ -181,7 +183,7 @@ def test_the_posterior_is_finite_where_the_map_is_flat_and_the_evidence_contradi
     mismatch = torch.zeros(1, 60, 2, dtype=torch.bool)
     mismatch[:, :30, 0] = True
     mismatch[:, 30:, 1] = True
-    found = posterior_of(mismatch, torch.full((1, 60), 5.0), torch.full((1, 60), switch))
+    found = posterior_of(mismatch, torch.full((1, 60), 5.0), torch.full((1, 60), switch), torch.full((1, 2), 0.5))
     assert torch.isfinite(found).all()
     assert torch.allclose(found.sum(-1), torch.ones(1, 60), atol=1e-5)
 
