@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from embrag_ds.data.simulate import SimulationSettings, simulate_default
+from embrag_ds.data.simulate import POPULATIONS, SimulationSettings, simulate_default
 from embrag_ds.errors import UserError
 from embrag_ds.launching import run_main
 
@@ -19,7 +19,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--target-people", type=int, default=default.target_people, help="(%(default)s)")
     parser.add_argument("--typed-spacing-bp", type=int, default=default.typed_spacing_bp, help="array (%(default)s)")
     parser.add_argument("--switch-errors-per-mb", type=float, default=0.0, help="phasing errors a person (0)")
-    parser.add_argument("--allele-error", type=float, default=0.0, help="share of alleles read wrongly (0)")
+    parser.add_argument("--missed-calls", type=float, default=0.0, help="share of minor alleles not called (0)")
+    parser.add_argument("--demography", choices=POPULATIONS, default=default.demography, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=default.seed)
     return parser.parse_args()
 
@@ -30,9 +31,10 @@ def main() -> None:
     for name in ("length_bp", "panel_people", "target_people", "typed_spacing_bp"):
         if arguments[name] < 3:
             raise UserError(f"--{name.replace('_', '-')} must be at least 3")
-    for name in ("switch_errors_per_mb", "allele_error"):
-        if arguments[name] < 0:
-            raise UserError(f"--{name.replace('_', '-')} must not be negative")
+    if arguments["switch_errors_per_mb"] < 0:
+        raise UserError("--switch-errors-per-mb must not be negative")
+    if not 0 <= arguments["missed_calls"] < 1:
+        raise UserError("--missed-calls must lie in [0, 1)")
     data = simulate_default(out, SimulationSettings(**arguments))
     print(f"panel {data.panel}, target {data.target}, truth {data.truth}, map {data.genetic_map}")
 

@@ -18,7 +18,11 @@ from embrag_ds.errors import UserError
 if TYPE_CHECKING:
     import msprime
 
-POPULATIONS = ("YRI", "CEU", "CHB")
+POPULATIONS = {
+    "out-of-africa": ("YRI", "CEU", "CHB"),
+    "american-admixture": ("AFR", "EUR", "EAS", "ADMIX"),
+}
+"""Demographies and the populations that are sampled under each."""
 CONTIG = "1"
 MIN_COPIES = 2
 MIN_TYPED_MAF = 0.05
@@ -26,7 +30,7 @@ MUTATION_RATE = 1.25e-8
 MEAN_CM_PER_MB = 1.0
 BACKGROUND_CM_PER_MB = 0.1
 HOTSPOT_SPACING_BP = 50_000
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 """Raised whenever the same settings come to mean other data, so that cached data sets are rebuilt."""
 
 _DATA_FILES = (
@@ -47,7 +51,8 @@ class SimulationSettings:
     """Size of the simulated region and of its samples, which are split evenly over the populations.
 
     Real panels carry errors of phasing and calling: ``switch_errors_per_mb`` is the mean number of places per
-    person where the two haplotypes change sides, ``allele_error`` the share of alleles read wrongly.
+    person where the two haplotypes change sides, ``missed_calls`` the share of copies of a minor allele that are
+    read as the major one (sequencing at low depth misses a carrier far more often than it invents one).
     """
 
     length_bp: int = 1_000_000
@@ -56,7 +61,13 @@ class SimulationSettings:
     typed_spacing_bp: int = 4_000
     seed: int = 1
     switch_errors_per_mb: float = 0.0
-    allele_error: float = 0.0
+    missed_calls: float = 0.0
+    demography: str = "out-of-africa"
+
+    @property
+    def populations(self) -> tuple[str, ...]:
+        """Names of the sampled populations."""
+        return POPULATIONS[self.demography]
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,8 @@ class DefaultData:
 def simulate_default(directory: Path, settings: SimulationSettings) -> DefaultData:
     """Simulate into ``directory``, or reuse what an earlier call with the same settings left there.
 
-    Three populations under the out-of-Africa model of Gutenkunst et al. (2009, PLoS Genet. 5:e1000695)
+    Three populations under the out-of-Africa model of Gutenkunst et al. (2009, PLoS Genet. 5:e1000695), or four, one of
+    them admixed and all of them growing, under that of Browning et al. (2018, PLoS Genet. 14:e1007385),
     recombine along a map with hotspots. Sites have at least two copies of each allele in the panel;
     the target is typed at about one common site in ``typed_spacing_bp``. The same settings (and version
     of msprime) give the same genotypes. The directory appears only when complete; one with other
@@ -122,16 +134,16 @@ def _check_replaceable(directory: Path) -> None:
 def _build(directory: Path, settings: SimulationSettings) -> None:
     rng = np.random.default_rng(settings.seed)
     breakpoints, rates = _hotspot_map(settings.length_bp, rng)
-    panel_counts = _split(settings.panel_people)
-    target_counts = _split(settings.target_people)
+    panel_counts = _split(settings.panel_people, len(settings.populations))
+    target_counts = _split(settings.target_people, len(settings.populations))
     people = [panel + target for panel, target in zip(panel_counts, target_counts, strict=True)]
     positions, alleles = _simulate(settings, people, breakpoints, rates)
     _spoil(alleles, positions, settings)
 
     # Within a population people are exchangeable, so its last ones can be the target.
-    population = np.repeat(np.arange(len(POPULATIONS)), people)
+    population = np.repeat(np.arange(len(people)), people)
     rank = np.concatenate([np.arange(count) for count in people])
-    names = [f"{POPULATIONS[p]}{r + 1:04d}" for p, r in zip(population.tolist(), rank.tolist(), strict=True)]
+    names = [f"{settings.populations[p]}{r + 1:04d}" for p, r in zip(population.tolist(), rank.tolist(), strict=True)]
     in_panel = rank < np.array(panel_counts)[population]
 
     panel_alleles = alleles[:, np.repeat(in_panel, 2)]
@@ -152,13 +164,13 @@ def _build(directory: Path, settings: SimulationSettings) -> None:
     with (directory / "samples.tsv").open("w", encoding="utf-8") as out:
         out.write("sample\tpopulation\n")
         for name, code in zip(names, population.tolist(), strict=True):
-            out.write(f"{name}\t{POPULATIONS[code]}\n")
+            out.write(f"{name}\t{settings.populations[code]}\n")
 
 
-def _split(people: int) -> list[int]:
+def _split(people: int, populations: int) -> list[int]:
     """Equal shares; the first populations take what is left over."""
-    share, rest = divmod(people, len(POPULATIONS))
-    return [share + (i < rest) for i in range(len(POPULATIONS))]
+    share, rest = divmod(people, populations)
+    return [share + (i < rest) for i in range(populations)]
 
 
 def _hotspot_map(length_bp: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -212,6 +224,34 @@ def _out_of_africa() -> msprime.Demography:
     return demography
 
 
+def _american_admixture() -> msprime.Demography:
+    """Four populations with the parameters of Browning et al. (2018): growth until today, admixture 12 generations
+    ago."""
+    import msprime
+
+    split_eurasia, split_africa, expansion = 920, 2040, 5920
+    demography = msprime.Demography()
+    demography.add_population(name="AFR", initial_size=14_474)
+    demography.add_population(name="EUR", initial_size=34_039, growth_rate=0.0038)
+    demography.add_population(name="EAS", initial_size=45_852, growth_rate=0.0048)
+    demography.add_population(name="ADMIX", initial_size=54_664, growth_rate=0.05)
+    demography.add_population(name="OOA", initial_size=1_861)
+    demography.add_population(name="AMH", initial_size=14_474)
+    demography.add_population(name="ANC", initial_size=7_310)
+    demography.set_symmetric_migration_rate(["AFR", "EUR"], 2.5e-5)
+    demography.set_symmetric_migration_rate(["AFR", "EAS"], 0.78e-5)
+    demography.set_symmetric_migration_rate(["EUR", "EAS"], 3.11e-5)
+    demography.add_admixture(12, derived="ADMIX", ancestral=["AFR", "EUR", "EAS"], proportions=[1 / 6, 2 / 6, 3 / 6])
+    demography.add_population_split(time=split_eurasia, derived=["EUR", "EAS"], ancestral="OOA")
+    demography.add_symmetric_migration_rate_change(time=split_eurasia, populations=["AFR", "OOA"], rate=15e-5)
+    demography.add_population_split(time=split_africa, derived=["OOA", "AFR"], ancestral="AMH")
+    demography.add_population_split(time=expansion, derived=["AMH"], ancestral="ANC")
+    return demography
+
+
+_DEMOGRAPHIES = {"out-of-africa": _out_of_africa, "american-admixture": _american_admixture}
+
+
 def _simulate(
     settings: SimulationSettings, people: list[int], breakpoints: np.ndarray, rates: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -220,8 +260,8 @@ def _simulate(
     import msprime
 
     tree_sequence = msprime.sim_ancestry(
-        dict(zip(POPULATIONS, people, strict=True)),
-        demography=_out_of_africa(),
+        dict(zip(settings.populations, people, strict=True)),
+        demography=_DEMOGRAPHIES[settings.demography](),
         recombination_rate=msprime.RateMap(position=breakpoints, rate=rates * 1e-8),
         random_seed=settings.seed,
     )
@@ -234,7 +274,7 @@ def _simulate(
 
 
 def _spoil(alleles: np.ndarray, positions: np.ndarray, settings: SimulationSettings) -> None:
-    """Put switch errors and wrong alleles into ``alleles`` [S, 2N]."""
+    """Put switch errors and missed calls into ``alleles`` [S, 2N]."""
     rng = np.random.default_rng([settings.seed, 3])
     if settings.switch_errors_per_mb > 0:
         for person in range(alleles.shape[1] // 2):
@@ -243,9 +283,11 @@ def _spoil(alleles: np.ndarray, positions: np.ndarray, settings: SimulationSetti
             swapped = np.searchsorted(places, positions) % 2 == 1
             pair = slice(2 * person, 2 * person + 2)
             alleles[swapped, pair] = alleles[swapped, pair][:, ::-1]
-    if settings.allele_error > 0:
-        wrong = rng.binomial(alleles.size, settings.allele_error)
-        np.bitwise_xor.at(alleles.reshape(-1), rng.integers(0, alleles.size, wrong), 1)
+    if settings.missed_calls > 0:
+        for row in alleles:
+            minor = int(2 * row.sum(dtype=np.int64) <= len(row))
+            carriers = np.flatnonzero(row == minor)
+            row[carriers[rng.random(len(carriers)) < settings.missed_calls]] = 1 - minor
 
 
 def _site_table(positions: np.ndarray, length_bp: int, rng: np.random.Generator) -> SiteTable:

@@ -34,6 +34,7 @@ from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.model.losses import Losses, imputation_loss
 from embrag_ds.retrieval.collate import Batch, receive
+from embrag_ds.retrieval.copying import copying_backend
 from embrag_ds.retrieval.prefetch import Prefetcher
 
 MODEL_FILE = "model.safetensors"
@@ -291,7 +292,7 @@ class Trainer:
             f"model: {parameters / 1e6:.2f} M parameters on {self.world.ranks} x {self.world.device.type}, "
             f"{self.engine.train_batch_size()} people a step, {self.sampler.steps_per_epoch} steps an epoch; "
             f"retrieval {self.embrag.retrieval.mode} ({self.embrag.retrieval.encoding}, {self.collate.backend}, "
-            f"k {self.collate.k}); {self.reference.memory([self.collate, self._validation_collate])}; "
+            f"k {self.collate.k}), copying {copying_backend(self.world.device)}; {self.reference.memory([self.collate, self._validation_collate])}; "
             f"run folder {self.run_dir}"
         )
 

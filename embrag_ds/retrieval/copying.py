@@ -6,8 +6,9 @@ with probability ``switch``, neighbour k with probability ``prior[k]``. Forward-
 probability that each neighbour is the one being copied.
 
 Every pass is normalised at every site, so nothing underflows. On a CPU forward, backward and their adjoints
-are compiled loops (:mod:`embrag_ds.retrieval.compiled`); elsewhere they are torch operations, differentiated by
-autograd. Both compute the same function.
+are compiled loops (:mod:`embrag_ds.retrieval.compiled`), on a GPU CUDA kernels
+(:mod:`embrag_ds.retrieval.copying_kernels`), and where there is no CuPy torch operations, differentiated by autograd.
+All compute the same function.
 
 Evidence comes from all T typed sites of a window; what it says is wanted around the core only: at the N typed
 sites of ``near``.
@@ -21,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embrag_ds.retrieval import compiled
+from embrag_ds.retrieval import compiled, copying_kernels
+from embrag_ds.retrieval.copying_kernels import CudaPosterior
 
 # Both far enough from the smallest float32 that no sum over neighbours is 0, whatever the evidence: not where
 # all of them differ from the query, nor where each differs somewhere and the map says nothing recombined.
@@ -43,6 +45,13 @@ def mismatches(alleles: Tensor, place: Tensor, ids: Tensor, tokens: Tensor, coun
     return (alleles[place[:, :, None], ids[:, None, :]] != tokens[:, :, None]) & valid[:, :, None]
 
 
+def copying_backend(device: torch.device) -> str:
+    """What computes :func:`copying_posterior` there: compiled loops, the CUDA kernel (with CuPy), or torch."""
+    if device.type == "cpu":
+        return "compiled"
+    return "cuda kernel" if device.type == "cuda" and copying_kernels.available() else "torch"
+
+
 def copying_posterior(
     mismatch: Tensor, cost: Tensor, switch: Tensor, prior: Tensor, near: slice = slice(None)
 ) -> Tensor:
@@ -51,10 +60,13 @@ def copying_posterior(
     ``mismatch`` bool [B, T, K]; ``cost`` and ``switch`` float32 [B, T], the switch at the first site being
     ignored; ``prior`` float32 [B, K], positive, summing to 1 over K. Differentiable in all but ``mismatch``.
     """
-    if mismatch.device.type != "cpu":
+    way = copying_backend(mismatch.device)
+    if way == "torch":
         return posterior_torch(mismatch, cost, switch, prior, near)
     cost, switch = _bounded(cost, switch)
     first, last, _ = near.indices(mismatch.shape[1])
+    if way == "cuda kernel":
+        return CudaPosterior.apply(mismatch, torch.exp(-cost), switch, prior, first, last)
     compiled.use_torch_threads()
     if torch.is_grad_enabled() and (cost.requires_grad or switch.requires_grad or prior.requires_grad):
         return _CompiledPosterior.apply(mismatch, cost, switch, prior, first, last)

@@ -8,6 +8,7 @@ and are skipped. The source is plain C, so that a test can compile it for the ho
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -54,18 +55,24 @@ def _kernel() -> Any:
 def mismatch_distances(tokens: Tensor, weights: Tensor, packed: Tensor, haplotypes: int) -> Tensor:
     """Distances float32 [B, H] of queries ``tokens`` int64 [B, T] from ``packed`` uint8 [T, ceil(H / 8)].
 
-    ``weights`` float32 [B, T] are 0 where a query hides the site. Runs on the current torch stream; tensors are
-    exchanged by DLPack, nothing is copied.
+    ``weights`` float32 [B, T] are 0 where a query hides the site.
     """
-    import cupy
-
     queries, sites = tokens.shape
     distance = torch.empty(queries, haplotypes, dtype=torch.float32, device=packed.device)
-    arguments = (packed.contiguous(), (tokens == 1).to(torch.uint8), weights.contiguous(), distance)
+    arguments = [packed.contiguous(), (tokens == 1).to(torch.uint8), weights.contiguous(), distance]
     width = packed.shape[1]
-    sizes = (np.int32(sites), np.int32(width), np.int32(haplotypes))
-    stream = torch.cuda.current_stream(packed.device).cuda_stream
-    with cupy.cuda.Device(packed.device.index), cupy.cuda.ExternalStream(stream):
-        arrays = [cupy.from_dlpack(each) for each in arguments]
-        _kernel()((-(-width // _THREADS), queries), (_THREADS,), (*arrays, *sizes))
+    launch(_kernel(), (-(-width // _THREADS), queries), (_THREADS,), arguments, (sites, width, haplotypes))
     return distance
+
+
+def launch(
+    kernel: Any, blocks: tuple[int, ...], threads: tuple[int, ...], tensors: Sequence[Tensor], sizes: Sequence[int]
+) -> None:
+    """Run a CuPy kernel on contiguous CUDA tensors, by reference, and 32-bit numbers, on torch's current stream."""
+    import cupy
+
+    device = tensors[0].device
+    stream = torch.cuda.current_stream(device).cuda_stream
+    with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream):
+        arrays = [cupy.from_dlpack(each) for each in tensors]
+        kernel(blocks, threads, (*arrays, *map(np.int32, sizes)))

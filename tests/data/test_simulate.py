@@ -59,7 +59,7 @@ def test_people_of_a_population_resemble_each_other(data):
         population = {row["sample"]: row["population"] for row in csv.DictReader(lines, delimiter="\t")}
     assert set(population) == {*panel.samples, *truth.samples}
     in_panel = [population[name] for name in panel.samples]
-    assert [in_panel.count(name) for name in simulate.POPULATIONS] == [11, 10, 10]
+    assert [in_panel.count(name) for name in SMALL.populations] == [11, 10, 10]
     assert [population[name] for name in truth.samples] == ["YRI"] * 2 + ["CEU"] * 2 + ["CHB"] * 2
     assert all(name.startswith(label) for name, label in population.items())
     african = np.repeat([name == "YRI" for name in in_panel], 2)
@@ -144,11 +144,22 @@ def test_switch_errors_change_phase_and_no_genotype():
     assert changes.mean() == pytest.approx(3.0, rel=0.15) and changes.var() == pytest.approx(3.0, rel=0.4)
 
 
-def test_allele_errors_are_as_many_as_asked_for():
-    clean = np.zeros((2000, 100), dtype=np.uint8)
+def test_missed_calls_are_as_many_as_asked_for_and_of_the_minor_allele_only():
+    rng = np.random.default_rng(1)
+    clean = (rng.random((2000, 100)) < rng.choice([0.2, 0.8], (2000, 1))).astype(np.uint8)
+    minor = np.where(clean.mean(1, keepdims=True) > 0.5, 1 - clean, clean)
     spoiled = clean.copy()
-    simulate._spoil(spoiled, np.arange(2000), replace(SMALL, allele_error=0.01))
-    assert spoiled.mean() == pytest.approx(0.01, rel=0.1) and set(np.unique(spoiled)) == {0, 1}
+    simulate._spoil(spoiled, np.arange(2000), replace(SMALL, missed_calls=0.1))
+    assert (spoiled != clean)[minor == 1].mean() == pytest.approx(0.1, rel=0.1)
+    assert not (spoiled != clean)[minor == 0].any()
+
+
+def test_every_demography_gives_its_populations(tmp_path: Path):
+    settings = replace(SMALL, length_bp=60_000, demography="american-admixture", panel_people=12, target_people=4)
+    simulated = simulate_default(tmp_path / "data", settings)
+    with simulated.samples.open() as lines:
+        population = [row["population"] for row in csv.DictReader(lines, delimiter="\t")]
+    assert {name: population.count(name) for name in population} == dict.fromkeys(("AFR", "EUR", "EAS", "ADMIX"), 4)
 
 
 def test_without_errors_nothing_is_spoiled():

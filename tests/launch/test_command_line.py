@@ -221,7 +221,7 @@ def test_a_run_is_either_resumed_or_begun(fails: Fails, train_options: list[str]
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
-    [(["--panel-people=2"], "--panel-people must be at least 3"), (["--allele-error=-1"], "must not be negative")],
+    [(["--panel-people=2"], "--panel-people must be at least 3"), (["--missed-calls=1"], "must lie in")],
 )
 def test_simulate_says_what_is_wrong(fails: Fails, tmp_path: Path, arguments: list[str], complaint: str) -> None:
     assert complaint in fails("simulate", "--out", tmp_path / "sim", *arguments)

@@ -1,0 +1,137 @@
+"""The CUDA kernels of the copying model, compiled for the host with a block's threads as threads, against the
+compiled loops; on a GPU, against them as well."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from embrag_ds.retrieval import compiled
+from embrag_ds.retrieval.copying import copying_backend, copying_posterior, posterior_torch
+from embrag_ds.retrieval.copying_kernels import SOURCE
+
+# A block's threads are threads, its barrier a barrier; blocks run one after another.
+HOST = r"""
+#include <barrier>
+#include <functional>
+#include <thread>
+#include <vector>
+#define __global__
+#define __device__
+#define __shared__ static
+struct Place { int x; };
+static Place blockIdx, blockDim;
+static thread_local Place threadIdx;
+static std::barrier<>* meeting;
+static void __syncthreads() { meeting->arrive_and_wait(); }
+%s
+static void run(int blocks, int threads, std::function<void()> kernel) {
+    blockDim.x = threads;
+    std::barrier<> barrier(threads);
+    meeting = &barrier;
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+        std::vector<std::thread> block;
+        for (int i = 0; i < threads; ++i) block.emplace_back([i, &kernel] { threadIdx.x = i; kernel(); });
+        for (auto& each : block) each.join();
+    }
+}
+typedef const float* In;
+typedef float* Out;
+extern "C" void forward_backward(int blocks, int threads, const unsigned char* m, In l, In s, In p, Out a, Out b, Out o,
+                                 int T, int K, int first, int last) {
+    run(blocks, threads, [=] { copying_forward_backward(m, l, s, p, a, b, o, T, K, first, last); });
+}
+extern "C" void adjoint(int blocks, int threads, const unsigned char* m, In l, In s, In p, In a, In b, In o, In g,
+                        Out as, Out bs, Out ls, Out ss, Out ps, int T, int K, int first, int last) {
+    run(blocks, threads, [=] {
+        copying_adjoint(m, l, s, p, a, b, o, g, as, bs, ls, ss, ps, T, K, first, last);
+    });
+}
+"""
+THREADS = 4
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """The kernels by name, on numpy arrays and then numbers."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    assert compiler is not None, "a C++ compiler is a requirement of the project"
+    folder: Path = tmp_path_factory.mktemp("kernel")
+    (folder / "kernel.cpp").write_text(HOST % SOURCE, encoding="utf-8")
+    library = folder / "kernel.so"
+    how = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w"]
+    subprocess.run([compiler, *how, "-o", library, folder / "kernel.cpp"], check=True)
+    loaded = ctypes.CDLL(str(library))
+
+    def run(name: str, arrays: list[np.ndarray], *sizes: int) -> None:
+        pointers = [each.ctypes.data_as(ctypes.c_void_p) for each in arrays]
+        getattr(loaded, name)(len(arrays[0]), THREADS, *pointers, *sizes)
+
+    return run
+
+
+def random_case(seed: int, queries: int, sites: int, states: int) -> list[np.ndarray]:
+    """mismatch [B, T, K], likelihood and switch [B, T], prior [B, K]."""
+    rng = np.random.default_rng(seed)
+    mismatch = rng.random((queries, sites, states)) < 0.3
+    likelihood, switch = np.exp(-5 * rng.random((queries, sites))), rng.random((queries, sites)) ** 3 + 1e-6
+    prior = rng.dirichlet(np.ones(states), queries) * 0.9 + 0.1 / states
+    return [mismatch, *(each.astype(np.float32) for each in (likelihood, switch, prior))]
+
+
+CASES = pytest.mark.parametrize(
+    ("queries", "sites", "states", "first", "last"),
+    [(2, 1, 1, 0, 1), (1, 7, 3, 0, 7), (3, 12, 9, 4, 8), (2, 9, 30, 0, 3), (2, 9, 17, 8, 9)],
+)
+
+
+@CASES
+def test_values_and_slopes_are_those_of_the_compiled_loops(
+    kernels: Callable[..., None], queries: int, sites: int, states: int, first: int, last: int
+) -> None:
+    given = random_case(sites, queries, sites, states)
+    shape, part = (queries, sites, states), (queries, last - first, states)
+    passes = [[np.full(size, np.nan, np.float32) for size in (shape, shape, part)] for _ in range(2)]
+    compiled.forward_backward(*given, first, last, *passes[0])
+    as_bytes = [given[0].view(np.uint8), *given[1:]]
+    kernels("forward_backward", [*as_bytes, *passes[1]], sites, states, first, last)
+    for loops, kernel in zip(*passes, strict=True):
+        np.testing.assert_allclose(kernel, loops, rtol=1e-4, atol=1e-6)
+
+    gradient = np.random.default_rng(1).normal(size=part).astype(np.float32)
+    slopes = [[np.zeros(size, np.float32) for size in (shape[:2], shape[:2], given[3].shape)] for _ in range(2)]
+    compiled.adjoint(*given, first, last, *passes[0], gradient, *slopes[0])
+    scratch = [np.zeros(shape, np.float32) for _ in range(2)]
+    kernels("adjoint", [*as_bytes, *passes[0], gradient, *scratch, *slopes[1]], sites, states, first, last)
+    for loops, kernel in zip(*slopes, strict=True):
+        np.testing.assert_allclose(kernel, loops, rtol=1e-3, atol=1e-4 * (1 + np.abs(loops).max()))
+
+
+@pytest.mark.gpu
+@CASES
+def test_on_the_gpu_they_are_those_of_the_cpu(queries: int, sites: int, states: int, first: int, last: int) -> None:
+    assert copying_backend(torch.device("cuda", 0)) == "cuda kernel"
+    mismatch, likelihood, switch, prior = map(torch.from_numpy, random_case(sites, queries, sites, states))
+    weight = torch.randn(queries, last - first, states, generator=torch.Generator().manual_seed(1))
+    found = []
+    for device in ("cpu", "cuda"):
+        inputs = [each.to(device).requires_grad_() for each in (-torch.log(likelihood), switch, prior)]
+        posterior = copying_posterior(mismatch.to(device), *inputs, slice(first, last))
+        (posterior * weight.to(device)).sum().backward()
+        found.append([posterior.detach().cpu(), *(each.grad.cpu() for each in inputs)])
+    for host, there in zip(*found, strict=True):
+        torch.testing.assert_close(there, host, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_panels_worth_on_the_gpu_equals_torch() -> None:
+    mismatch, likelihood, switch, prior = map(torch.from_numpy, random_case(1, 8, 600, 2000))
+    on_gpu = [each.cuda() for each in (mismatch, -torch.log(likelihood), switch, prior)]
+    torch.testing.assert_close(copying_posterior(*on_gpu), posterior_torch(*on_gpu), rtol=1e-3, atol=1e-5)
