@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, one_hot
 
 from embrag_ds.errors import require
 
@@ -20,7 +20,9 @@ from embrag_ds.errors import require
 class LossConfig:
     """Loss on logits, mean per masked site."""
 
-    kind: Literal["cross_entropy", "focal"] = "cross_entropy"
+    kind: Literal["cross_entropy", "focal", "brier"] = "cross_entropy"
+    """``brier``, the squared error of the probabilities, is what dosage r2 measures; like cross-entropy it is least
+    where probabilities are calibrated, but it does not spend itself on alleles that nothing foretells."""
     focal_gamma: float = 2.0
     haplotype_weight: float = 1.0
     genotype_weight: float = 0.5
@@ -77,7 +79,11 @@ def imputation_loss(logits: Tensor, alleles: Tensor, scored: Tensor, frequency: 
 
 
 def _weighted_mean(log_probabilities: Tensor, truth: Tensor, weight: Tensor, settings: LossConfig) -> Tensor:
-    """Weighted mean over sites of -(1 - p)^gamma log p (focal, Lin et al. 2017; gamma 0 is cross-entropy)."""
+    """Weighted mean over sites of -(1 - p)^gamma log p (focal, Lin et al. 2017; gamma 0 is cross-entropy), or of the
+    Brier score (Brier 1950), the sum over classes of the squared error."""
+    if settings.kind == "brier":
+        wrong = log_probabilities.exp() - one_hot(truth, log_probabilities.shape[-1])
+        return (wrong.square().sum(-1) * weight).sum() / weight.sum().clamp_min(1e-6)
     chosen = log_probabilities.gather(-1, truth[..., None])[..., 0]
     cost = -chosen
     if settings.kind == "focal":

@@ -26,6 +26,13 @@ def random_case(seed: int, people: int, sites: int, rate: float = 0.5):
     return logits.float(), alleles, hidden
 
 
+def cost_of(chances: list[float], truth: int, gamma: float | None) -> float:
+    """Focal loss, or the Brier score if there is no gamma."""
+    if gamma is None:
+        return sum((share - (place == truth)) ** 2 for place, share in enumerate(chances))
+    return -((1 - chances[truth]) ** gamma) * math.log(chances[truth])
+
+
 def alt_probability(logit: float) -> float:
     return 1 / (1 + math.exp(-logit))
 
@@ -33,7 +40,7 @@ def alt_probability(logit: float) -> float:
 EVEN = torch.tensor([0.5])
 
 
-def slow_losses(logits, alleles, hidden, gamma: float, weights: list[float]) -> tuple[float, float]:
+def slow_losses(logits, alleles, hidden, gamma: float | None, weights: list[float]) -> tuple[float, float]:
     """Haplotype and genotype loss, by loops; ``weights`` of the sites."""
     people, sites = len(logits) // 2, logits.shape[1]
     haplotype: list[float] = []
@@ -46,12 +53,12 @@ def slow_losses(logits, alleles, hidden, gamma: float, weights: list[float]) -> 
             total += weights[site]
             one, two = (alt_probability(float(logits[2 * person + i, site])) for i in range(2))
             for i, share in enumerate((one, two)):
-                right = share if alleles[2 * person + i, site] == 1 else 1 - share
-                haplotype.append(-weights[site] * ((1 - right) ** gamma) * math.log(right))
+                cost = cost_of([1 - share, share], int(alleles[2 * person + i, site]), gamma)
+                haplotype.append(weights[site] * cost)
             # Both phases of a heterozygote count as one genotype.
             chances = [(1 - one) * (1 - two), one * (1 - two) + (1 - one) * two, one * two]
-            right = chances[int(alleles[2 * person, site]) + int(alleles[2 * person + 1, site])]
-            genotype.append(-weights[site] * ((1 - right) ** gamma) * math.log(right))
+            count = int(alleles[2 * person, site]) + int(alleles[2 * person + 1, site])
+            genotype.append(weights[site] * cost_of(chances, count, gamma))
     return sum(haplotype) / max(2 * total, 1e-9), sum(genotype) / max(total, 1e-9)
 
 
@@ -61,18 +68,18 @@ def slow_losses(logits, alleles, hidden, gamma: float, weights: list[float]) -> 
     people=st.integers(1, 3),
     sites=st.integers(1, 8),
     rate=st.sampled_from([0.1, 0.5, 1.1]),
-    gamma=st.sampled_from([None, 0.0, 0.5, 1.0, 2.0, 3.7]),
+    gamma=st.sampled_from(["brier", None, 0.0, 0.5, 1.0, 2.0, 3.7]),
     weights=st.sampled_from([(1.0, 0.5), (0.0, 2.0), (3.0, 0.0)]),
     rarity=st.sampled_from([0.0, 0.5, 1.0]),
 )
 def test_losses_equal_plain_loops(seed, people, sites, rate, gamma, weights, rarity) -> None:
     logits, alleles, hidden = random_case(seed, people, sites, rate)
-    kind = "cross_entropy" if gamma is None else "focal"
-    config = LossConfig(kind, gamma if gamma is not None else 2.0, *weights, rarity)
+    kind = {"brier": "brier", None: "cross_entropy"}.get(gamma, "focal")
+    config = LossConfig(kind, gamma if kind == "focal" else 2.0, *weights, rarity)
     frequency = torch.rand(sites, generator=torch.Generator().manual_seed(seed)).clamp(0.01, 0.99)
     found = imputation_loss(logits, alleles, hidden, frequency, config)
     by_site = [min(f, 1 - f) ** -rarity for f in frequency.tolist()]
-    haplotype, genotype = slow_losses(logits, alleles, hidden, gamma or 0.0, by_site)
+    haplotype, genotype = slow_losses(logits, alleles, hidden, None if kind == "brier" else gamma or 0.0, by_site)
     assert float(found.haplotype) == pytest.approx(haplotype, rel=1e-4, abs=1e-6)
     assert float(found.genotype) == pytest.approx(genotype, rel=1e-4, abs=1e-6)
     assert float(found.total) == pytest.approx(weights[0] * haplotype + weights[1] * genotype, rel=1e-4, abs=1e-6)
