@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -38,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass
 class Cost:
-    """Seconds of every round and the peak resident memory, in GB (1e9 bytes), of the largest process."""
+    """Seconds of every round and the peak resident memory in GB (1e9 bytes)."""
 
     seconds: list[float]
     peak_gb: float = 0.0
@@ -54,19 +55,25 @@ class Meter:
     def run(self, command: Sequence[str | Path], log: Path) -> None:
         began = time.monotonic()
         with log.open("wb") as out:
-            words = [str(word) for word in command]
-            process = os.posix_spawnp(
-                words[0],
-                words,
-                os.environ,
-                file_actions=[(os.POSIX_SPAWN_DUP2, out.fileno(), 1), (os.POSIX_SPAWN_DUP2, out.fileno(), 2)],
-            )
-            _, status, usage = os.wait4(process, 0)
-        if status:
+            process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=subprocess.STDOUT)
+            # Not the kernel's account of the child, which starts with what its parent held.
+            while process.poll() is None:
+                self.peak_gb = max(self.peak_gb, _peak_gb(process.pid))
+                time.sleep(0.02)
+        if process.returncode:
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-            raise UserError(f"{words[0]} failed: {' '.join(last)}")
+            raise UserError(f"{command[0]} failed: {' '.join(last)}")
         self.seconds += time.monotonic() - began
-        self.peak_gb = max(self.peak_gb, usage.ru_maxrss * 1024 / 1e9)
+
+
+def _peak_gb(process: int) -> float:
+    """Peak resident memory of a process so far."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:  # it has just ended
+        return 0.0
+    found = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
+    return found[0] * 1024 / 1e9 if found else 0.0
 
 
 def parse_arguments() -> argparse.Namespace:

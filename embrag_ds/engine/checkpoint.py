@@ -25,7 +25,7 @@ from embrag_ds.engine.reference import Reference
 from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import ModelConfig
 
-EXPORT_FORMAT = 1
+EXPORT_FORMAT = 2
 PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained" / "model.safetensors"
 """The model that comes with the package; how it was trained is in docs/results.md."""
 _HEADER = "embrag_ds"

@@ -112,9 +112,11 @@ class CopyingPooling(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        # Of the slow and the fast mosaic: logarithms at the typical density, then exponents of the density. One
+        # dimension: ZeRO-3 takes gradients of two only from a Linear.
         rates = [math.log(rate) / self._GAIN for rate in self._INITIAL_RATES]
-        self.rate = nn.Parameter(torch.tensor([rates, [0.0, 0.0]]))
-        self.penalty = nn.Parameter(torch.tensor([[math.log(self._INITIAL_PENALTY) / self._GAIN] * 2, [0.0, 0.0]]))
+        self.rate = nn.Parameter(torch.tensor([*rates, 0.0, 0.0]))
+        self.penalty = nn.Parameter(torch.tensor([math.log(self._INITIAL_PENALTY) / self._GAIN] * 2 + [0.0, 0.0]))
         self.closeness = nn.Parameter(torch.tensor([self._INITIAL_CLOSENESS / self._GAIN]))
         # Log-odds of the slow mosaic: at a frequency of 0.1 %, and how much more for ten times that.
         self.slow = nn.Parameter(torch.tensor([0.0, -2.0]) / self._GAIN)
@@ -125,9 +127,7 @@ class CopyingPooling(nn.Module):
         gap = torch.diff(position, dim=1, prepend=position[:, :1])
         length = (batch.sites.position[-1] - batch.sites.position[0]).clamp_min(1e-6)
         density = batch.typed_count.clamp_min(1) / (length * self._TYPICAL_DENSITY)
-        features = torch.stack([torch.ones_like(density), density.log()], dim=1)
-        rates = torch.exp(features @ self.rate.float() * self._GAIN)
-        penalties = torch.exp(features @ self.penalty.float() * self._GAIN)
+        rates, penalties = (self._power(each, density) for each in (self.rate, self.penalty))
         cost = site_weight[batch.typed]
         prior = self._switch_prior(batch, retrieved)
         slow, fast = (
@@ -155,6 +155,11 @@ class CopyingPooling(nn.Module):
                 batch, retrieved, position, slow.detach(), by_slow.detach(), by_fast.detach(), between, density
             ),
         )
+
+    def _power(self, parameter: Tensor, density: Tensor) -> Tensor:
+        """A constant times a power of ``density`` [B], for each mosaic: float32 [B, 2]."""
+        logarithm, exponent = (parameter.float() * self._GAIN).unflatten(0, (2, 2))
+        return torch.exp(logarithm + exponent * density.log()[:, None])
 
     def _switch_prior(self, batch: Batch, retrieved: Retrieved) -> Tensor:
         """Probability of every neighbour at a switch, float32 [B, K]."""

@@ -293,3 +293,29 @@ def test_impute_says_what_is_wrong(
 )
 def test_evaluate_says_what_is_wrong(fails: Fails, arguments: list[str], complaint: str) -> None:
     assert complaint in fails("evaluate", *arguments)
+
+
+def test_the_ablation_scores_every_row_on_the_held_out_people(
+    launch: Launch, run_dir: Path, simulated: DefaultData, panel_options: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "ablation.json"
+    data = [f"--typed=array={simulated.target}", f"--json={out}"]
+    done = launch("python", "../profiling/ablation.py", "--run-dir", run_dir, *panel_options, *data)
+    assert done.returncode == 0, done.stderr
+    written = json.loads(out.read_text())
+    assert written["people"] == 6
+    found = {name: row["all"] for name, row in written["r2"]["array"].items()}
+    assert list(found) == ["random", "top 1", "copying, fixed", "copying, learned", "with residual"]
+    assert all(0 <= value <= 1 for value in found.values()) and found["random"] < found["copying, fixed"]
+    done = launch("python", "../profiling/ablation.py", "--run-dir", run_dir, *panel_options, *data, "--rows", "none")
+    assert done.returncode == 2 and "no row 'none'" in done.stderr
+
+
+def test_evaluation_draws_plots(launch: Launch, simulated: DefaultData, tmp_path: Path) -> None:
+    files = [f"--truth={simulated.truth}", f"--panel={simulated.panel}", f"--target={simulated.target}"]
+    done = launch(
+        "python", "evaluate.py", *files, f"--imputed=truth={simulated.truth}", f"--plots={tmp_path / 'plots'}"
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("r2.png", "calibration.png"):
+        assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")

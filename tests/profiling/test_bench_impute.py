@@ -1,0 +1,28 @@
+"""The imputation benchmark runs every tool that is there and writes what it promises; sizes are not tested here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from embrag_ds.data.simulate import DefaultData
+from embrag_ds.engine.peers import PEERS, installed
+
+
+def test_it_measures_time_and_memory_of_every_tool(root: Path, simulated: DefaultData, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    files = ["--panel", simulated.panel, "--target", simulated.target, "--map", simulated.genetic_map]
+    command = [sys.executable, root / "profiling" / "bench_impute.py", *files, "--rounds", "1", "--json", out]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(list(map(str, command)), check=True, capture_output=True, cwd=root, env=environment)
+    written = json.loads(out.read_text())
+    assert set(written["tools"]) == {*installed(), "embrag_ds cpu", "embrag_ds cpu, panel packed"}
+    assert written["missing"] == [name for name in PEERS if name not in installed()]
+    assert written["shape"]["people"] == 9 and written["shape"]["panel_people"] == 60
+    for cost in written["tools"].values():
+        assert len(cost["seconds"]) == 1 and cost["peak_gb"] > 0.01
+        expected = 9 * written["shape"]["sites"] / cost["median_seconds"]
+        assert abs(cost["people_x_sites_per_second"] - expected) < 1e-6 * expected
