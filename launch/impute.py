@@ -7,15 +7,16 @@ the embedded default data set.
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 
-from embrag_ds.data.vcf import read_phased
+from embrag_ds.data.panel import open_panel
 from embrag_ds.engine.checkpoint import PRETRAINED, read_export
 from embrag_ds.engine.imputation import Imputation, harmonise_targets, impute_to_vcf
-from embrag_ds.engine.inputs import PanelFiles, default_data, open_inputs
+from embrag_ds.engine.inputs import PanelFiles, cache_directory, default_data, open_inputs
 from embrag_ds.engine.trainer import MODEL_FILE
 from embrag_ds.errors import UserError
 from embrag_ds.launching import run_main
@@ -61,9 +62,11 @@ def main() -> None:
     target_path = arguments.target or default_data(model.config.data).target
     inputs = open_inputs(files, model.config.data)
     say(f"panel {inputs.panel.path}: {len(inputs.panel.samples)} people, {len(inputs.panel.sites)} sites")
-    targets = harmonise_targets(read_phased(target_path), target_path, inputs, arguments.allow_overlap, say)
-    imputation = Imputation(model, inputs, device, arguments.people_per_batch)
-    impute_to_vcf(imputation, targets, arguments.out, say)
+    with tempfile.TemporaryDirectory(dir=cache_directory(model.config.data)) as scratch:
+        packed = open_panel(target_path, Path(scratch))
+        targets = harmonise_targets(packed, target_path, inputs, arguments.allow_overlap, say)
+        imputation = Imputation(model, inputs, device, arguments.people_per_batch)
+        impute_to_vcf(imputation, targets, arguments.out, say)
     say(f"{arguments.out}: {len(targets.samples)} people in {time.monotonic() - began:.0f} s")
 
 

@@ -1,7 +1,8 @@
 """Imputation: phased targets typed at some sites in, every panel site out.
 
 Windows are computed one after another and blended over their overlap; sites are written as soon as no
-later window can change them, so memory holds two windows of the targets, whatever the chromosome.
+later window can change them, so memory holds two windows of the targets, whatever the chromosome; the rest of
+them, typed sites only, is packed on disk.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import torch
 
 import embrag_ds
 from embrag_ds.data.dataset import Samples, WindowedPanel, exclusion_table
-from embrag_ds.data.sites import harmonise
+from embrag_ds.data.panel import Panel
+from embrag_ds.data.sites import Harmonised, harmonise
 from embrag_ds.data.tokens import REF
-from embrag_ds.data.vcf import PhasedData
 from embrag_ds.data.vcf_output import ImputedVcfWriter
 from embrag_ds.data.windows import blend_weights, uncovered
 from embrag_ds.engine.checkpoint import ExportedModel
@@ -31,18 +32,32 @@ from embrag_ds.retrieval.collate import receive
 
 @dataclass(frozen=True)
 class Targets:
-    """Target people at the panel's sites: ``alleles`` uint8 [2N, S] (REF where not typed) and ``typed``
-    bool [S]."""
+    """Target people at the panel's sites, of which ``typed`` bool [S] they were typed at.
+
+    Their alleles stay packed where they are, on disk as a rule; ``match`` says which panel site each of their sites is.
+    """
 
     samples: tuple[str, ...]
-    alleles: np.ndarray
     typed: np.ndarray
+    packed: np.ndarray
+    match: Harmonised
+
+    def alleles(self, span: slice, people: slice) -> np.ndarray:
+        """Alleles of some people at the panel's sites ``span``, uint8 [2N, L], REF where they were not typed."""
+        first, last = np.searchsorted(self.match.panel_index, [span.start, span.stop])
+        columns = slice(2 * people.start // 8, -(-2 * people.stop // 8))
+        bits = np.unpackbits(self.packed[self.match.target_index[first:last], columns], axis=1, bitorder="little")
+        begin = 2 * people.start - 8 * columns.start
+        typed = bits[:, begin : begin + 2 * (people.stop - people.start)]
+        found = np.full((typed.shape[1], span.stop - span.start), REF, dtype=np.uint8)
+        found[:, self.match.panel_index[first:last] - span.start] = (typed ^ self.match.swapped[first:last, None]).T
+        return found
 
 
 def harmonise_targets(
-    target: PhasedData, target_path: Path, inputs: PanelInputs, allow_overlap: bool, say: Callable[[str], None]
+    target: Panel, target_path: Path, inputs: PanelInputs, allow_overlap: bool, say: Callable[[str], None]
 ) -> Targets:
-    """Bring the targets to the panel's site table, once; nothing filters sites afterwards."""
+    """Bring the targets, packed, to the panel's site table, once; nothing filters sites afterwards."""
     panel = inputs.panel
     shared = sorted(set(target.samples) & set(panel.samples))
     if shared and not allow_overlap:
@@ -54,12 +69,9 @@ def harmonise_targets(
     say(f"target {target_path}: {len(target.samples)} people; {match.report()}")
     if skipped := skipped_records(target.skipped):
         say(f"{target_path}: {skipped}")
-    rows = target.alleles[match.target_index] ^ match.swapped[:, None].astype(np.uint8)
-    alleles = np.full((2 * len(target.samples), len(panel.sites)), REF, dtype=np.uint8)
-    alleles[:, match.panel_index] = rows.T
     typed = np.zeros(len(panel.sites), dtype=bool)
     typed[match.panel_index] = True
-    return Targets(target.samples, alleles, typed)
+    return Targets(target.samples, typed, target.packed, match)
 
 
 class Imputation:
@@ -99,7 +111,7 @@ class Imputation:
                 samples = Samples(
                     window=window.index,
                     people=group,
-                    alleles=np.ascontiguousarray(targets.alleles[2 * start : 2 * (start + len(group)), span]),
+                    alleles=targets.alleles(span, slice(start, start + len(group))),
                     hidden=np.repeat(hidden[None], len(group), axis=0),
                 )
                 with torch.no_grad():
@@ -127,7 +139,8 @@ def impute_to_vcf(imputation: Imputation, targets: Targets, out: Path, say: Call
             last = number + 1 == len(windows)
             settled = window.core_stop if last else windows[number + 1].core_start
             span = slice(written, settled)
-            writer.write(written, grown[:, : settled - written], targets.typed[span], targets.alleles[:, span])
+            everybody = slice(0, len(targets.samples))
+            writer.write(written, grown[:, : settled - written], targets.typed[span], targets.alleles(span, everybody))
             pending = grown[:, settled - written :]
             written = settled
             if time.monotonic() - spoken > 2 or last:

@@ -16,6 +16,7 @@ import torch
 
 from embrag_ds.config import RunConfig, parse_config
 from embrag_ds.data.dataset import DataConfig
+from embrag_ds.data.panel import Panel
 from embrag_ds.data.simulate import DefaultData
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.vcf import PhasedData, read_phased
@@ -58,6 +59,12 @@ def retrieval_alone(make_config: MakeConfig) -> ExportedModel:
     return untrained(make_config(), head=0.0)
 
 
+def matched(target: PhasedData, path: Path, inputs: PanelInputs, overlap: bool, say: Any) -> Targets:
+    packed = np.packbits(target.alleles, axis=1, bitorder="little")
+    panel = Panel(path, target.sites, target.samples, packed, target.skipped)
+    return harmonise_targets(panel, path, inputs, overlap, say)
+
+
 @pytest.fixture
 def target(simulated: DefaultData) -> PhasedData:
     return read_phased(simulated.target)
@@ -66,14 +73,14 @@ def target(simulated: DefaultData) -> PhasedData:
 def imputed(
     model: ExportedModel, inputs: PanelInputs, target: PhasedData, block: int = 4, overlap: bool = False
 ) -> list[tuple[int, np.ndarray]]:
-    targets = harmonise_targets(target, Path("target.vcf.gz"), inputs, overlap, silent)
+    targets = matched(target, Path("target.vcf.gz"), inputs, overlap, silent)
     return list(Imputation(model, inputs, CPU, block).windows(targets))
 
 
 @pytest.fixture
 def written(model: ExportedModel, inputs: PanelInputs, target: PhasedData, tmp_path: Path) -> Path:
     """The simulated targets imputed by a random network."""
-    targets = harmonise_targets(target, Path("target.vcf.gz"), inputs, False, silent)
+    targets = matched(target, Path("target.vcf.gz"), inputs, False, silent)
     impute_to_vcf(Imputation(model, inputs, CPU, 4), targets, tmp_path / "out.vcf.gz", silent)
     return tmp_path / "out.vcf.gz"
 
@@ -170,7 +177,7 @@ def test_a_target_in_the_panel_is_refused_and_with_the_flag_never_copies_itself(
     ):
         imputed(retrieval_alone, inputs, own)
 
-    targets = harmonise_targets(own, Path("target.vcf.gz"), inputs, True, silent)
+    targets = matched(own, Path("target.vcf.gz"), inputs, True, silent)
     imputation = Imputation(retrieval_alone, inputs, CPU, 2)
     collate, copied = imputation._collate, []
 
@@ -238,7 +245,7 @@ def test_bcftools_reads_it_without_a_word(written: Path, inputs: PanelInputs) ->
 def test_an_interrupted_imputation_leaves_nothing(
     model: ExportedModel, inputs: PanelInputs, target: PhasedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    targets = harmonise_targets(target, Path("target.vcf.gz"), inputs, False, silent)
+    targets = matched(target, Path("target.vcf.gz"), inputs, False, silent)
     imputation = Imputation(model, inputs, CPU, 4)
     whole = imputation.windows
 
@@ -256,14 +263,29 @@ def test_an_interrupted_imputation_leaves_nothing(
     assert list(folder.iterdir()) == []
 
 
+def test_alleles_of_any_people_and_sites_are_the_files(inputs: PanelInputs, target: PhasedData) -> None:
+    rows = np.array([0, 3])
+    other = dataclasses.replace(target, sites=exchanged(target.sites, rows))
+    targets = matched(other, Path("t.vcf.gz"), inputs, False, silent)
+    whole = np.zeros((18, len(inputs.panel.sites)), dtype=np.uint8)
+    alleles = target.alleles.copy()
+    alleles[rows] ^= 1
+    whole[:, np.flatnonzero(targets.typed)] = alleles.T
+    sites = len(inputs.panel.sites)
+    for span in (slice(0, sites), slice(11, 12), slice(sites // 3, sites // 2)):
+        for people in (slice(0, 9), slice(1, 3), slice(3, 8), slice(8, 9)):
+            expected = whole[2 * people.start : 2 * people.stop, span]
+            np.testing.assert_array_equal(targets.alleles(span, people), expected)
+
+
 def test_what_matches_is_said(inputs: PanelInputs, target: PhasedData) -> None:
     said: list[str] = []
     row = exchanged(target.sites, np.array([0]))
-    harmonise_targets(dataclasses.replace(target, sites=row), Path("t.vcf.gz"), inputs, False, said.append)
+    matched(dataclasses.replace(target, sites=row), Path("t.vcf.gz"), inputs, False, said.append)
     assert "9 people" in said[0] and f"{len(target.sites)} sites matched, 1 of them with REF/ALT exchanged" in said[0]
     with pytest.raises(UserError, match=r"t\.vcf\.gz: no site in common"):
         none = dataclasses.replace(target, sites=dataclasses.replace(target.sites, pos=target.sites.pos + 10_000_000))
-        harmonise_targets(none, Path("t.vcf.gz"), inputs, False, said.append)
+        matched(none, Path("t.vcf.gz"), inputs, False, said.append)
 
 
 def test_windows_that_leave_sites_out_are_refused(make_config: MakeConfig, inputs: PanelInputs, tmp_path: Path) -> None:
@@ -288,7 +310,7 @@ def test_a_target_with_one_typed_site_or_all_of_them(
         )
         write_phased(tmp_path / f"{name}.vcf.gz", sites, truth.samples, truth.alleles[kept])
         found = read_phased(tmp_path / f"{name}.vcf.gz")
-        targets = harmonise_targets(found, Path(name), inputs, False, silent)
+        targets = matched(found, Path(name), inputs, False, silent)
         impute_to_vcf(Imputation(model, inputs, CPU, 9), targets, tmp_path / f"{name}.out.vcf.gz", silent)
         out = read_dosages(tmp_path / f"{name}.out.vcf.gz")
         assert np.isfinite(out.dosage).all()
@@ -318,7 +340,7 @@ def test_a_short_run_beats_the_nearest_haplotype_on_1000_genomes(
     columns = np.flatnonzero(np.arange(500) // 2 % 3 == 0)  # a third of the people
     names = tuple(target.samples[column // 2] for column in columns[::2])
     fewer = dataclasses.replace(target, samples=names, alleles=target.alleles[:, columns])
-    targets = harmonise_targets(fewer, real_data / "target.sparse.vcf.gz", inputs, False, silent)
+    targets = matched(fewer, real_data / "target.sparse.vcf.gz", inputs, False, silent)
     imputation = Imputation(read_export(tmp_path / "run" / MODEL_FILE), inputs, world.device, len(names))
     probability = np.empty((len(columns), len(truth.sites)), dtype=np.float32)
     for window, values in imputation.windows(targets):
