@@ -17,6 +17,7 @@ from embrag_ds.data.tokens import ALT, REF
 from embrag_ds.retrieval.collate import Batch, Retrieved
 from embrag_ds.retrieval.copying import (
     copying_posterior,
+    count_true,
     interpolated_dosage,
     interpolated_weights,
     match_lengths,
@@ -163,7 +164,7 @@ class CopyingPooling(nn.Module):
 
     def _switch_prior(self, batch: Batch, retrieved: Retrieved) -> Tensor:
         """Probability of every neighbour at a switch, float32 [B, K]."""
-        differs = retrieved.mismatch.sum(1, dtype=torch.int32) * (100 / batch.typed_count.clamp_min(1))[:, None]
+        differs = count_true(retrieved.mismatch) * (100 / batch.typed_count.clamp_min(1))[:, None]
         return torch.softmax(-self.closeness.float() * self._GAIN * differs, dim=-1)
 
     def _share_of_slow(self, frequency: Tensor) -> Tensor:
@@ -195,7 +196,7 @@ def _evidence(
         alt_length=of_alt / dosage.clamp_min(_LEAST),
         ref_length=(overall[:, 0] - of_alt).clamp_min(0) / (1 - dosage).clamp_min(_LEAST),
         uncertainty=overall[:, 1],
-        share=retrieved.alleles.sum(1, dtype=torch.int32) / retrieved.alleles.shape[1],
+        share=count_true(retrieved.alleles) / retrieved.alleles.shape[1],
         nearest=torch.minimum((sites - before).abs(), (after - sites).abs()),
         gap=(after - before).abs(),
         density=density[:, None].expand_as(dosage),

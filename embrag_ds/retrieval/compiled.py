@@ -37,6 +37,15 @@ def mismatches(alleles, place, ids, tokens, count, out):
 
 
 @_compiled
+def add_rows(rows, total):
+    """Add rows uint8 [B, R, C] to total int32 [B, C]."""
+    for b in numba.prange(len(rows)):
+        for r in range(rows.shape[1]):
+            for c in range(rows.shape[2]):
+                total[b, c] += rows[b, r, c]
+
+
+@_compiled
 def posterior_alone(mismatch, likelihood, switch, prior, first, last, posterior):
     """Fill posterior [B, N, K]; ``likelihood`` [B, T] is that of a mismatch, ``prior`` [B, K] sums to 1 over K.
 

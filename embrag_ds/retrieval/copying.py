@@ -45,6 +45,16 @@ def mismatches(alleles: Tensor, place: Tensor, ids: Tensor, tokens: Tensor, coun
     return (alleles[place[:, :, None], ids[:, None, :]] != tokens[:, :, None]) & valid[:, :, None]
 
 
+def count_true(rows: Tensor) -> Tensor:
+    """Sum over R of bool or 0/1 uint8 [B, R, C], int32 [B, C]. On a CPU torch would copy all of it as integers."""
+    if rows.device.type != "cpu":
+        return rows.sum(1, dtype=torch.int32)
+    total = np.zeros((rows.shape[0], rows.shape[2]), dtype=np.int32)
+    compiled.use_torch_threads()
+    compiled.add_rows(rows.contiguous().view(torch.uint8).numpy(), total)
+    return torch.from_numpy(total)
+
+
 def copying_backend(device: torch.device) -> str:
     """What computes :func:`copying_posterior` there: compiled loops, the CUDA kernel (with CuPy), or torch."""
     if device.type == "cpu":

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from embrag_ds.retrieval.copying import (
     copying_posterior,
+    count_true,
     interpolated_dosage,
     interpolated_weights,
     mismatches,
@@ -130,6 +131,12 @@ def test_mismatches_equal_a_plain_loop() -> None:
     for b, t, k in np.ndindex(3, 5, 4):
         expected = t < int(count[b]) and int(alleles[place[b, t], ids[b, k]]) != int(tokens[b, t])
         assert bool(found[b, t, k]) == expected
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.uint8])
+def test_counts_are_sums(kind: torch.dtype) -> None:
+    rows = (torch.rand(3, 300, 7, generator=torch.Generator().manual_seed(1)) < 0.9).to(kind)
+    assert torch.equal(count_true(rows), rows.sum(1).int())
 
 
 @pytest.mark.gpu
