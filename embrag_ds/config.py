@@ -41,6 +41,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
     patience: int | None = None
     """Stop after this many validations without a better score; null: never."""
+    frozen: tuple[str, ...] = ()
+    """Parts of the network whose weights stay as they are: ``pooling``, ``confidence``, ``embedding``, ..."""
 
     def __post_init__(self) -> None:
         for key in ("max_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):

@@ -109,6 +109,7 @@ class Trainer:
         model = Imputer(self.embrag.model)
         if init_from is not None:
             start_from(model, self.embrag.model, read_export(init_from), init_from)
+        _freeze(model, self.embrag.train.frozen)
         self.engine = initialize_engine(model, settings)
         self.reference = Reference(
             self.embrag.retrieval,
@@ -296,6 +297,14 @@ class Trainer:
             f"{self.reference.memory([self.collate, self._validation_collate])}; "
             f"run folder {self.run_dir}"
         )
+
+
+def _freeze(model: Imputer, parts: tuple[str, ...]) -> None:
+    known = [name for name, _ in model.named_children()]
+    for part in parts:
+        if part not in known:
+            raise UserError(f"embrag.train.frozen: the network has no part {part!r}; it has {', '.join(known)}")
+        model.get_submodule(part).requires_grad_(False)
 
 
 def _selection_score(scores: dict[str, MaskScores]) -> float:

@@ -505,3 +505,13 @@ def test_a_run_may_start_from_an_exported_model(make_trainer: MakeTrainer, tmp_p
     assert json.loads((tmp_path / "second" / "versions.json").read_text())["init_from"] == str(path)
     with pytest.raises(UserError, match=r"--init-from .*dims=16.*set embrag\.model"):
         make_trainer("third", "embrag.model.dims=8", init_from=path)
+
+
+def test_frozen_parts_stay_and_the_others_move(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("run", 'embrag.train.frozen=["pooling"]')
+    before = {name: value.clone() for name, value in trainer.engine.module.state_dict().items()}
+    trainer.run()
+    moved = {name for name, value in trainer.engine.module.state_dict().items() if not torch.equal(value, before[name])}
+    assert "head.weight" in moved and not any(name.startswith("pooling.") for name in moved)
+    with pytest.raises(UserError, match=r"no part 'rates'; it has embedding, pooling, "):
+        make_trainer("other", 'embrag.train.frozen=["rates"]')
