@@ -103,7 +103,7 @@ def score(rows: dict[str, Row], data: WindowedPanel, people: np.ndarray, typed: 
     spoken = time.monotonic()
     for window in data.windows[::stride]:
         core = window.core_sites
-        scored = ~typed[core] & (reference.minor_copies[core] >= reference.panel.fewest_copies)
+        scored = ~typed[core] & reference.listed[core]
         frequency = reference.allele_frequency[core][scored]
         for start in range(0, len(people), BLOCK):
             group = people[start : start + BLOCK]

@@ -29,7 +29,7 @@ import torch
 from embrag_ds.data.dataset import DataConfig
 from embrag_ds.data.vcf import PhasedVcf
 from embrag_ds.engine.inputs import default_data
-from embrag_ds.engine.peers import PEERS, installed, plink_map
+from embrag_ds.engine.peers import PEERS, check_ended_well, installed, plink_map
 from embrag_ds.engine.record import device_name
 from embrag_ds.errors import UserError
 from embrag_ds.launching import run_main
@@ -60,9 +60,7 @@ class Meter:
             while process.poll() is None:
                 self.peak_gb = max(self.peak_gb, _peak_gb(process.pid))
                 time.sleep(0.02)
-        if process.returncode:
-            last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-            raise UserError(f"{command[0]} failed: {' '.join(last)}")
+        check_ended_well(command, process.returncode, log)
         self.seconds += time.monotonic() - began
 
 

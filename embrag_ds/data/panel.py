@@ -243,3 +243,11 @@ class ReferenceSet:
         """Copies of the minor allele in the set, float32 [S]."""
         copies = self.population_counts.sum(0)
         return np.minimum(copies, len(self) - copies)
+
+    @property
+    def listed(self) -> np.ndarray:
+        """Sites bool [S] with as many copies in the set as the panel's rarest has in the panel.
+
+        Any other is a site of the panel only because people outside the set have the rest of its copies.
+        """
+        return self.minor_copies >= self.panel.fewest_copies

@@ -34,6 +34,7 @@ MAF_BINS: tuple[MafBin, ...] = (
     MafBin("all", 0.0, 0.51),
 )
 BIN_NAMES: tuple[str, ...] = tuple(each.name for each in MAF_BINS)
+DISJOINT_BINS = tuple(name for name in BIN_NAMES if not name.startswith("all"))
 CALIBRATION_BINS = 15
 RARE_MAF = 0.01
 

@@ -21,6 +21,11 @@ def run_logged(command: Sequence[str | Path], log: Path) -> None:
     """Run a command with its output in ``log``."""
     with log.open("wb") as out:
         code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False).returncode
+    check_ended_well(command, code, log)
+
+
+def check_ended_well(command: Sequence[str | Path], code: int, log: Path) -> None:
+    """Raise :class:`UserError` with the last line of ``log`` unless ``code`` is 0."""
     if code:
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         raise UserError(f"{command[0]} ended with {code} ({' '.join(last)}); see {log}")
@@ -68,7 +73,7 @@ def plink_map(genetic_map: Path, panel: Path, folder: Path) -> Path:
 
 
 def impute_with_peers(
-    panel: Path, target: Path, genetic_map: Path | None, folder: Path, threads: int, run: Run = run_logged
+    panel: Path, target: Path, genetic_map: Path | None, folder: Path, threads: int
 ) -> dict[str, Path]:
     """Impute with every installed peer into ``folder``; {name: file}. Raises :class:`UserError` if there is none."""
     names = installed()
@@ -80,5 +85,5 @@ def impute_with_peers(
     files = {}
     for name in names:
         logger.info("imputing with %s (output in %s)", name, folder)
-        files[name] = PEERS[name](panel, target, genetic_map, folder, threads, run)
+        files[name] = PEERS[name](panel, target, genetic_map, folder, threads, run_logged)
     return files

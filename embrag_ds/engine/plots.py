@@ -21,7 +21,7 @@ def plot_report(report: Report, folder: Path) -> list[Path]:
 
 
 def _plot_r2(report: Report, path: Path) -> Path:
-    bins = [each.name for each in metrics.MAF_BINS if not each.name.startswith("all")]
+    bins = metrics.DISJOINT_BINS
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for number, (tool, scores) in enumerate(report.tools.items()):
         place = np.arange(len(bins)) + 0.08 * (number - (len(report.tools) - 1) / 2)

@@ -26,7 +26,7 @@ from embrag_ds.engine.checkpoint import (
 )
 from embrag_ds.engine.initialize import World, adapt_to_machine, initialize_engine
 from embrag_ds.engine.inputs import PanelInputs, skipped_records, windowed
-from embrag_ds.engine.metrics import MAF_BINS
+from embrag_ds.engine.metrics import DISJOINT_BINS
 from embrag_ds.engine.record import RunRecord
 from embrag_ds.engine.reference import Reference
 from embrag_ds.engine.validation import MaskScores, Validator
@@ -39,7 +39,6 @@ from embrag_ds.retrieval.prefetch import Prefetcher
 
 MODEL_FILE = "model.safetensors"
 _LONGEST_SILENCE_S = 10.0
-_DISJOINT_BINS = [each.name for each in MAF_BINS if not each.name.startswith("all")]
 
 
 @dataclass
@@ -313,7 +312,7 @@ def _selection_score(scores: dict[str, MaskScores]) -> float:
         score.r2[name]
         for mask, score in scores.items()
         if mask.startswith("array")
-        for name in _DISJOINT_BINS
+        for name in DISJOINT_BINS
         if math.isfinite(score.r2[name])
     ]
     return sum(values) / len(values) if values else float("-inf")

@@ -87,8 +87,7 @@ class Validator:
             dosages.append(prediction.prior.sigmoid().unflatten(0, (-1, 2)).sum(1).cpu().numpy())
         core, sites = self._data.windows[window].core, self._data.windows[window].core_sites
         reference = self._data.reference
-        # A site of which the reference has too few copies is in the panel because somebody held out has the others.
-        scored = hidden[core] & (reference.minor_copies[sites] >= reference.panel.fewest_copies)
+        scored = hidden[core] & reference.listed[sites]
         return _Measured(
             truth=(alleles[0::2] + alleles[1::2]).T[core][scored],
             probabilities=np.concatenate(probabilities).transpose(1, 0, 2)[scored],

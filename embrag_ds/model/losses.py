@@ -82,11 +82,11 @@ def _weighted_mean(log_probabilities: Tensor, truth: Tensor, weight: Tensor, set
     """Weighted mean over sites of -(1 - p)^gamma log p (focal, Lin et al. 2017; gamma 0 is cross-entropy), or of the
     Brier score (Brier 1950), the sum over classes of the squared error."""
     if settings.kind == "brier":
-        wrong = log_probabilities.exp() - one_hot(truth, log_probabilities.shape[-1])
-        return (wrong.square().sum(-1) * weight).sum() / weight.sum().clamp_min(1e-6)
-    chosen = log_probabilities.gather(-1, truth[..., None])[..., 0]
-    cost = -chosen
-    if settings.kind == "focal":
-        # The floor keeps the slope of a fractional power finite where p is 1.
-        cost = cost * (-torch.expm1(chosen)).clamp_min(1e-8) ** settings.focal_gamma
+        cost = (log_probabilities.exp() - one_hot(truth, log_probabilities.shape[-1])).square().sum(-1)
+    else:
+        chosen = log_probabilities.gather(-1, truth[..., None])[..., 0]
+        cost = -chosen
+        if settings.kind == "focal":
+            # The floor keeps the slope of a fractional power finite where p is 1.
+            cost = cost * (-torch.expm1(chosen)).clamp_min(1e-8) ** settings.focal_gamma
     return (cost * weight).sum() / weight.sum().clamp_min(1e-6)
