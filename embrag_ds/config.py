@@ -43,6 +43,8 @@ class TrainConfig:
     """Stop after this many validations without a better score; null: never."""
     frozen: tuple[str, ...] = ()
     """Parts of the network whose weights stay as they are: ``pooling``, ``confidence``, ``embedding``, ..."""
+    compile: bool = False
+    """Compile the transformer's blocks with ``torch.compile``: a minute at the start, and a C++ compiler on a CPU."""
 
     def __post_init__(self) -> None:
         for key in ("max_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):

@@ -16,9 +16,9 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.utils import logger as deepspeed_logger
 from pydantic import ValidationError
-from torch import nn
 
 from embrag_ds.errors import UserError
+from embrag_ds.model.imputer import Imputer
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,21 @@ def adapt_to_machine(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str
     return settings, notes
 
 
-def initialize_engine(model: nn.Module, settings: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
-    """``deepspeed.initialize`` on our model; DeepSpeed's complaints about settings become UserErrors."""
+def initialize_engine(model: Imputer, settings: dict[str, Any], compiled: bool = False) -> deepspeed.DeepSpeedEngine:
+    """``deepspeed.initialize`` on our model; DeepSpeed's complaints about settings become UserErrors.
+
+    With the section ``activation_checkpointing`` the first ``number_checkpoints`` blocks of the transformer (null: all)
+    keep their input only and are computed again in the backward pass. ``compiled`` compiles each block.
+    """
+    if compiled:
+        for block in model.transformer.blocks:
+            block.compile(dynamic=True)  # windows differ in length
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
+        if "activation_checkpointing" in settings:
+            deepspeed.checkpointing.configure(None, deepspeed_config=settings)
+            model.transformer.recompute = deepspeed.checkpointing.checkpoint
+            model.transformer.recomputed = settings["activation_checkpointing"].get("number_checkpoints")
         engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=settings)
     except (DeepSpeedConfigError, ValidationError, AssertionError, ValueError, TypeError) as fault:
         raise UserError(f"DeepSpeed refuses its settings: {' '.join(str(fault).split())}") from fault

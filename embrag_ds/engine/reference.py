@@ -14,7 +14,7 @@ from torch import Tensor
 
 from embrag_ds.data.dataset import WindowedPanel
 from embrag_ds.model.embedding import HaplotypeEmbedding
-from embrag_ds.retrieval.cache import Encoder, LiveReference, ReferenceCache, ReferenceSource
+from embrag_ds.retrieval.cache import Encoder, LiveReference, ReferenceCache, ReferenceSource, TokenReference
 from embrag_ds.retrieval.collate import RetrievalCollator, site_tensors
 from embrag_ds.retrieval.packed import GIB, PackedReference
 from embrag_ds.retrieval.schedule import Generation, RefreshSchedule
@@ -54,21 +54,24 @@ class Reference:
         self._live_embedding = embedding
         self._device = device
         self._exclusions = exclusions
-        self._retrieves = settings.mode == "embedding"
-        refreshes = self._retrieves and settings.encoding == "refresh"
+        encodes = settings.mode == "embedding"
+        self._live = encodes and settings.encoding == "live"
+        refreshes = encodes and settings.encoding == "refresh"
         self.schedule = RefreshSchedule(settings.refresh if refreshes else None, steps_per_epoch)
-        self.prefetch = 0 if settings.encoding == "live" and self._retrieves else settings.prefetch
+        self.prefetch = 0 if self._live else settings.prefetch
         self.cache: ReferenceCache | None = None
         self._snapshots: dict[int, HaplotypeEmbedding] = {}
         self._panel = PackedReference(data, device, settings.device_budget_gb)
         self._dense: DenseStore | None = None
         self._source: ReferenceSource | None = None
-        if not self._retrieves:
+        if settings.mode == "token":
+            self._source = TokenReference(data.windows, device)
+        if not encodes:
             return
         width = embedding.token.embedding_dim
         if settings.store == "dense":
             self._dense = DenseStore(data, width, settings.dense_budget_gb, device, 2 if refreshes else 1)
-        if settings.encoding == "live":
+        if self._live:
             self._source = LiveReference(window_encoder(embedding, data, device), data.windows, device)
         else:
             dtype = embedding.token.weight.dtype
@@ -78,7 +81,7 @@ class Reference:
     def collator(self, people: int, slots: int = 1, search: Search | None = None) -> RetrievalCollator:
         """A collator for one thread's use and batches of at most ``people``; ``search`` in place of the backend's."""
         store: Store | None = self._dense
-        if self._retrieves and store is None:
+        if self._source is not None and store is None:
             search = search or make_search(self._settings.backend, self._device)
             store = FactoredStore(search, self._settings.local)
         return RetrievalCollator(
@@ -91,7 +94,8 @@ class Reference:
             exclusions=self._exclusions,
             people=people,
             slots=slots,
-            live=self._settings.encoding == "live",
+            live=self._live,
+            token_k=self._settings.token_k if self._settings.mode == "token" else 0,
         )
 
     def begin_refresh(self, step: int) -> None:
@@ -123,11 +127,11 @@ class Reference:
         self.cache.begin(generation, encoder, finished)
 
     def age(self, step: int) -> dict[str, int]:
-        """What the log says of the generation used at ``step``; empty without retrieval."""
-        if not self._retrieves:
-            return {}
-        if self.cache is None:  # live: a generation a step
+        """What the log says of the generation used at ``step``; empty where nothing is encoded."""
+        if self._live:  # a generation a step
             return {"generation": step, "staleness": 0, "refreshes_skipped": 0}
+        if self.cache is None:
+            return {}
         used = self.schedule.in_use(step)
         return {
             "generation": used.number,
@@ -147,7 +151,7 @@ class Reference:
         )
 
     def snapshot_weights(self, steps: int) -> dict[str, Tensor] | None:
-        """The embedding layer that encodes references after ``steps`` steps; None for ``live`` and no retrieval."""
+        """The embedding layer that encodes references after ``steps`` steps; None where no snapshot is taken."""
         if self.cache is None:
             return None
         return _on_cpu(self._snapshots[self.schedule.needed_after(steps)[0].number])

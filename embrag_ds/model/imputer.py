@@ -8,12 +8,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from embrag_ds.data.tokens import ALT, REF
 from embrag_ds.errors import require
 from embrag_ds.model.confidence import ConfidenceHead
 from embrag_ds.model.embedding import HaplotypeEmbedding, gather_embeddings
 from embrag_ds.model.fusion import GatedFusion
-from embrag_ds.model.pooling import CopyingPooling, DistancePooling, pooled_embedding
+from embrag_ds.model.pooling import CopyingPooling, DistancePooling, Pooled, mixed_embedding, pooled_embedding
 from embrag_ds.model.transformer import Transformer
 from embrag_ds.retrieval.cache import site_weights
 from embrag_ds.retrieval.collate import Batch
@@ -56,6 +55,9 @@ class Prediction(NamedTuple):
 class Imputer(nn.Module):
     """V18: retrieved haplotypes are fused before a single pass through the transformer.
 
+    V17, for batches whose retrieval is by tokens: the retrieved tokens go through embedding and transformer like the
+    query, and the two are fused after it. The parameters are the same, so a run may go from one to the other.
+
     The output is the prior's log-odds plus a learned residual that starts at zero, so an untrained
     network already imputes as well as its retrieval does.
     """
@@ -75,27 +77,34 @@ class Imputer(nn.Module):
 
     def forward(self, batch: Batch) -> Prediction:
         """Log-odds of ALT at every site of the core, the shown ones included."""
-        sites, retrieved = batch.sites, batch.retrieved
-        whole = self.embedding.codebook(sites)
-        own = whole[batch.core]
-        query = gather_embeddings(own, batch.tokens)
-        if retrieved is None:
-            # Without retrieval the frequency itself stands in for the reference haplotypes.
-            dosage = expected = batch.frequency
-            step = own[:, ALT] - own[:, REF]
-            reference = own[:, REF] + dosage[..., None].to(step.dtype) * step
-            evidence = None
-        else:
+        whole = self.embedding.codebook(batch.sites)
+        pooled = None
+        # Without retrieval the frequency itself stands in for the reference haplotypes.
+        dosage = expected = batch.frequency
+        if batch.retrieved is not None:
             weight = site_weights(whole)
-            pooled = self.pooling(batch, retrieved, weight / weight.mean())
-            codebook = own if retrieved.codebook is None else retrieved.codebook
-            reference = pooled_embedding(pooled, retrieved, codebook)
-            dosage, evidence = pooled.dosage, pooled.evidence
+            pooled = self.pooling(batch, batch.retrieved, weight / weight.mean())
+            dosage = pooled.dosage
             expected = (pooled.ancestry * batch.population_frequency).sum(1)
         share = torch.sigmoid(self.background.float())
         prior = torch.logit((1 - share) * dosage + share * expected, eps=1e-5)
-        fused = self.fusion(query, reference.to(query.dtype), batch.frequency, expected)
-        residual = self.head(self.transformer(fused, sites.position[batch.core]))[..., 0].float()
-        if self.confidence is not None and evidence is not None:
-            residual = residual + self.confidence(prior, evidence, batch.frequency)
+        residual = self.head(self._hidden(batch, whole[batch.core], pooled, expected))[..., 0].float()
+        if self.confidence is not None and pooled is not None and pooled.evidence is not None:
+            residual = residual + self.confidence(prior, pooled.evidence, batch.frequency)
         return Prediction(prior + residual, prior)
+
+    def _hidden(self, batch: Batch, codebook: Tensor, pooled: Pooled | None, expected: Tensor) -> Tensor:
+        """What the head reads, [B, L, D]; ``codebook`` [L, V, D] is the embedding layer's own, in the core."""
+        retrieved = batch.retrieved
+        position = batch.sites.position[batch.core]
+        query = gather_embeddings(codebook, batch.tokens)
+        if retrieved is not None and retrieved.tokens is not None:
+            embedded = torch.cat([query[:, None], gather_embeddings(codebook, retrieved.tokens)], dim=1)
+            passed = self.transformer(embedded.flatten(0, 1), position).unflatten(0, embedded.shape[:2])
+            return self.fusion(passed[:, 0], passed[:, 1:].mean(1), batch.frequency, expected)
+        if retrieved is None or pooled is None:
+            reference = mixed_embedding(codebook, batch.frequency)
+        else:
+            reference = pooled_embedding(pooled, retrieved, codebook)
+        fused = self.fusion(query, reference.to(query.dtype), batch.frequency, expected)
+        return self.transformer(fused, position)

@@ -229,15 +229,20 @@ def _flanking(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return left - batch.near.start, right - batch.near.start, share.clamp(0, 1)
 
 
-def pooled_embedding(pooled: Pooled, retrieved: Retrieved, codebook: Tensor) -> Tensor:
+def pooled_embedding(pooled: Pooled, retrieved: Retrieved, own: Tensor) -> Tensor:
     """The neighbours' weighted embedding [B, L, D].
 
-    From the codebook: ``C[REF] + dosage (C[ALT] - C[REF])``. From the dense store's rows: the same sum,
-    written out.
+    From the generation's codebook, or ``own`` [L, V, D] where it is encoded live: :func:`mixed_embedding`. From
+    the dense store's rows: the same sum, written out.
     """
     if retrieved.embeddings is not None:
         assert pooled.weights is not None
         return torch.einsum("bkl,bkld->bld", pooled.weights.to(retrieved.embeddings.dtype), retrieved.embeddings)
+    return mixed_embedding(own if retrieved.codebook is None else retrieved.codebook, pooled.dosage)
+
+
+def mixed_embedding(codebook: Tensor, dosage: Tensor) -> Tensor:
+    """``C[REF] + dosage (C[ALT] - C[REF])``: a codebook C [L, 2 or V, D] and ``dosage`` [B, L] give [B, L, D]."""
     reference = codebook[:, REF]
     step = codebook[:, ALT] - reference
-    return reference + pooled.dosage[..., None].to(step.dtype) * step
+    return reference + dosage[..., None].to(step.dtype) * step

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
 _SHORTEST_CM, _LONGEST_CM = 0.02, 40.0
+
+
+Recompute = Callable[..., Tensor]
+"""(block, x, angles) -> block(x, angles); the backward pass has only the arguments and computes the rest again."""
 
 
 def rotary_angles(position: Tensor, head_dims: int) -> Tensor:
@@ -56,17 +61,26 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks and a final norm: [B, L, D] -> [B, L, D]."""
+    """Blocks and a final norm: [B, L, D] -> [B, L, D].
+
+    ``recompute``, where it is set, runs the first ``recomputed`` blocks (None: all) so that they keep their input only.
+    """
 
     def __init__(self, dims: int, layers: int, heads: int, ffn_multiple: int, dropout: float):
         super().__init__()
         self.head_dims = dims // heads
+        self.recompute: Recompute | None = None
+        self.recomputed: int | None = None
         self.blocks = nn.ModuleList(Block(dims, heads, ffn_multiple, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(dims)
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
         """``x`` [B, L, D]; ``position`` [L] in cM."""
         angles = rotary_angles(position, self.head_dims)
-        for block in self.blocks:
-            x = block(x, angles)
+        recomputed = len(self.blocks) if self.recomputed is None else self.recomputed
+        for place, block in enumerate(self.blocks):
+            if self.recompute is not None and place < recomputed and torch.is_grad_enabled():
+                x = self.recompute(block, x, angles)
+            else:
+                x = block(x, angles)
         return self.norm(x)

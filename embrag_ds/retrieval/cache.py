@@ -33,11 +33,11 @@ Encoder = Callable[[int, Tensor], Tensor]
 class WindowCode:
     """What one generation says of a window, on the device.
 
-    ``codebook`` [L, 2, D] of the core's sites and ``weights`` float32 [L] of all the window's: what
-    disagreement at a site adds to a distance.
+    ``codebook`` [L, 2, D] of the core's sites (None in mode ``token``) and ``weights`` float32 [L] of all the
+    window's: what disagreement at a site adds to a distance.
     """
 
-    codebook: Tensor
+    codebook: Tensor | None
     weights: Tensor
     generation: Generation
 
@@ -189,6 +189,17 @@ def _yield_to_training() -> None:
     """Let this thread have the processor time that nobody else wants: a CPU's low-priority stream."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, get_native_id(), 19)
+
+
+class TokenReference:
+    """Nothing is encoded: every site weighs the same, which makes the distance the plain Hamming distance."""
+
+    def __init__(self, windows: list[Window], device: torch.device):
+        self._weights = torch.ones(max(map(len, windows)), device=device)
+        self._windows = windows
+
+    def code(self, window: int, step: int) -> WindowCode:
+        return WindowCode(None, self._weights[: len(self._windows[window])], Generation(0, 0, 0))
 
 
 class LiveReference:

@@ -44,8 +44,9 @@ class Retrieved:
     [B, K, L] are theirs, ``mismatch`` bool [B, T, K] says where they differ from what the query shows
     (in the order of :attr:`Batch.typed`; False in its filled-up part), ``population`` int64 [B, K] names their
     populations. ``codebook`` [L, 2, D] encodes them, unless the encoding is ``live`` (None: the model's own).
-    ``embeddings`` [B, K, L, D] come only from the dense store. ``generation`` and ``snapshot_step`` say
-    how old the encoding is.
+    ``embeddings`` [B, K, L, D] come only from the dense store. ``tokens`` int64 [B, k, L], only in mode ``token``, are
+    the alleles of those that go through the transformer. ``generation`` and ``snapshot_step`` say how old the
+    encoding is.
     """
 
     ids: Tensor
@@ -54,6 +55,7 @@ class Retrieved:
     population: Tensor
     codebook: Tensor | None
     embeddings: Tensor | None
+    tokens: Tensor | None
     generation: int
     snapshot_step: int
 
@@ -114,16 +116,18 @@ class RetrievalCollator:
         people: int,
         slots: int = 1,
         live: bool = False,
+        token_k: int = 0,
     ):
         """``store`` and ``source`` are None in mode ``none``; ``exclusions`` int64 [N, E] lists, for
         every panel person, the people it must not retrieve (itself first). A batch holds at most ``people``
-        people; ``slots`` of staging are used in turn."""
+        people; ``slots`` of staging are used in turn. ``token_k`` of the neighbours are given as tokens, too."""
         self._data = data
         self._device = device
         self._panel = panel
         self._store = store
         self._source = source
         self._live = live
+        self._token_k = token_k
         reference = data.reference
         # As many as every query can have, whoever is excluded for it.
         self.k = min(k, len(reference) - 2 * exclusions.shape[1])
@@ -214,7 +218,8 @@ class RetrievalCollator:
             )
             code = self._source.code(samples.window, step)
             retrieved = self._retrieve(query, batch, code, self._store, reference)
-            batch = replace(batch, retrieved=retrieved, bytes_moved=code.codebook.nbytes + code.weights.nbytes)
+            fetched = 0 if code.codebook is None else code.codebook.nbytes + code.weights.nbytes
+            batch = replace(batch, retrieved=retrieved, bytes_moved=fetched)
         self.staging.end()
         return batch
 
@@ -223,13 +228,15 @@ class RetrievalCollator:
         # Where each typed site lies among the shown ones; what fills a row up lies anywhere.
         place = torch.searchsorted(query.shown_on_device, batch.typed).clamp_max_(len(query.shown) - 1)
         shown = query.tokens.gather(1, batch.typed)
+        alleles = reference[ids]
         return Retrieved(
             ids=ids,
-            alleles=reference[ids],
+            alleles=alleles,
             mismatch=mismatches(query.alleles, place, ids, shown, batch.typed_count),
             population=self._population_of[ids],
             codebook=None if self._live else code.codebook,
             embeddings=store.embeddings(query.window, ids, code.generation),
+            tokens=alleles[:, : self._token_k].long() if self._token_k else None,
             generation=code.generation.number,
             snapshot_step=code.generation.snapshot_step,
         )

@@ -34,7 +34,11 @@ class LocalRetrieval:
 class RetrievalConfig:
     """Which reference haplotypes are retrieved, and how they are encoded."""
 
-    mode: Literal["embedding", "none"] = "embedding"
+    mode: Literal["embedding", "token", "none"] = "embedding"
+    """``embedding`` (V18): nearest by the embedding layer, fused before the transformer. ``token`` (V17, baseline and
+    rollback): nearest by plain Hamming distance, sent through the transformer too, and fused after it."""
+    token_k: int = 1
+    """Mode ``token``: so many of the nearest go through the transformer; their outputs are averaged."""
     encoding: Literal["fixed", "refresh", "live"] = "refresh"
     refresh: RefreshConfig = field(default_factory=lambda: RefreshConfig(every_epochs=1))
     store: Literal["factored", "dense"] = "factored"
@@ -60,6 +64,7 @@ class RetrievalConfig:
         require(self.dense_budget_gb > 0, "retrieval.dense_budget_gb", "must be positive")
         require(self.device_budget_gb >= 0, "retrieval.device_budget_gb", "must not be negative")
         require(self.k >= 1, "retrieval.k", "must be at least 1")
+        require(1 <= self.token_k <= self.k, "retrieval.token_k", "must lie between 1 and retrieval.k")
         require(self.per_chunk >= 0, "retrieval.per_chunk", "must not be negative")
         require(self.chunk_sites >= 1, "retrieval.chunk_sites", "must be at least 1")
         require(self.context_sites >= 0, "retrieval.context_sites", "must not be negative")
@@ -68,6 +73,11 @@ class RetrievalConfig:
             not (self.store == "dense" and self.encoding == "live"),
             "retrieval.store",
             '"dense" holds stored embeddings, so it goes with encoding "fixed" or "refresh", not "live"',
+        )
+        require(
+            not (self.store == "dense" and self.mode == "token"),
+            "retrieval.store",
+            '"dense" holds stored embeddings, which mode "token" does not use; set it to "factored"',
         )
         require(
             not (self.store == "dense" and self.per_chunk),

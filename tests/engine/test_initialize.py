@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from embrag_ds.engine import initialize
 from embrag_ds.engine.initialize import World, adapt_to_machine, initialize_engine
 from embrag_ds.errors import UserError
+from embrag_ds.model.imputer import Imputer, ModelConfig
 
 PRODUCTION: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 2,
@@ -88,13 +88,14 @@ def test_fp16_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         {"scheduler": {"type": "Cosine", "params": {}}},
         {"optimizer": {"type": "AdamWW", "params": {"lr": 0.01}}},
         {"sparse_attention": {}},
+        {"activation_checkpointing": {"contiguous_memory_optimization": True}},
     ],
     ids=lambda extra: ",".join(extra),
 )
 def test_deepspeeds_complaints_are_the_users(world: World, extra: dict[str, Any]) -> None:
     settings, _ = adapt_to_machine({**PRODUCTION, "bf16": {"enabled": False}, **extra})
     with pytest.raises(UserError) as caught:
-        initialize_engine(nn.Linear(2, 2), settings)
+        initialize_engine(Imputer(ModelConfig(dims=8, layers=1, heads=1)), settings)
     assert "\n" not in str(caught.value)
 
 

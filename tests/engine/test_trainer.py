@@ -48,6 +48,7 @@ ENCODINGS = {
     "refresh": ["embrag.retrieval.encoding=refresh", 'embrag.retrieval.refresh={"every_steps": 3, "lag_steps": 0}'],
     "lagging": ["embrag.retrieval.encoding=refresh", 'embrag.retrieval.refresh={"every_steps": 3, "lag_steps": 2}'],
     "live": ["embrag.retrieval.encoding=live"],
+    "token": ["embrag.retrieval.mode=token", "embrag.retrieval.token_k=2"],
 }
 
 
@@ -55,7 +56,16 @@ ENCODINGS = {
     ("encoding", "cut"),
     # Snapshots are taken before steps 3 and 6; the cut lies between two, at one, and (lagging) between snapshot
     # and publication, at publication, and at the next snapshot.
-    [("fixed", 4), ("refresh", 4), ("refresh", 6), ("live", 4), ("lagging", 4), ("lagging", 5), ("lagging", 6)],
+    [
+        ("fixed", 4),
+        ("refresh", 4),
+        ("refresh", 6),
+        ("live", 4),
+        ("token", 4),
+        ("lagging", 4),
+        ("lagging", 5),
+        ("lagging", 6),
+    ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(
     make_trainer: MakeTrainer, metrics_of: Metrics, encoding: str, cut: int
@@ -505,6 +515,70 @@ def test_a_run_may_start_from_an_exported_model(make_trainer: MakeTrainer, tmp_p
     assert json.loads((tmp_path / "second" / "versions.json").read_text())["init_from"] == str(path)
     with pytest.raises(UserError, match=r"--init-from .*dims=16.*set embrag\.model"):
         make_trainer("third", "embrag.model.dims=8", init_from=path)
+
+
+@pytest.mark.parametrize(("first", "second"), [("embedding", "token"), ("token", "embedding")])
+def test_switching_the_mode_goes_on_from_the_others_model(
+    make_trainer: MakeTrainer, metrics_of: Metrics, tmp_path: Path, first: str, second: str
+) -> None:
+    """The rollback, and the way back: one setting; the model says which path it was trained on."""
+    make_trainer("before", STRONG, f"embrag.retrieval.mode={first}").run()
+    export = read_export(tmp_path / "before" / MODEL_FILE)
+    assert export.config.retrieval.mode == first
+    assert (export.snapshot is None) == (first == "token")
+    trainer = make_trainer("after", f"embrag.retrieval.mode={second}", init_from=tmp_path / "before" / MODEL_FILE)
+    for name, value in trainer.engine.module.state_dict().items():
+        assert torch.equal(value, export.weights[name])
+    trainer.run()
+    assert read_export(tmp_path / "after" / MODEL_FILE).config.retrieval.mode == second
+    assert len(metrics_of("after")) == 6
+    assert ("generation" in metrics_of("after")[0]) == (second == "embedding")
+
+
+def test_a_run_does_not_resume_in_the_other_mode(make_trainer: MakeTrainer) -> None:
+    make_trainer("run", "embrag.train.max_steps=2").run()
+    with pytest.raises(UserError, match=r"embrag\.retrieval differs"):
+        make_trainer("run", "embrag.retrieval.mode=token", resume=True)
+
+
+@pytest.mark.parametrize("mode", ["embedding", "token"])
+def test_recomputed_activations_change_memory_and_nothing_else(
+    make_trainer: MakeTrainer, metrics_of: Metrics, mode: str
+) -> None:
+    """Dropout included: a block is computed again with the random numbers it had."""
+    curves, saved = {}, {}
+    for name, section in {"kept": [], "one": ['{"number_checkpoints": 1}'], "all": ["{}"]}.items():
+        settings = [f"activation_checkpointing={value}" for value in section]
+        trainer = make_trainer(name, f"embrag.retrieval.mode={mode}", "embrag.model.layers=3", STRONG, *settings)
+        trainer.run()
+        curves[name] = losses(metrics_of(name))
+        batch = trainer.validation_batch(trainer.sampler.samples(0))
+        saved[name] = saved_bytes(lambda network=trainer.engine.module, given=batch: network(given))
+    assert len(set(curves["kept"])) == 6
+    for name in ("one", "all"):
+        np.testing.assert_allclose(curves[name], curves["kept"], rtol=1e-5)
+    assert saved["all"] < saved["one"] < saved["kept"]
+
+
+def saved_bytes(forward: Callable[[], Any]) -> int:
+    """What a forward pass keeps for the backward one."""
+    storages: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        made = forward()
+    assert made.logits.requires_grad
+    return sum(storages.values())
+
+
+def test_compiled_blocks_compute_the_same(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
+    for name, compiled in (("eager", "false"), ("compiled", "true")):
+        make_trainer(name, f"embrag.train.compile={compiled}", NO_DROPOUT, "embrag.train.max_steps=3").run()
+    np.testing.assert_allclose(losses(metrics_of("compiled")), losses(metrics_of("eager")), rtol=1e-4)
+    assert len(metrics_of("compiled")) == 3
 
 
 def test_frozen_parts_stay_and_the_others_move(make_trainer: MakeTrainer) -> None:

@@ -46,9 +46,9 @@ class World:
         mode: str = "factored",
         backend: str = "torch",
     ) -> Callable[[Samples], Batch]:
-        """``mode`` is ``none``, ``factored``, ``dense`` or ``live``."""
+        """``mode`` is ``none``, ``token``, ``factored``, ``dense`` or ``live``."""
         settings = RetrievalConfig(
-            mode="none" if mode == "none" else "embedding",
+            mode=mode if mode in ("none", "token") else "embedding",
             encoding="live" if mode == "live" else "fixed",
             store="dense" if mode == "dense" else "factored",
             backend=backend,

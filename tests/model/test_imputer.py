@@ -15,7 +15,7 @@ from embrag_ds.model.losses import LossConfig, Losses, imputation_loss
 from embrag_ds.retrieval.collate import Batch, site_tensors
 
 FUSIONS = pytest.mark.parametrize("fusion", ["copying", "rare_variant"])
-MODES = pytest.mark.parametrize("mode", ["none", "factored", "dense", "live"])
+MODES = pytest.mark.parametrize("mode", ["none", "token", "factored", "dense", "live"])
 
 
 def loss_of(network: Imputer, batch: Batch) -> Losses:

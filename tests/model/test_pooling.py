@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import embrag_ds.model.pooling as pooling_module
 from embrag_ds.model.embedding import gather_embeddings
-from embrag_ds.model.pooling import CopyingPooling, DistancePooling, Pooled, pooled_embedding
+from embrag_ds.model.pooling import CopyingPooling, DistancePooling, mixed_embedding, pooled_embedding
 
 POOLINGS = pytest.mark.parametrize("kind", [CopyingPooling, DistancePooling])
 
@@ -262,10 +262,7 @@ def test_the_pooled_embedding_from_the_codebook_is_the_sum_over_neighbours(build
 
 def test_the_pooled_embedding_lies_between_the_two_alleles_by_dosage() -> None:
     codebook = torch.randn(4, 4, 3)
-    dosage = torch.tensor([[0.0, 1.0, 0.25, 0.5]])
-    pooled = Pooled(dosage, torch.empty(0), None, None)
-    retrieved = type("Retrieved", (), {"embeddings": None})()
-    found = pooled_embedding(pooled, retrieved, codebook)
+    found = mixed_embedding(codebook, torch.tensor([[0.0, 1.0, 0.25, 0.5]]))
     assert torch.allclose(found[0, 0], codebook[0, 0]) and torch.allclose(found[0, 1], codebook[1, 1])
     assert torch.allclose(found[0, 2], 0.75 * codebook[2, 0] + 0.25 * codebook[2, 1])
 
