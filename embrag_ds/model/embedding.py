@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from embrag_ds.data.tokens import VOCAB
+from embrag_ds.data.tokens import ALT, REF, VOCAB
 from embrag_ds.retrieval.collate import SiteTensors
 
 _FREQUENCY_OCTAVES = 6
@@ -64,9 +64,7 @@ class HaplotypeEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor, sites: SiteTensors) -> Tensor:
         """Embed ``tokens`` int64 [R, L] of a window: [R, L, D]."""
-        kind = self.token.weight.dtype
-        frequency = frequency_features(sites.frequency).to(kind)
-        position = position_features(sites.position).to(kind)
+        frequency, position = self._features(sites)
         site = self.frequency(frequency) + self.position(position)
         modulation = self.modulation(torch.cat([frequency, position], dim=-1))
         return self.token(tokens) + modulation * self.effect(tokens) + site
@@ -75,6 +73,18 @@ class HaplotypeEmbedding(nn.Module):
         """C [L, V, D]: every token embedded at every site of a window."""
         tokens = torch.arange(VOCAB, device=sites.position.device)
         return self(tokens[:, None].expand(VOCAB, len(sites.position)), sites).transpose(0, 1)
+
+
+    def site_weights(self, sites: SiteTensors) -> Tensor:
+        """w_l = ||e_l(ALT) - e_l(REF)||^2, float32 [L], without a codebook: what is the same for both falls out."""
+        alleles = torch.tensor([REF, ALT], device=sites.position.device)
+        token, effect = (torch.diff(each(alleles), dim=0) for each in (self.token, self.effect))
+        modulation = self.modulation(torch.cat(self._features(sites), dim=-1))
+        return (token + modulation * effect).float().square().sum(-1)
+
+    def _features(self, sites: SiteTensors) -> tuple[Tensor, Tensor]:
+        kind = self.token.weight.dtype
+        return frequency_features(sites.frequency).to(kind), position_features(sites.position).to(kind)
 
 
 def gather_embeddings(codebook: Tensor, tokens: Tensor) -> Tensor:

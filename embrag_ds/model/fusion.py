@@ -30,4 +30,4 @@ class GatedFusion(nn.Module):
         rarity = self.frequency(features.to(query.dtype))
         together = torch.cat([query, reference, rarity], dim=-1)
         gate = torch.sigmoid(self.gate(together))
-        return self.norm(query + gate * reference + (1 - gate) * self.mix(together))
+        return self.norm(query + torch.lerp(self.mix(together), reference, gate))

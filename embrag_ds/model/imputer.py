@@ -14,8 +14,7 @@ from embrag_ds.model.embedding import HaplotypeEmbedding, gather_embeddings
 from embrag_ds.model.fusion import GatedFusion
 from embrag_ds.model.pooling import CopyingPooling, DistancePooling, Pooled, mixed_embedding, pooled_embedding
 from embrag_ds.model.transformer import Transformer
-from embrag_ds.retrieval.cache import site_weights
-from embrag_ds.retrieval.collate import Batch
+from embrag_ds.retrieval.collate import Batch, SiteTensors
 
 POOLINGS: dict[str, type[nn.Module]] = {"rare_variant": DistancePooling, "copying": CopyingPooling}
 """How a fusion weighs the neighbours; to add one, copy :class:`DistancePooling` and name it here."""
@@ -77,26 +76,27 @@ class Imputer(nn.Module):
 
     def forward(self, batch: Batch) -> Prediction:
         """Log-odds of ALT at every site of the core, the shown ones included."""
-        whole = self.embedding.codebook(batch.sites)
         pooled = None
         # Without retrieval the frequency itself stands in for the reference haplotypes.
         dosage = expected = batch.frequency
         if batch.retrieved is not None:
-            weight = site_weights(whole)
+            weight = self.embedding.site_weights(batch.sites)
             pooled = self.pooling(batch, batch.retrieved, weight / weight.mean())
             dosage = pooled.dosage
             expected = (pooled.ancestry * batch.population_frequency).sum(1)
         share = torch.sigmoid(self.background.float())
         prior = torch.logit((1 - share) * dosage + share * expected, eps=1e-5)
-        residual = self.head(self._hidden(batch, whole[batch.core], pooled, expected))[..., 0].float()
+        residual = self.head(self._hidden(batch, pooled, expected))[..., 0].float()
         if self.confidence is not None and pooled is not None and pooled.evidence is not None:
             residual = residual + self.confidence(prior, pooled.evidence, batch.frequency)
         return Prediction(prior + residual, prior)
 
-    def _hidden(self, batch: Batch, codebook: Tensor, pooled: Pooled | None, expected: Tensor) -> Tensor:
-        """What the head reads, [B, L, D]; ``codebook`` [L, V, D] is the embedding layer's own, in the core."""
+    def _hidden(self, batch: Batch, pooled: Pooled | None, expected: Tensor) -> Tensor:
+        """What the head reads, [B, L, D]."""
         retrieved = batch.retrieved
-        position = batch.sites.position[batch.core]
+        sites = SiteTensors(batch.sites.position[batch.core], batch.sites.frequency[batch.core])
+        position = sites.position
+        codebook = self.embedding.codebook(sites)
         query = gather_embeddings(codebook, batch.tokens)
         if retrieved is not None and retrieved.tokens is not None:
             embedded = torch.cat([query[:, None], gather_embeddings(codebook, retrieved.tokens)], dim=1)

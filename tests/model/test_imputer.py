@@ -12,6 +12,7 @@ from embrag_ds.errors import UserError
 from embrag_ds.model.embedding import HaplotypeEmbedding, gather_embeddings
 from embrag_ds.model.imputer import Imputer, ModelConfig
 from embrag_ds.model.losses import LossConfig, Losses, imputation_loss
+from embrag_ds.retrieval.cache import site_weights
 from embrag_ds.retrieval.collate import Batch, site_tensors
 
 FUSIONS = pytest.mark.parametrize("fusion", ["copying", "rare_variant"])
@@ -202,6 +203,17 @@ def test_nothing_shown_or_nothing_hidden_stays_finite(build, fusion: str) -> Non
         for hide in (True, False):
             hidden = np.full((2, len(world.data.windows[1])), hide)
             assert torch.isfinite(predict(network, collate(world.batch_of(1, [0, 1], hidden))).logits).all()
+
+
+def test_site_weights_are_the_squared_distance_of_the_two_alleles(build) -> None:
+    world = build(3)
+    embedding = build.imputer(dims=32).embedding
+    sites = site_tensors(world.data, 1, torch.device("cpu"))
+    with torch.no_grad():
+        weights = embedding.site_weights(sites)
+        expected = site_weights(embedding.codebook(sites))
+    assert weights.std() > 0.01
+    torch.testing.assert_close(weights, expected)
 
 
 def test_a_window_of_one_site_can_be_predicted(build) -> None:
