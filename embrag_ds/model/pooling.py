@@ -24,6 +24,8 @@ from embrag_ds.retrieval.copying import (
 )
 
 _LEAST = 1e-6
+_LEAST_REST = 1e-4
+"""A smaller difference from 1 is mostly rounding."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Evidence:
     """What a dosage rests on, float32 [B, L] each, without gradients.
 
     ``alt_length`` and ``ref_length``: mean length in cM of the match of the copied haplotypes that carry
-    ALT and REF; ``uncertainty``: entropy of the copying probabilities over log K, in [0, 1]; ``share``: how
+    ALT and REF (0 where hardly any carries it); ``uncertainty``: entropy of the copying probabilities over log K, in [0, 1]; ``share``: how
     many of the neighbours carry ALT; ``nearest`` and ``gap``: cM to the nearest typed site and between the
     flanking ones; ``density``: typed sites per cM; ``disagreement``: log-odds of ALT by the slow mosaic less those by
     the fast one (the others are the slow one's).
@@ -194,7 +196,9 @@ def _evidence(
     before, after = (position[:, batch.near].gather(1, place) for place in (left, right))
     return Evidence(
         alt_length=of_alt / dosage.clamp_min(_LEAST),
-        ref_length=(overall[:, 0] - of_alt).clamp_min(0) / (1 - dosage).clamp_min(_LEAST),
+        ref_length=torch.where(
+            1 - dosage > _LEAST_REST, (overall[:, 0] - of_alt).clamp_min(0) / (1 - dosage).clamp_min(_LEAST_REST), 0.0
+        ),
         uncertainty=overall[:, 1],
         share=count_true(retrieved.alleles) / retrieved.alleles.shape[1],
         nearest=torch.minimum((sites - before).abs(), (after - sites).abs()),

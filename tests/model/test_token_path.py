@@ -55,9 +55,7 @@ def test_every_haplotype_goes_through_the_transformer_alone_and_is_fused_after_i
     with torch.no_grad():
         prediction = network(batch)
         confidence = torch.zeros_like(prediction.prior)
-        weight = torch.ones(len(world.data.windows[1]))
-        codebook = network.embedding.codebook(batch.sites)
-        weight = (codebook[:, 1] - codebook[:, 0]).square().sum(-1)
+        weight = network.embedding.site_weights(batch.sites)
         pooled = network.pooling(batch, batch.retrieved, weight / weight.mean())
         expected = (pooled.ancestry * batch.population_frequency).sum(1)
         if network.confidence is not None:
