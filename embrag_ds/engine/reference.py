@@ -21,6 +21,7 @@ from embrag_ds.retrieval.schedule import Generation, RefreshSchedule
 from embrag_ds.retrieval.search import Search, make_search
 from embrag_ds.retrieval.settings import RetrievalConfig
 from embrag_ds.retrieval.store import DenseStore, FactoredStore, Store
+from embrag_ds.retrieval.timeline import NO_TIMELINE, Timeline
 
 
 def window_encoder(embedding: HaplotypeEmbedding, data: WindowedPanel, device: torch.device) -> Encoder:
@@ -48,12 +49,14 @@ class Reference:
         device: torch.device,
         exclusions: np.ndarray,
         steps_per_epoch: int = 1,
+        timeline: Timeline = NO_TIMELINE,
     ):
         self._settings = settings
         self._data = data
         self._live_embedding = embedding
         self._device = device
         self._exclusions = exclusions
+        self._timeline = timeline
         self._retrieves = settings.mode == "embedding"
         refreshes = self._retrieves and settings.encoding == "refresh"
         self.schedule = RefreshSchedule(settings.refresh if refreshes else None, steps_per_epoch)
@@ -73,7 +76,9 @@ class Reference:
         else:
             dtype = embedding.token.weight.dtype
             asynchronous = refreshes and settings.refresh.asynchronous
-            self._source = self.cache = ReferenceCache(data.windows, width, dtype, device, self.schedule, asynchronous)
+            self._source = self.cache = ReferenceCache(
+                data.windows, width, dtype, device, self.schedule, asynchronous, timeline
+            )
 
     def collator(self, people: int, slots: int = 1, search: Search | None = None) -> RetrievalCollator:
         """A collator for one thread's use and batches of at most ``people``; ``search`` in place of the backend's."""
@@ -92,6 +97,7 @@ class Reference:
             people=people,
             slots=slots,
             live=self._settings.encoding == "live",
+            timeline=self._timeline,
         )
 
     def begin_refresh(self, step: int) -> None:
