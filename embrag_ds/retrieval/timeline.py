@@ -165,9 +165,6 @@ class _NoTimeline(Timeline):
     def phase(self, name: str) -> AbstractContextManager[None]:
         return _NOTHING
 
-    def paused(self) -> AbstractContextManager[None]:
-        return _NOTHING
-
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 NO_TIMELINE: Timeline = _NoTimeline()
