@@ -36,6 +36,7 @@ from embrag_ds.model.losses import Losses, imputation_loss
 from embrag_ds.retrieval.collate import Batch, receive
 from embrag_ds.retrieval.copying import copying_backend
 from embrag_ds.retrieval.prefetch import Prefetcher
+from embrag_ds.retrieval.timeline import NO_TIMELINE, Timeline
 
 MODEL_FILE = "model.safetensors"
 _LONGEST_SILENCE_S = 10.0
@@ -77,12 +78,14 @@ class Trainer:
         world: World,
         resume: bool,
         init_from: Path | None = None,
+        timeline: Timeline = NO_TIMELINE,
     ):
-        """``init_from`` is an exported model whose weights training starts from."""
+        """``init_from`` is an exported model whose weights training starts from; ``timeline`` measures the steps."""
         self.config = config
         self.embrag = config.embrag
         self.world = world
         self.run_dir = run_dir
+        self.timeline = timeline
         settings, notes = adapt_to_machine(config.deepspeed)
         for note in notes:
             world.say(note)
@@ -117,6 +120,7 @@ class Trainer:
             world.device,
             exclusions,
             self.sampler.steps_per_epoch,
+            timeline,
         )
         # One for the thread that prefetches, one for validation.
         self.collate = self.reference.collator(micro_batch, slots=self.reference.prefetch + 2)
@@ -155,7 +159,7 @@ class Trainer:
                     interval.spoken = time.monotonic()
                     self.world.say(f"step {self.state.step}/{train.max_steps}")
                 if self.state.step % train.eval_every == 0:
-                    with interval.paused():
+                    with interval.paused(), self.timeline.paused():
                         self._validate()
                 if self.state.step % train.checkpoint_every == 0 or last or self._out_of_patience():
                     with interval.paused():
@@ -180,12 +184,15 @@ class Trainer:
         seed_step(self.embrag.seed, self.state.step, self.world.rank)
         for _ in range(self.accumulation):
             batch = batches.next()
-            prediction = self.engine(batch)
-            losses = imputation_loss(
-                prediction.logits, batch.alleles, batch.scored, batch.sites.frequency[batch.core], self.embrag.loss
-            )
-            self.engine.backward(losses.total)
-            self.engine.step()
+            with self.timeline.phase("forward"):
+                prediction = self.engine(batch)
+                losses = imputation_loss(
+                    prediction.logits, batch.alleles, batch.scored, batch.sites.frequency[batch.core], self.embrag.loss
+                )
+            with self.timeline.phase("backward"):
+                self.engine.backward(losses.total)
+            with self.timeline.phase("step"):
+                self.engine.step()
             interval.losses += _stacked(losses)
             interval.micro_batches += 1
             interval.people += len(batch.tokens) // 2
