@@ -3,21 +3,23 @@
     python profiling/memory.py --deepspeed_config ds_configs/v18_cpu.json --steps 20 --out DIR
     python profiling/memory.py --deepspeed_config ds_configs/quickstart.json --steps 400 --out DIR --overhead
 
-With ``--overhead`` blocks of steps are by turns measured and not, in one run; ``overhead.json`` has their seconds and
-the median, over the measured blocks, of the ratio to the mean of the two neighbours that are not.
+With ``--overhead`` blocks of steps are by turns measured and not, in one run; ``overhead.json`` has their seconds, of
+the clock and of the processors, and the median, over the measured blocks, of the ratio to the mean of the two
+neighbours that are not, with a 95 % bootstrap interval. On a machine with other work the processor time says more.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from embrag_ds.config import load_config
@@ -31,11 +33,30 @@ from embrag_ds.errors import UserError
 from embrag_ds.launching import run_main
 from embrag_ds.retrieval.timeline import NO_TIMELINE, Timeline
 
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a block of micro-batches took: seconds of the clock, and of the processors in all threads."""
+
+    wall_s: float
+    cpu_s: float
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Measured blocks beside their neighbours: the median ratio, and its 95 % bootstrap interval."""
+
+    median: float
+    interval: tuple[float, float]
+    blocks: int
+
 
 class Alternating(Timeline):
     """A timeline, and a sampler with it, that are off and on by turns, ``block`` micro-batches each.
 
-    ``seconds`` are those of the finished blocks, beginning with one that is off; the first, a warm-up, is left out.
+    ``blocks`` are the finished ones, beginning with one that is off; a warm-up before them is left out.
     """
 
     def __init__(self, device: torch.device, block: int):
@@ -43,8 +64,8 @@ class Alternating(Timeline):
         self._block = block
         self._done = -block
         self._sampler: DeviceSampler | None = None
-        self._block_began = 0.0
-        self.seconds: list[float] = []
+        self._block_began = (0.0, 0.0)
+        self.blocks: list[Block] = []
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         inner = NO_TIMELINE.phase(name) if self._sampler is None else super().phase(name)
@@ -62,14 +83,15 @@ class Alternating(Timeline):
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         if self._done > 0:
-            self.seconds.append(time.perf_counter() - self._block_began)
+            wall, cpu = self._block_began
+            self.blocks.append(Block(time.perf_counter() - wall, time.process_time() - cpu))
         if self._sampler is not None:
             self._sampler.stop()
             self._sampler = None
         elif self._done > 0:
             self._sampler = DeviceSampler(self._device)
             self._sampler.start()
-        self._block_began = time.perf_counter()
+        self._block_began = (time.perf_counter(), time.process_time())
 
     def close(self) -> None:
         """End a block under way."""
@@ -77,31 +99,37 @@ class Alternating(Timeline):
             self._sampler.stop()
 
 
-def paired_ratio(seconds: list[float]) -> float:
-    """Median of a measured block's seconds over the mean of its neighbours'; the blocks alternate, off first."""
+def paired_ratio(seconds: list[float]) -> Ratio:
+    """Measured blocks over the mean of their neighbours; the blocks alternate, off first."""
     measured = range(1, len(seconds) - 1, 2)
-    return statistics.median(2 * seconds[each] / (seconds[each - 1] + seconds[each + 1]) for each in measured)
+    ratios = np.array([2 * seconds[each] / (seconds[each - 1] + seconds[each + 1]) for each in measured])
+    drawn = np.random.default_rng(1).choice(ratios, (RESAMPLES, len(ratios)))
+    low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
+    return Ratio(float(np.median(ratios)), (float(low), float(high)), len(ratios))
 
 
-def measure_overhead(train: Trainer, timeline: Alternating, block: int, world: World, out: Path) -> None:
+def measure_overhead(trainer: Trainer, timeline: Alternating, block: int, world: World, out: Path) -> None:
     try:
-        train.run()
+        trainer.run()
     finally:
         timeline.close()
-    ratio = paired_ratio(timeline.seconds)
-    off, on = (1000 * statistics.median(timeline.seconds[first::2]) / block for first in (0, 1))
+    ratios = {
+        "wall": paired_ratio([each.wall_s for each in timeline.blocks]),
+        "cpu": paired_ratio([each.cpu_s for each in timeline.blocks]),
+    }
     result = {
         "device": device_name(world.device),
         "date": time.strftime("%Y-%m-%d"),
-        "ratio": ratio,
+        "ratio": {name: asdict(ratio) for name, ratio in ratios.items()},
         "block_micro_batches": block,
-        "block_s": timeline.seconds,
+        "blocks": [asdict(each) for each in timeline.blocks],
     }
     (out / "overhead.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    world.say(
-        f"a micro-batch takes {ratio:.4f} times as long with profiling: median of {(len(timeline.seconds) - 1) // 2} "
-        f"blocks of {block} beside their neighbours (medians {on:.2f} ms with, {off:.2f} ms without)"
-    )
+    for name, ratio in ratios.items():
+        world.say(
+            f"with profiling, {name} time is {ratio.median:.4f} of that without ({ratio.interval[0]:.4f} to "
+            f"{ratio.interval[1]:.4f}; {ratio.blocks} blocks of {block} micro-batches beside their neighbours)"
+        )
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import psutil
@@ -172,7 +172,7 @@ class DeviceSampler:
         )
 
     def _keep(self, sample: Sample) -> None:
-        for name, value in asdict(sample).items():
+        for name, value in vars(sample).items():
             if value is not None and name != "seconds":
                 self._peaks[name] = max(value, self._peaks.get(name, value))
         if self._taken % self._kept_every == 0:

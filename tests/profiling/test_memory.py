@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -20,31 +21,36 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def memory(root: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("memory", root / "profiling" / "memory.py")
+def memory(root: Path) -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location("profiling_memory", root / "profiling" / "memory.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up there
     spec.loader.exec_module(module)
-    return module
+    yield module
+    del sys.modules[spec.name]
 
 
 def test_blocks_are_measured_by_turns(memory: ModuleType) -> None:
     timeline = memory.Alternating(CPU, 2)
     for number in range(12):
         with timeline.phase("forward"):
-            time.sleep(0.03 if number in (4, 5) else 0.001)
+            time.sleep(0.2 if number in (4, 5) else 0.001)
         with timeline.phase("step"):
             pass
     timeline.close()
     # The first block is a warm-up; of the other five the second and the fourth are on.
     assert [total.count for total in timeline.totals()] == [4, 4]
-    assert len(timeline.seconds) == 5
-    assert timeline.seconds[1] > 0.06 > max(timeline.seconds[:1] + timeline.seconds[2:])
+    wall = [block.wall_s for block in timeline.blocks]
+    assert len(wall) == 5
+    assert wall[1] > 0.4 > max(wall[:1] + wall[2:])
+    assert all(0 < block.cpu_s < 0.3 for block in timeline.blocks)  # asleep most of the time
 
 
 def test_a_block_is_compared_with_its_neighbours(memory: ModuleType) -> None:
     # The machine slows down all the time; measuring costs a tenth.
-    assert memory.paired_ratio([10, 1.1 * 11, 12, 1.1 * 13, 14, 1.1 * 15]) == pytest.approx(1.1)
+    ratio = memory.paired_ratio([10, 1.1 * 11, 12, 1.1 * 13, 14, 1.1 * 15])
+    assert ratio.median == pytest.approx(1.1) and ratio.interval == pytest.approx((1.1, 1.1)) and ratio.blocks == 2
 
 
 @pytest.mark.parametrize("overhead", [False, True])
@@ -68,8 +74,8 @@ def test_it_runs_from_the_command_line(root: Path, simulated: DefaultData, tmp_p
     assert done.returncode == 0, done.stderr
     if overhead:
         written = json.loads((out / "overhead.json").read_text())
-        assert written["ratio"] > 0 and len(written["block_s"]) == 7
-        assert "times as long with profiling: median of 3 blocks of 1" in done.stdout
+        assert written["ratio"]["wall"]["median"] > 0 and len(written["blocks"]) == 7
+        assert "with profiling, cpu time is " in done.stdout and "3 blocks of 1 micro-batches" in done.stdout
         assert {path.name for path in out.iterdir()} == {"overhead.json"}
     else:
         assert json.loads((out / "profile.json").read_text())["micro_batches"] == 8
