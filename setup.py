@@ -21,6 +21,7 @@ setup(
         "msprime>=1.3",
         "safetensors>=0.5",
         "nvidia-ml-py",
+        "psutil",
         "hjson",
         "numba>=0.61",
         "pydantic>=2",

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import argparse
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from embrag_ds.config import load_config
 from embrag_ds.engine.initialize import World, start_world
 from embrag_ds.engine.inputs import PanelFiles, open_inputs
+from embrag_ds.engine.profile import PROFILES, Profile
 from embrag_ds.engine.trainer import Trainer
 from embrag_ds.errors import UserError
 from embrag_ds.launching import run_main
+from embrag_ds.retrieval.timeline import NO_TIMELINE
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -27,6 +30,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-steps", type=int, metavar="N", help="stop at step N (the schedule stays)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --run-dir (default: the newest)")
     parser.add_argument("--init-from", type=Path, metavar="FILE", help="start from the weights of a model.safetensors")
+    parser.add_argument(
+        "--profile", choices=PROFILES, help="measure time and memory; snapshot: allocations, too (CUDA)"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. embrag.model.dims=128; repeatable"
     )
@@ -61,13 +67,15 @@ def main() -> None:
     config = load_config(arguments.deepspeed_config, overrides)
     world = start_world()
     run_dir = choose_run_dir(arguments, world)
+    profile = Profile(arguments.profile, run_dir, world) if arguments.profile else nullcontext(NO_TIMELINE)
     files = PanelFiles(arguments.panel, arguments.map, arguments.samples)
     # Rank 0 fills the caches, the others find them filled.
     if world.is_main:
         open_inputs(files, config.embrag.data)
     world.barrier()
     inputs = open_inputs(files, config.embrag.data, progress=False)
-    Trainer(config, inputs, run_dir, world, arguments.resume, arguments.init_from).run()
+    with profile as timeline:
+        Trainer(config, inputs, run_dir, world, arguments.resume, arguments.init_from, timeline).run()
     world.close()
 
 

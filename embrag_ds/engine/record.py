@@ -44,7 +44,7 @@ class RunRecord:
         versions = {
             "command": sys.argv,
             "python": platform.python_version(),
-            "packages": {name: _version(name) for name in _PACKAGES},
+            "packages": package_versions(),
             "git": _git_revision(),
             "device": device_name(self._world.device),
             "ranks": self._world.ranks,
@@ -82,6 +82,11 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of what a run's numbers depend on; None for what is not installed."""
+    return {name: _version(name) for name in _PACKAGES}
 
 
 def _version(package: str) -> str | None:

@@ -21,6 +21,7 @@ from embrag_ds.retrieval.schedule import Generation, RefreshSchedule
 from embrag_ds.retrieval.search import Search, make_search
 from embrag_ds.retrieval.settings import RetrievalConfig
 from embrag_ds.retrieval.store import DenseStore, FactoredStore, Store
+from embrag_ds.retrieval.timeline import NO_TIMELINE, Timeline
 
 
 def window_encoder(embedding: HaplotypeEmbedding, data: WindowedPanel, device: torch.device) -> Encoder:
@@ -48,6 +49,7 @@ class Reference:
         device: torch.device,
         exclusions: np.ndarray,
         steps_per_epoch: int = 1,
+        timeline: Timeline = NO_TIMELINE,
     ):
         self._settings = settings
         self._data = data
@@ -57,6 +59,7 @@ class Reference:
         encodes = settings.mode == "embedding"
         self._live = encodes and settings.encoding == "live"
         refreshes = encodes and settings.encoding == "refresh"
+        self._timeline = timeline
         self.schedule = RefreshSchedule(settings.refresh if refreshes else None, steps_per_epoch)
         self.prefetch = 0 if self._live else settings.prefetch
         self.cache: ReferenceCache | None = None
@@ -76,7 +79,9 @@ class Reference:
         else:
             dtype = embedding.token.weight.dtype
             asynchronous = refreshes and settings.refresh.asynchronous
-            self._source = self.cache = ReferenceCache(data.windows, width, dtype, device, self.schedule, asynchronous)
+            self._source = self.cache = ReferenceCache(
+                data.windows, width, dtype, device, self.schedule, asynchronous, timeline
+            )
 
     def collator(self, people: int, slots: int = 1, search: Search | None = None) -> RetrievalCollator:
         """A collator for one thread's use and batches of at most ``people``; ``search`` in place of the backend's."""
@@ -96,6 +101,7 @@ class Reference:
             slots=slots,
             live=self._live,
             token_k=self._settings.token_k if self._settings.mode == "token" else 0,
+            timeline=self._timeline,
         )
 
     def begin_refresh(self, step: int) -> None:

@@ -36,13 +36,14 @@ from embrag_ds.model.losses import Losses, imputation_loss
 from embrag_ds.retrieval.collate import Batch, receive
 from embrag_ds.retrieval.copying import copying_backend
 from embrag_ds.retrieval.prefetch import Prefetcher
+from embrag_ds.retrieval.timeline import NO_TIMELINE, Timeline
 
 MODEL_FILE = "model.safetensors"
 _LONGEST_SILENCE_S = 10.0
 
 
 @dataclass
-class _Interval:
+class Interval:
     """What is summed between two log lines; losses stay on the device until one is written."""
 
     losses: torch.Tensor
@@ -77,12 +78,14 @@ class Trainer:
         world: World,
         resume: bool,
         init_from: Path | None = None,
+        timeline: Timeline = NO_TIMELINE,
     ):
-        """``init_from`` is an exported model whose weights training starts from."""
+        """``init_from`` is an exported model whose weights training starts from; ``timeline`` measures the steps."""
         self.config = config
         self.embrag = config.embrag
         self.world = world
         self.run_dir = run_dir
+        self.timeline = timeline
         settings, notes = adapt_to_machine(config.deepspeed)
         for note in notes:
             world.say(note)
@@ -117,6 +120,7 @@ class Trainer:
             world.device,
             exclusions,
             self.sampler.steps_per_epoch,
+            timeline,
         )
         # One for the thread that prefetches, one for validation.
         self.collate = self.reference.collator(micro_batch, slots=self.reference.prefetch + 2)
@@ -140,22 +144,20 @@ class Trainer:
     def run(self) -> None:
         """Train to ``max_steps``, or until validation has not improved for ``patience`` rounds."""
         train = self.embrag.train
-        batches = self._batches()
+        batches = self.batches()
         try:
-            interval = self._new_interval(batches)
+            interval = self.new_interval(batches)
             while self.state.step < train.max_steps and not self._out_of_patience():
-                self.reference.begin_refresh(self.state.step)
-                self._step(batches, interval)
-                self.state.step += 1
+                self.step(batches, interval)
                 last = self.state.step == train.max_steps
                 if self.state.step % train.log_every == 0 or last:
                     self._log(batches, interval)
-                    interval = self._new_interval(batches)
+                    interval = self.new_interval(batches)
                 elif interval.silent_for() > _LONGEST_SILENCE_S:
                     interval.spoken = time.monotonic()
                     self.world.say(f"step {self.state.step}/{train.max_steps}")
                 if self.state.step % train.eval_every == 0:
-                    with interval.paused():
+                    with interval.paused(), self.timeline.paused():
                         self._validate()
                 if self.state.step % train.checkpoint_every == 0 or last or self._out_of_patience():
                     with interval.paused():
@@ -165,7 +167,7 @@ class Trainer:
             self.reference.close()
             batches.close()
 
-    def _batches(self) -> Prefetcher:
+    def batches(self) -> Prefetcher:
         """The run's remaining micro-batches, each under the generation of its step."""
 
         def build(number: int) -> Batch:
@@ -174,31 +176,36 @@ class Trainer:
         first, stop = (step * self.accumulation for step in (self.state.step, self.embrag.train.max_steps))
         return Prefetcher(build, first, stop, self.reference.prefetch)
 
-    def _step(self, batches: Prefetcher, interval: _Interval) -> None:
+    def step(self, batches: Prefetcher, interval: Interval) -> None:
         """One optimiser step: ``accumulation`` micro-batches of one window each."""
+        self.reference.begin_refresh(self.state.step)
         self.engine.train()
         seed_step(self.embrag.seed, self.state.step, self.world.rank)
         for _ in range(self.accumulation):
             batch = batches.next()
-            prediction = self.engine(batch)
-            losses = imputation_loss(
-                prediction.logits, batch.alleles, batch.scored, batch.sites.frequency[batch.core], self.embrag.loss
-            )
-            self.engine.backward(losses.total)
-            self.engine.step()
+            with self.timeline.phase("forward"):
+                prediction = self.engine(batch)
+                losses = imputation_loss(
+                    prediction.logits, batch.alleles, batch.scored, batch.sites.frequency[batch.core], self.embrag.loss
+                )
+            with self.timeline.phase("backward"):
+                self.engine.backward(losses.total)
+            with self.timeline.phase("step"):
+                self.engine.step()
             interval.losses += _stacked(losses)
             interval.micro_batches += 1
             interval.people += len(batch.tokens) // 2
             interval.bytes_moved += batch.bytes_moved
+        self.state.step += 1
 
-    def _new_interval(self, batches: Prefetcher) -> _Interval:
-        return _Interval(
+    def new_interval(self, batches: Prefetcher) -> Interval:
+        return Interval(
             losses=torch.zeros(3, device=self.world.device),
             skipped_before=self.engine.skipped_steps,
             waited_before=batches.waited_seconds,
         )
 
-    def _log(self, batches: Prefetcher, interval: _Interval) -> None:
+    def _log(self, batches: Prefetcher, interval: Interval) -> None:
         torch.distributed.all_reduce(interval.losses)
         total, haplotype, genotype = (interval.losses / (interval.micro_batches * self.world.ranks)).tolist()
         if not math.isfinite(total):

@@ -23,6 +23,7 @@ from embrag_ds.data.tokens import ALT, REF
 from embrag_ds.data.windows import Window
 from embrag_ds.retrieval.schedule import Generation, RefreshSchedule
 from embrag_ds.retrieval.streams import SideStream, host_buffer, mark_current
+from embrag_ds.retrieval.timeline import NO_TIMELINE, Timeline
 
 ALLELES = 2
 Encoder = Callable[[int, Tensor], Tensor]
@@ -94,10 +95,12 @@ class ReferenceCache:
         device: torch.device,
         schedule: RefreshSchedule,
         asynchronous: bool = False,
+        timeline: Timeline = NO_TIMELINE,
     ):
         self._windows = windows
         self._device = device
         self.schedule = schedule
+        self._timeline = timeline
         copies = 1 if schedule.config is None else 2  # one that never changes needs no back
         self._buffers = [_Buffer(windows, dims, dtype, device) for _ in range(copies)]
         self._side = SideStream(device)
@@ -143,10 +146,11 @@ class ReferenceCache:
                 read.synchronize()
         with self._side as side:
             side.wait_for_main(ready)
-            for window in self._windows:
-                codebook, weights = encode_window(encoder, window, self._device)
-                buffer.codebooks[window.index].copy_(codebook, non_blocking=True)
-                buffer.weights[window.index].copy_(weights, non_blocking=True)
+            with self._timeline.phase("refresh"):
+                for window in self._windows:
+                    codebook, weights = encode_window(encoder, window, self._device)
+                    buffer.codebooks[window.index].copy_(codebook, non_blocking=True)
+                    buffer.weights[window.index].copy_(weights, non_blocking=True)
             done = side.event()
         if done is not None:
             done.synchronize()
@@ -169,10 +173,11 @@ class ReferenceCache:
         encoded.result()
         buffer = self._buffers[generation.number % len(self._buffers)]
         codebook, weights = buffer.codebooks[window], buffer.weights[window]
-        copies = (
-            codebook.to(self._device, non_blocking=True, copy=True),
-            weights.to(self._device, non_blocking=True, copy=True),
-        )
+        with self._timeline.phase("h2d"):
+            copies = (
+                codebook.to(self._device, non_blocking=True, copy=True),
+                weights.to(self._device, non_blocking=True, copy=True),
+            )
         buffer.reads[get_ident()] = mark_current(self._device)
         return WindowCode(*copies, generation)
 

@@ -23,6 +23,7 @@ from embrag_ds.retrieval.frequency import frequencies_without
 from embrag_ds.retrieval.packed import PackedReference
 from embrag_ds.retrieval.store import Query, Store
 from embrag_ds.retrieval.streams import SideStream, Staging, hand_over
+from embrag_ds.retrieval.timeline import NO_TIMELINE, Timeline
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class RetrievalCollator:
         slots: int = 1,
         live: bool = False,
         token_k: int = 0,
+        timeline: Timeline = NO_TIMELINE,
     ):
         """``store`` and ``source`` are None in mode ``none``; ``exclusions`` int64 [N, E] lists, for
         every panel person, the people it must not retrieve (itself first). A batch holds at most ``people``
@@ -128,6 +130,7 @@ class RetrievalCollator:
         self._source = source
         self._live = live
         self._token_k = token_k
+        self._timeline = timeline
         reference = data.reference
         # As many as every query can have, whoever is excluded for it.
         self.k = min(k, len(reference) - 2 * exclusions.shape[1])
@@ -140,7 +143,7 @@ class RetrievalCollator:
         self._population_sizes = torch.from_numpy(reference.population_sizes).to(device)
         longest = max(map(len, data.windows))
         core = max(window.core_stop - window.core_start for window in data.windows)
-        self.staging = Staging(device, slots, self._slot_bytes(people, longest, core))
+        self.staging = Staging(device, slots, self._slot_bytes(people, longest, core), timeline)
         self._side = SideStream(device, urgent=True)
 
     def _slot_bytes(self, people: int, sites: int, core: int) -> int:
@@ -161,7 +164,8 @@ class RetrievalCollator:
         """The batch of ``samples`` under the generation that ``step`` uses."""
         moved = self.staging.bytes_moved
         with self._side as side:
-            batch = self._build(samples, step)
+            with self._timeline.phase("collate"):
+                batch = self._build(samples, step)
             moved = self.staging.bytes_moved - moved + batch.bytes_moved
             return replace(batch, bytes_moved=moved, ready=side.event())
 
@@ -224,7 +228,8 @@ class RetrievalCollator:
         return batch
 
     def _retrieve(self, query: Query, batch: Batch, code: WindowCode, store: Store, reference: Tensor) -> Retrieved:
-        ids = store.search(query, code, self.k)
+        with self._timeline.phase("search"):
+            ids = store.search(query, code, self.k)
         # Where each typed site lies among the shown ones; what fills a row up lies anywhere.
         place = torch.searchsorted(query.shown_on_device, batch.typed).clamp_max_(len(query.shown) - 1)
         shown = query.tokens.gather(1, batch.typed)

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from embrag_ds.retrieval.timeline import NO_TIMELINE, Timeline
+
 _ALIGNMENT = 256
 
 
@@ -71,8 +73,9 @@ class Staging:
     becomes a tensor as it is.
     """
 
-    def __init__(self, device: torch.device, slots: int, slot_bytes: int):
+    def __init__(self, device: torch.device, slots: int, slot_bytes: int, timeline: Timeline = NO_TIMELINE):
         self.device = device
+        self._timeline = timeline
         self.bytes_moved = 0
         on_gpu = device.type == "cuda"
         self._slots = [host_buffer(slot_bytes, device) for _ in range(slots)] if on_gpu else []
@@ -107,7 +110,8 @@ class Staging:
         pinned = slot[self._used : end].view(source.dtype).view(source.shape)
         self._used = -(-end // _ALIGNMENT) * _ALIGNMENT
         pinned.copy_(source)
-        return pinned.to(self.device, non_blocking=True)
+        with self._timeline.phase("h2d"):
+            return pinned.to(self.device, non_blocking=True)
 
     def end(self) -> None:
         """All of the slot's copies are queued on the current stream."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pysam
 import pytest
+import torch
 
 from embrag_ds.data.simulate import DefaultData
 from embrag_ds.data.vcf import read_phased
@@ -85,9 +86,10 @@ def train_options(root: Path, cache_dir: Path, panel_options: list[str]) -> list
 def run_dir(launch: Launch, train_options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run trained through the ``deepspeed`` launcher."""
     run_dir = tmp_path_factory.mktemp("command-line") / "run"
-    done = launch("deepspeed", "train.py", *train_options, "--run-dir", run_dir)
+    done = launch("deepspeed", "train.py", *train_options, "--run-dir", run_dir, "--profile", "nvml")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 3/3" in done.stdout and "Traceback" not in done.stderr
+    assert "Profile of 3 micro-batches on " in done.stdout
     return run_dir
 
 
@@ -95,7 +97,8 @@ def test_train_impute_evaluate(
     launch: Launch, run_dir: Path, simulated: DefaultData, panel_options: list[str], tmp_path: Path
 ) -> None:
     present = {path.name for path in run_dir.iterdir()}
-    assert present == {"checkpoints", "config.json", "metrics.jsonl", "model.safetensors", "versions.json"}
+    trained = {"checkpoints", "config.json", "metrics.jsonl", "model.safetensors", "versions.json"}
+    assert present == trained | {"profile.json", "profile.png"}
     out = tmp_path / "imputed.vcf.gz"
     done = launch(
         "python", "impute.py", "--run-dir", run_dir, *panel_options, f"--target={simulated.target}", "--out", out
@@ -226,6 +229,13 @@ def test_a_run_is_either_resumed_or_begun(fails: Fails, train_options: list[str]
 def test_simulate_says_what_is_wrong(fails: Fails, tmp_path: Path, arguments: list[str], complaint: str) -> None:
     assert complaint in fails("simulate", "--out", tmp_path / "sim", *arguments)
     assert not (tmp_path / "sim").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it has a CUDA device")
+def test_a_snapshot_of_allocations_needs_cuda(fails: Fails, train_options: list[str], tmp_path: Path) -> None:
+    error = fails("train", *train_options, "--run-dir", tmp_path / "run", "--profile=snapshot")
+    assert "--profile snapshot: the history of torch's allocator needs a CUDA device" in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_nothing_to_resume(

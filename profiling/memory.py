@@ -1,0 +1,183 @@
+"""Time and memory of a few training steps: the report of ``launch/train.py --profile``, without keeping the run.
+
+    python profiling/memory.py --deepspeed_config ds_configs/v18_cpu.json --steps 20 --out DIR
+    python profiling/memory.py --deepspeed_config ds_configs/quickstart.json --steps 400 --out DIR --overhead
+
+With ``--overhead`` blocks of steps are by turns measured and not, in one run; ``overhead.json`` has their seconds, of
+the clock and of the processors, and the median, over the measured blocks, of the ratio to the mean of the two
+neighbours that are not, with a 95 % bootstrap interval. On a machine with other work the processor time says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from embrag_ds.config import load_config
+from embrag_ds.engine.initialize import World, start_world
+from embrag_ds.engine.inputs import PanelFiles, open_inputs
+from embrag_ds.engine.nvml import DeviceSampler
+from embrag_ds.engine.profile import PROFILES, Profile
+from embrag_ds.engine.record import device_name
+from embrag_ds.engine.trainer import Trainer
+from embrag_ds.errors import UserError
+from embrag_ds.launching import run_main
+from embrag_ds.retrieval.timeline import NO_TIMELINE, Timeline
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a block of micro-batches took: seconds of the clock, and of the processors in all threads."""
+
+    wall_s: float
+    cpu_s: float
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Measured blocks beside their neighbours: the median ratio, and its 95 % bootstrap interval."""
+
+    median: float
+    interval: tuple[float, float]
+    blocks: int
+
+
+class Alternating(Timeline):
+    """A timeline, and a sampler with it, that are off and on by turns, ``block`` micro-batches each.
+
+    ``blocks`` are the finished ones, beginning with one that is off; a warm-up before them is left out.
+    """
+
+    def __init__(self, device: torch.device, block: int):
+        super().__init__(device)
+        self._block = block
+        self._done = -block
+        self._sampler: DeviceSampler | None = None
+        self._block_began = (0.0, 0.0)
+        self.blocks: list[Block] = []
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        inner = NO_TIMELINE.phase(name) if self._sampler is None else super().phase(name)
+        return self._counted(inner) if name == "step" else inner
+
+    @contextmanager
+    def _counted(self, inner: AbstractContextManager[None]) -> Iterator[None]:
+        with inner:
+            yield
+        self._done += 1
+        if self._done % self._block == 0:
+            self._turn()
+
+    def _turn(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        if self._done > 0:
+            wall, cpu = self._block_began
+            self.blocks.append(Block(time.perf_counter() - wall, time.process_time() - cpu))
+        if self._sampler is not None:
+            self._sampler.stop()
+            self._sampler = None
+        elif self._done > 0:
+            self._sampler = DeviceSampler(self._device)
+            self._sampler.start()
+        self._block_began = (time.perf_counter(), time.process_time())
+
+    def close(self) -> None:
+        """End a block under way."""
+        if self._sampler is not None:
+            self._sampler.stop()
+
+
+def paired_ratio(seconds: list[float]) -> Ratio:
+    """Measured blocks over the mean of their neighbours; the blocks alternate, off first."""
+    measured = range(1, len(seconds) - 1, 2)
+    ratios = np.array([2 * seconds[each] / (seconds[each - 1] + seconds[each + 1]) for each in measured])
+    drawn = np.random.default_rng(1).choice(ratios, (RESAMPLES, len(ratios)))
+    low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
+    return Ratio(float(np.median(ratios)), (float(low), float(high)), len(ratios))
+
+
+def measure_overhead(trainer: Trainer, timeline: Alternating, block: int, world: World, out: Path) -> None:
+    try:
+        trainer.run()
+    finally:
+        timeline.close()
+    ratios = {
+        "wall": paired_ratio([each.wall_s for each in timeline.blocks]),
+        "cpu": paired_ratio([each.cpu_s for each in timeline.blocks]),
+    }
+    result = {
+        "device": device_name(world.device),
+        "date": time.strftime("%Y-%m-%d"),
+        "ratio": {name: asdict(ratio) for name, ratio in ratios.items()},
+        "block_micro_batches": block,
+        "blocks": [asdict(each) for each in timeline.blocks],
+    }
+    (out / "overhead.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    for name, ratio in ratios.items():
+        world.say(
+            f"with profiling, {name} time is {ratio.median:.4f} of that without ({ratio.interval[0]:.4f} to "
+            f"{ratio.interval[1]:.4f}; {ratio.blocks} blocks of {block} micro-batches beside their neighbours)"
+        )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--deepspeed_config", type=Path, required=True, metavar="JSON")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--panel", type=Path)
+    parser.add_argument("--map", type=Path)
+    parser.add_argument("--samples", type=Path)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--profile", choices=PROFILES, default="nvml", help="snapshot: allocations, too (CUDA)")
+    what.add_argument("--overhead", action="store_true", help="measure what profiling costs, instead")
+    parser.add_argument("--block", type=int, default=5, metavar="N", help="--overhead: micro-batches in a block")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
+    steps = options.steps
+    # No validation and no checkpoint but the last one, which goes with the temporary run folder.
+    quiet = [f"embrag.train.{name}={steps + 1}" for name in ("eval_every", "checkpoint_every")]
+    config = load_config(options.deepspeed_config, [*options.set, f"embrag.train.max_steps={steps}", *quiet])
+    if options.overhead and steps < 4 * options.block:
+        raise UserError(f"--overhead: {steps} steps are too few for blocks of {options.block}; give 4 blocks or more")
+    world = start_world()
+    profile = Profile(options.profile, options.out, world)
+    files = PanelFiles(options.panel, options.map, options.samples)
+    # Rank 0 fills the caches, the others find them filled.
+    if world.is_main:
+        open_inputs(files, config.embrag.data)
+    world.barrier()
+    inputs = open_inputs(files, config.embrag.data, progress=False)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = Path(world.agree(folder)) / "run"
+        if options.overhead:
+            alternating = Alternating(world.device, options.block)
+            trainer = Trainer(config, inputs, run_dir, world, resume=False, timeline=alternating)
+            measure_overhead(trainer, alternating, options.block, world, options.out)
+        else:
+            with profile as timeline:
+                Trainer(config, inputs, run_dir, world, resume=False, timeline=timeline).run()
+        world.barrier()
+    world.close()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,83 @@
+"""The stand-alone profiler writes the report of some steps, and measures its own cost."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from embrag_ds.data.simulate import DefaultData
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def memory(root: Path) -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location("profiling_memory", root / "profiling" / "memory.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def test_blocks_are_measured_by_turns(memory: ModuleType) -> None:
+    timeline = memory.Alternating(CPU, 2)
+    for number in range(12):
+        with timeline.phase("forward"):
+            time.sleep(0.2 if number in (4, 5) else 0.001)
+        with timeline.phase("step"):
+            pass
+    timeline.close()
+    # The first block is a warm-up; of the other five the second and the fourth are on.
+    assert [total.count for total in timeline.totals()] == [4, 4]
+    wall = [block.wall_s for block in timeline.blocks]
+    assert len(wall) == 5
+    assert wall[1] > 0.4 > max(wall[:1] + wall[2:])
+    assert all(0 < block.cpu_s < 0.3 for block in timeline.blocks)  # asleep most of the time
+
+
+def test_a_block_is_compared_with_its_neighbours(memory: ModuleType) -> None:
+    # The machine slows down all the time; measuring costs a tenth.
+    ratio = memory.paired_ratio([10, 1.1 * 11, 12, 1.1 * 13, 14, 1.1 * 15])
+    assert ratio.median == pytest.approx(1.1) and ratio.interval == pytest.approx((1.1, 1.1)) and ratio.blocks == 2
+
+
+@pytest.mark.parametrize("overhead", [False, True])
+def test_it_runs_from_the_command_line(root: Path, simulated: DefaultData, tmp_path: Path, overhead: bool) -> None:
+    settings = json.loads((root / "ds_configs" / "quickstart.json").read_text())
+    settings["train_micro_batch_size_per_gpu"] = 2
+    settings["embrag"]["data"] |= {"window_sites": 64, "overlap_sites": 16, "flank_sites": 32, "validation_people": 6}
+    settings["embrag"]["data"]["cache_dir"] = str(tmp_path / "cache")
+    settings["embrag"]["retrieval"]["k"] = 8
+    settings["embrag"]["model"] |= {"dims": 8, "heads": 2, "layers": 1}
+    (tmp_path / "small.json").write_text(json.dumps(settings))
+    files = [f"--panel={simulated.panel}", f"--map={simulated.genetic_map}", f"--samples={simulated.samples}"]
+    out = tmp_path / "out"
+    command = [sys.executable, root / "profiling" / "memory.py", f"--deepspeed_config={tmp_path / 'small.json'}"]
+    options = ["--steps=8", f"--out={out}", *files, *(["--overhead", "--block=1"] if overhead else [])]
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    environment = alone | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        list(map(str, [*command, *options])), check=False, capture_output=True, text=True, env=environment, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    if overhead:
+        written = json.loads((out / "overhead.json").read_text())
+        assert written["ratio"]["wall"]["median"] > 0 and len(written["blocks"]) == 7
+        assert "with profiling, cpu time is " in done.stdout and "3 blocks of 1 micro-batches" in done.stdout
+        assert {path.name for path in out.iterdir()} == {"overhead.json"}
+    else:
+        assert json.loads((out / "profile.json").read_text())["micro_batches"] == 8
+        assert "Profile of 8 micro-batches" in done.stdout
+        assert {path.name for path in out.iterdir()} == {"profile.json", "profile.png"}
