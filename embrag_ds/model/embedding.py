@@ -74,7 +74,6 @@ class HaplotypeEmbedding(nn.Module):
         tokens = torch.arange(VOCAB, device=sites.position.device)
         return self(tokens[:, None].expand(VOCAB, len(sites.position)), sites).transpose(0, 1)
 
-
     def site_weights(self, sites: SiteTensors) -> Tensor:
         """w_l = ||e_l(ALT) - e_l(REF)||^2, float32 [L], without a codebook: what is the same for both falls out."""
         alleles = torch.tensor([REF, ALT], device=sites.position.device)

@@ -48,10 +48,10 @@ class Evidence:
     """What a dosage rests on, float32 [B, L] each, without gradients.
 
     ``alt_length`` and ``ref_length``: mean length in cM of the match of the copied haplotypes that carry
-    ALT and REF (0 where hardly any carries it); ``uncertainty``: entropy of the copying probabilities over log K, in [0, 1]; ``share``: how
-    many of the neighbours carry ALT; ``nearest`` and ``gap``: cM to the nearest typed site and between the
-    flanking ones; ``density``: typed sites per cM; ``disagreement``: log-odds of ALT by the slow mosaic less those by
-    the fast one (the others are the slow one's).
+    ALT and REF (0 where hardly any carries it); ``uncertainty``: entropy of the copying probabilities over log K,
+    in [0, 1]; ``share``: how many of the neighbours carry ALT; ``nearest`` and ``gap``: cM to the nearest typed site
+    and between the flanking ones; ``density``: typed sites per cM; ``disagreement``: log-odds of ALT by the slow
+    mosaic less those by the fast one (the others are the slow one's).
     """
 
     alt_length: Tensor

@@ -91,14 +91,14 @@ def test_a_run_killed_between_checkpoints_logs_every_step_once(
     overrides = ["embrag.train.checkpoint_every=2", "embrag.train.max_steps=6"]
     make_trainer("whole", *overrides).run()
     trainer = make_trainer("killed", *overrides)
-    step = trainer._step
+    step = trainer.step
 
     def dies(*given: Any) -> None:
         if trainer.state.step == 5:
             raise KeyboardInterrupt
         step(*given)
 
-    monkeypatch.setattr(trainer, "_step", dies)
+    monkeypatch.setattr(trainer, "step", dies)
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
     make_trainer("killed", *overrides, resume=True).run()
@@ -187,7 +187,7 @@ def test_generation_and_staleness_are_those_of_the_batches(
     size = "train_micro_batch_size_per_gpu=12"  # 54 people: 4 groups, 5 windows
     trainer = make_trainer("run", *overrides, size, "gradient_accumulation_steps=5", "embrag.train.max_steps=9", STRONG)
     assert trainer.sampler.steps_per_epoch == 4
-    collate, step = trainer.collate, trainer._step
+    collate, step = trainer.collate, trainer.step
     seen: list[tuple[int, Batch]] = []
     said: dict[tuple[int, int], torch.Tensor] = {}
 
@@ -204,7 +204,7 @@ def test_generation_and_staleness_are_those_of_the_batches(
         step(*given)
 
     monkeypatch.setattr(trainer, "collate", record)
-    monkeypatch.setattr(trainer, "_step", note)
+    monkeypatch.setattr(trainer, "step", note)
     monkeypatch.setattr(trainer, "_validate", lambda: None)
     trainer.run()
     lines = metrics_of("run")
@@ -268,13 +268,13 @@ def test_a_refresh_that_dies_ends_training_within_a_step(
         raise MemoryError("no room for the codebooks")
 
     monkeypatch.setattr(cache, "_encode", dies)
-    step = trainer._step
+    step = trainer.step
 
     def waits(*given: Any) -> None:
         step(*given)
-        assert trainer.state.step < 3 or died.wait(10)
+        assert trainer.state.step < 4 or died.wait(10)
 
-    monkeypatch.setattr(trainer, "_step", waits)
+    monkeypatch.setattr(trainer, "step", waits)
     with pytest.raises(MemoryError, match="no room for the codebooks"):
         trainer.run()
     assert trainer.state.step in (3, 4)

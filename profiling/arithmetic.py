@@ -1,0 +1,47 @@
+"""Floating-point operations of the network, and how many of them a second the machine can do at best."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+from embrag_ds.model.embedding import FREQUENCY_FEATURES
+from embrag_ds.model.imputer import ModelConfig
+
+_BACKWARD = 2
+"""The backward pass of a matrix product is two of them."""
+
+
+def step_flops(model: ModelConfig, haplotypes: int, sites: int, references: int) -> float:
+    """Operations of the matrix products of a training step, forward and backward, recomputation not counted.
+
+    ``haplotypes`` queries of ``sites`` sites; for each of them ``references`` haplotypes go through the transformer
+    too (V17; 0 in V18). A multiplication and an addition are two operations. Attention counts all pairs of sites.
+    """
+    dims, places = model.dims, haplotypes * sites
+    linear = 2 * dims * dims * (4 + 2 * model.ffn_multiple)
+    attention = 4 * sites * dims
+    transformer = model.layers * (linear + attention) * (1 + references)
+    fusion = 2 * dims * (6 * dims + 2 * FREQUENCY_FEATURES)
+    head = 2 * dims
+    return (1 + _BACKWARD) * places * (transformer + fusion + head)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, size: int, rounds: int = 7) -> float:
+    """Operations a second of a product of two ``size`` x ``size`` matrices: a median after a warm-up."""
+    one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    taken = []
+    for _ in range(rounds + 2):
+        _synchronise(device)
+        began = time.perf_counter()
+        torch.mm(one, other)
+        _synchronise(device)
+        taken.append(time.perf_counter() - began)
+    return 2 * size**3 / statistics.median(taken[2:])
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,270 @@
+"""V17 beside V18: time, memory and the largest batch, measured in one run.
+
+    python profiling/compare.py [--deepspeed_config ds_configs/v18.json] --out FOLDER [--json FILE]
+
+Five variants of one configuration, with the same data, masks, width and batch: no retrieval; V17 (the nearest
+haplotype by tokens goes through the transformer too and is fused after it); V18 with encodings fixed, refresh and
+live (fused before a single pass). Each trains in a process of its own, and they take turns, one block of steps at a
+time; ratios are medians over rounds of neighbouring blocks. Then the largest batch of V17 and V18 is found by
+bisection: on a GPU to its memory's end, on a CPU to --budget-gb for all of the run but the libraries. FOLDER gets
+compare.md, compare.json and compare.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from arithmetic import matrix_rate, step_flops
+from compare_report import Measured, draw, markdown
+from stepper import Block, Recipe, Stepper, alternating
+
+from embrag_ds.config import RunConfig, load_config
+from embrag_ds.engine.inputs import PanelFiles
+from embrag_ds.engine.record import device_name, package_versions
+from embrag_ds.errors import UserError
+from embrag_ds.launching import run_main
+
+ROOT = Path(__file__).resolve().parent.parent
+GB = 1e9
+BASELINE, CHOSEN = "V17", "V18 refresh"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to train: what it changes in the configuration."""
+
+    name: str
+    overrides: tuple[str, ...]
+
+
+def variants(steps: int) -> list[Variant]:
+    """What is compared; a refresh falls due in every block of ``steps``."""
+    return [
+        Variant("no retrieval", ("embrag.retrieval.mode=none",)),
+        Variant(BASELINE, ("embrag.retrieval.mode=token",)),
+        Variant("V18 fixed", ("embrag.retrieval.mode=embedding", "embrag.retrieval.encoding=fixed")),
+        Variant(
+            CHOSEN,
+            (
+                "embrag.retrieval.mode=embedding",
+                "embrag.retrieval.encoding=refresh",
+                f'embrag.retrieval.refresh={{"every_steps": {steps}, "lag_steps": {min(4, steps - 1)}}}',
+            ),
+        ),
+        Variant("V18 live", ("embrag.retrieval.mode=embedding", "embrag.retrieval.encoding=live")),
+    ]
+
+
+RECOMPUTED = "activation_checkpointing={}"
+
+
+def parse_arguments() -> argparse.Namespace:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description="V17 beside V18: time, memory and the largest batch.")
+    parser.add_argument("--deepspeed_config", type=Path, default=ROOT / "ds_configs" / "v18.json", metavar="JSON")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every variant; repeatable")
+    parser.add_argument("--panel", type=Path, help="default: the embedded one")
+    parser.add_argument("--map", type=Path)
+    parser.add_argument("--samples", type=Path)
+    parser.add_argument("--people", type=int, default=16 if on_gpu else 4, help="in a micro-batch")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10 if on_gpu else 2, help="in a block")
+    parser.add_argument("--budget-gb", type=float, default=4.0, help="what the largest batch may take on a CPU")
+    parser.add_argument("--most-people", type=int, default=4096, help="end of the search for the largest batch")
+    parser.add_argument("--without-largest", action="store_true", help="leave out the search for the largest batch")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--json", type=Path, help="the JSON again, in this file")
+    options = parser.parse_args()
+    if options.rounds < 1 or options.steps < 2 or options.people < 1:
+        parser.error("--rounds and --people must be at least 1, --steps at least 2")
+    return options
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def largest(cost: Callable[[int], int | None], budget: float, most: int) -> int:
+    """The most people up to ``most`` whose ``cost`` in bytes is known and within ``budget`` (0: not even one's).
+
+    The cost must grow with the people. Where the line through the last two costs meets the budget is tried first, so
+    that few batches are; from the fifth on the bracket is halved.
+    """
+    low, high, tried = 0, most + 1, 0
+    known: list[tuple[int, int]] = []
+    while high - low > 1:
+        guess = _meets(known, budget) if tried < 4 else (low + high) // 2
+        people = min(max(guess, low + 1), high - 1)
+        used = cost(people)
+        tried += 1
+        if used is not None:
+            known = sorted([*known, (people, used)])
+        if used is None or used > budget:
+            high = people
+        else:
+            low = people
+    return low
+
+
+def _meets(known: list[tuple[int, int]], budget: float) -> int:
+    """People at which the line through the last two costs meets the budget; the next number while there are fewer."""
+    if len(known) < 2:
+        return len(known) + 1
+    (one, small), (other, large) = known[-2:]
+    slope = (large - small) / (other - one)
+    return int(other + (budget - large) / slope) if slope > 0 else 2 * other
+
+
+def largest_batch(stepper: Stepper, name: str, overrides: tuple[str, ...], budget: float, most: int) -> int:
+    """Most people of a micro-batch with which two steps stay within ``budget`` bytes, and within the GPU."""
+
+    def cost(people: int) -> int | None:
+        stepper.build(people, *overrides)
+        block = stepper.steps(2)
+        used = "out of memory" if block is None else f"{block.peak_bytes / GB:.2f} GB"
+        say(f"  {name}: {people} people, {used}")
+        return None if block is None else block.peak_bytes
+
+    return largest(cost, budget, most)
+
+
+def measure(variant: Variant, stepper: Stepper, blocks: list[Block], built: Any) -> Measured:
+    """Sum up a variant's blocks."""
+    seconds = [second for block in blocks for second in block.seconds]
+    phases: dict[str, list[float]] = {}
+    for block in blocks:
+        for span in block.spans:
+            phases.setdefault(span.name, []).append(1000 * (span.stop_s - span.start_s))
+    steps = sum(len(block.seconds) for block in blocks)
+    return Measured(
+        name=variant.name,
+        step_ms=1000 * statistics.median(seconds),
+        people_per_second=built.people * len(seconds) / sum(seconds),
+        activation_gb=statistics.median(block.activation_bytes for block in blocks) / GB,
+        peak_gb=max(block.peak_bytes for block in blocks) / GB,
+        build_s=built.seconds,
+        encoding_s=built.encoding_s,
+        phase_ms={name: sum(taken) / steps for name, taken in phases.items()},
+        memory=stepper.watch(2),
+    )
+
+
+def ratio(one: list[Block], other: list[Block]) -> float:
+    """Median over rounds of the time of ``one`` over that of ``other``."""
+    return statistics.median(sum(a.seconds) / sum(b.seconds) for a, b in zip(one, other, strict=True))
+
+
+def main() -> None:
+    options = parse_arguments()
+    config = load_config(options.deepspeed_config, options.set)
+    if "activation_checkpointing" in config.deepspeed:
+        raise UserError("compare.py measures with and without activation_checkpointing itself: leave it out")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    files = PanelFiles(options.panel, options.map, options.samples)
+    compared = variants(options.steps)
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    ceiling = matrix_rate(device, dtype, 8192 if device.type == "cuda" else 2048)
+    say(f"matrix products of {dtype}: {ceiling / 1e12:.3g} TFLOP/s")
+    steppers = [
+        Stepper(Recipe(options.deepspeed_config, (*options.set, *variant.overrides), files)) for variant in compared
+    ]
+    built = []
+    for variant, each in zip(compared, steppers, strict=True):
+        built.append(each.build(options.people))
+        say(f"{variant.name}: built in {built[-1].seconds:.1f} s")
+        each.steps(2)  # warm-up
+    began = time.monotonic()
+    blocks = alternating(steppers, options.rounds, options.steps)
+    say(f"{options.rounds} rounds of {options.steps} steps each: {time.monotonic() - began:.0f} s")
+    measured = [measure(*each) for each in zip(compared, steppers, blocks, built, strict=True)]
+    for each in steppers:
+        each.drop()
+    batches = {} if options.without_largest else largest_batches(options, compared, steppers, device)
+    for each in steppers:
+        each.close()
+    of = {each.name: each for each in measured}
+    block_of = {variant.name: each for variant, each in zip(compared, blocks, strict=True)}
+    sites = built[0].sites
+    result = {
+        "v18_over_v17_step_time": ratio(block_of[CHOSEN], block_of[BASELINE]),
+        "v18_over_v17_peak_memory": of[CHOSEN].activation_gb / of[BASELINE].activation_gb,
+        "largest_batch_ratio": over(batches.get(CHOSEN), batches.get(BASELINE)),
+        "largest_batch_ratio_with_recomputation": over(batches.get(f"{CHOSEN}, recomputed"), batches.get(BASELINE)),
+        "mfu": mfu(config, options.people, sites, of[CHOSEN].step_ms, ceiling),
+        "refresh_over_fixed_step_time": ratio(block_of[CHOSEN], block_of["V18 fixed"]),
+        "device": device_name(device),
+        "date": date.today().isoformat(),
+        "versions": package_versions(),
+        "shapes": shapes(config, options, sites),
+        "matrix_tflops": ceiling / 1e12,
+        "largest_batch": batches,
+        "budget_gb": None if device.type == "cuda" else options.budget_gb,
+        "variants": {each.name: each.as_dict() for each in measured},
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result, indent=2) + "\n"
+    for path in [options.out / "compare.json", *([options.json] if options.json else [])]:
+        path.write_text(text, encoding="utf-8")
+    table = markdown(result, measured)
+    (options.out / "compare.md").write_text(table, encoding="utf-8")
+    draw(measured, result, options.out / "compare.png")
+    print(table)
+
+
+def largest_batches(
+    options: argparse.Namespace, compared: list[Variant], steppers: list[Stepper], device: torch.device
+) -> dict[str, int]:
+    """People of the largest micro-batch of V17 and V18, each as it is and with recomputed activations."""
+    on_gpu = device.type == "cuda"
+    budget = torch.cuda.get_device_properties(device).total_memory if on_gpu else options.budget_gb * GB
+    found = {}
+    for variant, stepper in zip(compared, steppers, strict=True):
+        if variant.name not in (BASELINE, CHOSEN):
+            continue
+        for suffix, more in (("", ()), (", recomputed", (RECOMPUTED,))):
+            name = variant.name + suffix
+            found[name] = largest_batch(stepper, name, more, budget, options.most_people)
+            say(f"{name}: at most {found[name]} people")
+        stepper.drop()
+    return found
+
+
+def over(one: int | None, other: int | None) -> float | None:
+    """Their ratio; None where one is missing."""
+    return one / other if one is not None and other else None
+
+
+def mfu(config: RunConfig, people: int, sites: int, step_ms: float, ceiling: float) -> float:
+    """Share of the measured rate of matrix products that a V18 step reaches (model FLOPs utilisation)."""
+    return step_flops(config.embrag.model, 2 * people, sites, references=0) / (step_ms / 1000) / ceiling
+
+
+def shapes(config: RunConfig, options: argparse.Namespace, sites: int) -> dict[str, int]:
+    """What was compared, in numbers."""
+    model = config.embrag.model
+    return {
+        "people": options.people,
+        "sites": sites,
+        "dims": model.dims,
+        "layers": model.layers,
+        "heads": model.heads,
+        "k": config.embrag.retrieval.k,
+        "token_k": config.embrag.retrieval.token_k,
+        "steps": options.steps,
+        "rounds": options.rounds,
+    }
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,129 @@
+"""The comparison of V17 and V18 as a table and a picture."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from stepper import MemoryCurve
+
+CLAIMED: dict[str, tuple[str, str]] = {
+    "peak memory, batch 16": ("19 GB", "10 GB"),
+    "time per step, batch 16": ("210 ms", "115 ms"),
+    "largest batch": ("16", "48"),
+}
+"""What the document that V18 comes from says of V17 and V18."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A variant: median step; memory above what is held between steps (``activation_gb``) and of the whole run, in GB
+    (1e9 bytes); seconds to build the run, and of that to encode the panel; milliseconds of each phase a step."""
+
+    name: str
+    step_ms: float
+    people_per_second: float
+    activation_gb: float
+    peak_gb: float
+    build_s: float
+    encoding_s: float | None
+    phase_ms: dict[str, float]
+    memory: MemoryCurve
+
+    def as_dict(self) -> dict[str, Any]:
+        """All but the memory timeline, which is in the picture."""
+        return {name: value for name, value in asdict(self).items() if name not in ("name", "memory")}
+
+
+def markdown(result: dict[str, Any], measured: list[Measured]) -> str:
+    """The document's table with measured columns, and the phases."""
+    batches = result["largest_batch"]
+    shape = ", ".join(f"{name} {value}" for name, value in result["shapes"].items())
+    limit = "the GPU's memory" if result["budget_gb"] is None else f"{result['budget_gb']:g} GB"
+
+    def batch(name: str) -> str:
+        plain, recomputed = batches.get(name), batches.get(f"{name}, recomputed")
+        return "" if plain is None else f"{plain} ({recomputed})"
+
+    rows: list[list[str]] = [
+        ["activations and gradients, GB", "", "", *(f"{each.activation_gb:.3f}" for each in measured)],
+        ["peak memory, GB", *CLAIMED["peak memory, batch 16"], *(f"{each.peak_gb:.3f}" for each in measured)],
+        ["time per step, ms", *CLAIMED["time per step, batch 16"], *(f"{each.step_ms:.0f}" for each in measured)],
+        ["people a second", "", "", *(f"{each.people_per_second:.2f}" for each in measured)],
+        ["largest batch, people", *CLAIMED["largest batch"], *(batch(each.name) for each in measured)],
+        ["start, s", "", "", *(f"{each.build_s:.1f}" for each in measured)],
+        ["encoding the panel, s", "", "", *(_optional(each.encoding_s) for each in measured)],
+    ]
+    phases = list(dict.fromkeys(name for each in measured for name in each.phase_ms))
+    rows += [[f"{name}, ms a step", "", "", *(_phase(each, name) for each in measured)] for name in phases]
+    header = ["", "V17 claimed", "V18 claimed", *(each.name for each in measured)]
+    lines = [
+        f"# V17 beside V18, {result['date']}",
+        "",
+        f"{result['device']}; {shape}.",
+        "",
+        *_table(header, rows),
+        "",
+        f"Largest batch: within {limit}; in brackets with activation checkpointing. Claimed: the document, on another",
+        "machine, of another width. collate, search, h2d and refresh run beside the step, on threads of their own.",
+        "",
+        *_table(["V18 (refresh) over V17", "measured", "bar"], _ratios(result)),
+        "",
+        f"MFU {_optional(result['mfu'])} of {result['matrix_tflops']:.3g} TFLOP/s measured for matrix products.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _ratios(result: dict[str, Any]) -> list[list[str]]:
+    return [
+        ["time per step", _optional(result["v18_over_v17_step_time"]), "0.55"],
+        ["peak of activations and gradients", _optional(result["v18_over_v17_peak_memory"]), "0.53"],
+        ["largest batch", _optional(result["largest_batch_ratio"]), "3"],
+        [
+            "largest batch, V18 with activation checkpointing",
+            _optional(result["largest_batch_ratio_with_recomputation"]),
+            "",
+        ],
+    ]
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return [_row(header), "|---" * len(header) + "|", *map(_row, rows)]
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _optional(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _phase(measured: Measured, name: str) -> str:
+    return f"{measured.phase_ms[name]:.1f}" if name in measured.phase_ms else ""
+
+
+def draw(measured: list[Measured], result: dict[str, Any], path: Path) -> None:
+    """Memory over two steps, and time per phase."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 8), layout="constrained")
+    for each in measured:
+        above.plot(each.memory.seconds, [held / 1e9 for held in each.memory.held_bytes], label=each.name)
+    above.set(xlabel="seconds", ylabel="GB held by the run", title=f"two steps, {result['shapes']['people']} people")
+    above.legend()
+    left = [0.0] * len(measured)
+    names = [each.name for each in measured]
+    for phase in ("forward", "backward", "step"):
+        taken = [each.phase_ms.get(phase, 0.0) for each in measured]
+        below.barh(names, taken, left=left, label=phase)
+        left = [start + more for start, more in zip(left, taken, strict=True)]
+    below.invert_yaxis()
+    below.set(xlabel="ms a step", title=result["device"])
+    below.legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

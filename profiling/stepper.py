@@ -1,0 +1,279 @@
+"""A training run of its own process whose steps are taken, timed and weighed one by one from outside.
+
+Used by ``compare.py``: every variant is a :class:`Stepper`, so that memory is the process's own and the variants can
+take turns within one run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from embrag_ds.config import load_config
+from embrag_ds.engine.initialize import World, start_world
+from embrag_ds.engine.inputs import PanelFiles, open_inputs
+from embrag_ds.engine.nvml import DeviceSampler
+from embrag_ds.engine.trainer import Trainer
+from embrag_ds.retrieval.timeline import Span, Timeline
+
+_SAMPLE_EVERY_S = 0.02
+# Large blocks come from the system and go back to it at once, so that resident memory is what tensors hold.
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is run: a configuration with overrides, on a panel."""
+
+    config: Path
+    overrides: tuple[str, ...]
+    files: PanelFiles
+
+
+@dataclass(frozen=True)
+class Built:
+    """A run that is ready: ``seconds`` to build it, ``encoding_s`` of that for encoding the panel (None: nothing is
+    encoded), ``resident_bytes`` it holds before its first step."""
+
+    seconds: float
+    encoding_s: float | None
+    resident_bytes: int
+    people: int
+    sites: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some steps: seconds of each; the most bytes over what was held before them (activations and gradients), and of
+    the whole run; ``spans`` of their phases."""
+
+    seconds: tuple[float, ...]
+    activation_bytes: int
+    peak_bytes: int
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class MemoryCurve:
+    """Bytes of the run, above what the process held before it, at some seconds."""
+
+    seconds: tuple[float, ...]
+    held_bytes: tuple[int, ...]
+
+
+class Stepper:
+    """The parent's side of a process that trains by ``recipe``; use :meth:`build`, then :meth:`steps`."""
+
+    def __init__(self, recipe: Recipe):
+        before = {name: os.environ.get(name) for name in _ALLOCATOR}
+        os.environ.update(_ALLOCATOR)
+        spawn = get_context("spawn")
+        self._pipe, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=_serve, args=(theirs, recipe), daemon=True)
+        self._process.start()
+        theirs.close()
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+    def build(self, people: int, *overrides: str) -> Built:
+        """Build the run with micro-batches of so many people, and ``overrides`` on top of the recipe's."""
+        return self._ask("build", people, *overrides)
+
+    def drop(self) -> None:
+        """Give up the run there is, and its memory."""
+        self._ask("drop")
+
+    def steps(self, count: int) -> Block | None:
+        """Take so many steps; None when the GPU's memory does not suffice."""
+        return self._ask("steps", count)
+
+    def watch(self, count: int) -> MemoryCurve:
+        """Memory over time during so many steps, sampled."""
+        return self._ask("watch", count)
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process.is_alive():
+            self._pipe.send(("close",))
+        self._process.join()
+
+    def _ask(self, *question: Any) -> Any:
+        self._pipe.send(question)
+        try:
+            good, answer = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise RuntimeError(f"the training process died (exit status {self._process.exitcode})") from None
+        if not good:
+            raise RuntimeError(f"the training process failed:\n{answer}")
+        return answer
+
+
+def _serve(pipe: Connection, recipe: Recipe) -> None:
+    """The child: answer questions until told to close. What training prints goes to stderr."""
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+        run = _Run(recipe, Path(folder))
+        while (question := pipe.recv())[0] != "close":
+            try:
+                pipe.send((True, getattr(run, question[0])(*question[1:])))
+            except Exception:
+                pipe.send((False, traceback.format_exc()))
+        run.drop()
+
+
+class _Run:
+    """A trainer that can be built again with another batch."""
+
+    def __init__(self, recipe: Recipe, folder: Path):
+        self._recipe = recipe
+        self._folder = folder
+        self._world: World = start_world()
+        self._inputs = open_inputs(recipe.files, load_config(recipe.config, recipe.overrides).embrag.data)
+        self._before = _held(self._world.device)
+        self._trainer: Trainer | None = None
+        self._batches: Any = None
+        self._built = 0
+
+    def drop(self) -> None:
+        """Give up the run there is, and its memory."""
+        if self._trainer is not None:
+            self._trainer.reference.close()
+            self._batches.close()
+        self._trainer = self._batches = None
+        gc.collect()
+        _give_back(self._world.device)
+
+    def build(self, people: int, *more: str) -> Built:
+        self.drop()
+        self._built += 1
+        never = 1_000_000_000
+        overrides = [
+            *self._recipe.overrides,
+            *more,
+            f"train_micro_batch_size_per_gpu={people}",
+            "embrag.validation.people=2",
+            "embrag.validation.windows=1",
+            *(f"embrag.train.{key}={never}" for key in ("max_steps", "log_every", "eval_every", "checkpoint_every")),
+        ]
+        config = load_config(self._recipe.config, overrides)
+        began = time.perf_counter()
+        run_dir = self._folder / str(self._built)
+        timeline = Timeline(self._world.device)
+        trainer = Trainer(config, self._inputs, run_dir, self._world, resume=False, timeline=timeline)
+        cache = trainer.reference.cache
+        if cache is not None:
+            cache.code(0, 0)  # waits until it is encoded
+        _synchronise(self._world.device)
+        seconds = time.perf_counter() - began
+        self._trainer = trainer
+        self._batches = trainer.batches()
+        self._interval = trainer.new_interval(self._batches)
+        _give_back(self._world.device)
+        return Built(
+            seconds=seconds,
+            encoding_s=None if cache is None else cache.refresh_seconds,
+            resident_bytes=_held(self._world.device) - self._before,
+            people=people,
+            sites=max(window.core_stop - window.core_start for window in trainer.sampler.data.windows),
+            device=str(self._world.device),
+        )
+
+    def steps(self, count: int) -> Block | None:
+        assert self._trainer is not None
+        device = self._world.device
+        _give_back(device)
+        before = _held(device)
+        _reset_peak(device)
+        seconds = []
+        since = time.perf_counter()
+        try:
+            for _ in range(count):
+                began = time.perf_counter()
+                self._trainer.step(self._batches, self._interval)
+                _synchronise(device)
+                seconds.append(time.perf_counter() - began)
+        except torch.cuda.OutOfMemoryError:
+            return None
+        peak = _peak(device)
+        since -= self._trainer.timeline.began
+        spans = [span for span in self._trainer.timeline.spans() if span.start_s >= since]
+        return Block(tuple(seconds), peak - before, peak - self._before, tuple(spans))
+
+    def watch(self, count: int) -> MemoryCurve:
+        assert self._trainer is not None
+        with DeviceSampler(self._world.device, _SAMPLE_EVERY_S) as sampler:
+            for _ in range(count):
+                self._trainer.step(self._batches, self._interval)
+            _synchronise(self._world.device)
+        on_gpu = self._world.device.type == "cuda"
+        held = [each.allocated_bytes if on_gpu else each.host_bytes for each in sampler.samples]
+        return MemoryCurve(
+            seconds=tuple(each.seconds for each in sampler.samples),
+            held_bytes=tuple((bytes_ or 0) - self._before for bytes_ in held),
+        )
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _give_back(device: torch.device) -> None:
+    """Return freed memory, so that what is held is what is used."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _held(device: torch.device) -> int:
+    """Bytes held now: in tensors on the GPU, or resident in the process."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): the peak starts again from now
+
+
+def _peak(device: torch.device) -> int:
+    """The most bytes held since :func:`_reset_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def alternating(steppers: Sequence[Stepper], rounds: int, steps: int) -> list[list[Block]]:
+    """Blocks of ``steps`` of every stepper, taking turns so that a drift of the machine meets all alike."""
+    blocks: list[list[Block]] = [[] for _ in steppers]
+    for _ in range(rounds):
+        for mine, stepper in zip(blocks, steppers, strict=True):
+            block = stepper.steps(steps)
+            if block is None:
+                raise RuntimeError("out of memory: choose fewer --people")
+            mine.append(block)
+    return blocks

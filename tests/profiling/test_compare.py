@@ -1,0 +1,132 @@
+"""The comparison of V17 and V18: what it makes of what it measures, and that it runs and writes what it promises."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from embrag_ds.data.simulate import DefaultData
+from embrag_ds.model.fusion import GatedFusion
+from embrag_ds.model.imputer import ModelConfig
+from embrag_ds.model.transformer import Transformer
+
+MODULES = ("arithmetic", "stepper", "compare_report", "compare")
+
+
+@pytest.fixture(scope="module")
+def modules(root: Path) -> Iterator[dict[str, ModuleType]]:
+    """The scripts, which import one another from their own folder."""
+    sys.path.insert(0, str(root / "profiling"))
+    yield {name: importlib.import_module(name) for name in MODULES}
+    sys.path.remove(str(root / "profiling"))
+    for name in MODULES:
+        del sys.modules[name]
+
+
+@given(fixed=st.integers(0, 50), each=st.integers(1, 40), budget=st.integers(1, 2000), most=st.integers(1, 100))
+def test_the_largest_batch_is_found_in_few_tries(modules, fixed: int, each: int, budget: int, most: int) -> None:
+    for ends_in_a_crash in (False, True):
+        tried: list[int] = []
+
+        def cost(people: int, crash: bool = ends_in_a_crash, seen: list[int] = tried) -> int | None:
+            seen.append(people)
+            used = fixed + each * people
+            return None if crash and used > budget else used
+
+        expected = max([people for people in range(1, most + 1) if fixed + each * people <= budget], default=0)
+        assert modules["compare"].largest(cost, budget, most) == expected
+        assert len(tried) == len(set(tried)) <= 11
+        assert all(1 <= people <= most for people in tried)
+
+
+@pytest.mark.parametrize("references", [0, 1, 3])
+def test_operations_are_those_that_torch_counts(modules, references: int) -> None:
+    model = ModelConfig(dims=32, layers=2, heads=2, ffn_multiple=3)
+    haplotypes, sites = 4, 20
+    transformer = Transformer(model.dims, model.layers, model.heads, model.ffn_multiple, 0.0)
+    fusion, head = GatedFusion(model.dims), torch.nn.Linear(model.dims, 1)
+    frequency = torch.rand(haplotypes, sites)
+    position = torch.linspace(0, 1, sites)
+    with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
+        x = torch.randn(haplotypes, sites, model.dims, requires_grad=True)
+        fused = fusion(x, x, frequency, frequency.requires_grad_())
+        for _ in range(references + 1):
+            fused = transformer(fused, position)
+        head(fused).sum().backward()
+    expected = modules["arithmetic"].step_flops(model, haplotypes, sites, references)
+    assert counted.get_total_flops() == pytest.approx(expected, rel=0.03)
+
+
+def test_the_rate_of_matrix_products_is_a_rate(modules) -> None:
+    rate = modules["arithmetic"].matrix_rate(torch.device("cpu"), torch.float32, 64, rounds=3)
+    assert 1e6 < rate < 1e14
+
+
+def test_ratios_pair_neighbouring_blocks(modules) -> None:
+    def block(*seconds: float):
+        return modules["stepper"].Block(seconds, 0, 0, ())
+
+    slow = [block(2.0, 2.0), block(20.0, 20.0), block(6.0, 6.0)]  # the machine drifts
+    fast = [block(1.0, 1.0), block(10.0, 10.0), block(2.0, 2.0)]
+    assert modules["compare"].ratio(slow, fast) == 2.0
+
+
+def test_it_runs_and_writes_the_promised_numbers_with_their_shapes(
+    root: Path, tmp_path: Path, simulated: DefaultData
+) -> None:
+    settings = json.loads((root / "ds_configs" / "quickstart.json").read_text())
+    settings["embrag"]["data"] |= {"window_sites": 64, "overlap_sites": 0, "flank_sites": 16}
+    settings["embrag"]["retrieval"]["k"] = 8
+    settings["embrag"]["model"] |= {"dims": 16, "heads": 2, "layers": 3}
+    small = tmp_path / "small.json"
+    small.write_text(json.dumps(settings))
+    options = (
+        f"--people 2 --rounds 1 --steps 2 --budget-gb 4 --most-people 2 --deepspeed_config {small} --out {tmp_path}"
+    )
+    files = ["--panel", simulated.panel, "--map", simulated.genetic_map, "--samples", simulated.samples]
+    done = subprocess.run(
+        [
+            sys.executable,
+            root / "profiling" / "compare.py",
+            *options.split(),
+            *files,
+            "--json",
+            tmp_path / "again.json",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "compare.json").read_text())
+    assert json.loads((tmp_path / "again.json").read_text()) == result
+    for name in ("v18_over_v17_step_time", "v18_over_v17_peak_memory", "largest_batch_ratio", "mfu"):
+        assert result[name] > 0
+    assert result["largest_batch"] == dict.fromkeys(
+        ("V17", "V17, recomputed", "V18 refresh", "V18 refresh, recomputed"), 2
+    )
+    assert result["shapes"]["people"] == 2 and 50 < result["shapes"]["sites"] <= 64 and result["device"]
+    names = ["no retrieval", "V17", "V18 fixed", "V18 refresh", "V18 live"]
+    assert list(result["variants"]) == names
+    for name, variant in result["variants"].items():
+        assert {"forward", "backward", "step", "collate"} <= variant["phase_ms"].keys()
+        assert ("refresh" in variant["phase_ms"]) == (name == "V18 refresh")
+        assert ("search" in variant["phase_ms"]) == (name != "no retrieval")
+        assert variant["peak_gb"] > 0 and variant["step_ms"] > 0
+    table = (tmp_path / "compare.md").read_text()
+    assert table in done.stdout and "| time per step, ms | 210 ms | 115 ms |" in table
+    assert (tmp_path / "compare.png").stat().st_size > 10_000
