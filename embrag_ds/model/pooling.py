@@ -210,8 +210,9 @@ def _evidence(
 
 def _membership(batch: Batch, retrieved: Retrieved) -> Tensor:
     """1 where a neighbour belongs to a population, float32 [B, K, P]."""
-    populations = batch.population_frequency.shape[1]
-    return nn.functional.one_hot(retrieved.population, populations).float()
+    # Not one_hot, which looks at the values first.
+    populations = torch.arange(batch.population_frequency.shape[1], device=retrieved.population.device)
+    return (retrieved.population[..., None] == populations).float()
 
 
 def _flanking(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

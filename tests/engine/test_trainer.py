@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -572,6 +573,28 @@ def saved_bytes(forward: Callable[[], Any]) -> int:
         made = forward()
     assert made.logits.requires_grad
     return sum(storages.values())
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_never_waits_for_it(make_trainer: MakeTrainer) -> None:
+    """What DeepSpeed does in its own optimiser step is its own; nothing of ours synchronises."""
+    trainer = make_trainer("run", "embrag.train.max_steps=12", "embrag.retrieval.encoding=refresh", "bf16.enabled=true")
+    batches = trainer.batches()
+    interval = trainer.new_interval(batches)
+    try:
+        for _ in range(4):
+            trainer.step(batches, interval)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            for _ in range(4):
+                trainer.step(batches, interval)
+            torch.cuda.set_sync_debug_mode("default")
+    finally:
+        batches.close()
+        trainer.reference.close()
+    ours = [f"{each.filename}:{each.lineno}" for each in caught if f"{os.sep}embrag_ds{os.sep}" in each.filename]
+    assert not ours
 
 
 def test_compiled_blocks_compute_the_same(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:

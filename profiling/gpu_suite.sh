@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one go of at most nine minutes, into one dated report:
+#
+#     profiling/gpu_suite.sh [WHEELS] [PANEL] [RESULTS]
+#
+# WHEELS   folder of wheels to install first, without a network, into a folder of their own ("" or "-": nothing is installed)
+# PANEL    folder that launch/simulate.py made ("" or "-": the embedded default, which needs msprime)
+# RESULTS  where the report goes (default: profiling/results/<date>-gpu)
+#
+# It runs from the source tree. Each part has a time limit and fails alone; report.md says which did, and the exit status
+# is that of the worst. PYTHON names the interpreter (default: python3).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+wheels=${1:--} panel=${2:--} results=${3:-profiling/results/$(date +%F)-gpu}
+python=${PYTHON:-python3}
+config=ds_configs/v18.json
+
+if ! nvidia-smi -L >/dev/null 2>&1; then
+    echo "error: nvidia-smi finds no GPU; gpu_suite.sh needs one" >&2
+    exit 1
+fi
+if [ "${wheels:--}" != - ]; then
+    site=$(mktemp -d)
+    trap 'rm -rf "$site"' EXIT
+    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$wheels"/*.whl || exit 1
+    export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+fi
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+files=()
+if [ "${panel:--}" != - ]; then
+    files=(--panel "$panel/panel.vcf.gz" --map "$panel/genetic.map" --samples "$panel/samples.tsv")
+fi
+work=$(mktemp -d)
+trap 'rm -rf "$work" "${site:-}"' EXIT
+mkdir -p "$results"
+report=$results/report.md
+worst=0
+
+{
+    echo "# GPU suite, $(date -u +'%F %H:%M') UTC"
+    echo
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+    echo
+    "$python" - <<'PYTHON'
+from importlib.metadata import PackageNotFoundError, version
+
+for name in ("torch", "deepspeed", "cupy-cuda13x", "cupy-cuda12x", "faiss-cuda", "faiss-gpu", "numpy", "numba"):
+    try:
+        print(f"{name} {version(name)}")
+    except PackageNotFoundError:
+        continue
+PYTHON
+    echo
+    echo "| part | result | seconds |"
+    echo "|---|---|---|"
+} >"$report"
+
+# part NAME LIMIT COMMAND...: run it for at most LIMIT seconds, its output in suite.log.
+part() {
+    local name=$1 limit=$2 began=$SECONDS result=ok status
+    shift 2
+    echo "== $name: $*" | tee -a "$results/suite.log"
+    timeout --kill-after=5 "$limit" "$@" >"$work/out" 2>&1
+    status=$?
+    [ $status -eq 0 ] || result="failed ($status)"
+    [ $status -eq 124 ] && result="over $limit s"
+    [ $status -gt $worst ] && worst=$status
+    tail -c 200000 "$work/out" >>"$results/suite.log"
+    tail -n 3 "$work/out"
+    echo "| $name | $result | $((SECONDS - began)) |" >>"$report"
+}
+
+: >"$results/suite.log"
+part "tests" 110 "$python" -m pytest -m gpu -q -p no:cacheprovider
+part "retrieval" 80 "$python" profiling/bench_retrieval.py --json "$results/retrieval.json"
+part "comparison" 220 "$python" profiling/compare.py --deepspeed_config "$config" --people 16 --set embrag.model.dims=384 \
+    --rounds 3 --out "$work/compare" "${files[@]}"
+part "training" 110 "$python" launch/train.py --deepspeed_config "$config" --run-dir "$work/run" --max-steps 60 --profile nvml \
+    --set 'embrag.retrieval.refresh={"every_steps": 20}' --set embrag.train.eval_every=60 "${files[@]}"
+
+for name in compare.json compare.png; do
+    [ -f "$work/compare/$name" ] && cp "$work/compare/$name" "$results/"
+done
+for name in profile.json profile.png; do
+    [ -f "$work/run/$name" ] && cp "$work/run/$name" "$results/"
+done
+{
+    echo
+    [ -f "$work/compare/compare.md" ] && sed 's/^#/##/' "$work/compare/compare.md"
+    echo
+    echo "## Training"
+    echo
+    echo '```'
+    [ -f "$work/run/metrics.jsonl" ] && cat "$work/run/metrics.jsonl"
+    echo '```'
+} >>"$report"
+echo "written to $report"
+exit $worst

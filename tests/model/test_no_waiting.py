@@ -1,0 +1,58 @@
+"""Nothing in a step asks the device for a value, which on a GPU would stop the host until it has caught up."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from embrag_ds.model.losses import LossConfig, imputation_loss
+from embrag_ds.retrieval import copying
+
+# What makes a value, or the size of a result, known to the host.
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "repeat_interleave.Tensor")
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations of :data:`WAITS`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).removeprefix("aten.")
+        by_truth = name.startswith("index") and any(
+            each.dtype == torch.bool for each in tree_leaves(args[1:]) if isinstance(each, torch.Tensor)
+        )
+        if name.startswith(WAITS) or by_truth:
+            self.seen[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch"])
+@pytest.mark.parametrize("fusion", ["copying", "rare_variant"])
+@pytest.mark.parametrize("mode", ["none", "token", "factored", "live"])
+def test_forward_loss_and_backward_ask_for_no_value(build, monkeypatch, mode: str, fusion: str, compiled: bool) -> None:
+    if not compiled:  # as on a GPU without CuPy
+        monkeypatch.setattr(copying, "copying_backend", lambda device: "torch")
+    world = build(3, people=12)
+    network = build.imputer(fusion=fusion).train()
+    batch = world.collator(network.embedding, mode=mode)(world.batch_of(1, [0, 4, 9], world.hidden(1, 3, 1)))
+    with Waits() as waits:
+        logits = network(batch).logits
+        frequency = batch.sites.frequency[batch.core]
+        imputation_loss(logits, batch.alleles, batch.scored, frequency, LossConfig(rarity=0.5)).total.backward()
+    assert not waits.seen
+
+
+def test_the_count_sees_what_waits() -> None:
+    values = torch.arange(4.0)
+    with Waits() as waits:
+        values.sum().item()
+        values[values > 1]
+        torch.repeat_interleave(torch.tensor([1, 2]))
+    assert set(waits.seen) == {"_local_scalar_dense.default", "index.Tensor", "repeat_interleave.Tensor"}

@@ -1,0 +1,104 @@
+"""The GPU suite's own workings, with stand-ins for the GPU and for what it runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+PARTS = ("tests", "retrieval", "comparison", "training")
+STAND_IN = """#!/usr/bin/env bash
+echo "$PWD $PYTHONPATH $*" >>"$CALLS"
+case "$*" in
+    *"-m pip"*) ;;
+    *pytest*) echo "3 passed"; exit "${TESTS_STATUS:-0}" ;;
+    *compare.py*)
+        while [ "$1" != --out ]; do shift; done
+        mkdir -p "$2"; echo "# Table" >"$2/compare.md"; echo {} >"$2/compare.json"; echo png >"$2/compare.png" ;;
+    *train.py*)
+        while [ "$1" != --run-dir ]; do shift; done
+        mkdir -p "$2"; echo '{"step": 60}' >"$2/metrics.jsonl"; echo {} >"$2/profile.json" ;;
+    -) echo "torch 9.9" ;;
+esac
+"""
+
+Suite = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def suite(root: Path, tmp_path: Path) -> Suite:
+    """Runs the suite in a copy of the script's surroundings, with or without a pretended GPU."""
+    tree = tmp_path / "tree"
+    (tree / "profiling").mkdir(parents=True)
+    shutil.copy(root / "profiling" / "gpu_suite.sh", tree / "profiling")
+    bin_ = tmp_path / "bin"
+    bin_.mkdir()
+    stand_in = script(bin_ / "python-stand-in", STAND_IN)
+
+    def run(*arguments: object, gpu: bool = True, **more: str) -> subprocess.CompletedProcess[str]:
+        script(bin_ / "nvidia-smi", f"#!/bin/sh\necho 'Some GPU, 1.2, 3 MiB'\nexit {0 if gpu else 9}\n")
+        environment = {
+            **os.environ,
+            "PATH": f"{bin_}:{os.environ['PATH']}",
+            "PYTHON": str(stand_in),
+            "CALLS": str(tmp_path / "calls"),
+            "PYTHONPATH": "",
+            **more,
+        }
+        command = [tree / "profiling" / "gpu_suite.sh", *arguments]
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=environment)
+
+    return run
+
+
+def test_every_part_runs_and_is_reported(suite: Suite, tmp_path: Path) -> None:
+    done = suite("-", "/some/panel", tmp_path / "results")
+    assert done.returncode == 0, done.stderr
+    report = (tmp_path / "results" / "report.md").read_text()
+    for part in PARTS:
+        assert f"| {part} | ok |" in report
+    assert "Some GPU, 1.2, 3 MiB" in report and "torch 9.9" in report
+    assert "## Table" in report and '{"step": 60}' in report
+    kept = {path.name for path in (tmp_path / "results").iterdir()}
+    assert kept == {"report.md", "suite.log", "compare.json", "compare.png", "profile.json"}
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert not [call for call in calls if "-m pip" in call]
+    for call in calls[-2:]:
+        assert "--panel /some/panel/panel.vcf.gz --map /some/panel/genetic.map" in call
+        assert call.startswith(str(tmp_path / "tree"))
+
+
+def test_wheels_are_installed_without_a_network_and_used(suite: Suite, tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    (wheels / "one.whl").touch()
+    suite(wheels, "-", tmp_path / "results")
+    first, *others = (tmp_path / "calls").read_text().splitlines()
+    assert "-m pip install -q --no-index" in first and str(wheels / "one.whl") in first
+    site = first.split("--target ")[1].split()[0]
+    assert all(site in call.split()[1] for call in others if call.split()[1:])
+    assert not Path(site).exists()
+
+
+def test_a_part_that_fails_fails_alone(suite: Suite, tmp_path: Path) -> None:
+    done = suite("-", "-", tmp_path / "results", TESTS_STATUS="3")
+    report = (tmp_path / "results" / "report.md").read_text()
+    assert done.returncode == 3
+    assert "| tests | failed (3) |" in report and "| training | ok |" in report
+
+
+def test_without_a_gpu_it_says_so_and_writes_nothing(suite: Suite, tmp_path: Path) -> None:
+    done = suite("-", "-", tmp_path / "results", gpu=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "results").exists()
