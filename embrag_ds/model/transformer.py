@@ -53,6 +53,8 @@ class Block(nn.Module):
 
     def _attend(self, x: Tensor, angles: Tensor) -> Tensor:
         query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        # A copy: the view would keep all three for the backward pass.
+        value = value.contiguous()
         mixed = scaled_dot_product_attention(rotate(query, angles), rotate(key, angles), value)
         return self.attention_out(mixed.transpose(1, 2).flatten(-2))
 
