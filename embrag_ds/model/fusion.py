@@ -29,5 +29,6 @@ class GatedFusion(nn.Module):
         features = torch.cat([frequency_features(frequency), frequency_features(expected)], dim=-1)
         rarity = self.frequency(features.to(query.dtype))
         together = torch.cat([query, reference, rarity], dim=-1)
-        gate = torch.sigmoid(self.gate(together))
-        return self.norm(query + torch.lerp(self.mix(together), reference, gate))
+        gate, mixed = torch.sigmoid(self.gate(together)), self.mix(together)
+        # Under autocast the products are of another type than what came in.
+        return self.norm(query + torch.lerp(mixed, reference.to(mixed.dtype), gate.to(mixed.dtype)))

@@ -80,8 +80,10 @@ class Imputer(nn.Module):
         # Without retrieval the frequency itself stands in for the reference haplotypes.
         dosage = expected = batch.frequency
         if batch.retrieved is not None:
-            weight = self.embedding.site_weights(batch.sites)
-            pooled = self.pooling(batch, batch.retrieved, weight / weight.mean())
+            # Probabilities are multiplied along the whole window: not in bf16.
+            with torch.autocast(batch.tokens.device.type, enabled=False):
+                weight = self.embedding.site_weights(batch.sites)
+                pooled = self.pooling(batch, batch.retrieved, weight / weight.mean())
             dosage = pooled.dosage
             expected = (pooled.ancestry * batch.population_frequency).sum(1)
         share = torch.sigmoid(self.background.float())

@@ -205,6 +205,29 @@ def test_nothing_shown_or_nothing_hidden_stays_finite(build, fusion: str) -> Non
             assert torch.isfinite(predict(network, collate(world.batch_of(1, [0, 1], hidden))).logits).all()
 
 
+@FUSIONS
+@MODES
+def test_it_runs_under_autocast_and_in_bf16(build, fusion: str, mode: str) -> None:
+    """DeepSpeed's sections torch_autocast and bf16: fp32 parameters with bf16 products, and bf16 throughout."""
+    world = build(3, people=12)
+    exact = build.imputer(fusion=fusion)
+    samples = world.batch_of(1, [0, 4, 9], world.hidden(1, 3, 1))
+    expected = predict(exact, world.collator(exact.embedding, mode=mode)(samples))
+    for autocast in (True, False):
+        network = build.imputer(fusion=fusion)
+        if not autocast:
+            network.to(torch.bfloat16)
+        batch = world.collator(network.embedding, mode=mode)(samples)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = loss_of(network, batch).total
+            found = predict(network, batch)
+        loss.backward()
+        assert found.logits.dtype == torch.float32
+        error = (found.logits.sigmoid() - expected.logits.sigmoid()).abs().mean()
+        assert float(error) < 0.05
+        assert all(torch.isfinite(each.grad).all() for each in network.parameters() if each.grad is not None)
+
+
 def test_site_weights_are_the_squared_distance_of_the_two_alleles(build) -> None:
     world = build(3)
     embedding = build.imputer(dims=32).embedding
