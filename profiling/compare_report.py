@@ -80,11 +80,9 @@ def _ratios(result: dict[str, Any]) -> list[list[str]]:
         ["time per step", _optional(result["v18_over_v17_step_time"]), "0.55"],
         ["peak of activations and gradients", _optional(result["v18_over_v17_peak_memory"]), "0.53"],
         ["largest batch", _optional(result["largest_batch_ratio"]), "3"],
-        [
-            "largest batch, V18 with activation checkpointing",
-            _optional(result["largest_batch_ratio_with_recomputation"]),
-            "",
-        ],
+        ["the same, both with activation checkpointing", _optional(result["largest_batch_ratio_recomputed"]), ""],
+        ["the same, only V18 with it", _optional(result["largest_batch_ratio_v18_recomputed"]), ""],
+        ["the same, 2 neighbours (token_k) in V17", _optional(result["largest_batch_ratio_2_neighbours"]), ""],
     ]
 
 

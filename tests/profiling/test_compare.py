@@ -117,7 +117,7 @@ def test_it_runs_and_writes_the_promised_numbers_with_their_shapes(
     for name in ("v18_over_v17_step_time", "v18_over_v17_peak_memory", "largest_batch_ratio", "mfu"):
         assert result[name] > 0
     assert result["largest_batch"] == dict.fromkeys(
-        ("V17", "V17, recomputed", "V18 refresh", "V18 refresh, recomputed"), 2
+        ("V17", "V17, recomputed", "V17, 2 neighbours", "V18 refresh", "V18 refresh, recomputed"), 2
     )
     assert result["shapes"]["people"] == 2 and 50 < result["shapes"]["sites"] <= 64 and result["device"]
     names = ["no retrieval", "V17", "V18 fixed", "V18 refresh", "V18 live"]
