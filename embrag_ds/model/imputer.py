@@ -32,6 +32,8 @@ class ModelConfig:
     ffn_multiple: int = 4
     dropout: float = 0.0
     fusion: Literal["rare_variant", "copying"] = "copying"
+    turing: bool = False
+    """Correct the prior's odds of the rarest alleles by the panel's own spectrum of copies (Good and Turing)."""
 
     def __post_init__(self) -> None:
         require(self.dims >= 8, "model.dims", "must be at least 8")
@@ -62,6 +64,7 @@ class Imputer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.turing = config.turing
         self.embedding = HaplotypeEmbedding(config.dims)
         self.pooling = POOLINGS[config.fusion]()
         self.fusion = GatedFusion(config.dims)
@@ -94,6 +97,8 @@ class Imputer(nn.Module):
             expected = (pooled.ancestry * batch.population_frequency).sum(1)
         share = torch.sigmoid(self.background.float())
         prior = torch.logit((1 - share) * dosage + share * expected, eps=1e-5)
+        if self.turing:
+            prior = prior + batch.turing
         fused = self.fusion(query, reference.to(query.dtype), batch.frequency, expected)
         residual = self.head(self.transformer(fused, sites.position[batch.core]))[..., 0].float()
         if self.confidence is not None and evidence is not None:
