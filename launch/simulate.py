@@ -20,6 +20,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--typed-spacing-bp", type=int, default=default.typed_spacing_bp, help="array (%(default)s)")
     parser.add_argument("--switch-errors-per-mb", type=float, default=0.0, help="phasing errors a person (0)")
     parser.add_argument("--missed-calls", type=float, default=0.0, help="share of minor alleles not called (0)")
+    parser.add_argument(
+        "--call-set-copies",
+        type=int,
+        default=default.call_set_copies,
+        help="minor alleles in panel and targets that a site needs (%(default)s)",
+    )
+    parser.add_argument("--cm-per-mb", type=float, default=default.cm_per_mb, help="recombination (%(default)s)")
     parser.add_argument("--demography", choices=POPULATIONS, default=default.demography, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=default.seed)
     return parser.parse_args()
@@ -35,6 +42,8 @@ def main() -> None:
         raise UserError("--switch-errors-per-mb must not be negative")
     if not 0 <= arguments["missed_calls"] < 1:
         raise UserError("--missed-calls must lie in [0, 1)")
+    if arguments["cm_per_mb"] <= 0:
+        raise UserError("--cm-per-mb must be positive")
     data = simulate_default(out, SimulationSettings(**arguments))
     print(f"panel {data.panel}, target {data.target}, truth {data.truth}, map {data.genetic_map}")
 

@@ -40,6 +40,7 @@ RARE = 0.01
 FEW = 10
 """An allele is rare among n haplotypes if it has fewer than max(RARE n, FEW) copies: one more would show."""
 _SITES_PER_READ = 2048
+_STEADY = 10
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,25 @@ class ReferenceSet:
         """Copies of the minor allele in the set, float32 [S]."""
         copies = self.population_counts.sum(0)
         return np.minimum(copies, len(self) - copies)
+
+    @cached_property
+    def turing_odds(self) -> np.ndarray:
+        """How much likelier somebody new has an allele with r copies here than r copies alone tell: logarithm,
+        float32 [FEW + 1] by r; 0 for the last, which stands for all that are more.
+
+        Good and Turing (Good 1953, Biometrika 40:237): of n_r alleles that have r copies among the haplotypes, the next
+        haplotype carries each with probability (r + 1) n_{r + 1} / n_r over the number of haplotypes. It holds for
+        whoever might as well have been among these people. Where alleles were listed by their copies among more people,
+        those with fewer here are few, and likelier in the rest than their copies tell. Ten sites' worth of no
+        difference keeps small panels steady.
+        """
+        most = min(FEW - 1, len(self) // 4)
+        sites = np.bincount(self.minor_copies.astype(np.int64), minlength=FEW + 2).astype(np.float64)
+        copies = np.arange(max(1, self.panel.fewest_copies), most + 1)
+        odds = np.zeros(FEW + 1, dtype=np.float32)
+        more = (copies + 1) * sites[copies + 1] + _STEADY * copies
+        odds[copies] = np.log(more / (copies * sites[copies] + _STEADY * copies))
+        return odds
 
     @property
     def listed(self) -> np.ndarray:

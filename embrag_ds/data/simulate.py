@@ -27,8 +27,7 @@ CONTIG = "1"
 MIN_COPIES = 2
 MIN_TYPED_MAF = 0.05
 MUTATION_RATE = 1.25e-8
-MEAN_CM_PER_MB = 1.0
-BACKGROUND_CM_PER_MB = 0.1
+BACKGROUND = 0.1  # of the mean recombination rate lies outside hotspots
 HOTSPOT_SPACING_BP = 50_000
 RECIPE_VERSION = 2
 """Raised whenever the same settings come to mean other data, so that cached data sets are rebuilt."""
@@ -53,6 +52,11 @@ class SimulationSettings:
     Real panels carry errors of phasing and calling: ``switch_errors_per_mb`` is the mean number of places per
     person where the two haplotypes change sides, ``missed_calls`` the share of copies of a minor allele that are
     read as the major one (sequencing at low depth misses a carrier far more often than it invents one).
+
+    A panel and its targets are often parts of one call set whose sites were filtered before: an allele is listed if it
+    has ``call_set_copies`` of its minor allele in panel and targets together. Of an allele with fewer in the panel
+    the targets then carry more than the panel's frequency tells. ``cm_per_mb`` is the mean recombination rate; along
+    human chromosomes it varies several times over.
     """
 
     length_bp: int = 1_000_000
@@ -62,6 +66,8 @@ class SimulationSettings:
     seed: int = 1
     switch_errors_per_mb: float = 0.0
     missed_calls: float = 0.0
+    call_set_copies: int = MIN_COPIES
+    cm_per_mb: float = 1.0
     demography: str = "out-of-africa"
 
     @property
@@ -86,7 +92,8 @@ def simulate_default(directory: Path, settings: SimulationSettings) -> DefaultDa
 
     Three populations under the out-of-Africa model of Gutenkunst et al. (2009, PLoS Genet. 5:e1000695), or four, one of
     them admixed and all of them growing, under that of Browning et al. (2018, PLoS Genet. 14:e1007385),
-    recombine along a map with hotspots. Sites have at least two copies of each allele in the panel;
+    recombine along a map with hotspots. Sites have at least two copies of each allele in the panel (and
+    ``call_set_copies`` in panel and targets);
     the target is typed at about one common site in ``typed_spacing_bp``. The same settings (and version
     of msprime) give the same genotypes. The directory appears only when complete; one with other
     settings is replaced. Raises :class:`UserError` when it holds anything else.
@@ -133,7 +140,7 @@ def _check_replaceable(directory: Path) -> None:
 
 def _build(directory: Path, settings: SimulationSettings) -> None:
     rng = np.random.default_rng(settings.seed)
-    breakpoints, rates = _hotspot_map(settings.length_bp, rng)
+    breakpoints, rates = _hotspot_map(settings.length_bp, settings.cm_per_mb, rng)
     panel_counts = _split(settings.panel_people, len(settings.populations))
     target_counts = _split(settings.target_people, len(settings.populations))
     people = [panel + target for panel, target in zip(panel_counts, target_counts, strict=True)]
@@ -147,9 +154,8 @@ def _build(directory: Path, settings: SimulationSettings) -> None:
     in_panel = rank < np.array(panel_counts)[population]
 
     panel_alleles = alleles[:, np.repeat(in_panel, 2)]
-    copies = panel_alleles.sum(axis=1, dtype=np.int64)
-    minor_copies = np.minimum(copies, panel_alleles.shape[1] - copies)
-    kept = minor_copies >= MIN_COPIES
+    minor_copies = _minor_copies(panel_alleles)
+    kept = (minor_copies >= MIN_COPIES) & (_minor_copies(alleles) >= settings.call_set_copies)
     sites = _site_table(positions[kept], settings.length_bp, rng)
     maf = minor_copies[kept] / panel_alleles.shape[1]
     typed = _choose_typed(sites.pos, maf, settings.typed_spacing_bp, rng)
@@ -167,14 +173,20 @@ def _build(directory: Path, settings: SimulationSettings) -> None:
             out.write(f"{name}\t{settings.populations[code]}\n")
 
 
+def _minor_copies(alleles: np.ndarray) -> np.ndarray:
+    """Copies of the rarer allele [S] among ``alleles`` [S, H]."""
+    copies = alleles.sum(axis=1, dtype=np.int64)
+    return np.minimum(copies, alleles.shape[1] - copies)
+
+
 def _split(people: int, populations: int) -> list[int]:
     """Equal shares; the first populations take what is left over."""
     share, rest = divmod(people, populations)
     return [share + (i < rest) for i in range(populations)]
 
 
-def _hotspot_map(length_bp: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Breakpoints [n + 1] in bp and rates [n] in cM/Mb, with mean ``MEAN_CM_PER_MB``."""
+def _hotspot_map(length_bp: int, cm_per_mb: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Breakpoints [n + 1] in bp and rates [n] in cM/Mb, with mean ``cm_per_mb``."""
     edges = [0]
     rates = []
     while True:
@@ -191,9 +203,9 @@ def _hotspot_map(length_bp: int, rng: np.random.Generator) -> tuple[np.ndarray, 
     widths = np.diff(breakpoints)
     hot = np.array(rates)
     if not hot.any():
-        return breakpoints, np.full(len(hot), MEAN_CM_PER_MB)
-    hot *= (MEAN_CM_PER_MB - BACKGROUND_CM_PER_MB) * length_bp / (hot * widths).sum()
-    return breakpoints, BACKGROUND_CM_PER_MB + hot
+        return breakpoints, np.full(len(hot), cm_per_mb)
+    hot *= (1 - BACKGROUND) * length_bp / (hot * widths).sum()
+    return breakpoints, cm_per_mb * (BACKGROUND + hot)
 
 
 def _out_of_africa() -> msprime.Demography:

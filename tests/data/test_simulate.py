@@ -166,3 +166,25 @@ def test_without_errors_nothing_is_spoiled():
     clean = np.zeros((20, 10), dtype=np.uint8)
     simulate._spoil(clean, np.arange(20), SMALL)
     assert not clean.any()
+
+
+def test_a_filtered_call_set_lists_what_panel_and_targets_carry_together(tmp_path: Path):
+    plain = replace(SMALL, target_people=20)
+    all_of, filtered = (
+        simulate_default(tmp_path / name, settings)
+        for name, settings in (("all", plain), ("filtered", replace(plain, call_set_copies=4)))
+    )
+    panel, truth = read_phased(all_of.panel), read_phased(all_of.truth)
+    together = np.concatenate([panel.alleles, truth.alleles], axis=1)
+    copies = together.sum(axis=1, dtype=int)
+    listed = np.minimum(copies, together.shape[1] - copies) >= 4
+    assert not listed.all()
+    assert read_phased(filtered.panel).sites.pos.tolist() == panel.sites.pos[listed].tolist()
+    assert read_phased(filtered.panel).alleles.sum(axis=1).min() == 2
+
+
+def test_mean_rate_is_as_asked_for(data, tmp_path: Path):
+    faster = simulate_default(tmp_path / "data", replace(SMALL, cm_per_mb=3.0))
+    (bp, cm), (slow_bp, slow_cm) = (GeneticMap.read(each.genetic_map).points["1"] for each in (faster, data))
+    np.testing.assert_array_equal(bp, slow_bp)
+    np.testing.assert_allclose(cm, 3 * slow_cm, atol=1e-6)

@@ -46,6 +46,17 @@ def test_the_truth_at_hidden_sites_changes_no_prediction(build, fusion: str, mod
         assert torch.equal(first.logits, second.logits) and torch.equal(first.prior, second.prior)
 
 
+def test_the_panels_spectrum_moves_the_prior_where_it_is_asked_for(build) -> None:
+    world = build(2, people=12)
+    with_it, without = build.imputer(turing=True), build.imputer()
+    samples = world.batch_of(1, [0, 3, 7], world.hidden(1, 3, 1))
+    batch = world.collator(without.embedding)(samples)
+    batch = replace(batch, turing=torch.randn_like(batch.turing))
+    moved, plain = predict(with_it, batch), predict(without, batch)
+    torch.testing.assert_close(moved.prior, plain.prior + batch.turing)
+    assert torch.equal(predict(without, replace(batch, turing=torch.zeros_like(batch.turing))).logits, plain.logits)
+
+
 @FUSIONS
 @MODES
 def test_what_is_shown_does_change_predictions(build, fusion: str, mode: str) -> None:
