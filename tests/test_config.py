@@ -65,6 +65,36 @@ def test_every_file_of_ds_configs_loads_here_and_in_deepspeed(path: Path) -> Non
     assert theirs.optimizer_name == config.deepspeed["optimizer"]["type"].lower()
 
 
+def shipped(name: str) -> dict[str, Any]:
+    (path,) = (path for path in FILES if path.name == name)
+    return load_config(path).as_dict()
+
+
+def test_v17_is_v18_but_for_the_mode() -> None:
+    v17, v18 = shipped("v17.json"), shipped("v18.json")
+    assert v17["embrag"]["retrieval"].pop("mode") == "token" and v18["embrag"]["retrieval"].pop("mode") == "embedding"
+    assert v17 == v18
+
+
+def test_the_large_batch_sees_the_people_of_v18_in_fewer_steps() -> None:
+    small, large = shipped("v18.json"), shipped("v18_large_batch.json")
+
+    def people(config: dict[str, Any]) -> int:
+        return config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
+
+    factor = people(large) / people(small)
+    assert (people(large), factor) == (4096, 128)
+    rates = [config["optimizer"]["params"]["lr"] for config in (small, large)]
+    assert rates[1] / rates[0] == pytest.approx(factor**0.5, rel=0.01)
+    for config in (small, large):
+        assert config["scheduler"]["params"]["total_num_steps"] == config["embrag"]["train"]["max_steps"]
+    assert large["embrag"]["train"]["max_steps"] * factor == pytest.approx(
+        small["embrag"]["train"]["max_steps"], rel=0.01
+    )
+    for section in ("model", "loss", "data"):
+        assert large["embrag"][section] == small["embrag"][section]
+
+
 @pytest.mark.parametrize(("section", "kind"), sections().items(), ids=sections())
 def test_our_unknown_keys_are_refused_with_the_nearest_name(section: str, kind: type) -> None:
     for name in typing.get_type_hints(kind):
