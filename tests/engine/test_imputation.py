@@ -126,10 +126,11 @@ def test_windows_are_blended_site_by_site(
     assert shared > 20 and disagreeing > 10
 
 
-@pytest.mark.parametrize("block", [1, 4, 9])
+@pytest.mark.parametrize(("mode", "block"), [("embedding", 1), ("embedding", 4), ("embedding", 9), ("token", 9)])
 def test_people_do_not_depend_on_their_batch(
-    model: ExportedModel, inputs: PanelInputs, target: PhasedData, block: int
+    make_config: MakeConfig, inputs: PanelInputs, target: PhasedData, mode: str, block: int
 ) -> None:
+    model = untrained(make_config(f"embrag.retrieval.mode={mode}"), head=0.3)
     for (_, one), (_, other) in zip(
         imputed(model, inputs, target, 2), imputed(model, inputs, target, block), strict=True
     ):
