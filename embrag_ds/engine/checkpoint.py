@@ -31,6 +31,7 @@ PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained" / "model.safeten
 _HEADER = "embrag_ds"
 _SNAPSHOT = "snapshot."
 _AGREED = "agreed.json"
+_WEIGHTLESS: dict[str, Any] = {"dropout": 0.0, "turing": False}
 _SPEED_ONLY = ("backend", "prefetch", "device_budget_gb", "dense_budget_gb")
 
 
@@ -177,8 +178,8 @@ def read_export(path: Path) -> ExportedModel:
 
 
 def start_from(model: nn.Module, settings: ModelConfig, export: ExportedModel, path: Path) -> None:
-    """Give ``model`` an export's weights; its network must be the same, dropout apart."""
-    if replace(export.config.model, dropout=0.0) != replace(settings, dropout=0.0):
+    """Give ``model`` an export's weights; its network must be the same, but for what has no weights."""
+    if replace(export.config.model, **_WEIGHTLESS) != replace(settings, **_WEIGHTLESS):
         raise UserError(f"--init-from {path}: its network is {export.config.model}; set embrag.model to that")
     model.load_state_dict(export.weights)
 
