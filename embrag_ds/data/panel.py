@@ -246,7 +246,7 @@ class ReferenceSet:
         return np.minimum(copies, len(self) - copies)
 
     @cached_property
-    def turing_odds(self) -> np.ndarray:
+    def good_turing_odds(self) -> np.ndarray:
         """How much likelier somebody new has an allele with r copies here than r copies alone tell: logarithm,
         float32 [FEW + 1] by r; 0 for the last, which stands for all that are more.
 

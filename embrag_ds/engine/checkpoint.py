@@ -31,7 +31,7 @@ PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained" / "model.safeten
 _HEADER = "embrag_ds"
 _SNAPSHOT = "snapshot."
 _AGREED = "agreed.json"
-_WEIGHTLESS: dict[str, Any] = {"dropout": 0.0, "turing": False}
+_WEIGHTLESS: dict[str, Any] = {"dropout": 0.0, "good_turing": False}
 _SPEED_ONLY = ("backend", "prefetch", "device_budget_gb", "dense_budget_gb")
 
 

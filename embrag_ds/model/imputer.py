@@ -30,7 +30,7 @@ class ModelConfig:
     ffn_multiple: int = 4
     dropout: float = 0.0
     fusion: Literal["rare_variant", "copying"] = "copying"
-    turing: bool = False
+    good_turing: bool = False
     """Correct the prior's odds of the rarest alleles by the panel's own spectrum of copies (Good and Turing)."""
 
     def __post_init__(self) -> None:
@@ -65,7 +65,7 @@ class Imputer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.turing = config.turing
+        self.good_turing = config.good_turing
         self.embedding = HaplotypeEmbedding(config.dims)
         self.pooling = POOLINGS[config.fusion]()
         self.fusion = GatedFusion(config.dims)
@@ -91,8 +91,8 @@ class Imputer(nn.Module):
             expected = (pooled.ancestry * batch.population_frequency).sum(1)
         share = torch.sigmoid(self.background.float())
         prior = torch.logit((1 - share) * dosage + share * expected, eps=1e-5)
-        if self.turing:
-            prior = prior + batch.turing
+        if self.good_turing:
+            prior = prior + batch.good_turing
         residual = self.head(self._hidden(batch, pooled, expected))[..., 0].float()
         if self.confidence is not None and pooled is not None and pooled.evidence is not None:
             residual = residual + self.confidence(prior, pooled.evidence, batch.frequency)

@@ -69,10 +69,10 @@ class Batch:
     ``alleles`` int64 [B, L] the truth (meaningless at the hidden sites of people to be imputed). ``frequency``
     [B, L] and ``population_frequency`` [B, P, L], float32, are those of ALT among the people whom the query may
     retrieve (see :mod:`embrag_ds.retrieval.frequency`); ``scored`` bool [B, L] are the hidden sites with as many
-    copies left among them as the rarest site of the panel has. ``turing`` float32 [B, L]: what to add to the log-odds
-    of ALT for what the panel's spectrum says of alleles as rare as the site's minor one
-    (:attr:`embrag_ds.data.panel.ReferenceSet.turing_odds`). At the others the loss does not count: such a
+    copies left among them as the rarest site of the panel has. At the others the loss does not count: such a
     site would not be in a panel without the query, so that it is here says that the query has the allele.
+    ``good_turing`` float32 [B, L] is what the panel's spectrum adds to the log-odds of ALT for an allele as rare as this
+    (:attr:`embrag_ds.data.panel.ReferenceSet.good_turing_odds`).
 
     In the whole window: ``sites`` has the features of its sites, ``typed`` int64 [B, T] lists the sites each
     query shows, in order, ``typed_count`` int64 [B] says how many they are; the rest of a row repeats
@@ -89,7 +89,7 @@ class Batch:
     scored: Tensor
     frequency: Tensor
     population_frequency: Tensor
-    turing: Tensor
+    good_turing: Tensor
     typed: Tensor
     typed_count: Tensor
     near: slice
@@ -144,7 +144,7 @@ class RetrievalCollator:
         self._excluded = _excluded_haplotypes(exclusions, reference.person_of)
         self._population_of = torch.from_numpy(reference.population_of).to(device)
         self._population_sizes = torch.from_numpy(reference.population_sizes).to(device)
-        self._turing = torch.from_numpy(reference.turing_odds).to(device)
+        self._turing = torch.from_numpy(reference.good_turing_odds).to(device)
         longest = max(map(len, data.windows))
         core = max(window.core_stop - window.core_start for window in data.windows)
         self.staging = Staging(device, slots, self._slot_bytes(people, longest, core), timeline)
@@ -192,8 +192,8 @@ class RetrievalCollator:
             put(np.ascontiguousarray(features.counts[:, window.core])),
             self._population_sizes,
         )
-        turing = self._turing[frequencies.copies.long().clamp_max(len(self._turing) - 1)]
-        turing = torch.where(frequencies.overall > 0.5, -turing, turing)
+        good_turing = self._turing[frequencies.copies.long().clamp_max(len(self._turing) - 1)]
+        good_turing = torch.where(frequencies.overall > 0.5, -good_turing, good_turing)
         listed = frequencies.copies >= self._data.reference.panel.fewest_copies
         batch = Batch(
             window=samples.window,
@@ -204,7 +204,7 @@ class RetrievalCollator:
             scored=hidden[:, window.core] & listed.repeat_interleave(2, dim=0),
             frequency=frequencies.overall.repeat_interleave(2, dim=0),
             population_frequency=frequencies.population.repeat_interleave(2, dim=0),
-            turing=turing.repeat_interleave(2, dim=0),
+            good_turing=good_turing.repeat_interleave(2, dim=0),
             typed=put(typed).repeat_interleave(2, dim=0),
             typed_count=put(count).repeat_interleave(2, dim=0),
             near=_near(samples.hidden, window.core),

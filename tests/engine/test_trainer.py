@@ -506,7 +506,8 @@ def test_a_run_may_start_from_an_exported_model(make_trainer: MakeTrainer, tmp_p
     make_trainer("first", STRONG).run()
     path = tmp_path / "first" / MODEL_FILE
     export = read_export(path)
-    second = make_trainer("second", "embrag.seed=9", "embrag.retrieval.k=4", "embrag.model.turing=true", init_from=path)
+    changed = ["embrag.seed=9", "embrag.retrieval.k=4", "embrag.model.good_turing=true"]
+    second = make_trainer("second", *changed, init_from=path)
     for name, value in second.engine.module.state_dict().items():
         assert torch.equal(value, export.weights[name])
     # Generation 0 is encoded from those weights, too.

@@ -48,13 +48,14 @@ def test_the_truth_at_hidden_sites_changes_no_prediction(build, fusion: str, mod
 
 def test_the_panels_spectrum_moves_the_prior_where_it_is_asked_for(build) -> None:
     world = build(2, people=12)
-    with_it, without = build.imputer(turing=True), build.imputer()
+    with_it, without = build.imputer(good_turing=True), build.imputer()
     samples = world.batch_of(1, [0, 3, 7], world.hidden(1, 3, 1))
     batch = world.collator(without.embedding)(samples)
-    batch = replace(batch, turing=torch.randn_like(batch.turing))
+    batch = replace(batch, good_turing=torch.randn_like(batch.good_turing))
     moved, plain = predict(with_it, batch), predict(without, batch)
-    torch.testing.assert_close(moved.prior, plain.prior + batch.turing)
-    assert torch.equal(predict(without, replace(batch, turing=torch.zeros_like(batch.turing))).logits, plain.logits)
+    torch.testing.assert_close(moved.prior, plain.prior + batch.good_turing)
+    nothing = replace(batch, good_turing=torch.zeros_like(batch.good_turing))
+    assert torch.equal(predict(without, nothing).logits, plain.logits)
 
 
 @FUSIONS

@@ -90,13 +90,13 @@ def test_a_rare_allele_of_the_querys_own_shows_nowhere(build, way: int, populati
     one, two = batches
     assert not torch.equal(one.alleles, two.alleles)
     for (name, first), (_, second) in zip(leaves(one), leaves(two), strict=True):
-        if name in ("batch.alleles", "batch.turing"):  # the latter rests on counts over all sites of the panel
+        if name in ("batch.alleles", "batch.good_turing"):  # the latter rests on counts over all sites of the panel
             continue
         same = torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
         assert same, name
 
 
-def test_turing_odds_are_what_a_filtered_call_set_gives(build) -> None:
+def test_good_turing_odds_are_what_a_filtered_call_set_gives(build) -> None:
     """Listed by their copies among more people than the panel's, alleles are in the rest as frequent as foretold."""
     rng = np.random.default_rng(2)
     frequency = 0.03 * rng.random((80_000, 1)) ** 3
@@ -105,7 +105,7 @@ def test_turing_odds_are_what_a_filtered_call_set_gives(build) -> None:
     alleles = alleles[listed]
     copies = alleles[:, :400].sum(1)
     world = build(alleles[copies >= 2][:, :400])
-    odds = world.data.reference.turing_odds
+    odds = world.data.reference.good_turing_odds
     assert odds.shape == (FEW + 1,) and odds[FEW] == odds[0] == odds[1] == 0
     assert odds[3] > odds[4] > 0.3 > odds[5]
     for number in (4, 5, 6, 7):
@@ -113,14 +113,14 @@ def test_turing_odds_are_what_a_filtered_call_set_gives(build) -> None:
         assert float(np.exp(odds[number])) == pytest.approx(found, rel=0.2)
 
 
-def test_turing_odds_are_of_alt_and_of_the_copies_left(build) -> None:
+def test_good_turing_odds_are_of_alt_and_of_the_copies_left(build) -> None:
     alleles = np.zeros((40, 120), dtype=np.uint8)
     for site in range(40):
         alleles[site, 30 : 33 + site % 2] = 1
     alleles[::5] ^= 1
     alleles[1, 0], alleles[1, 30] = 1, 0
     world = build(alleles)
-    odds = torch.from_numpy(world.data.reference.turing_odds)
+    odds = torch.from_numpy(world.data.reference.good_turing_odds)
     batch = world.collator(world.embedding(), "factored", "torch", 5)(
         world.batch_of(0, [0, 50], np.ones((2, 40), dtype=bool))
     )
@@ -130,8 +130,8 @@ def test_turing_odds_are_of_alt_and_of_the_copies_left(build) -> None:
             left = 3 + site % 2 - (person == 0 and site == 1)
             expected = odds[left] if left >= 3 else 0.0
             of_alt = -expected if site % 5 == 0 else expected
-            assert float(batch.turing[row, place]) == pytest.approx(float(of_alt))
-    assert batch.turing.abs().max() > 0.1
+            assert float(batch.good_turing[row, place]) == pytest.approx(float(of_alt))
+    assert batch.good_turing.abs().max() > 0.1
 
 
 def test_what_the_loss_leaves_out_is_what_the_panel_would_not_list(build) -> None:
