@@ -71,7 +71,7 @@ class Batch:
     retrieve (see :mod:`embrag_ds.retrieval.frequency`); ``scored`` bool [B, L] are the hidden sites with as many
     copies left among them as the rarest site of the panel has. At the others the loss does not count: such a
     site would not be in a panel without the query, so that it is here says that the query has the allele.
-    ``good_turing`` float32 [B, L] is what the panel's spectrum adds to the log-odds of ALT for an allele as rare as this
+    ``good_turing`` float32 [B, L] is what the panel's spectrum adds to the log-odds of ALT
     (:attr:`embrag_ds.data.panel.ReferenceSet.good_turing_odds`).
 
     In the whole window: ``sites`` has the features of its sites, ``typed`` int64 [B, T] lists the sites each
