@@ -83,6 +83,10 @@ class Reference:
                 data.windows, width, dtype, device, self.schedule, asynchronous, timeline
             )
 
+    def __str__(self) -> str:
+        settings = self._settings
+        return f"{settings.mode}, {settings.encoding}" if settings.mode == "embedding" else settings.mode
+
     def collator(self, people: int, slots: int = 1, search: Search | None = None) -> RetrievalCollator:
         """A collator for one thread's use and batches of at most ``people``; ``search`` in place of the backend's."""
         store: Store | None = self._dense

@@ -298,8 +298,8 @@ class Trainer:
             + "\n"
             f"model: {parameters / 1e6:.2f} M parameters on {self.world.ranks} x {self.world.device.type}, "
             f"{self.engine.train_batch_size()} people a step, {self.sampler.steps_per_epoch} steps an epoch; "
-            f"retrieval {self.embrag.retrieval.mode} ({self.embrag.retrieval.encoding}, {self.collate.backend}, "
-            f"k {self.collate.k}), copying {copying_backend(self.world.device)}; "
+            f"retrieval {self.reference}, {self.collate.backend}, k {self.collate.k}; "
+            f"copying {copying_backend(self.world.device)}; "
             f"{self.reference.memory([self.collate, self._validation_collate])}; "
             f"run folder {self.run_dir}"
         )
