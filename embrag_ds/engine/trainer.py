@@ -177,7 +177,10 @@ class Trainer:
         return Prefetcher(build, first, stop, self.reference.prefetch)
 
     def step(self, batches: Prefetcher, interval: Interval) -> None:
-        """One optimiser step: ``accumulation`` micro-batches of one window each."""
+        """One optimiser step: ``accumulation`` micro-batches of one window each, summed up in ``interval``.
+
+        A refresh that is due before it is begun.
+        """
         self.reference.begin_refresh(self.state.step)
         self.engine.train()
         seed_step(self.embrag.seed, self.state.step, self.world.rank)
@@ -199,6 +202,7 @@ class Trainer:
         self.state.step += 1
 
     def new_interval(self, batches: Prefetcher) -> Interval:
+        """Sums that begin now."""
         return Interval(
             losses=torch.zeros(3, device=self.world.device),
             skipped_before=self.engine.skipped_steps,
