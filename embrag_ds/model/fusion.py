@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from embrag_ds.model.embedding import FREQUENCY_FEATURES, frequency_features
 
@@ -25,7 +26,15 @@ class GatedFusion(nn.Module):
         self.norm = nn.LayerNorm(dims)
 
     def forward(self, query: Tensor, reference: Tensor, frequency: Tensor, expected: Tensor) -> Tensor:
-        """``query`` and ``reference`` [B, L, D], ``frequency`` and ``expected`` [B, L] -> [B, L, D]."""
+        """``query`` and ``reference`` [B, L, D], ``frequency`` and ``expected`` [B, L] -> [B, L, D].
+
+        The backward pass computes it again: that takes little time, and what lies between would take more memory than
+        half a block of the transformer.
+        """
+        arguments = (query, reference, frequency, expected)
+        return checkpoint(self._fuse, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+    def _fuse(self, query: Tensor, reference: Tensor, frequency: Tensor, expected: Tensor) -> Tensor:
         features = torch.cat([frequency_features(frequency), frequency_features(expected)], dim=-1)
         rarity = self.frequency(features.to(query.dtype))
         together = torch.cat([query, reference, rarity], dim=-1)
