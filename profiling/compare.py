@@ -18,15 +18,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import torch
 from arithmetic import matrix_rate, step_flops
 from compare_report import Measured, draw, markdown
-from stepper import Block, Recipe, Stepper, alternating
+from stepper import Block, Built, Recipe, Stepper, alternating
 
 from embrag_ds.config import RunConfig, load_config
 from embrag_ds.engine.inputs import PanelFiles
@@ -91,7 +90,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10 if on_gpu else 2, help="in a block")
     parser.add_argument("--budget-gb", type=float, default=4.0, help="what the largest batch may take on a CPU")
     parser.add_argument("--most-people", type=int, default=4096, help="end of the search for the largest batch")
-    parser.add_argument("--without-largest", action="store_true", help="leave out the search for the largest batch")
+    parser.add_argument(
+        "--only", choices=("time", "largest"), help="time and memory, or the largest batch (default: both)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--json", type=Path, help="the JSON again, in this file")
     options = parser.parse_args()
@@ -135,12 +136,17 @@ def _meets(known: list[tuple[int, int]], budget: float) -> int:
     return int(other + (budget - large) / slope) if slope > 0 else 2 * other
 
 
-def largest_batch(stepper: Stepper, name: str, overrides: tuple[str, ...], budget: float, most: int) -> int:
-    """Most people of a micro-batch with which two steps stay within ``budget`` bytes, and within the GPU."""
+def largest_batch(recipe: Recipe, name: str, budget: float, most: int) -> int:
+    """Most people of a micro-batch with which two steps stay within ``budget`` bytes, and within the GPU.
+
+    Every batch is tried in a process of its own: what one leaves behind must not count for the next.
+    """
 
     def cost(people: int) -> int | None:
-        stepper.build(people, *overrides)
+        stepper = Stepper(recipe)
+        stepper.build(people)
         block = stepper.steps(2)
+        stepper.close()
         used = "out of memory" if block is None else f"{block.peak_bytes / GB:.2f} GB"
         say(f"  {name}: {people} people, {used}")
         return None if block is None else block.peak_bytes
@@ -148,23 +154,22 @@ def largest_batch(stepper: Stepper, name: str, overrides: tuple[str, ...], budge
     return largest(cost, budget, most)
 
 
-def measure(variant: Variant, stepper: Stepper, blocks: list[Block], built: Any) -> Measured:
+def measure(name: str, stepper: Stepper, blocks: list[Block], built: Built) -> Measured:
     """Sum up a variant's blocks."""
     seconds = [second for block in blocks for second in block.seconds]
     phases: dict[str, list[float]] = {}
-    for block in blocks:
-        for span in block.spans:
-            phases.setdefault(span.name, []).append(1000 * (span.stop_s - span.start_s))
+    for span in (span for block in blocks for span in block.spans):
+        phases.setdefault(span.name, []).append(1000 * (span.stop_s - span.start_s))
     steps = sum(len(block.seconds) for block in blocks)
     return Measured(
-        name=variant.name,
+        name=name,
         step_ms=1000 * statistics.median(seconds),
         people_per_second=built.people * len(seconds) / sum(seconds),
         activation_gb=statistics.median(block.activation_bytes for block in blocks) / GB,
         peak_gb=max(block.peak_bytes for block in blocks) / GB,
         build_s=built.seconds,
         encoding_s=built.encoding_s,
-        phase_ms={name: sum(taken) / steps for name, taken in phases.items()},
+        phase_ms={phase: sum(taken) / steps for phase, taken in phases.items()},
         memory=stepper.watch(2),
     )
 
@@ -174,6 +179,46 @@ def ratio(one: list[Block], other: list[Block]) -> float:
     return statistics.median(sum(a.seconds) / sum(b.seconds) for a, b in zip(one, other, strict=True))
 
 
+@dataclass(frozen=True)
+class Timed:
+    """What was measured of every variant, by name, over windows of at most ``sites`` sites."""
+
+    measured: dict[str, Measured]
+    blocks: dict[str, list[Block]]
+    sites: int
+
+
+def time_variants(recipes: dict[str, Recipe], options: argparse.Namespace) -> Timed:
+    """Build every variant, let them take turns, and sum up."""
+    steppers = {name: Stepper(recipe) for name, recipe in recipes.items()}
+    built = {}
+    for name, stepper in steppers.items():
+        built[name] = stepper.build(options.people)
+        say(f"{name}: built in {built[name].seconds:.1f} s")
+        stepper.steps(2)  # warm-up
+    began = time.monotonic()
+    blocks = dict(zip(steppers, alternating(list(steppers.values()), options.rounds, options.steps), strict=True))
+    say(f"{options.rounds} rounds of {options.steps} steps each: {time.monotonic() - began:.0f} s")
+    measured = {name: measure(name, steppers[name], blocks[name], built[name]) for name in steppers}
+    for stepper in steppers.values():
+        stepper.close()
+    return Timed(measured, blocks, built[BASELINE].sites)
+
+
+def largest_batches(recipes: dict[str, Recipe], options: argparse.Namespace, device: torch.device) -> dict[str, int]:
+    """People of the largest micro-batch of every way in :data:`LARGEST`."""
+    on_gpu = device.type == "cuda"
+    budget = torch.cuda.get_device_properties(device).total_memory if on_gpu else options.budget_gb * GB
+    found = {}
+    for variant, ways in LARGEST.items():
+        for suffix, more in ways.items():
+            name = variant + suffix
+            recipe = replace(recipes[variant], overrides=(*recipes[variant].overrides, *more))
+            found[name] = largest_batch(recipe, name, budget, options.most_people)
+            say(f"{name}: at most {found[name]} people")
+    return found
+
+
 def main() -> None:
     options = parse_arguments()
     config = load_config(options.deepspeed_config, options.set)
@@ -181,73 +226,56 @@ def main() -> None:
         raise UserError("compare.py measures with and without activation_checkpointing itself: leave it out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     files = PanelFiles(options.panel, options.map, options.samples)
-    compared = variants(options.steps)
-
+    recipes = {
+        variant.name: Recipe(options.deepspeed_config, (*options.set, *variant.overrides), files)
+        for variant in variants(options.steps)
+    }
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     ceiling = matrix_rate(device, dtype, 8192 if device.type == "cuda" else 2048)
     say(f"matrix products of {dtype}: {ceiling / 1e12:.3g} TFLOP/s")
-    steppers = [
-        Stepper(Recipe(options.deepspeed_config, (*options.set, *variant.overrides), files)) for variant in compared
-    ]
-    built = []
-    for variant, each in zip(compared, steppers, strict=True):
-        built.append(each.build(options.people))
-        say(f"{variant.name}: built in {built[-1].seconds:.1f} s")
-        each.steps(2)  # warm-up
-    began = time.monotonic()
-    blocks = alternating(steppers, options.rounds, options.steps)
-    say(f"{options.rounds} rounds of {options.steps} steps each: {time.monotonic() - began:.0f} s")
-    measured = [measure(*each) for each in zip(compared, steppers, blocks, built, strict=True)]
-    for each in steppers:
-        each.drop()
-    batches = {} if options.without_largest else largest_batches(options, compared, steppers, device)
-    for each in steppers:
-        each.close()
-    of = {each.name: each for each in measured}
-    block_of = {variant.name: each for variant, each in zip(compared, blocks, strict=True)}
-    sites = built[0].sites
+    timed = None if options.only == "largest" else time_variants(recipes, options)
+    batches = {} if options.only == "time" else largest_batches(recipes, options, device)
     result = {
-        "v18_over_v17_step_time": ratio(block_of[CHOSEN], block_of[BASELINE]),
-        "v18_over_v17_peak_memory": of[CHOSEN].activation_gb / of[BASELINE].activation_gb,
+        **compared_times(timed, config, options.people, ceiling),
         "largest_batch_ratio": over(batches.get(CHOSEN), batches.get(BASELINE)),
         "largest_batch_ratio_recomputed": over(batches.get(CHOSEN + RECOMPUTED), batches.get(BASELINE + RECOMPUTED)),
         "largest_batch_ratio_v18_recomputed": over(batches.get(CHOSEN + RECOMPUTED), batches.get(BASELINE)),
         "largest_batch_ratio_2_neighbours": over(batches.get(CHOSEN), batches.get(BASELINE + TWO_NEIGHBOURS)),
-        "mfu": mfu(config, options.people, sites, of[CHOSEN].step_ms, ceiling),
-        "refresh_over_fixed_step_time": ratio(block_of[CHOSEN], block_of["V18 fixed"]),
         "device": device_name(device),
         "date": date.today().isoformat(),
         "versions": package_versions(),
-        "shapes": shapes(config, options, sites),
+        "shapes": shapes(config, options),
         "matrix_tflops": ceiling / 1e12,
         "largest_batch": batches,
         "budget_gb": None if device.type == "cuda" else options.budget_gb,
-        "variants": {each.name: each.as_dict() for each in measured},
+        "variants": {name: each.as_dict() for name, each in timed.measured.items()} if timed else {},
     }
     options.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=2) + "\n"
     for path in [options.out / "compare.json", *([options.json] if options.json else [])]:
         path.write_text(text, encoding="utf-8")
+    measured = list(timed.measured.values()) if timed else []
     table = markdown(result, measured)
     (options.out / "compare.md").write_text(table, encoding="utf-8")
-    draw(measured, result, options.out / "compare.png")
+    if measured:
+        draw(measured, result, options.out / "compare.png")
     print(table)
 
 
-def largest_batches(
-    options: argparse.Namespace, compared: list[Variant], steppers: list[Stepper], device: torch.device
-) -> dict[str, int]:
-    """People of the largest micro-batch of every way in :data:`LARGEST`."""
-    on_gpu = device.type == "cuda"
-    budget = torch.cuda.get_device_properties(device).total_memory if on_gpu else options.budget_gb * GB
-    found = {}
-    for variant, stepper in zip(compared, steppers, strict=True):
-        for suffix, more in LARGEST.get(variant.name, {}).items():
-            name = variant.name + suffix
-            found[name] = largest_batch(stepper, name, more, budget, options.most_people)
-            say(f"{name}: at most {found[name]} people")
-        stepper.drop()
-    return found
+def compared_times(timed: Timed | None, config: RunConfig, people: int, ceiling: float) -> dict[str, float | None]:
+    """The ratios of time and memory, and the model FLOPs utilisation of V18; None where nothing was timed."""
+    if timed is None:
+        names = ("v18_over_v17_step_time", "v18_over_v17_peak_memory", "mfu", "refresh_over_fixed_step_time", "sites")
+        return dict.fromkeys(names)
+    of, blocks = timed.measured, timed.blocks
+    operations = step_flops(config.embrag.model, 2 * people, timed.sites, references=0)
+    return {
+        "v18_over_v17_step_time": ratio(blocks[CHOSEN], blocks[BASELINE]),
+        "v18_over_v17_peak_memory": of[CHOSEN].activation_gb / of[BASELINE].activation_gb,
+        "mfu": operations / (of[CHOSEN].step_ms / 1000) / ceiling,
+        "refresh_over_fixed_step_time": ratio(blocks[CHOSEN], blocks["V18 fixed"]),
+        "sites": timed.sites,
+    }
 
 
 def over(one: int | None, other: int | None) -> float | None:
@@ -255,17 +283,12 @@ def over(one: int | None, other: int | None) -> float | None:
     return one / other if one is not None and other else None
 
 
-def mfu(config: RunConfig, people: int, sites: int, step_ms: float, ceiling: float) -> float:
-    """Share of the measured rate of matrix products that a V18 step reaches (model FLOPs utilisation)."""
-    return step_flops(config.embrag.model, 2 * people, sites, references=0) / (step_ms / 1000) / ceiling
-
-
-def shapes(config: RunConfig, options: argparse.Namespace, sites: int) -> dict[str, int]:
+def shapes(config: RunConfig, options: argparse.Namespace) -> dict[str, int]:
     """What was compared, in numbers."""
     model = config.embrag.model
     return {
         "people": options.people,
-        "sites": sites,
+        "window_sites": config.embrag.data.window_sites,
         "dims": model.dims,
         "layers": model.layers,
         "heads": model.heads,

@@ -42,16 +42,12 @@ def markdown(result: dict[str, Any], measured: list[Measured]) -> str:
     shape = ", ".join(f"{name} {value}" for name, value in result["shapes"].items())
     limit = "the GPU's memory" if result["budget_gb"] is None else f"{result['budget_gb']:g} GB"
 
-    def batch(name: str) -> str:
-        plain, recomputed = batches.get(name), batches.get(f"{name}, recomputed")
-        return "" if plain is None else f"{plain} ({recomputed})"
-
     rows: list[list[str]] = [
         ["activations and gradients, GB", "", "", *(f"{each.activation_gb:.3f}" for each in measured)],
         ["peak memory, GB", *CLAIMED["peak memory, batch 16"], *(f"{each.peak_gb:.3f}" for each in measured)],
         ["time per step, ms", *CLAIMED["time per step, batch 16"], *(f"{each.step_ms:.0f}" for each in measured)],
         ["people a second", "", "", *(f"{each.people_per_second:.2f}" for each in measured)],
-        ["largest batch, people", *CLAIMED["largest batch"], *(batch(each.name) for each in measured)],
+        ["largest batch, people", *CLAIMED["largest batch"], *(str(batches.get(each.name, "")) for each in measured)],
         ["start, s", "", "", *(f"{each.build_s:.1f}" for each in measured)],
         ["encoding the panel, s", "", "", *(_optional(each.encoding_s) for each in measured)],
     ]
@@ -65,8 +61,10 @@ def markdown(result: dict[str, Any], measured: list[Measured]) -> str:
         "",
         *_table(header, rows),
         "",
-        f"Largest batch: within {limit}; in brackets with activation checkpointing. Claimed: the document, on another",
-        "machine, of another width. collate, search, h2d and refresh run beside the step, on threads of their own.",
+        "Claimed: by the document, on another machine, of another width. collate, search, h2d and refresh run beside",
+        "the step, on threads of their own.",
+        "",
+        *_table([f"largest batch within {limit}", "people"], [[name, str(most)] for name, most in batches.items()]),
         "",
         *_table(["V18 (refresh) over V17", "measured", "bar"], _ratios(result)),
         "",

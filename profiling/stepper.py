@@ -7,7 +7,6 @@ take turns within one run.
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import sys
 import tempfile
@@ -94,13 +93,9 @@ class Stepper:
             else:
                 os.environ[name] = value
 
-    def build(self, people: int, *overrides: str) -> Built:
-        """Build the run with micro-batches of so many people, and ``overrides`` on top of the recipe's."""
-        return self._ask("build", people, *overrides)
-
-    def drop(self) -> None:
-        """Give up the run there is, and its memory."""
-        self._ask("drop")
+    def build(self, people: int) -> Built:
+        """Build the run, once, with micro-batches of so many people."""
+        return self._ask("build", people)
 
     def steps(self, count: int) -> Block | None:
         """Take so many steps; None when the GPU's memory does not suffice."""
@@ -137,11 +132,11 @@ def _serve(pipe: Connection, recipe: Recipe) -> None:
                 pipe.send((True, getattr(run, question[0])(*question[1:])))
             except Exception:
                 pipe.send((False, traceback.format_exc()))
-        run.drop()
+        run.close()
 
 
 class _Run:
-    """A trainer that can be built again with another batch."""
+    """The trainer and what is asked of it."""
 
     def __init__(self, recipe: Recipe, folder: Path):
         self._recipe = recipe
@@ -151,24 +146,17 @@ class _Run:
         self._before = _held(self._world.device)
         self._trainer: Trainer | None = None
         self._batches: Any = None
-        self._built = 0
 
-    def drop(self) -> None:
-        """Give up the run there is, and its memory."""
+    def close(self) -> None:
+        """End the run's threads."""
         if self._trainer is not None:
             self._trainer.reference.close()
             self._batches.close()
-        self._trainer = self._batches = None
-        gc.collect()
-        _give_back(self._world.device)
 
-    def build(self, people: int, *more: str) -> Built:
-        self.drop()
-        self._built += 1
+    def build(self, people: int) -> Built:
         never = 1_000_000_000
         overrides = [
             *self._recipe.overrides,
-            *more,
             f"train_micro_batch_size_per_gpu={people}",
             "embrag.validation.people=2",
             "embrag.validation.windows=1",
@@ -176,7 +164,7 @@ class _Run:
         ]
         config = load_config(self._recipe.config, overrides)
         began = time.perf_counter()
-        run_dir = self._folder / str(self._built)
+        run_dir = self._folder / "run"
         timeline = Timeline(self._world.device)
         trainer = Trainer(config, self._inputs, run_dir, self._world, resume=False, timeline=timeline)
         cache = trainer.reference.cache
