@@ -7,6 +7,7 @@
 # PANEL    folder that launch/simulate.py made ("" or "-": the embedded default, which needs msprime)
 # RESULTS  where the report goes (default: profiling/results/<date>-gpu)
 #
+# The search for the largest batch is not in it: compare.py --only largest fills a call of its own.
 # It runs from the source tree. Each part has a time limit and fails alone; report.md says which did, and the exit status
 # is that of the worst. PYTHON names the interpreter (default: python3).
 set -uo pipefail
@@ -74,7 +75,7 @@ part() {
 part "tests" 110 "$python" -m pytest -m gpu -q -p no:cacheprovider
 part "retrieval" 80 "$python" profiling/bench_retrieval.py --json "$results/retrieval.json"
 part "comparison" 220 "$python" profiling/compare.py --deepspeed_config "$config" --people 16 --set embrag.model.dims=384 \
-    --rounds 3 --out "$work/compare" "${files[@]}"
+    --only time --rounds 3 --out "$work/compare" "${files[@]}"
 part "training" 110 "$python" launch/train.py --deepspeed_config "$config" --run-dir "$work/run" --max-steps 60 --profile nvml \
     --set 'embrag.retrieval.refresh={"every_steps": 20}' --set embrag.train.eval_every=60 "${files[@]}"
 

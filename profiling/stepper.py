@@ -33,6 +33,7 @@ from embrag_ds.retrieval.timeline import Span, Timeline
 _SAMPLE_EVERY_S = 0.02
 # Large blocks come from the system and go back to it at once, so that resident memory is what tensors hold.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
+_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -112,10 +113,10 @@ class Stepper:
         self._process.join()
 
     def _ask(self, *question: Any) -> Any:
-        self._pipe.send(question)
         try:
+            self._pipe.send(question)
             good, answer = self._pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             self._process.join()
             raise RuntimeError(f"the training process died (exit status {self._process.exitcode})") from None
         if not good:
@@ -125,6 +126,8 @@ class Stepper:
 
 def _serve(pipe: Connection, recipe: Recipe) -> None:
     """The child: answer questions until told to close. What training prints goes to stderr."""
+    for name in _LAUNCHER:
+        os.environ.pop(name, None)  # every process is a group of its own, whoever started the parent
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         run = _Run(recipe, Path(folder))
         while (question := pipe.recv())[0] != "close":
