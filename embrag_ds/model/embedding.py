@@ -76,7 +76,7 @@ class HaplotypeEmbedding(nn.Module):
 
     def site_weights(self, sites: SiteTensors) -> Tensor:
         """w_l = ||e_l(ALT) - e_l(REF)||^2, float32 [L], without a codebook: what is the same for both falls out."""
-        alleles = torch.tensor([REF, ALT], device=sites.position.device)
+        alleles = torch.arange(REF, ALT + 1, device=sites.position.device)  # a list would be copied, and waited for
         token, effect = (torch.diff(each(alleles), dim=0) for each in (self.token, self.effect))
         modulation = self.modulation(torch.cat(self._features(sites), dim=-1))
         return (token + modulation * effect).float().square().sum(-1)
