@@ -12,7 +12,7 @@ from pathlib import Path
 
 from embrag_ds.config import load_config
 from embrag_ds.engine.initialize import World, start_world
-from embrag_ds.engine.inputs import PanelFiles, open_inputs
+from embrag_ds.engine.inputs import PanelFiles, open_inputs_on_all_ranks
 from embrag_ds.engine.profile import PROFILES, Profile
 from embrag_ds.engine.trainer import Trainer
 from embrag_ds.errors import UserError
@@ -69,11 +69,7 @@ def main() -> None:
     run_dir = choose_run_dir(arguments, world)
     profile = Profile(arguments.profile, run_dir, world) if arguments.profile else nullcontext(NO_TIMELINE)
     files = PanelFiles(arguments.panel, arguments.map, arguments.samples)
-    # Rank 0 fills the caches, the others find them filled.
-    if world.is_main:
-        open_inputs(files, config.embrag.data)
-    world.barrier()
-    inputs = open_inputs(files, config.embrag.data, progress=False)
+    inputs = open_inputs_on_all_ranks(files, config.embrag.data, world)
     with profile as timeline:
         Trainer(config, inputs, run_dir, world, arguments.resume, arguments.init_from, timeline).run()
     world.close()

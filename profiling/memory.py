@@ -24,7 +24,7 @@ import torch
 
 from embrag_ds.config import load_config
 from embrag_ds.engine.initialize import World, start_world
-from embrag_ds.engine.inputs import PanelFiles, open_inputs
+from embrag_ds.engine.inputs import PanelFiles, open_inputs_on_all_ranks
 from embrag_ds.engine.nvml import DeviceSampler
 from embrag_ds.engine.profile import PROFILES, Profile
 from embrag_ds.engine.record import device_name
@@ -160,11 +160,7 @@ def main() -> None:
     world = start_world()
     profile = Profile(options.profile, options.out, world)
     files = PanelFiles(options.panel, options.map, options.samples)
-    # Rank 0 fills the caches, the others find them filled.
-    if world.is_main:
-        open_inputs(files, config.embrag.data)
-    world.barrier()
-    inputs = open_inputs(files, config.embrag.data, progress=False)
+    inputs = open_inputs_on_all_ranks(files, config.embrag.data, world)
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(world.agree(folder)) / "run"

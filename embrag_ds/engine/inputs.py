@@ -11,6 +11,7 @@ from embrag_ds.data.dataset import DataConfig, WindowedPanel, read_manifest
 from embrag_ds.data.genetic_map import GeneticMap
 from embrag_ds.data.panel import Panel, Populations, ReferenceSet, default_cache_dir, open_panel, read_populations
 from embrag_ds.data.simulate import DefaultData, SimulationSettings, simulate_default
+from embrag_ds.engine.initialize import World
 from embrag_ds.errors import UserError
 
 
@@ -53,6 +54,14 @@ def open_inputs(files: PanelFiles, settings: DataConfig, progress: bool = True) 
     panel = open_panel(files.panel, cache_directory(settings), progress)
     genetic_map = GeneticMap.read(files.genetic_map) if files.genetic_map else GeneticMap.uniform()
     return PanelInputs(panel, read_populations(files.samples, panel.samples), genetic_map.positions(panel.sites))
+
+
+def open_inputs_on_all_ranks(files: PanelFiles, settings: DataConfig, world: World) -> PanelInputs:
+    """:func:`open_inputs` (collective): rank 0 fills the caches, the others find them filled."""
+    if world.is_main:
+        open_inputs(files, settings)
+    world.barrier()
+    return open_inputs(files, settings, progress=False)
 
 
 def skipped_records(skipped: dict[str, int]) -> str:
