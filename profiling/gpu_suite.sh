@@ -20,19 +20,18 @@ if ! nvidia-smi -L >/dev/null 2>&1; then
     echo "error: nvidia-smi finds no GPU; gpu_suite.sh needs one" >&2
     exit 1
 fi
-if [ "${wheels:--}" != - ]; then
-    site=$(mktemp -d)
-    trap 'rm -rf "$site"' EXIT
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+if [ "$wheels" != - ]; then
+    site=$work/site
     "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$wheels"/*.whl || exit 1
     export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 files=()
-if [ "${panel:--}" != - ]; then
+if [ "$panel" != - ]; then
     files=(--panel "$panel/panel.vcf.gz" --map "$panel/genetic.map" --samples "$panel/samples.tsv")
 fi
-work=$(mktemp -d)
-trap 'rm -rf "$work" "${site:-}"' EXIT
 mkdir -p "$results"
 report=$results/report.md
 worst=0
