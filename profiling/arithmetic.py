@@ -6,6 +6,7 @@ import statistics
 import time
 
 import torch
+from machine import synchronise
 
 from embrag_ds.model.embedding import FREQUENCY_FEATURES
 from embrag_ds.model.imputer import ModelConfig
@@ -34,14 +35,9 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int, rounds: int
     one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     taken = []
     for _ in range(rounds + 2):
-        _synchronise(device)
+        synchronise(device)
         began = time.perf_counter()
         torch.mm(one, other)
-        _synchronise(device)
+        synchronise(device)
         taken.append(time.perf_counter() - began)
     return 2 * size**3 / statistics.median(taken[2:])
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

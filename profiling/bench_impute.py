@@ -25,6 +25,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from machine import peak_resident_bytes
 
 from embrag_ds.data.dataset import DataConfig
 from embrag_ds.data.vcf import PhasedVcf
@@ -58,20 +59,10 @@ class Meter:
             process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=subprocess.STDOUT)
             # Not the kernel's account of the child, which starts with what its parent held.
             while process.poll() is None:
-                self.peak_gb = max(self.peak_gb, _peak_gb(process.pid))
+                self.peak_gb = max(self.peak_gb, (peak_resident_bytes(process.pid) or 0) / 1e9)
                 time.sleep(0.02)
         check_ended_well(command, process.returncode, log)
         self.seconds += time.monotonic() - began
-
-
-def _peak_gb(process: int) -> float:
-    """Peak resident memory of a process so far."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
-    except OSError:  # it has just ended
-        return 0.0
-    found = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
-    return found[0] * 1024 / 1e9 if found else 0.0
 
 
 def parse_arguments() -> argparse.Namespace:

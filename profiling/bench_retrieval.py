@@ -24,6 +24,7 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
+from machine import synchronise
 from torch import Tensor
 
 from embrag_ds.config import RunConfig, load_config
@@ -99,21 +100,15 @@ def make_reference(data: WindowedPanel, dims: int, **settings: Any) -> Reference
     return reference
 
 
-def synchronised() -> None:
-    """Wait for the device."""
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def alternating(*functions: Callable[[], object], rounds: int) -> list[float]:
     """Median seconds of each function, called in turn."""
     times: list[list[float]] = [[] for _ in functions]
     for round_ in range(rounds + 1):
         for function, kept in zip(functions, times, strict=True):
-            synchronised()
+            synchronise(DEVICE)
             began = time.perf_counter()
             function()
-            synchronised()
+            synchronise(DEVICE)
             if round_:
                 kept.append(time.perf_counter() - began)
     return [statistics.median(each) for each in times]
@@ -251,11 +246,11 @@ class TrainingLoop:
 
     def block(self, steps: int) -> float:
         """Seconds of so many steps."""
-        synchronised()
+        synchronise(DEVICE)
         began = time.perf_counter()
         for _ in range(steps):
             self.step()
-        synchronised()
+        synchronise(DEVICE)
         return time.perf_counter() - began
 
     def close(self) -> None:

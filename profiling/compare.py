@@ -38,30 +38,17 @@ GB = 1e9
 BASELINE, CHOSEN = "V17", "V18 refresh"
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A way to train: what it changes in the configuration."""
-
-    name: str
-    overrides: tuple[str, ...]
-
-
-def variants(steps: int) -> list[Variant]:
-    """What is compared; a refresh falls due in every block of ``steps``."""
-    return [
-        Variant("no retrieval", ("embrag.retrieval.mode=none",)),
-        Variant(BASELINE, ("embrag.retrieval.mode=token",)),
-        Variant("V18 fixed", ("embrag.retrieval.mode=embedding", "embrag.retrieval.encoding=fixed")),
-        Variant(
-            CHOSEN,
-            (
-                "embrag.retrieval.mode=embedding",
-                "embrag.retrieval.encoding=refresh",
-                f'embrag.retrieval.refresh={{"every_steps": {steps}, "lag_steps": {min(4, steps - 1)}}}',
-            ),
-        ),
-        Variant("V18 live", ("embrag.retrieval.mode=embedding", "embrag.retrieval.encoding=live")),
-    ]
+def variants(steps: int) -> dict[str, tuple[str, ...]]:
+    """What is compared: names, and what each changes in the configuration; a refresh falls due in every block."""
+    embedding = "embrag.retrieval.mode=embedding"
+    refresh = f'embrag.retrieval.refresh={{"every_steps": {steps}, "lag_steps": {min(4, steps - 1)}}}'
+    return {
+        "no retrieval": ("embrag.retrieval.mode=none",),
+        BASELINE: ("embrag.retrieval.mode=token",),
+        "V18 fixed": (embedding, "embrag.retrieval.encoding=fixed"),
+        CHOSEN: (embedding, "embrag.retrieval.encoding=refresh", refresh),
+        "V18 live": (embedding, "embrag.retrieval.encoding=live"),
+    }
 
 
 RECOMPUTED = ", recomputed"
@@ -197,7 +184,7 @@ def time_variants(recipes: dict[str, Recipe], options: argparse.Namespace) -> Ti
         say(f"{name}: built in {built[name].seconds:.1f} s")
         stepper.steps(2)  # warm-up
     began = time.monotonic()
-    blocks = dict(zip(steppers, alternating(list(steppers.values()), options.rounds, options.steps), strict=True))
+    blocks = alternating(steppers, options.rounds, options.steps)
     say(f"{options.rounds} rounds of {options.steps} steps each: {time.monotonic() - began:.0f} s")
     measured = {name: measure(name, steppers[name], blocks[name], built[name]) for name in steppers}
     for stepper in steppers.values():
@@ -227,8 +214,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     files = PanelFiles(options.panel, options.map, options.samples)
     recipes = {
-        variant.name: Recipe(options.deepspeed_config, (*options.set, *variant.overrides), files)
-        for variant in variants(options.steps)
+        name: Recipe(options.deepspeed_config, (*options.set, *overrides), files)
+        for name, overrides in variants(options.steps).items()
     }
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     ceiling = matrix_rate(device, dtype, 8192 if device.type == "cuda" else 2048)

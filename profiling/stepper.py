@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 import torch
+from machine import peak_resident_bytes, synchronise
 
 from embrag_ds.config import load_config
 from embrag_ds.engine.initialize import World, start_world
@@ -48,14 +49,12 @@ class Recipe:
 @dataclass(frozen=True)
 class Built:
     """A run that is ready: ``seconds`` to build it, ``encoding_s`` of that for encoding the panel (None: nothing is
-    encoded), ``resident_bytes`` it holds before its first step."""
+    encoded)."""
 
     seconds: float
     encoding_s: float | None
-    resident_bytes: int
     people: int
     sites: int
-    device: str
 
 
 @dataclass(frozen=True)
@@ -173,19 +172,16 @@ class _Run:
         cache = trainer.reference.cache
         if cache is not None:
             cache.code(0, 0)  # waits until it is encoded
-        _synchronise(self._world.device)
+        synchronise(self._world.device)
         seconds = time.perf_counter() - began
         self._trainer = trainer
         self._batches = trainer.batches()
         self._interval = trainer.new_interval(self._batches)
-        _give_back(self._world.device)
         return Built(
             seconds=seconds,
             encoding_s=None if cache is None else cache.refresh_seconds,
-            resident_bytes=_held(self._world.device) - self._before,
             people=people,
             sites=max(window.core_stop - window.core_start for window in trainer.sampler.data.windows),
-            device=str(self._world.device),
         )
 
     def steps(self, count: int) -> Block | None:
@@ -200,7 +196,7 @@ class _Run:
             for _ in range(count):
                 began = time.perf_counter()
                 self._trainer.step(self._batches, self._interval)
-                _synchronise(device)
+                synchronise(device)
                 seconds.append(time.perf_counter() - began)
         except torch.cuda.OutOfMemoryError:
             return None
@@ -214,7 +210,7 @@ class _Run:
         with DeviceSampler(self._world.device, _SAMPLE_EVERY_S) as sampler:
             for _ in range(count):
                 self._trainer.step(self._batches, self._interval)
-            _synchronise(self._world.device)
+            synchronise(self._world.device)
         on_gpu = self._world.device.type == "cuda"
         held = [each.allocated_bytes if on_gpu else each.host_bytes for each in sampler.samples]
         return MemoryCurve(
@@ -223,15 +219,10 @@ class _Run:
         )
 
 
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _give_back(device: torch.device) -> None:
     """Return freed memory, so that what is held is what is used."""
+    synchronise(device)
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
     elif sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
@@ -253,18 +244,18 @@ def _peak(device: torch.device) -> int:
     """The most bytes held since :func:`_reset_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+    peak = peak_resident_bytes()
+    assert peak is not None
+    return peak
 
 
-def alternating(steppers: Sequence[Stepper], rounds: int, steps: int) -> list[list[Block]]:
+def alternating(steppers: Mapping[str, Stepper], rounds: int, steps: int) -> dict[str, list[Block]]:
     """Blocks of ``steps`` of every stepper, taking turns so that a drift of the machine meets all alike."""
-    blocks: list[list[Block]] = [[] for _ in steppers]
+    blocks: dict[str, list[Block]] = {name: [] for name in steppers}
     for _ in range(rounds):
-        for mine, stepper in zip(blocks, steppers, strict=True):
+        for name, stepper in steppers.items():
             block = stepper.steps(steps)
             if block is None:
                 raise RuntimeError("out of memory: choose fewer --people")
-            mine.append(block)
+            blocks[name].append(block)
     return blocks

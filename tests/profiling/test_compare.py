@@ -23,7 +23,7 @@ from embrag_ds.model.fusion import GatedFusion
 from embrag_ds.model.imputer import ModelConfig
 from embrag_ds.model.transformer import Transformer
 
-MODULES = ("arithmetic", "stepper", "compare_report", "compare")
+MODULES = ("machine", "arithmetic", "stepper", "compare_report", "compare")
 
 
 @pytest.fixture(scope="module")

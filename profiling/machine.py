@@ -1,0 +1,23 @@
+"""What the benchmarks ask of the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for what was queued on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_resident_bytes(process: int | str = "self") -> int | None:
+    """The most memory a process has held so far (or since the peak was set back); None once it has ended."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
+    return found[0] * 1024 if found else None
