@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,8 +12,10 @@ from embrag_ds.data.dataset import DataConfig, WindowedPanel, read_manifest
 from embrag_ds.data.genetic_map import GeneticMap
 from embrag_ds.data.panel import Panel, Populations, ReferenceSet, default_cache_dir, open_panel, read_populations
 from embrag_ds.data.simulate import DefaultData, SimulationSettings, simulate_default
-from embrag_ds.engine.initialize import World
 from embrag_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from embrag_ds.engine.initialize import World  # imports DeepSpeed, which imputing and scoring do without
 
 
 @dataclass(frozen=True)
