@@ -14,14 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from embrag_ds.data.tokens import ALT, REF
+from embrag_ds.retrieval.alleles import Places, interpolated
 from embrag_ds.retrieval.collate import Batch, Retrieved
-from embrag_ds.retrieval.copying import (
-    copying_posterior,
-    count_true,
-    interpolated_dosage,
-    interpolated_weights,
-    match_lengths,
-)
+from embrag_ds.retrieval.copying import copying_posterior, count_true, match_lengths
 
 _LEAST = 1e-6
 _LEAST_REST = 1e-4
@@ -80,12 +75,14 @@ class DistancePooling(nn.Module):
         """``site_weight`` [L], mean 1: what disagreement at a site counts."""
         distance = (retrieved.mismatch * site_weight[batch.typed][..., None]).sum(1)
         weights = torch.softmax(-self.log_strength.float().exp() * distance, dim=1)
-        sites = retrieved.alleles.shape[-1]
-        ancestry = (_membership(batch, retrieved) * weights[..., None]).sum(1)
+        # The same weights at every site: a posterior at one place, on either side of every site.
+        posterior, nowhere = weights[:, None], torch.zeros_like(batch.tokens)
+        everywhere = Places(nowhere, nowhere, torch.zeros_like(batch.frequency))
+        ancestry = posterior @ _membership(batch, retrieved)
         return Pooled(
-            dosage=(weights[..., None] * retrieved.alleles).sum(1),
-            ancestry=ancestry[..., None].expand(-1, -1, sites),
-            weights=None if retrieved.embeddings is None else weights[..., None].expand(-1, -1, sites),
+            dosage=retrieved.alleles.dosage(posterior, everywhere),
+            ancestry=interpolated(ancestry, everywhere),
+            weights=None if retrieved.embeddings is None else interpolated(posterior, everywhere),
             evidence=None,
         )
 
@@ -144,15 +141,15 @@ class CopyingPooling(nn.Module):
             for chain in range(2)
         )
         between = _flanking(batch)
-        by_slow, by_fast = (interpolated_dosage(each, retrieved.alleles, *between) for each in (slow, fast))
+        by_slow, by_fast = (retrieved.alleles.dosage(each, between) for each in (slow, fast))
         share = self._share_of_slow(batch.frequency)
         weights = None
         if retrieved.embeddings is not None:
-            spread_fast, spread_slow = (interpolated_weights(each, *between) for each in (fast, slow))
+            spread_fast, spread_slow = (interpolated(each, between) for each in (fast, slow))
             weights = torch.lerp(spread_fast, spread_slow, share[:, None])
         return Pooled(
             dosage=torch.lerp(by_fast, by_slow, share),
-            ancestry=interpolated_weights(slow @ _membership(batch, retrieved), *between),
+            ancestry=interpolated(slow @ _membership(batch, retrieved), between),
             weights=weights,
             evidence=_evidence(
                 batch, retrieved, position, slow.detach(), by_slow.detach(), by_fast.detach(), between, density
@@ -184,23 +181,22 @@ def _evidence(
     posterior: Tensor,
     dosage: Tensor,
     other: Tensor,
-    between: tuple[Tensor, Tensor, Tensor],
+    between: Places,
     density: Tensor,
 ) -> Evidence:
     lengths = match_lengths(retrieved.mismatch, position, batch.typed_count, batch.near).mul_(posterior)
-    of_alt = interpolated_dosage(lengths, retrieved.alleles, *between)
+    of_alt = retrieved.alleles.dosage(lengths, between)
     spread = torch.special.entr(posterior).sum(-1) / math.log(max(2, posterior.shape[-1]))
-    overall = interpolated_weights(torch.stack([lengths.sum(-1), spread], dim=-1), *between)
-    left, right, _ = between
+    overall = interpolated(torch.stack([lengths.sum(-1), spread], dim=-1), between)
     sites = batch.sites.position[batch.core]
-    before, after = (position[:, batch.near].gather(1, place) for place in (left, right))
+    before, after = (position[:, batch.near].gather(1, place) for place in (between.left, between.right))
     return Evidence(
         alt_length=of_alt / dosage.clamp_min(_LEAST),
         ref_length=torch.where(
             1 - dosage > _LEAST_REST, (overall[:, 0] - of_alt).clamp_min(0) / (1 - dosage).clamp_min(_LEAST_REST), 0.0
         ),
         uncertainty=overall[:, 1],
-        share=count_true(retrieved.alleles) / retrieved.alleles.shape[1],
+        share=retrieved.alleles.share(),
         nearest=torch.minimum((sites - before).abs(), (after - sites).abs()),
         gap=(after - before).abs(),
         density=density[:, None].expand_as(dosage),
@@ -215,8 +211,8 @@ def _membership(batch: Batch, retrieved: Retrieved) -> Tensor:
     return (retrieved.population[..., None] == populations).float()
 
 
-def _flanking(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """The typed sites on either side of every site of the core, and the right one's share, each [B, L].
+def _flanking(batch: Batch) -> Places:
+    """The typed sites on either side of every site of the core.
 
     The sites are places in the part ``batch.near`` of a row of ``batch.typed``; beyond the first and the last
     typed site both sides are the same.
@@ -231,7 +227,7 @@ def _flanking(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     start = position[batch.typed.gather(1, left)]
     between = position[batch.typed.gather(1, right)] - start
     share = torch.where(between > 0, (position[sites] - start) / between.clamp_min(1e-12), 0.0)
-    return left - batch.near.start, right - batch.near.start, share.clamp(0, 1)
+    return Places(left - batch.near.start, right - batch.near.start, share.clamp(0, 1))
 
 
 def pooled_embedding(pooled: Pooled, retrieved: Retrieved, own: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from embrag_ds.data.dataset import Samples, WindowedPanel
 from embrag_ds.data.tokens import MASK
 from embrag_ds.errors import UserError
+from embrag_ds.retrieval.alleles import Alleles, Carriers, WindowAlleles
 from embrag_ds.retrieval.cache import ReferenceSource, WindowCode
 from embrag_ds.retrieval.copying import mismatches
 from embrag_ds.retrieval.frequency import frequencies_without
@@ -41,8 +42,8 @@ class SiteTensors:
 class Retrieved:
     """What was retrieved for a batch; here L counts the core's sites.
 
-    ``ids`` int64 [B, K] number haplotypes of the reference set, nearest first; ``alleles`` uint8
-    [B, K, L] are theirs, ``mismatch`` bool [B, T, K] says where they differ from what the query shows
+    ``ids`` int64 [B, K] number haplotypes of the reference set, nearest first; ``alleles``
+    are theirs, ``mismatch`` bool [B, T, K] says where they differ from what the query shows
     (in the order of :attr:`Batch.typed`; False in its filled-up part), ``population`` int64 [B, K] names their
     populations. ``codebook`` [L, 2, D] encodes them, unless the encoding is ``live`` (None: the model's own).
     ``embeddings`` [B, K, L, D] come only from the dense store. ``tokens`` int64 [B, k, L], only in mode ``token``, are
@@ -51,7 +52,7 @@ class Retrieved:
     """
 
     ids: Tensor
-    alleles: Tensor
+    alleles: Alleles | Carriers
     mismatch: Tensor
     population: Tensor
     codebook: Tensor | None
@@ -149,6 +150,7 @@ class RetrievalCollator:
         core = max(window.core_stop - window.core_start for window in data.windows)
         self.staging = Staging(device, slots, self._slot_bytes(people, longest, core), timeline)
         self._side = SideStream(device, urgent=True)
+        self._latest: tuple[int, WindowAlleles] | None = None
 
     def _slot_bytes(self, people: int, sites: int, core: int) -> int:
         """The most a batch stages: alleles, masks, typed sites, features, exclusions, panel rows."""
@@ -183,11 +185,10 @@ class RetrievalCollator:
         typed, count = _typed_sites(samples.hidden)
         features = self._data.features(samples.window)
         excluded = put(self._excluded[samples.people])
-        core = np.arange(window.core.start, window.core.stop)
-        reference = self._panel.alleles(samples.window, core, self.staging).T.contiguous()
+        reference = self._core_alleles(samples.window)
         frequencies = frequencies_without(
             excluded,
-            reference,
+            reference.by_haplotype,
             self._population_of,
             put(np.ascontiguousarray(features.counts[:, window.core])),
             self._population_sizes,
@@ -234,21 +235,30 @@ class RetrievalCollator:
         self.staging.end()
         return batch
 
-    def _retrieve(self, query: Query, batch: Batch, code: WindowCode, store: Store, reference: Tensor) -> Retrieved:
+    def _core_alleles(self, window: int) -> WindowAlleles:
+        """Of the core; blocks of people to be imputed come window by window."""
+        if self._latest is None or self._latest[0] != window:
+            core = self._data.windows[window].core
+            alleles = self._panel.alleles(window, np.arange(core.start, core.stop), self.staging)
+            self._latest = window, WindowAlleles(alleles)
+        return self._latest[1]
+
+    def _retrieve(
+        self, query: Query, batch: Batch, code: WindowCode, store: Store, reference: WindowAlleles
+    ) -> Retrieved:
         with self._timeline.phase("search"):
             ids = store.search(query, code, self.k)
         # Where each typed site lies among the shown ones; what fills a row up lies anywhere.
         place = torch.searchsorted(query.shown_on_device, batch.typed).clamp_max_(len(query.shown) - 1)
         shown = query.tokens.gather(1, batch.typed)
-        alleles = reference[ids]
         return Retrieved(
             ids=ids,
-            alleles=alleles,
+            alleles=reference.of(ids),
             mismatch=mismatches(query.alleles, place, ids, shown, batch.typed_count),
             population=self._population_of[ids],
             codebook=None if self._live else code.codebook,
             embeddings=store.embeddings(query.window, ids, code.generation),
-            tokens=alleles[:, : self._token_k].long() if self._token_k else None,
+            tokens=reference.by_haplotype[ids[:, : self._token_k]].long() if self._token_k else None,
             generation=code.generation.number,
             snapshot_step=code.generation.snapshot_step,
         )

@@ -243,22 +243,61 @@ def match_lengths(mismatch, position, bounds, first, last, lengths):
 
 
 @_compiled
-def mix(posterior, alleles, left, right, share, dosage):
-    """Add to dosage [B, L] the interpolated posterior [B, N, K] of the neighbours whose alleles [B, K, L] are 1."""
-    for b in numba.prange(len(dosage)):
-        for k in range(alleles.shape[1]):
-            for site in range(alleles.shape[2]):
-                if alleles[b, k, site]:
-                    at_left, at_right = posterior[b, left[b, site], k], posterior[b, right[b, site], k]
-                    dosage[b, site] += at_left + share[b, site] * (at_right - at_left)
+def list_carriers(alleles, start, who):
+    """Fill ``who`` from ``start`` [L + 1] on with the columns of alleles [L, H] that are 1, where there is room."""
+    for site in numba.prange(len(alleles)):
+        place = start[site]
+        if place < start[site + 1]:
+            for haplotype in range(alleles.shape[1]):
+                if alleles[site, haplotype]:
+                    who[place] = haplotype
+                    place += 1
 
 
 @_compiled
-def mix_adjoint(gradient, alleles, left, right, share, slope):
+def list_neighbours(alleles, listed, start, who, ids, offset, members):
+    """Fill members [B, n], and offset [B, L + 1] where each site's begin, with the places in a row of ids [B, K] whose
+    alleles [L, H] are 1; where ``listed`` [L], those are in ``who`` from ``start`` [L + 1] on."""
+    for b in numba.prange(len(ids)):
+        place = np.full(alleles.shape[1], -1, dtype=np.int32)
+        for k in range(ids.shape[1]):
+            place[ids[b, k]] = k
+        count = 0
+        for site in range(len(alleles)):
+            offset[b, site] = count
+            if listed[site]:
+                for number in range(start[site], start[site + 1]):
+                    k = place[who[number]]
+                    members[b, count] = k
+                    count += k >= 0
+            else:
+                for k in range(ids.shape[1]):
+                    members[b, count] = k
+                    count += alleles[site, ids[b, k]]
+        offset[b, len(alleles)] = count
+
+
+@_compiled
+def mix(posterior, offset, members, left, right, share, dosage):
+    """Fill dosage [B, L] with the interpolated posterior [B, N, K] of a site's ``members``."""
+    for b in numba.prange(len(dosage)):
+        for site in range(dosage.shape[1]):
+            before, after = posterior[b, left[b, site]], posterior[b, right[b, site]]
+            at_left, at_right = np.float32(0), np.float32(0)
+            for number in range(offset[b, site], offset[b, site + 1]):
+                at_left += before[members[b, number]]
+                at_right += after[members[b, number]]
+            dosage[b, site] = at_left + share[b, site] * (at_right - at_left)
+
+
+@_compiled
+def mix_adjoint(gradient, offset, members, left, right, share, slope):
     """Add to slope [B, N, K] what :func:`mix` hands back of ``gradient`` [B, L]."""
     for b in numba.prange(len(gradient)):
-        for k in range(alleles.shape[1]):
-            for site in range(alleles.shape[2]):
-                if alleles[b, k, site]:
-                    slope[b, left[b, site], k] += (np.float32(1) - share[b, site]) * gradient[b, site]
-                    slope[b, right[b, site], k] += share[b, site] * gradient[b, site]
+        for site in range(gradient.shape[1]):
+            before, after = slope[b, left[b, site]], slope[b, right[b, site]]
+            at_right = share[b, site] * gradient[b, site]
+            at_left = gradient[b, site] - at_right
+            for number in range(offset[b, site], offset[b, site + 1]):
+                before[members[b, number]] += at_left
+                after[members[b, number]] += at_right

@@ -159,36 +159,3 @@ def match_lengths(mismatch: Tensor, position: Tensor, count: Tensor, near: slice
     left = torch.where(mismatch, place, ends[:, :1, None]).cummax(1).values[:, near]
     right = torch.where(mismatch, place, ends[:, 1:, None]).flip(1).cummin(1).values.flip(1)[:, near]
     return (right - left).clamp_min(0)
-
-
-def interpolated_dosage(posterior: Tensor, alleles: Tensor, left: Tensor, right: Tensor, share: Tensor) -> Tensor:
-    """Expected allele of the copied haplotype between typed sites, float32 [B, L].
-
-    ``posterior`` [B, N, K]; ``alleles`` uint8 [B, K, L]; ``left`` and ``right`` int64 [B, L] are the flanking
-    typed sites' places, ``share`` [B, L] the weight of the right one. Differentiable in ``posterior``.
-    """
-    if posterior.device.type == "cpu":
-        return _CompiledDosage.apply(posterior, alleles, left, right, share)
-    return (interpolated_weights(posterior, left, right, share) * alleles).sum(1)
-
-
-def interpolated_weights(posterior: Tensor, left: Tensor, right: Tensor, share: Tensor) -> Tensor:
-    """Posteriors [B, N, K] carried to the sites between, [B, K, L]."""
-    rows = torch.arange(len(posterior), device=posterior.device)[:, None]
-    return torch.lerp(posterior[rows, left], posterior[rows, right], share[..., None]).transpose(1, 2)
-
-
-class _CompiledDosage(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, posterior: Tensor, alleles: Tensor, left: Tensor, right: Tensor, share: Tensor) -> Tensor:
-        ctx.arguments = [each.contiguous().numpy() for each in (alleles, left, right, share.detach())]
-        ctx.shape = posterior.shape
-        dosage = np.zeros(left.shape, dtype=np.float32)
-        compiled.mix(posterior.detach().contiguous().numpy(), *ctx.arguments, dosage)
-        return torch.from_numpy(dosage)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
-        slope = np.zeros(ctx.shape, dtype=np.float32)
-        compiled.mix_adjoint(gradients[0].float().contiguous().numpy(), *ctx.arguments, slope)
-        return torch.from_numpy(slope), None, None, None, None

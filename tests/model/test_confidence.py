@@ -68,7 +68,7 @@ def test_the_evidence_is_what_its_docstring_says(build) -> None:
         for place, site in enumerate(range(batch.core.start, batch.core.stop)):
             left = typed[typed < site].max() if (typed < site).any() else typed.min()
             right = typed[typed >= site].min() if (typed >= site).any() else typed.max()
-            carriers = found.alleles[row, :, place].float()
+            carriers = found.alleles.dense()[row, :, place].float()
             assert float(evidence.share[row, place]) == pytest.approx(float(carriers.mean()))
             assert float(evidence.gap[row, place]) == pytest.approx(
                 abs(float(position[right] - position[left])), abs=1e-5

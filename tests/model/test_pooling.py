@@ -191,7 +191,7 @@ def test_a_query_that_shows_nothing_weighs_all_neighbours_alike(build, kind) -> 
     with torch.no_grad():
         pooled = kind()(batch, batch.retrieved, torch.ones(len(world.data.windows[1])))
     weights = pooled.weights
-    assert torch.allclose(pooled.dosage[:2], batch.retrieved.alleles[:2].float().mean(1), atol=1e-6)
+    assert torch.allclose(pooled.dosage[:2], batch.retrieved.alleles.dense()[:2].float().mean(1), atol=1e-6)
     assert torch.allclose(weights[:2], torch.full_like(weights[:2], 0.2), atol=1e-6)
     assert not torch.allclose(weights[2:], torch.full_like(weights[2:], 0.2), atol=1e-2)
 
@@ -226,7 +226,8 @@ def test_dosage_and_ancestry_are_the_alleles_and_populations_of_the_weights(buil
     found = batch.retrieved
     with torch.no_grad():
         pooled = slow_alone(kind())(batch, found, torch.ones(len(world.data.windows[1])))
-    sites = found.alleles.shape[2]
+    alleles = found.alleles.dense()
+    sites = alleles.shape[2]
     assert pooled.weights.shape == (4, 5, sites)
     assert torch.allclose(pooled.weights.sum(1), torch.ones(4, sites), atol=1e-5)
     for row in range(4):
@@ -234,7 +235,7 @@ def test_dosage_and_ancestry_are_the_alleles_and_populations_of_the_weights(buil
             dosage, ancestry = 0.0, [0.0, 0.0, 0.0]
             for place in range(5):
                 share = float(pooled.weights[row, place, site])
-                dosage += share * int(found.alleles[row, place, site])
+                dosage += share * int(alleles[row, place, site])
                 ancestry[int(found.population[row, place])] += share
             assert float(pooled.dosage[row, site]) == pytest.approx(dosage, abs=1e-5)
             assert pooled.ancestry[row, :, site].tolist() == pytest.approx(ancestry, abs=1e-5)
@@ -252,7 +253,7 @@ def test_the_pooled_embedding_from_the_codebook_is_the_sum_over_neighbours(build
     }
     assert pooled["factored"].weights is None
     found = batches["dense"].retrieved
-    rows = gather_embeddings(found.codebook, found.alleles.long())
+    rows = gather_embeddings(found.codebook, found.alleles.dense().long())
     explicit = sum(pooled["dense"].weights[:, place, :, None] * rows[:, place] for place in range(5))
     for mode, batch in batches.items():
         assert (batch.retrieved.embeddings is not None) == (mode == "dense")

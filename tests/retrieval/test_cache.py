@@ -108,7 +108,7 @@ def test_a_batch_carries_the_snapshot_its_step_prescribes(
         assert retrieved.snapshot_step == current[0]
         assert torch.equal(retrieved.codebook, said[current[0]])
         if store == "dense":
-            rows = said[current[0]][torch.arange(len(retrieved.codebook)), retrieved.alleles.long()]
+            rows = said[current[0]][torch.arange(len(retrieved.codebook)), retrieved.alleles.dense().long()]
             assert torch.equal(retrieved.embeddings, rows)
         age = {"generation": retrieved.generation, "staleness": step - current[0], "refreshes_skipped": skipped}
         assert reference.age(step) == age

@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from embrag_ds.retrieval.copying import (
     copying_posterior,
     count_true,
-    interpolated_dosage,
-    interpolated_weights,
     mismatches,
     posterior_torch,
 )
@@ -193,40 +191,3 @@ def test_the_posterior_is_finite_where_the_map_is_flat_and_the_evidence_contradi
     found = posterior_of(mismatch, torch.full((1, 60), 5.0), torch.full((1, 60), switch), torch.full((1, 2), 0.5))
     assert torch.isfinite(found).all()
     assert torch.allclose(found.sum(-1), torch.ones(1, 60), atol=1e-5)
-
-
-def interpolation_case(seed: int):
-    maker = torch.Generator().manual_seed(seed)
-    posterior = torch.softmax(torch.randn(3, 5, 4, generator=maker), dim=-1)
-    alleles = torch.randint(0, 2, (3, 4, 11), generator=maker, dtype=torch.uint8)
-    left = torch.randint(0, 5, (3, 11), generator=maker)
-    right = (left + torch.randint(0, 2, (3, 11), generator=maker)).clamp_max(4)
-    return posterior, alleles, left, right, torch.rand(3, 11, generator=maker)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_interpolation_equals_a_plain_loop(seed: int) -> None:
-    posterior, alleles, left, right, share = interpolation_case(seed)
-    dosage = interpolated_dosage(posterior, alleles, left, right, share)
-    weights = interpolated_weights(posterior, left, right, share)
-    for query in range(3):
-        for site in range(11):
-            part = float(share[query, site])
-            expected = 0.0
-            for k in range(4):
-                before = float(posterior[query, left[query, site], k])
-                after = float(posterior[query, right[query, site], k])
-                mixed = (1 - part) * before + part * after
-                assert float(weights[query, k, site]) == pytest.approx(mixed, abs=1e-6)
-                expected += mixed * int(alleles[query, k, site])
-            assert float(dosage[query, site]) == pytest.approx(expected, abs=1e-6)
-
-
-def test_compiled_dosage_gradients_equal_those_of_autograd() -> None:
-    posterior, *rest = interpolation_case(1)
-    weight = torch.randn(3, 11)
-    one, two = posterior.clone().requires_grad_(), posterior.clone().requires_grad_()
-    alleles, *places = rest
-    (interpolated_dosage(one, *rest) * weight).sum().backward()
-    ((interpolated_weights(two, *places) * alleles).sum(1) * weight).sum().backward()
-    assert torch.allclose(one.grad, two.grad, atol=1e-6)

@@ -153,7 +153,7 @@ def test_side_streams_on_the_gpu_build_the_batches_of_the_cpu(build, budget: flo
             if device.type == "cuda":
                 busy = (busy @ busy).clamp_(0, 1)
             assert batch.retrieved is not None and batch.retrieved.codebook is not None
-            seen.append((batch.tokens.cpu(), batch.retrieved.alleles.sum(1).cpu(), batch.retrieved.codebook.cpu()))
+            seen.append((batch.tokens.cpu(), batch.retrieved.alleles.share().cpu(), batch.retrieved.codebook.cpu()))
             for parameter in embedding.parameters():
                 parameter.mul_(0.99)
         batches.close()
