@@ -32,6 +32,14 @@ setup(
         # Both own the folder faiss/: never install the two together.
         "cpu": ["faiss-cpu>=1.10"],
         "gpu": ["faiss-gpu>=1.10", "cupy-cuda12x>=13"],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "setuptools"],
+        # NVIDIA's compiler looks over the CUDA kernels where there is no GPU, too.
+        "dev": [
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "setuptools",
+            "nvidia-cuda-nvrtc-cu12; sys_platform == 'linux'",
+        ],
     },
 )

@@ -130,16 +130,15 @@ class CopyingPooling(nn.Module):
         rates, penalties = (self._power(each, density) for each in (self.rate, self.penalty))
         cost = site_weight[batch.typed]
         prior = self._switch_prior(batch, retrieved)
-        slow, fast = (
-            copying_posterior(
-                retrieved.mismatch,
-                penalties[:, chain, None] * cost,
-                -torch.expm1(-rates[:, chain, None] * gap),
-                prior,
-                batch.near,
-            )
-            for chain in range(2)
+        # Both mosaics at once: chain c is about haplotype c % B.
+        posterior = copying_posterior(
+            retrieved.mismatch,
+            (penalties.T[..., None] * cost).flatten(0, 1),
+            -torch.expm1(-rates.T[..., None] * gap).flatten(0, 1),
+            prior,
+            batch.near,
         )
+        slow, fast = posterior.unflatten(0, (2, -1))
         between = _flanking(batch)
         by_slow, by_fast = (retrieved.alleles.dosage(each, between) for each in (slow, fast))
         share = self._share_of_slow(batch.frequency)

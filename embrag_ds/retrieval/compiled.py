@@ -1,7 +1,7 @@
 """The copying model's loops, compiled for CPUs (numba), one haplotype a task.
 
-Shapes: B haplotypes, T typed sites, K neighbours, L sites; N typed sites from ``first`` to ``last``, around the core.
-All fill arrays that the caller made.
+Shapes: B haplotypes, T typed sites, K neighbours, L sites; N typed sites from ``first`` to ``last``, around the core; C
+chains, a multiple of B, of which chain c is about haplotype c % B. All fill arrays that the caller made.
 """
 
 from __future__ import annotations
@@ -47,95 +47,97 @@ def add_rows(rows, total):
 
 @_compiled
 def posterior_alone(mismatch, likelihood, switch, prior, first, last, posterior):
-    """Fill posterior [B, N, K]; ``likelihood`` [B, T] is that of a mismatch, ``prior`` [B, K] sums to 1 over K.
+    """Fill posterior [C, N, K]; ``likelihood`` [C, T] is that of ``mismatch`` [B, T, K], ``prior`` [B, K] sums to 1
+    over K.
 
     Nothing is kept for sites that are not asked for, and what a pass is divided by at a site is
     multiplied into the next.
     """
     queries, sites, neighbours = mismatch.shape
-    for b in numba.prange(queries):
+    for c in numba.prange(len(likelihood)):
         state = np.zeros(neighbours, dtype=np.float32)
-        chosen = prior[b]
+        differs, chosen = mismatch[c % queries], prior[c % queries]
         stay, jump = np.float32(0), np.float32(1)
         for t in range(last):
-            miss = likelihood[b, t]
+            miss = likelihood[c, t]
             total = np.float32(0)
             for k in range(neighbours):
                 moved = stay * state[k] + jump * chosen[k]
-                moved *= miss if mismatch[b, t, k] else np.float32(1)
+                moved *= miss if differs[t, k] else np.float32(1)
                 state[k] = moved
                 total += moved
             if t >= first:
-                posterior[b, t - first] = state
+                posterior[c, t - first] = state
             if t + 1 < last:
-                stay, jump = (np.float32(1) - switch[b, t + 1]) / total, switch[b, t + 1]
+                stay, jump = (np.float32(1) - switch[c, t + 1]) / total, switch[c, t + 1]
         state[:] = np.float32(0)
         stay, jump = np.float32(0), np.float32(1)
         for t in range(sites - 1, first - 1, -1):
-            miss = likelihood[b, t]
+            miss = likelihood[c, t]
             total = np.float32(0)
             if t < last:
                 mass = np.float32(0)
                 for k in range(neighbours):
                     after = stay * state[k] + jump
-                    both = posterior[b, t - first, k] * after
-                    posterior[b, t - first, k] = both
+                    both = posterior[c, t - first, k] * after
+                    posterior[c, t - first, k] = both
                     mass += both
-                    seen = after * (miss if mismatch[b, t, k] else np.float32(1))
+                    seen = after * (miss if differs[t, k] else np.float32(1))
                     state[k] = seen
                     total += seen * chosen[k]
                 scale = np.float32(1) / mass
                 for k in range(neighbours):
-                    posterior[b, t - first, k] *= scale
+                    posterior[c, t - first, k] *= scale
             else:
                 for k in range(neighbours):
                     seen = stay * state[k] + jump
-                    seen *= miss if mismatch[b, t, k] else np.float32(1)
+                    seen *= miss if differs[t, k] else np.float32(1)
                     state[k] = seen
                     total += seen * chosen[k]
-            stay, jump = (np.float32(1) - switch[b, t]) / total, switch[b, t]
+            stay, jump = (np.float32(1) - switch[c, t]) / total, switch[c, t]
 
 
 @_compiled
 def forward_backward(mismatch, likelihood, switch, prior, first, last, alpha, beta, posterior):
-    """The same, and alpha and beta [B, T, K], for :func:`adjoint`: alpha sums to 1, beta to 1 when weighed by the prior
+    """The same, and alpha and beta [C, T, K], for :func:`adjoint`: alpha sums to 1, beta to 1 when weighed by the prior
     and what is seen."""
     queries, sites, neighbours = mismatch.shape
-    for b in numba.prange(queries):
+    for c in numba.prange(len(likelihood)):
+        differs, chosen = mismatch[c % queries], prior[c % queries]
         for t in range(sites):
-            stay = np.float32(0) if t == 0 else np.float32(1) - switch[b, t]
-            jump = np.float32(1) if t == 0 else switch[b, t]
-            miss = likelihood[b, t]
+            stay = np.float32(0) if t == 0 else np.float32(1) - switch[c, t]
+            jump = np.float32(1) if t == 0 else switch[c, t]
+            miss = likelihood[c, t]
             total = np.float32(0)
             for k in range(neighbours):
-                moved = jump * prior[b, k]
+                moved = jump * chosen[k]
                 if t > 0:
-                    moved += stay * alpha[b, t - 1, k]
-                moved *= miss if mismatch[b, t, k] else np.float32(1)
-                alpha[b, t, k] = moved
+                    moved += stay * alpha[c, t - 1, k]
+                moved *= miss if differs[t, k] else np.float32(1)
+                alpha[c, t, k] = moved
                 total += moved
             scale = np.float32(1) / total
             for k in range(neighbours):
-                alpha[b, t, k] *= scale
-        beta[b, sites - 1] = np.float32(1)
+                alpha[c, t, k] *= scale
+        beta[c, sites - 1] = np.float32(1)
         for t in range(sites - 1, 0, -1):
-            miss = likelihood[b, t]
+            miss = likelihood[c, t]
             total = np.float32(0)
             for k in range(neighbours):
-                seen = beta[b, t, k] * (miss if mismatch[b, t, k] else np.float32(1))
-                beta[b, t - 1, k] = seen
-                total += seen * prior[b, k]
-            scale = (np.float32(1) - switch[b, t]) / total
+                seen = beta[c, t, k] * (miss if differs[t, k] else np.float32(1))
+                beta[c, t - 1, k] = seen
+                total += seen * chosen[k]
+            scale = (np.float32(1) - switch[c, t]) / total
             for k in range(neighbours):
-                beta[b, t - 1, k] = scale * beta[b, t - 1, k] + switch[b, t]
+                beta[c, t - 1, k] = scale * beta[c, t - 1, k] + switch[c, t]
         for t in range(first, last):
             total = np.float32(0)
             for k in range(neighbours):
-                posterior[b, t - first, k] = alpha[b, t, k] * beta[b, t, k]
-                total += posterior[b, t - first, k]
+                posterior[c, t - first, k] = alpha[c, t, k] * beta[c, t, k]
+                total += posterior[c, t - first, k]
             scale = np.float32(1) / total
             for k in range(neighbours):
-                posterior[b, t - first, k] *= scale
+                posterior[c, t - first, k] *= scale
 
 
 @_compiled
@@ -154,70 +156,71 @@ def adjoint(
     switch_slope,
     prior_slope,
 ):
-    """Add d L / d likelihood, d L / d switch [B, T] and d L / d prior [B, K], given ``gradient`` = d L / d posterior
-    [B, N, K].
+    """Add d L / d likelihood, d L / d switch [C, T] and d L / d prior [C, K], given ``gradient`` = d L / d posterior
+    [C, N, K].
 
     Reverse-mode differentiation of :func:`forward_backward`, recursion by recursion: the backward pass ran
     from the last site to the first, so its adjoint runs from the first to the last, and the other way round
     for the forward pass. For x = u / sum(u): du = (dx - sum(dx x)) / sum(u).
     """
     queries, sites, neighbours = mismatch.shape
-    for b in numba.prange(queries):
+    for c in numba.prange(len(likelihood)):
+        differs, chosen = mismatch[c % queries], prior[c % queries]
         alpha_slope = np.zeros((sites, neighbours), dtype=np.float32)
         beta_slope = np.zeros((sites, neighbours), dtype=np.float32)
         for t in range(first, last):
             total, mean = np.float32(0), np.float32(0)
             for k in range(neighbours):
-                total += alpha[b, t, k] * beta[b, t, k]
-                mean += gradient[b, t - first, k] * posterior[b, t - first, k]
+                total += alpha[c, t, k] * beta[c, t, k]
+                mean += gradient[c, t - first, k] * posterior[c, t - first, k]
             scale = np.float32(1) / total
             for k in range(neighbours):
-                slope = (gradient[b, t - first, k] - mean) * scale
-                alpha_slope[t, k] = slope * beta[b, t, k]
-                beta_slope[t, k] = slope * alpha[b, t, k]
+                slope = (gradient[c, t - first, k] - mean) * scale
+                alpha_slope[t, k] = slope * beta[c, t, k]
+                beta_slope[t, k] = slope * alpha[c, t, k]
         for t in range(first + 1, sites):
-            stay, miss = np.float32(1) - switch[b, t], likelihood[b, t]
+            stay, miss = np.float32(1) - switch[c, t], likelihood[c, t]
             total, weighed, moved = np.float32(0), np.float32(0), np.float32(0)
             for k in range(neighbours):
-                seen = beta[b, t, k] * (miss if mismatch[b, t, k] else np.float32(1))
-                total += seen * prior[b, k]
+                seen = beta[c, t, k] * (miss if differs[t, k] else np.float32(1))
+                total += seen * chosen[k]
                 weighed += beta_slope[t - 1, k] * seen
                 moved += beta_slope[t - 1, k]
             weighed /= total
-            switch_slope[b, t] += moved - weighed
+            switch_slope[c, t] += moved - weighed
             missed = np.float32(0)
             for k in range(neighbours):
-                slope = stay * (beta_slope[t - 1, k] - weighed * prior[b, k]) / total
-                beta_slope[t, k] += slope * (miss if mismatch[b, t, k] else np.float32(1))
-                missed += slope * beta[b, t, k] if mismatch[b, t, k] else np.float32(0)
-                seen = beta[b, t, k] * (miss if mismatch[b, t, k] else np.float32(1))
-                prior_slope[b, k] -= stay * weighed * seen / total
-            likelihood_slope[b, t] += missed
+                slope = stay * (beta_slope[t - 1, k] - weighed * chosen[k]) / total
+                beta_slope[t, k] += slope * (miss if differs[t, k] else np.float32(1))
+                missed += slope * beta[c, t, k] if differs[t, k] else np.float32(0)
+                seen = beta[c, t, k] * (miss if differs[t, k] else np.float32(1))
+                prior_slope[c, k] -= stay * weighed * seen / total
+            likelihood_slope[c, t] += missed
         for t in range(last - 1, -1, -1):
-            stay = np.float32(0) if t == 0 else np.float32(1) - switch[b, t]
-            jump = np.float32(1) if t == 0 else switch[b, t]
-            miss = likelihood[b, t]
+            stay = np.float32(0) if t == 0 else np.float32(1) - switch[c, t]
+            jump = np.float32(1) if t == 0 else switch[c, t]
+            miss = likelihood[c, t]
             total, mean = np.float32(0), np.float32(0)
             for k in range(neighbours):
-                came = jump * prior[b, k]
+                came = jump * chosen[k]
                 if t > 0:
-                    came += stay * alpha[b, t - 1, k]
-                total += came * (miss if mismatch[b, t, k] else np.float32(1))
-                mean += alpha_slope[t, k] * alpha[b, t, k]
+                    came += stay * alpha[c, t - 1, k]
+                total += came * (miss if differs[t, k] else np.float32(1))
+                mean += alpha_slope[t, k] * alpha[c, t, k]
             missed, moved = np.float32(0), np.float32(0)
             for k in range(neighbours):
-                came = jump * prior[b, k]
+                came = jump * chosen[k]
                 if t > 0:
-                    came += stay * alpha[b, t - 1, k]
+                    came += stay * alpha[c, t - 1, k]
                 slope = (alpha_slope[t, k] - mean) / total
-                missed += slope * came if mismatch[b, t, k] else np.float32(0)
-                slope *= miss if mismatch[b, t, k] else np.float32(1)
-                prior_slope[b, k] += jump * slope
+                missed += slope * came if differs[t, k] else np.float32(0)
+                slope *= miss if differs[t, k] else np.float32(1)
+                prior_slope[c, k] += jump * slope
                 if t > 0:
-                    moved += slope * (prior[b, k] - alpha[b, t - 1, k])
+                    moved += slope * (chosen[k] - alpha[c, t - 1, k])
                     alpha_slope[t - 1, k] += stay * slope
-            likelihood_slope[b, t] += missed
-            switch_slope[b, t] += moved
+            likelihood_slope[c, t] += missed
+            switch_slope[c, t] += moved
 
 
 @_compiled

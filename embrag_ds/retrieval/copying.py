@@ -65,10 +65,11 @@ def copying_backend(device: torch.device) -> str:
 def copying_posterior(
     mismatch: Tensor, cost: Tensor, switch: Tensor, prior: Tensor, near: slice = slice(None)
 ) -> Tensor:
-    """Posterior copying probabilities at the sites ``near``, float32 [B, N, K], summing to 1 over K.
+    """Posterior copying probabilities at the sites ``near``, float32 [C, N, K], summing to 1 over K.
 
-    ``mismatch`` bool [B, T, K]; ``cost`` and ``switch`` float32 [B, T], the switch at the first site being
-    ignored; ``prior`` float32 [B, K], positive, summing to 1 over K. Differentiable in all but ``mismatch``.
+    ``mismatch`` bool [B, T, K]; ``cost`` and ``switch`` float32 [C, T], the switch at the first site being
+    ignored; ``prior`` float32 [B, K], positive, summing to 1 over K. C is B, or a multiple of it: several chains with
+    costs and switches of their own, of which chain c is about query c % B. Differentiable in all but ``mismatch``.
     """
     way = copying_backend(mismatch.device)
     if way == "torch":
@@ -80,7 +81,7 @@ def copying_posterior(
     compiled.use_torch_threads()
     if torch.is_grad_enabled() and (cost.requires_grad or switch.requires_grad or prior.requires_grad):
         return _CompiledPosterior.apply(mismatch, cost, switch, prior, first, last)
-    posterior = np.empty((len(mismatch), last - first, mismatch.shape[2]), dtype=np.float32)
+    posterior = np.empty((len(cost), last - first, mismatch.shape[2]), dtype=np.float32)
     compiled.posterior_alone(*_arguments(mismatch, cost, switch, prior), first, last, posterior)
     return torch.from_numpy(posterior)
 
@@ -88,6 +89,8 @@ def copying_posterior(
 def posterior_torch(mismatch: Tensor, cost: Tensor, switch: Tensor, prior: Tensor, near: slice = slice(None)) -> Tensor:
     """:func:`copying_posterior` in plain torch operations, a step per site."""
     cost, switch = _bounded(cost, switch)
+    chains = len(cost) // len(mismatch)
+    mismatch, prior = mismatch.repeat(chains, 1, 1), prior.repeat(chains, 1)
     emission = torch.where(mismatch, torch.exp(-cost)[..., None], 1.0).unbind(1)
     stay = (1 - switch)[..., None].unbind(1)
     jump = switch[..., None].unbind(1)
@@ -120,9 +123,9 @@ class _CompiledPosterior(torch.autograd.Function):
         ctx: Any, mismatch: Tensor, cost: Tensor, switch: Tensor, prior: Tensor, first: int, last: int
     ) -> Tensor:
         arguments = (*_arguments(mismatch, cost, switch, prior), first, last)
-        alpha = np.empty(mismatch.shape, dtype=np.float32)
+        alpha = np.empty((len(cost), *mismatch.shape[1:]), dtype=np.float32)
         beta = np.empty_like(alpha)
-        posterior = np.empty((len(mismatch), last - first, mismatch.shape[2]), dtype=np.float32)
+        posterior = np.empty((len(cost), last - first, mismatch.shape[2]), dtype=np.float32)
         compiled.forward_backward(*arguments, alpha, beta, posterior)
         ctx.arguments = arguments
         ctx.passes = (alpha, beta, posterior)
@@ -133,11 +136,14 @@ class _CompiledPosterior(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, Tensor, None, None]:
         (gradient,) = gradients
         likelihood_slope = np.zeros(ctx.cost.shape, dtype=np.float32)
-        slopes = likelihood_slope, np.zeros_like(likelihood_slope), np.zeros_like(ctx.arguments[3])
+        prior = ctx.arguments[3]
+        prior_slope = np.zeros((len(ctx.cost), prior.shape[1]), dtype=np.float32)
+        slopes = likelihood_slope, np.zeros_like(likelihood_slope), prior_slope
         compiled.adjoint(*ctx.arguments, *ctx.passes, gradient.float().contiguous().numpy(), *slopes)
         # d exp(-cost) / d cost = -exp(-cost)
         cost_slope = -torch.from_numpy(likelihood_slope) * torch.exp(-ctx.cost)
-        return None, cost_slope, torch.from_numpy(slopes[1]), torch.from_numpy(slopes[2]), None, None
+        of_queries = torch.from_numpy(prior_slope).unflatten(0, (-1, len(prior))).sum(0)
+        return None, cost_slope, torch.from_numpy(slopes[1]), of_queries, None, None
 
 
 def match_lengths(mismatch: Tensor, position: Tensor, count: Tensor, near: slice = slice(None)) -> Tensor:

@@ -1,8 +1,10 @@
 """CUDA kernels of the copying model: :mod:`embrag_ds.retrieval.compiled` for GPUs, launched through CuPy.
 
-One block per query haplotype; its threads share the K neighbours and walk the typed sites together, so that a
-site costs the block's sums and nothing else. The recursions are those of the compiled loops, term by
-term. The source is plain C, so that a test can compile it for the host.
+One block per chain; its threads share the K neighbours, keep their states in registers and walk the typed sites
+together. What takes the time of such a walk is not arithmetic but waiting for each other, so all sums a site
+needs are made in one go, by shuffles and one barrier, and sums that nothing waits for are left to the
+next site's. The recursions are those of the compiled loops, term by term. The source also compiles for the
+host, which is how the tests run it without a GPU.
 """
 
 from __future__ import annotations
@@ -17,169 +19,203 @@ from torch import Tensor
 from embrag_ds.retrieval.kernels import launch
 
 SOURCE = r"""
-#define EACH_NEIGHBOUR for (int k = threadIdx.x; k < K; k += blockDim.x)
+#ifndef WARP
+#define WARP 32
+#endif
+#define MOST_SUMS 4
+#define SCRATCH (2 * MOST_SUMS * 32)  // of at most 32 warps, used in turns
+// A block has THREADS threads, which bounds their registers, and a thread PER neighbours; i numbers its own.
+#define EACH_NEIGHBOUR \
+    _Pragma("unroll") for (int i = 0, k = threadIdx.x; i < PER; ++i, k += blockDim.x) if (k < K)
 
-// The sum of every thread's value, the same for all; blockDim.x is a power of two.
-__device__ float block_sum(float value, float* scratch)
+// Sums of every thread's values, the same for all. A row of scratch is written again two calls later, when a barrier
+// has seen everybody through with it.
+template <int N>
+__device__ void block_sums(float (&sum)[N], float* scratch, int& turn)
 {
-    scratch[threadIdx.x] = value;
-    __syncthreads();
-    for (int half = blockDim.x / 2; half > 0; half /= 2) {
-        if (threadIdx.x < half) scratch[threadIdx.x] += scratch[threadIdx.x + half];
-        __syncthreads();
+    const int warps = blockDim.x / WARP;
+    turn ^= 1;
+    float* row = scratch + turn * MOST_SUMS * 32;
+    _Pragma("unroll")
+    for (int n = 0; n < N; ++n) {
+        for (int distance = WARP / 2; distance > 0; distance /= 2)
+            sum[n] += __shfl_xor_sync(0xffffffffu, sum[n], distance);
+        if (threadIdx.x % WARP == 0) row[n * warps + threadIdx.x / WARP] = sum[n];
     }
-    const float total = scratch[0];
     __syncthreads();
-    return total;
+    _Pragma("unroll")
+    for (int n = 0; n < N; ++n) {
+        sum[n] = 0.f;
+        for (int warp = 0; warp < warps; ++warp) sum[n] += row[n * warps + warp];
+    }
 }
 
-extern "C" __global__ void copying_forward_backward(
+extern "C" __global__ void __launch_bounds__(THREADS) copying_forward_backward(
     const unsigned char* mismatch,  // [B, T, K]
-    const float* likelihood,        // [B, T], of a mismatch
-    const float* switching,         // [B, T]
+    const float* likelihood,        // [C, T], of a mismatch
+    const float* switching,         // [C, T]
     const float* prior,             // [B, K]
-    float* alpha,                   // [B, T, K]
-    float* beta,                    // [B, T, K]
-    float* posterior,               // [B, N, K]
-    const int T, const int K, const int first, const int last)
+    float* alpha,                   // [C, T, K]
+    float* beta,                    // [C, T, K]
+    float* posterior,               // [C, N, K]
+    const int B, const int T, const int K, const int first, const int last)
 {
-    __shared__ float scratch[1024];
-    const long long b = blockIdx.x;
-    mismatch += b * T * K; alpha += b * T * K; beta += b * T * K;
-    likelihood += b * T; switching += b * T; prior += b * K;
-    posterior += b * (last - first) * K;
+    __shared__ float scratch[SCRATCH];
+    const long long c = blockIdx.x, b = c % B;
+    mismatch += b * T * K; prior += b * K;
+    alpha += c * T * K; beta += c * T * K; likelihood += c * T; switching += c * T;
+    posterior += c * (last - first) * K;
+    float weight[PER], state[PER], scale = 0.f;
+    int turn = 0;
+    EACH_NEIGHBOUR {
+        weight[i] = prior[k];
+        state[i] = 0.f;
+    }
     for (int t = 0; t < T; ++t) {
-        const float stay = t ? 1.f - switching[t] : 0.f, jump = t ? switching[t] : 1.f, miss = likelihood[t];
+        const float stay = t ? (1.f - switching[t]) * scale : 0.f, jump = t ? switching[t] : 1.f, miss = likelihood[t];
         const long long row = (long long)t * K;
-        float total = 0.f;
+        float sum[1] = {0.f};
         EACH_NEIGHBOUR {
-            float moved = jump * prior[k];
-            if (t) moved += stay * alpha[row - K + k];
-            moved *= mismatch[row + k] ? miss : 1.f;
-            alpha[row + k] = moved;
-            total += moved;
+            state[i] = (stay * state[i] + jump * weight[i]) * (mismatch[row + k] ? miss : 1.f);
+            sum[0] += state[i];
         }
-        const float scale = 1.f / block_sum(total, scratch);
-        EACH_NEIGHBOUR alpha[row + k] *= scale;
+        block_sums(sum, scratch, turn);
+        scale = 1.f / sum[0];
+        EACH_NEIGHBOUR alpha[row + k] = state[i] * scale;
     }
-    EACH_NEIGHBOUR beta[(long long)(T - 1) * K + k] = 1.f;
-    for (int t = T - 1; t > 0; --t) {
+    EACH_NEIGHBOUR state[i] = 1.f;
+    for (int t = T - 1; t >= 0; --t) {
         const float miss = likelihood[t];
-        const long long row = (long long)t * K;
-        float total = 0.f;
-        EACH_NEIGHBOUR {
-            const float seen = beta[row + k] * (mismatch[row + k] ? miss : 1.f);
-            beta[row - K + k] = seen;
-            total += seen * prior[k];
-        }
-        const float scale = (1.f - switching[t]) / block_sum(total, scratch);
-        EACH_NEIGHBOUR beta[row - K + k] = scale * beta[row - K + k] + switching[t];
-    }
-    for (int t = first; t < last; ++t) {
         const long long row = (long long)t * K, out = (long long)(t - first) * K;
-        float total = 0.f;
+        const bool wanted = first <= t && t < last;
+        float sum[2] = {0.f, 0.f}, both[PER];
         EACH_NEIGHBOUR {
-            posterior[out + k] = alpha[row + k] * beta[row + k];
-            total += posterior[out + k];
+            beta[row + k] = state[i];
+            both[i] = wanted ? alpha[row + k] * state[i] : 0.f;
+            state[i] *= mismatch[row + k] ? miss : 1.f;
+            sum[0] += state[i] * weight[i];
+            sum[1] += both[i];
         }
-        const float scale = 1.f / block_sum(total, scratch);
-        EACH_NEIGHBOUR posterior[out + k] *= scale;
+        block_sums(sum, scratch, turn);
+        if (wanted) {
+            EACH_NEIGHBOUR posterior[out + k] = both[i] / sum[1];
+        }
+        const float stay = (1.f - switching[t]) / sum[0], jump = switching[t];
+        EACH_NEIGHBOUR state[i] = stay * state[i] + jump;
     }
 }
 
-extern "C" __global__ void copying_adjoint(
+extern "C" __global__ void __launch_bounds__(THREADS) copying_adjoint(
     const unsigned char* mismatch, const float* likelihood, const float* switching, const float* prior,
     const float* alpha, const float* beta, const float* posterior,
-    const float* gradient,    // [B, N, K]
-    float* alpha_slope,       // [B, T, K], zero
-    float* beta_slope,        // [B, T, K], zero
-    float* likelihood_slope,  // [B, T], zero, as are the next two
-    float* switch_slope,      // [B, T]
-    float* prior_slope,       // [B, K]
-    const int T, const int K, const int first, const int last)
+    const float* gradient,    // [C, N, K]
+    float* moments,           // [C, N, 2], scratch
+    float* likelihood_slope,  // [C, T], zero, as is the next
+    float* switch_slope,      // [C, T]
+    float* prior_slope,       // [C, K]
+    const int B, const int T, const int K, const int first, const int last)
 {
-    __shared__ float scratch[1024];
-    const long long b = blockIdx.x;
-    mismatch += b * T * K; alpha += b * T * K; beta += b * T * K; alpha_slope += b * T * K; beta_slope += b * T * K;
-    likelihood += b * T; switching += b * T; likelihood_slope += b * T; switch_slope += b * T;
-    prior += b * K; prior_slope += b * K;
-    posterior += b * (last - first) * K; gradient += b * (last - first) * K;
+    __shared__ float scratch[SCRATCH];
+    const long long c = blockIdx.x, b = c % B;
+    mismatch += b * T * K; prior += b * K;
+    alpha += c * T * K; beta += c * T * K; likelihood += c * T; switching += c * T;
+    likelihood_slope += c * T; switch_slope += c * T; prior_slope += c * K;
+    posterior += c * (last - first) * K; gradient += c * (last - first) * K; moments += c * (last - first) * 2;
+    float weight[PER], weight_slope[PER], chain[PER], seen[PER];
+    int turn = 0;
+    EACH_NEIGHBOUR {
+        weight[i] = prior[k];
+        weight_slope[i] = 0.f;
+        chain[i] = 0.f;
+    }
+    // d L / d (alpha beta) at a site of N is (gradient - mean) / total.
     for (int t = first; t < last; ++t) {
         const long long row = (long long)t * K, out = (long long)(t - first) * K;
-        float total = 0.f, mean = 0.f;
+        float sum[2] = {0.f, 0.f};
         EACH_NEIGHBOUR {
-            total += alpha[row + k] * beta[row + k];
-            mean += gradient[out + k] * posterior[out + k];
+            sum[0] += alpha[row + k] * beta[row + k];
+            sum[1] += gradient[out + k] * posterior[out + k];
         }
-        const float scale = 1.f / block_sum(total, scratch);
-        mean = block_sum(mean, scratch);
-        EACH_NEIGHBOUR {
-            const float slope = (gradient[out + k] - mean) * scale;
-            alpha_slope[row + k] = slope * beta[row + k];
-            beta_slope[row + k] = slope * alpha[row + k];
+        block_sums(sum, scratch, turn);
+        if (threadIdx.x == 0) {
+            moments[2 * (t - first)] = 1.f / sum[0];
+            moments[2 * (t - first) + 1] = sum[1];
         }
     }
+    __syncthreads();
+#define DIRECT(t, other) ((gradient[(long long)((t) - first) * K + k] - moments[2 * ((t) - first) + 1]) \
+                          * moments[2 * ((t) - first)] * (other)[(long long)(t) * K + k])
+    // beta's recursion went down from T - 1; chain is the slope of beta at t - 1.
+    EACH_NEIGHBOUR chain[i] = DIRECT(first, alpha);
+    float missed = 0.f, moved = 0.f;
     for (int t = first + 1; t < T; ++t) {
         const float stay = 1.f - switching[t], miss = likelihood[t];
         const long long row = (long long)t * K;
-        float total = 0.f, weighed = 0.f, moved = 0.f;
+        float sum[4] = {0.f, 0.f, 0.f, missed};
         EACH_NEIGHBOUR {
-            const float seen = beta[row + k] * (mismatch[row + k] ? miss : 1.f);
-            total += seen * prior[k];
-            weighed += beta_slope[row - K + k] * seen;
-            moved += beta_slope[row - K + k];
+            seen[i] = beta[row + k] * (mismatch[row + k] ? miss : 1.f);
+            sum[0] += seen[i] * weight[i];
+            sum[1] += chain[i] * seen[i];
+            sum[2] += chain[i];
         }
-        total = block_sum(total, scratch);
-        weighed = block_sum(weighed, scratch) / total;
-        moved = block_sum(moved, scratch);
-        float missed = 0.f;
-        EACH_NEIGHBOUR {
-            const float slope = stay * (beta_slope[row - K + k] - weighed * prior[k]) / total;
-            const float seen = beta[row + k] * (mismatch[row + k] ? miss : 1.f);
-            beta_slope[row + k] += slope * (mismatch[row + k] ? miss : 1.f);
-            if (mismatch[row + k]) missed += slope * beta[row + k];
-            prior_slope[k] -= stay * weighed * seen / total;
-        }
-        missed = block_sum(missed, scratch);
+        block_sums(sum, scratch, turn);
+        const float scale = stay / sum[0], weighed = sum[1] / sum[0];
         if (threadIdx.x == 0) {
-            switch_slope[t] += moved - weighed;
-            likelihood_slope[t] += missed;
+            switch_slope[t] += sum[2] - weighed;
+            likelihood_slope[t - 1] += sum[3];
+        }
+        missed = 0.f;
+        EACH_NEIGHBOUR {
+            const float slope = scale * (chain[i] - weighed * weight[i]);
+            weight_slope[i] -= scale * weighed * seen[i];
+            if (mismatch[row + k]) missed += slope * beta[row + k];
+            chain[i] = slope * (mismatch[row + k] ? miss : 1.f);
+            if (t < last) chain[i] += DIRECT(t, alpha);
         }
     }
+    {
+        float sum[1] = {missed};
+        block_sums(sum, scratch, turn);
+        if (threadIdx.x == 0) likelihood_slope[T - 1] += sum[0];
+    }
+    // alpha's went up from 0; chain is the slope of alpha at t.
+    EACH_NEIGHBOUR chain[i] = DIRECT(last - 1, beta);
+    missed = 0.f;
     for (int t = last - 1; t >= 0; --t) {
         const float stay = t ? 1.f - switching[t] : 0.f, jump = t ? switching[t] : 1.f, miss = likelihood[t];
         const long long row = (long long)t * K;
-        float total = 0.f, mean = 0.f;
+        float sum[4] = {0.f, 0.f, missed, moved};
         EACH_NEIGHBOUR {
-            float came = jump * prior[k];
-            if (t) came += stay * alpha[row - K + k];
-            total += came * (mismatch[row + k] ? miss : 1.f);
-            mean += alpha_slope[row + k] * alpha[row + k];
+            seen[i] = jump * weight[i] + (t ? stay * alpha[row - K + k] : 0.f);
+            sum[0] += seen[i] * (mismatch[row + k] ? miss : 1.f);
+            sum[1] += chain[i] * alpha[row + k];
         }
-        total = block_sum(total, scratch);
-        mean = block_sum(mean, scratch);
-        float missed = 0.f, moved = 0.f;
+        block_sums(sum, scratch, turn);
+        const float scale = 1.f / sum[0], mean = sum[1];
+        if (threadIdx.x == 0 && t + 1 < last) {
+            likelihood_slope[t + 1] += sum[2];
+            switch_slope[t + 1] += sum[3];
+        }
+        missed = moved = 0.f;
         EACH_NEIGHBOUR {
-            float came = jump * prior[k];
-            if (t) came += stay * alpha[row - K + k];
-            float slope = (alpha_slope[row + k] - mean) / total;
-            if (mismatch[row + k]) missed += slope * came;
+            float slope = (chain[i] - mean) * scale;
+            if (mismatch[row + k]) missed += slope * seen[i];
             slope *= mismatch[row + k] ? miss : 1.f;
-            prior_slope[k] += jump * slope;
+            weight_slope[i] += jump * slope;
             if (t) {
-                moved += slope * (prior[k] - alpha[row - K + k]);
-                alpha_slope[row - K + k] += stay * slope;
+                moved += slope * (weight[i] - alpha[row - K + k]);
+                chain[i] = stay * slope;
+                if (t > first) chain[i] += DIRECT(t - 1, beta);
             }
         }
-        missed = block_sum(missed, scratch);
-        moved = block_sum(moved, scratch);
-        if (threadIdx.x == 0) {
-            likelihood_slope[t] += missed;
-            switch_slope[t] += moved;
-        }
     }
+    float sum[1] = {missed};
+    block_sums(sum, scratch, turn);
+    if (threadIdx.x == 0) likelihood_slope[0] += sum[0];
+    EACH_NEIGHBOUR prior_slope[k] = weight_slope[i];
 }
 """
+_WARP = 32
 _MOST_THREADS = 1024
 
 
@@ -188,21 +224,34 @@ def available() -> bool:
     return importlib.util.find_spec("cupy") is not None
 
 
+def block_shape(neighbours: int) -> tuple[int, int]:
+    """Threads of a block, and neighbours of a thread: a few each where there are many, for fewer to wait for."""
+    per = 1 if neighbours <= 256 else max(4, -(-neighbours // _MOST_THREADS))
+    return _WARP * -(-neighbours // (_WARP * per)), per
+
+
+def compile_options(neighbours: int) -> tuple[str, ...]:
+    """What the kernels are compiled with."""
+    threads, per = block_shape(neighbours)
+    return (f"-DTHREADS={threads}", f"-DPER={per}")
+
+
 @cache
-def _kernel(name: str) -> Any:
+def _kernel(name: str, options: tuple[str, ...]) -> Any:
     import cupy
 
-    return cupy.RawKernel(SOURCE, name)
+    return cupy.RawKernel(SOURCE, name, options=options)
 
 
 def _run(name: str, tensors: list[Tensor], first: int, last: int) -> None:
     queries, sites, neighbours = tensors[0].shape
-    threads = min(_MOST_THREADS, 1 << max(5, (neighbours - 1).bit_length()))
-    launch(_kernel(name), (queries,), (threads,), tensors, (sites, neighbours, first, last))
+    kernel = _kernel(name, compile_options(neighbours))
+    threads, _ = block_shape(neighbours)
+    launch(kernel, (len(tensors[1]),), (threads,), tensors, (queries, sites, neighbours, first, last))
 
 
 class CudaPosterior(torch.autograd.Function):
-    """Posterior [B, N, K] of mismatch bool [B, T, K], likelihood and switch [B, T] and prior [B, K], float32."""
+    """Posterior [C, N, K] of mismatch bool [B, T, K], likelihood and switch [C, T] and prior [B, K], float32."""
 
     @staticmethod
     def forward(
@@ -210,9 +259,9 @@ class CudaPosterior(torch.autograd.Function):
     ) -> Tensor:
         numbers = [each.detach().float().contiguous() for each in (likelihood, switch, prior)]
         given = [mismatch.contiguous().view(torch.uint8), *numbers]
-        alpha = torch.empty(mismatch.shape, device=mismatch.device)
+        alpha = torch.empty(len(likelihood), *mismatch.shape[1:], device=mismatch.device)
         beta = torch.empty_like(alpha)
-        posterior = alpha.new_empty(len(mismatch), last - first, mismatch.shape[2])
+        posterior = alpha.new_empty(len(alpha), last - first, mismatch.shape[2])
         _run("copying_forward_backward", [*given, alpha, beta, posterior], first, last)
         ctx.save_for_backward(*given, alpha, beta, posterior)
         ctx.bounds = (first, last)
@@ -221,8 +270,9 @@ class CudaPosterior(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, Tensor, None, None]:
         saved = list(ctx.saved_tensors)
-        alpha, likelihood, prior = saved[4], saved[1], saved[3]
-        scratch = [torch.zeros_like(alpha), torch.zeros_like(alpha)]
-        slopes = [torch.zeros_like(likelihood), torch.zeros_like(likelihood), torch.zeros_like(prior)]
-        _run("copying_adjoint", [*saved, gradients[0].float().contiguous(), *scratch, *slopes], *ctx.bounds)
-        return None, slopes[0], slopes[1], slopes[2], None, None
+        likelihood, prior, posterior = saved[1], saved[3], saved[6]
+        moments = torch.empty(*posterior.shape[:2], 2, device=posterior.device)
+        slopes = [torch.zeros_like(likelihood), torch.zeros_like(likelihood)]
+        slopes.append(prior.new_empty(len(likelihood), prior.shape[1]))
+        _run("copying_adjoint", [*saved, gradients[0].float().contiguous(), moments, *slopes], *ctx.bounds)
+        return None, slopes[0], slopes[1], slopes[2].unflatten(0, (-1, len(prior))).sum(0), None, None

@@ -105,12 +105,13 @@ def test_copying_weights_equal_the_slow_model_interpolated_in_centimorgans(
         found = pooling(batch, batch.retrieved, weight).weights.numpy()
         share = pooling._share_of_slow(batch.frequency).numpy()
     panel = world.data.reference_alleles(window)
-    assert len(passed) == 2
-    for row in range(2 * len(people)):
+    ((_, costs, all_switches, prior, near),) = passed
+    assert near == batch.near
+    rows = 2 * len(people)
+    for row in range(rows):
         typed = batch.typed[row, : int(batch.typed_count[row])]
         by_chain = []
-        for _, cost, switch, prior, near in passed:
-            assert near == batch.near
+        for cost, switch in zip(costs.split(rows), all_switches.split(rows), strict=True):
             rate, penalty = 0.0, 0.0
             if len(typed):
                 penalties = cost[row, : len(typed)] / weight[typed]

@@ -52,12 +52,12 @@ def slow_posterior(emission: np.ndarray, switch: np.ndarray, prior: np.ndarray) 
     return both / both.sum(1, keepdims=True)
 
 
-def random_case(seed: int, queries: int, sites: int, states: int, harshness: float = 5.0):
-    """mismatch [B, T, K], cost [B, T], switch [B, T], one in ten being zero, and prior [B, K]."""
+def random_case(seed: int, queries: int, sites: int, states: int, harshness: float = 5.0, chains: int = 1):
+    """mismatch [B, T, K], cost and switch [C, T], one in ten switches being zero, prior [B, K]; C / B ``chains``."""
     rng = np.random.default_rng(seed)
     mismatch = rng.random((queries, sites, states)) < 0.4
-    cost = harshness * rng.random((queries, sites))
-    switch = rng.random((queries, sites)) ** 3
+    cost = harshness * rng.random((chains * queries, sites))
+    switch = rng.random((chains * queries, sites)) ** 3
     switch[rng.random(switch.shape) < 0.1] = 0.0
     prior = rng.dirichlet(np.ones(states), queries) * 0.9 + 0.1 / states
     return torch.from_numpy(mismatch), *(torch.from_numpy(each).float() for each in (cost, switch, prior))
@@ -71,18 +71,22 @@ def random_case(seed: int, queries: int, sites: int, states: int, harshness: flo
     sites=st.integers(1, 8),
     states=st.integers(1, 5),
     harshness=st.floats(0.1, 9),
+    chains=st.integers(1, 3),
 )
 def test_the_posterior_equals_forward_backward_with_the_full_transition_matrix(
-    posterior_of, seed: int, queries: int, sites: int, states: int, harshness: float
+    posterior_of, seed: int, queries: int, sites: int, states: int, harshness: float, chains: int
 ) -> None:
-    mismatch, cost, switch, prior = random_case(seed, queries, sites, states, harshness)
+    mismatch, cost, switch, prior = random_case(seed, queries, sites, states, harshness, chains)
     near = some_of(seed, sites)
     found = posterior_of(mismatch, cost, switch, prior, near)
-    assert found.shape == mismatch[:, near].shape and found.dtype == torch.float32
-    for query in range(queries):
-        emission = np.exp(-cost[query].double().numpy()[:, None] * mismatch[query].numpy())
-        expected = slow_posterior(emission, *(each[query].double().numpy() for each in (switch, prior)))[near]
-        assert np.allclose(found[query].numpy(), expected, rtol=1e-3, atol=2e-5)
+    assert found.shape[1:] == mismatch[0, near].shape and found.dtype == torch.float32
+    assert len(found) == chains * queries
+    for chain in range(len(found)):
+        query = chain % queries
+        emission = np.exp(-cost[chain].double().numpy()[:, None] * mismatch[query].numpy())
+        numbers = (each.double().numpy() for each in (switch[chain], prior[query]))
+        expected = slow_posterior(emission, *numbers)[near]
+        assert np.allclose(found[chain].numpy(), expected, rtol=1e-3, atol=2e-5)
 
 
 @BOTH
@@ -94,13 +98,20 @@ def test_the_switch_before_the_first_site_is_ignored(posterior_of) -> None:
 
 
 @settings(deadline=None, max_examples=30)
-@given(seed=st.integers(0, 2**32), queries=st.integers(1, 3), sites=st.integers(1, 9), states=st.integers(1, 6))
+@given(
+    seed=st.integers(0, 2**32),
+    queries=st.integers(1, 3),
+    sites=st.integers(1, 9),
+    states=st.integers(1, 6),
+    chains=st.integers(1, 3),
+)
 def test_compiled_gradients_equal_those_of_autograd_in_double_precision(
-    seed: int, queries: int, sites: int, states: int
+    seed: int, queries: int, sites: int, states: int, chains: int
 ) -> None:
-    mismatch, cost, switch, prior = random_case(seed, queries, sites, states)
+    mismatch, cost, switch, prior = random_case(seed, queries, sites, states, chains=chains)
     near = some_of(seed, sites)
-    weight = torch.randn(mismatch[:, near].shape, generator=torch.Generator().manual_seed(seed))
+    shape = (chains * queries, *mismatch[0, near].shape)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     gradients = []
     for posterior_of, kind in ((copying_posterior, torch.float32), (posterior_torch, torch.float64)):
         inputs = [each.detach().to(kind).requires_grad_() for each in (cost, switch, prior)]
@@ -113,7 +124,7 @@ def test_compiled_gradients_equal_those_of_autograd_in_double_precision(
 
 @pytest.mark.parametrize("seed", range(5))
 def test_it_is_the_same_whether_or_not_gradients_are_kept(seed: int) -> None:
-    mismatch, cost, switch, prior = random_case(seed, 3, 9, 6)
+    mismatch, cost, switch, prior = random_case(seed, 3, 9, 6, chains=2)
     near = some_of(seed, 9)
     kept = copying_posterior(mismatch, cost.clone().requires_grad_(), switch, prior, near)
     assert kept.requires_grad

@@ -15,27 +15,42 @@ import torch
 
 from embrag_ds.retrieval import compiled
 from embrag_ds.retrieval.copying import copying_backend, copying_posterior, posterior_torch
-from embrag_ds.retrieval.copying_kernels import SOURCE
+from embrag_ds.retrieval.copying_kernels import SOURCE, block_shape
 
-# A block's threads are threads, its barrier a barrier; blocks run one after another.
+# A block's threads are threads, its barrier a barrier, and a warp is two of them; blocks run one after another.
 HOST = r"""
 #include <barrier>
 #include <functional>
+#include <memory>
 #include <thread>
 #include <vector>
 #define __global__
 #define __device__
 #define __shared__ static
+#define __launch_bounds__(threads)
+#define WARP 2
+#define PER %d
 struct Place { int x; };
 static Place blockIdx, blockDim;
 static thread_local Place threadIdx;
 static std::barrier<>* meeting;
+static std::vector<std::unique_ptr<std::barrier<>>> warps;
+static float lanes[1024];
 static void __syncthreads() { meeting->arrive_and_wait(); }
+static float __shfl_xor_sync(unsigned, float value, int distance) {
+    lanes[threadIdx.x] = value;
+    warps[threadIdx.x / WARP]->arrive_and_wait();
+    const float other = lanes[threadIdx.x ^ distance];
+    warps[threadIdx.x / WARP]->arrive_and_wait();
+    return other;
+}
 %s
 static void run(int blocks, int threads, std::function<void()> kernel) {
     blockDim.x = threads;
     std::barrier<> barrier(threads);
     meeting = &barrier;
+    warps.clear();
+    for (int i = 0; i < threads; i += WARP) warps.push_back(std::make_unique<std::barrier<>>(WARP));
     for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
         std::vector<std::thread> block;
         for (int i = 0; i < threads; ++i) block.emplace_back([i, &kernel] { threadIdx.x = i; kernel(); });
@@ -45,17 +60,17 @@ static void run(int blocks, int threads, std::function<void()> kernel) {
 typedef const float* In;
 typedef float* Out;
 extern "C" void forward_backward(int blocks, int threads, const unsigned char* m, In l, In s, In p, Out a, Out b, Out o,
-                                 int T, int K, int first, int last) {
-    run(blocks, threads, [=] { copying_forward_backward(m, l, s, p, a, b, o, T, K, first, last); });
+                                 int B, int T, int K, int first, int last) {
+    run(blocks, threads, [=] { copying_forward_backward(m, l, s, p, a, b, o, B, T, K, first, last); });
 }
 extern "C" void adjoint(int blocks, int threads, const unsigned char* m, In l, In s, In p, In a, In b, In o, In g,
-                        Out as, Out bs, Out ls, Out ss, Out ps, int T, int K, int first, int last) {
+                        Out w, Out ls, Out ss, Out ps, int B, int T, int K, int first, int last) {
     run(blocks, threads, [=] {
-        copying_adjoint(m, l, s, p, a, b, o, g, as, bs, ls, ss, ps, T, K, first, last);
+        copying_adjoint(m, l, s, p, a, b, o, g, w, ls, ss, ps, B, T, K, first, last);
     });
 }
 """
-THREADS = 4
+THREADS, PER = 6, 5
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +79,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
     compiler = shutil.which("c++") or shutil.which("g++")
     assert compiler is not None, "a C++ compiler is a requirement of the project"
     folder: Path = tmp_path_factory.mktemp("kernel")
-    (folder / "kernel.cpp").write_text(HOST % SOURCE, encoding="utf-8")
+    (folder / "kernel.cpp").write_text(HOST % (PER, SOURCE), encoding="utf-8")
     library = folder / "kernel.so"
     how = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w"]
     subprocess.run([compiler, *how, "-o", library, folder / "kernel.cpp"], check=True)
@@ -72,16 +87,17 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
 
     def run(name: str, arrays: list[np.ndarray], *sizes: int) -> None:
         pointers = [each.ctypes.data_as(ctypes.c_void_p) for each in arrays]
-        getattr(loaded, name)(len(arrays[0]), THREADS, *pointers, *sizes)
+        getattr(loaded, name)(len(arrays[1]), THREADS, *pointers, *sizes)
 
     return run
 
 
-def random_case(seed: int, queries: int, sites: int, states: int) -> list[np.ndarray]:
-    """mismatch [B, T, K], likelihood and switch [B, T], prior [B, K]."""
+def random_case(seed: int, queries: int, sites: int, states: int, chains: int = 2) -> list[np.ndarray]:
+    """mismatch [B, T, K], likelihood and switch [C, T], prior [B, K]; so many chains a query."""
     rng = np.random.default_rng(seed)
     mismatch = rng.random((queries, sites, states)) < 0.3
-    likelihood, switch = np.exp(-5 * rng.random((queries, sites))), rng.random((queries, sites)) ** 3 + 1e-6
+    shape = (chains * queries, sites)
+    likelihood, switch = np.exp(-5 * rng.random(shape)), rng.random(shape) ** 3 + 1e-6
     prior = rng.dirichlet(np.ones(states), queries) * 0.9 + 0.1 / states
     return [mismatch, *(each.astype(np.float32) for each in (likelihood, switch, prior))]
 
@@ -97,21 +113,29 @@ def test_values_and_slopes_are_those_of_the_compiled_loops(
     kernels: Callable[..., None], queries: int, sites: int, states: int, first: int, last: int
 ) -> None:
     given = random_case(sites, queries, sites, states)
-    shape, part = (queries, sites, states), (queries, last - first, states)
+    chains = len(given[1])
+    shape, part = (chains, sites, states), (chains, last - first, states)
     passes = [[np.full(size, np.nan, np.float32) for size in (shape, shape, part)] for _ in range(2)]
     compiled.forward_backward(*given, first, last, *passes[0])
     as_bytes = [given[0].view(np.uint8), *given[1:]]
-    kernels("forward_backward", [*as_bytes, *passes[1]], sites, states, first, last)
+    kernels("forward_backward", [*as_bytes, *passes[1]], queries, sites, states, first, last)
     for loops, kernel in zip(*passes, strict=True):
         np.testing.assert_allclose(kernel, loops, rtol=1e-4, atol=1e-6)
 
     gradient = np.random.default_rng(1).normal(size=part).astype(np.float32)
-    slopes = [[np.zeros(size, np.float32) for size in (shape[:2], shape[:2], given[3].shape)] for _ in range(2)]
+    sizes = (shape[:2], shape[:2], (chains, states))
+    slopes = [[np.zeros(size, np.float32) for size in sizes] for _ in range(2)]
     compiled.adjoint(*given, first, last, *passes[0], gradient, *slopes[0])
-    scratch = [np.zeros(shape, np.float32) for _ in range(2)]
-    kernels("adjoint", [*as_bytes, *passes[0], gradient, *scratch, *slopes[1]], sites, states, first, last)
+    moments = np.full((*part[:2], 2), np.nan, np.float32)
+    kernels("adjoint", [*as_bytes, *passes[0], gradient, moments, *slopes[1]], queries, sites, states, first, last)
     for loops, kernel in zip(*slopes, strict=True):
         np.testing.assert_allclose(kernel, loops, rtol=1e-3, atol=1e-4 * (1 + np.abs(loops).max()))
+
+
+@pytest.mark.parametrize("neighbours", [1, 31, 128, 256, 257, 700, 1536, 2000, 4096, 4097, 9000])
+def test_a_block_has_a_place_for_every_neighbour(neighbours: int) -> None:
+    threads, per = block_shape(neighbours)
+    assert threads % 32 == 0 and threads <= 1024 and neighbours <= threads * per < neighbours + 32 * per
 
 
 @pytest.mark.gpu
@@ -119,7 +143,7 @@ def test_values_and_slopes_are_those_of_the_compiled_loops(
 def test_on_the_gpu_they_are_those_of_the_cpu(queries: int, sites: int, states: int, first: int, last: int) -> None:
     assert copying_backend(torch.device("cuda", 0)) == "cuda kernel"
     mismatch, likelihood, switch, prior = map(torch.from_numpy, random_case(sites, queries, sites, states))
-    weight = torch.randn(queries, last - first, states, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(len(switch), last - first, states, generator=torch.Generator().manual_seed(1))
     found = []
     for device in ("cpu", "cuda"):
         inputs = [each.to(device).requires_grad_() for each in (-torch.log(likelihood), switch, prior)]

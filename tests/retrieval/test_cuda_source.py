@@ -1,0 +1,43 @@
+"""NVIDIA's own compiler accepts the kernels, for an H100 and a V100; it needs no GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from pathlib import Path
+
+import pytest
+
+from embrag_ds.retrieval import copying_kernels, kernels
+
+nvrtc = pytest.importorskip("nvidia.cuda_nvrtc", reason="the package nvidia-cuda-nvrtc-cu12 is not installed")
+REGISTERS = 65536  # of a multiprocessor
+
+
+def compiled(source: str, *options: str) -> str:
+    """The compiler's account of ``source``: complaints, and the registers it takes."""
+    (path,) = Path(next(iter(nvrtc.__path__))).glob("lib/libnvrtc.so.*")
+    library, program, size = ctypes.CDLL(str(path)), ctypes.c_void_p(), ctypes.c_size_t()
+    assert library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None) == 0
+    given = [option.encode() for option in ("--ptxas-options=-v", *options)]
+    failed = library.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given))
+    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetProgramLog(program, log)
+    assert not failed, log.value.decode()
+    return log.value.decode()
+
+
+@pytest.mark.parametrize("architecture", ["sm_70", "sm_90"])
+@pytest.mark.parametrize("neighbours", [1, 128, 1536, 4096, 5000])
+def test_the_copying_kernels_compile_and_a_block_fits_a_multiprocessor(neighbours: int, architecture: str) -> None:
+    options = copying_kernels.compile_options(neighbours)
+    log = compiled(copying_kernels.SOURCE, f"-arch={architecture}", *options)
+    registers = [int(each) for each in re.findall(r"Used (\d+) registers", log)]
+    threads, _ = copying_kernels.block_shape(neighbours)
+    assert len(registers) == 2
+    assert all(threads * -(-each // 8) * 8 <= REGISTERS for each in registers)
+
+
+def test_the_search_kernel_compiles() -> None:
+    assert "error" not in compiled(kernels.SOURCE, "-arch=sm_90")
