@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embrag_ds.retrieval import compiled
+from embrag_ds.retrieval import compiled, kernels
+from embrag_ds.retrieval.allele_kernels import CudaDosage
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Alleles:
 
     def dosage(self, posterior: Tensor, places: Places) -> Tensor:
         """Expected allele of the copied haplotype, float32 [B, L]; ``posterior`` [B, N, K]. Differentiable in it."""
+        if posterior.is_cuda and kernels.available():
+            return CudaDosage.apply(posterior, self.all, places.left, places.right, places.share)
         return (interpolated(posterior, places) * self.all).sum(1)
 
     def share(self) -> Tensor:

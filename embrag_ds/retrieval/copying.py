@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embrag_ds.retrieval import compiled, copying_kernels
+from embrag_ds.retrieval import compiled, kernels
 from embrag_ds.retrieval.copying_kernels import CudaPosterior
 
 # Both far enough from the smallest float32 that no sum over neighbours is 0, whatever the evidence: not where
@@ -59,7 +59,7 @@ def copying_backend(device: torch.device) -> str:
     """What computes :func:`copying_posterior` there: compiled loops, the CUDA kernel (with CuPy), or torch."""
     if device.type == "cpu":
         return "compiled"
-    return "cuda kernel" if device.type == "cuda" and copying_kernels.available() else "torch"
+    return "cuda kernel" if device.type == "cuda" and kernels.available() else "torch"
 
 
 def copying_posterior(

@@ -9,7 +9,6 @@ host, which is how the tests run it without a GPU.
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cache
 from typing import Any
 
@@ -217,11 +216,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_adjoint(
 """
 _WARP = 32
 _MOST_THREADS = 1024
-
-
-def available() -> bool:
-    """Whether CuPy, which compiles and launches the kernels, is installed."""
-    return importlib.util.find_spec("cupy") is not None
 
 
 def block_shape(neighbours: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ and are skipped. The source is plain C, so that a test can compile it for the ho
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -63,6 +64,11 @@ def mismatch_distances(tokens: Tensor, weights: Tensor, packed: Tensor, haplotyp
     width = packed.shape[1]
     launch(_kernel(), (-(-width // _THREADS), queries), (_THREADS,), arguments, (sites, width, haplotypes))
     return distance
+
+
+def available() -> bool:
+    """Whether CuPy, which compiles and launches kernels, is installed."""
+    return importlib.util.find_spec("cupy") is not None
 
 
 def launch(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from embrag_ds.retrieval import copying_kernels, kernels
+from embrag_ds.retrieval import allele_kernels, copying_kernels, kernels
 
 nvrtc = pytest.importorskip("nvidia.cuda_nvrtc", reason="the package nvidia-cuda-nvrtc-cu12 is not installed")
 REGISTERS = 65536  # of a multiprocessor
@@ -39,5 +40,6 @@ def test_the_copying_kernels_compile_and_a_block_fits_a_multiprocessor(neighbour
     assert all(threads * -(-each // 8) * 8 <= REGISTERS for each in registers)
 
 
-def test_the_search_kernel_compiles() -> None:
-    assert "error" not in compiled(kernels.SOURCE, "-arch=sm_90")
+@pytest.mark.parametrize("module", [kernels, allele_kernels])
+def test_the_others_compile(module: ModuleType) -> None:
+    assert "Used" in compiled(module.SOURCE, "-arch=sm_90")

@@ -1,0 +1,108 @@
+"""CUDA kernels of the copied dosage: :func:`embrag_ds.retrieval.compiled.mix` and its adjoint over all K alleles.
+
+Torch would write the posterior out for every site and neighbour, [B, K, L], and sort indices to hand slopes back. Here
+a thread has one site, or in the adjoint one neighbour, and nothing is written but the result; no two threads
+add to the same number, so that runs can be repeated. The source is plain C, so that a test can compile it for the host.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embrag_ds.retrieval.kernels import launch
+
+SOURCE = r"""
+extern "C" __global__ void copied_dosage(
+    const unsigned char* alleles,  // [B, K, L]
+    const float* posterior,        // [B, N, K]
+    const long long* left,         // [B, L], places among the N, rising along L, as are the next
+    const long long* right,        // [B, L]
+    const float* share,            // [B, L], of the right one
+    float* dosage,                 // [B, L]
+    const int tiles, const int N, const int K, const int L)
+{
+    const long long b = blockIdx.x / tiles;
+    const int site = blockIdx.x % tiles * blockDim.x + threadIdx.x;
+    if (site >= L) return;
+    const float* before = posterior + (b * N + left[b * L + site]) * K;
+    const float* after = posterior + (b * N + right[b * L + site]) * K;
+    const unsigned char* allele = alleles + b * K * L + site;
+    float at_left = 0.f, at_right = 0.f;
+    for (int k = 0; k < K; ++k) {
+        const float carries = allele[(long long)k * L];
+        at_left += carries * before[k];
+        at_right += carries * after[k];
+    }
+    dosage[b * L + site] = at_left + share[b * L + site] * (at_right - at_left);
+}
+
+extern "C" __global__ void copied_dosage_adjoint(
+    const unsigned char* alleles, const float* gradient, const long long* left, const long long* right,
+    const float* share,
+    float* slope,  // [B, N, K], zero
+    const int tiles, const int N, const int K, const int L)
+{
+    const long long b = blockIdx.x / tiles;
+    const int k = blockIdx.x % tiles * blockDim.x + threadIdx.x;
+    if (k >= K) return;
+    alleles += (b * K + k) * L; gradient += b * L; left += b * L; right += b * L; share += b * L;
+    slope += b * N * K + k;
+    float at_left = 0.f, at_right = 0.f;
+    for (int site = 0; site < L; ++site) {
+        const float given = alleles[site] ? gradient[site] : 0.f;
+        at_left += (1.f - share[site]) * given;
+        at_right += share[site] * given;
+        if (site + 1 == L || left[site + 1] != left[site]) {
+            slope[left[site] * K] += at_left;
+            at_left = 0.f;
+        }
+        if (site + 1 == L || right[site + 1] != right[site]) {
+            slope[right[site] * K] += at_right;
+            at_right = 0.f;
+        }
+    }
+}
+"""
+_THREADS = 128
+
+
+@cache
+def _kernel(name: str) -> Any:
+    import cupy
+
+    return cupy.RawKernel(SOURCE, name)
+
+
+def _run(name: str, over: int, tensors: list[Tensor], sizes: tuple[int, int, int]) -> None:
+    """A thread for each of the numbers below ``over``, for each query."""
+    tiles = -(-over // _THREADS)
+    launch(_kernel(name), (len(tensors[0]) * tiles,), (_THREADS,), tensors, (tiles, *sizes))
+
+
+class CudaDosage(torch.autograd.Function):
+    """Dosage float32 [B, L] of alleles uint8 [B, K, L] under posterior float32 [B, N, K] between left and right int64
+    [B, L], by the share float32 [B, L] of the right one."""
+
+    @staticmethod
+    def forward(ctx: Any, posterior: Tensor, alleles: Tensor, left: Tensor, right: Tensor, share: Tensor) -> Tensor:
+        places = [each.detach().contiguous() for each in (left, right, share)]
+        given = [alleles.contiguous(), posterior.detach().contiguous(), *places]
+        ctx.sizes = (posterior.shape[1], *alleles.shape[1:])
+        dosage = torch.empty_like(share)
+        _run("copied_dosage", dosage.shape[1], [*given, dosage], ctx.sizes)
+        ctx.save_for_backward(given[0], *places)
+        return dosage
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        alleles, *places = ctx.saved_tensors
+        passed, neighbours, _ = ctx.sizes
+        slope = torch.zeros(len(alleles), passed, neighbours, device=alleles.device)
+        _run(
+            "copied_dosage_adjoint", neighbours, [alleles, gradients[0].float().contiguous(), *places, slope], ctx.sizes
+        )
+        return slope, None, None, None, None

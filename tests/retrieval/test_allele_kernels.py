@@ -1,0 +1,102 @@
+"""The dosage's CUDA kernels, compiled for the host, against torch and autograd; on a GPU, against them as well."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from embrag_ds.retrieval.allele_kernels import SOURCE
+from embrag_ds.retrieval.alleles import Alleles, Places, interpolated
+
+HOST = r"""
+#define __global__
+struct Place { int x; };
+static Place blockIdx, blockDim, threadIdx;
+%s
+typedef const unsigned char* Alleles;
+typedef const float* In;
+typedef const long long* At;
+#define EVERYBODY blockDim.x = threads; \
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) \
+        for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x)
+extern "C" void dosage(int blocks, int threads, Alleles a, In p, At l, At r, In s, float* o,
+                       int t, int N, int K, int L) {
+    EVERYBODY copied_dosage(a, p, l, r, s, o, t, N, K, L);
+}
+extern "C" void adjoint(int blocks, int threads, Alleles a, In g, At l, At r, In s, float* o,
+                        int t, int N, int K, int L) {
+    EVERYBODY copied_dosage_adjoint(a, g, l, r, s, o, t, N, K, L);
+}
+"""
+THREADS = 4
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """The kernels by name, over so many sites or neighbours, on tensors, and then N, K, L."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    assert compiler is not None, "a C++ compiler is a requirement of the project"
+    folder: Path = tmp_path_factory.mktemp("kernel")
+    (folder / "kernel.cpp").write_text(HOST % SOURCE, encoding="utf-8")
+    library = folder / "kernel.so"
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-w", "-o", library, folder / "kernel.cpp"], check=True)
+    loaded = ctypes.CDLL(str(library))
+
+    def run(name: str, over: int, tensors: list[Tensor], *sizes: int) -> None:
+        tiles = -(-over // THREADS)
+        pointers = [ctypes.c_void_p(each.data_ptr()) for each in tensors]
+        getattr(loaded, name)(len(tensors[0]) * tiles, THREADS, *pointers, tiles, *sizes)
+
+    return run
+
+
+def random_case(seed: int, passed: int, neighbours: int, sites: int) -> tuple[Tensor, Tensor, Places]:
+    rng = np.random.default_rng(seed)
+    left, other = (torch.from_numpy(np.sort(rng.integers(0, passed, (3, sites)), axis=1)) for _ in range(2))
+    right = left.maximum(other)
+    posterior = torch.from_numpy(rng.dirichlet(np.ones(neighbours), (3, passed))).float()
+    alleles = torch.from_numpy(rng.integers(0, 2, (3, neighbours, sites), dtype=np.uint8))
+    return alleles, posterior, Places(left, right, torch.from_numpy(rng.random((3, sites))).float())
+
+
+CASES = pytest.mark.parametrize(
+    ("passed", "neighbours", "sites"), [(1, 1, 1), (3, 4, 8), (5, 9, 30), (2, 30, 5), (40, 3, 17)]
+)
+
+
+@CASES
+def test_values_and_slopes_are_torchs(kernels: Callable[..., None], passed: int, neighbours: int, sites: int) -> None:
+    alleles, posterior, places = random_case(passed, passed, neighbours, sites)
+    sizes, between = (passed, neighbours, sites), [places.left, places.right, places.share]
+    leaf, gradient = posterior.clone().requires_grad_(), torch.randn(3, sites)
+    expected = (interpolated(leaf, places) * alleles).sum(1)
+    (expected * gradient).sum().backward()
+
+    dosage, slope = torch.full((3, sites), torch.nan), torch.zeros(posterior.shape)
+    kernels("dosage", sites, [alleles, posterior, *between, dosage], *sizes)
+    torch.testing.assert_close(dosage, expected.detach(), rtol=1e-5, atol=1e-6)
+    kernels("adjoint", neighbours, [alleles, gradient, *between, slope], *sizes)
+    torch.testing.assert_close(slope, leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@CASES
+def test_on_the_gpu_they_are_torchs(passed: int, neighbours: int, sites: int) -> None:
+    alleles, posterior, places = random_case(passed, passed, neighbours, sites)
+    gradient, found = torch.randn(3, sites), []
+    for device in ("cpu", "cuda"):
+        leaf = posterior.detach().clone().to(device).requires_grad_()
+        between = Places(*(each.to(device) for each in (places.left, places.right, places.share)))
+        dosage = Alleles(alleles.to(device)).dosage(leaf, between)
+        (dosage * gradient.to(device)).sum().backward()
+        assert leaf.grad is not None
+        found.append((dosage.detach().cpu(), leaf.grad.cpu()))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
