@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,3 +218,19 @@ class Build:
 @pytest.fixture(scope="session")
 def build() -> Build:
     return Build()
+
+
+@pytest.fixture(scope="session")
+def host_library(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctypes.CDLL]:
+    """C++ source, compiled for this machine and loaded."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    assert compiler is not None, "a C++ compiler is a requirement of the project"
+
+    def load(source: str) -> ctypes.CDLL:
+        folder: Path = tmp_path_factory.mktemp("kernel")
+        (folder / "kernel.cpp").write_text(source, encoding="utf-8")
+        how = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w"]
+        subprocess.run([compiler, *how, "-o", folder / "kernel.so", folder / "kernel.cpp"], check=True)
+        return ctypes.CDLL(str(folder / "kernel.so"))
+
+    return load

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,15 +37,9 @@ THREADS = 4
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+def kernels(host_library: Callable[[str], ctypes.CDLL]) -> Callable[..., None]:
     """The kernels by name, over so many sites or neighbours, on tensors, and then N, K, L."""
-    compiler = shutil.which("c++") or shutil.which("g++")
-    assert compiler is not None, "a C++ compiler is a requirement of the project"
-    folder: Path = tmp_path_factory.mktemp("kernel")
-    (folder / "kernel.cpp").write_text(HOST % SOURCE, encoding="utf-8")
-    library = folder / "kernel.so"
-    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-w", "-o", library, folder / "kernel.cpp"], check=True)
-    loaded = ctypes.CDLL(str(library))
+    loaded = host_library(HOST % SOURCE)
 
     def run(name: str, over: int, tensors: list[Tensor], *sizes: int) -> None:
         tiles = -(-over // THREADS)

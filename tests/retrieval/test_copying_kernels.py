@@ -4,10 +4,7 @@ compiled loops; on a GPU, against them as well."""
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,16 +71,9 @@ THREADS, PER = 6, 5
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+def kernels(host_library: Callable[[str], ctypes.CDLL]) -> Callable[..., None]:
     """The kernels by name, on numpy arrays and then numbers."""
-    compiler = shutil.which("c++") or shutil.which("g++")
-    assert compiler is not None, "a C++ compiler is a requirement of the project"
-    folder: Path = tmp_path_factory.mktemp("kernel")
-    (folder / "kernel.cpp").write_text(HOST % (PER, SOURCE), encoding="utf-8")
-    library = folder / "kernel.so"
-    how = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w"]
-    subprocess.run([compiler, *how, "-o", library, folder / "kernel.cpp"], check=True)
-    loaded = ctypes.CDLL(str(library))
+    loaded = host_library(HOST % (PER, SOURCE))
 
     def run(name: str, arrays: list[np.ndarray], *sizes: int) -> None:
         pointers = [each.ctypes.data_as(ctypes.c_void_p) for each in arrays]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,15 +35,9 @@ extern "C" void launch(int blocks, int queries, int threads, const unsigned char
 
 
 @pytest.fixture(scope="module")
-def kernel(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., np.ndarray]:
+def kernel(host_library: Callable[[str], ctypes.CDLL]) -> Callable[..., np.ndarray]:
     """The kernel as a function of tokens [B, T], weights [B, T], packed [T, W] and H."""
-    compiler = shutil.which("c++") or shutil.which("g++")
-    assert compiler is not None, "a C++ compiler is a requirement of the project"
-    folder: Path = tmp_path_factory.mktemp("kernel")
-    (folder / "kernel.cpp").write_text(HOST % SOURCE, encoding="utf-8")
-    library = folder / "kernel.so"
-    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-w", "-o", library, folder / "kernel.cpp"], check=True)
-    launch = ctypes.CDLL(str(library)).launch
+    launch = host_library(HOST % SOURCE).launch
 
     def run(tokens: np.ndarray, weights: np.ndarray, packed: np.ndarray, haplotypes: int) -> np.ndarray:
         (queries, sites), width, threads = tokens.shape, packed.shape[1], 2
