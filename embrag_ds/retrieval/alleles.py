@@ -102,22 +102,23 @@ class WindowAlleles:
 
     def __init__(self, by_site: Tensor):
         """``by_site`` uint8 [L, H]."""
-        self._by_site = by_site
+        on_cpu = by_site.device.type == "cpu"
         # Whole rows of it are gathered on a GPU, hardly any on a CPU.
-        self.by_haplotype = by_site.T if by_site.device.type == "cpu" else by_site.T.contiguous()
+        self.by_haplotype = by_site.T if on_cpu else by_site.T.contiguous()
+        self._by_site = by_site.numpy() if on_cpu else None
         self._lists: _Lists | None = None
 
     def of(self, ids: Tensor) -> Alleles | Carriers:
         """Those of the neighbours ``ids`` int64 [B, K], all of a row different."""
-        if ids.device.type != "cpu":
+        if self._by_site is None:
             return Alleles(self.by_haplotype[ids])
         if self._lists is None or self._lists.k != ids.shape[1]:
-            self._lists = _Lists.made(self._by_site.numpy(), ids.shape[1])
+            self._lists = _Lists.made(self._by_site, ids.shape[1])
         lists = self._lists
         offset = np.empty((len(ids), len(self._by_site) + 1), dtype=np.int32)
         # As many as there can be, and one to write to in vain; what is never written to takes no memory.
         members = np.empty((len(ids), lists.most + 1), dtype=np.int32)
-        of_window = (self._by_site.numpy(), lists.listed, lists.start, lists.who)
+        of_window = (self._by_site, lists.listed, lists.start, lists.who)
         compiled.use_torch_threads()
         compiled.list_neighbours(*of_window, ids.contiguous().numpy(), offset, members)
         return Carriers(torch.from_numpy(offset), torch.from_numpy(members), lists.k)

@@ -42,13 +42,12 @@ class SiteTensors:
 class Retrieved:
     """What was retrieved for a batch; here L counts the core's sites.
 
-    ``ids`` int64 [B, K] number haplotypes of the reference set, nearest first; ``alleles``
-    are theirs, ``mismatch`` bool [B, T, K] says where they differ from what the query shows
-    (in the order of :attr:`Batch.typed`; False in its filled-up part), ``population`` int64 [B, K] names their
-    populations. ``codebook`` [L, 2, D] encodes them, unless the encoding is ``live`` (None: the model's own).
-    ``embeddings`` [B, K, L, D] come only from the dense store. ``tokens`` int64 [B, k, L], only in mode ``token``, are
-    the alleles of those that go through the transformer. ``generation`` and ``snapshot_step`` say how old the
-    encoding is.
+    ``ids`` int64 [B, K] number haplotypes of the reference set, nearest first; ``alleles`` are theirs,
+    ``mismatch`` bool [B, T, K] says where they differ from what the query shows (in the order of
+    :attr:`Batch.typed`; False in its filled-up part), ``population`` int64 [B, K] names their populations.
+    ``codebook`` [L, 2, D] encodes them, unless the encoding is ``live`` (None: the model's own). ``embeddings``
+    [B, K, L, D] come only from the dense store. ``tokens`` int64 [B, k, L], only in mode ``token``, are the alleles
+    of those that go through the transformer. ``generation`` and ``snapshot_step`` say how old the encoding is.
     """
 
     ids: Tensor
