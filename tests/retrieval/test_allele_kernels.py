@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from embrag_ds.retrieval.allele_kernels import SOURCE
+from embrag_ds.retrieval import allele_kernels
+from embrag_ds.retrieval.allele_kernels import SOURCE, CudaDosage
 from embrag_ds.retrieval.alleles import Alleles, Places, interpolated
 
 HOST = r"""
@@ -76,6 +77,32 @@ def test_values_and_slopes_are_torchs(kernels: Callable[..., None], passed: int,
     torch.testing.assert_close(dosage, expected.detach(), rtol=1e-5, atol=1e-6)
     kernels("adjoint", neighbours, [alleles, gradient, *between, slope], *sizes)
     torch.testing.assert_close(slope, leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+@CASES
+def test_what_launches_them_hands_over_what_they_take(
+    kernels: Callable[..., None], monkeypatch: pytest.MonkeyPatch, passed: int, neighbours: int, sites: int
+) -> None:
+    """The autograd function, with the kernels of the host in place of a GPU's."""
+
+    def launch(name: str, blocks: tuple[int], threads: tuple[int], tensors: list[Tensor], sizes: Sequence[int]) -> None:
+        tiles, *others = sizes
+        assert (blocks, threads) == ((3 * tiles,), (THREADS,)) and all(each.is_contiguous() for each in tensors)
+        over = {"copied_dosage": sites, "copied_dosage_adjoint": neighbours}[name]
+        assert tiles == -(-over // THREADS)
+        kernels({"copied_dosage": "dosage"}.get(name, "adjoint"), over, tensors, *others)
+
+    monkeypatch.setattr(allele_kernels, "_THREADS", THREADS)
+    monkeypatch.setattr(allele_kernels, "_kernel", lambda name: name)
+    monkeypatch.setattr(allele_kernels, "launch", launch)
+    alleles, posterior, places = random_case(passed, passed, neighbours, sites)
+    leaves, gradient = [posterior.clone().requires_grad_() for _ in range(2)], torch.randn(3, sites)
+    found = CudaDosage.apply(leaves[0], alleles, places.left, places.right, places.share)
+    expected = Alleles(alleles).dosage(leaves[1], places)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for dosage in (found, expected):
+        (dosage * gradient).sum().backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -4,15 +4,16 @@ compiled loops; on a GPU, against them as well."""
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from embrag_ds.retrieval import compiled
+from embrag_ds.retrieval import compiled, copying_kernels
 from embrag_ds.retrieval.copying import copying_backend, copying_posterior, posterior_torch
-from embrag_ds.retrieval.copying_kernels import SOURCE, block_shape
+from embrag_ds.retrieval.copying_kernels import SOURCE, CudaPosterior, block_shape
 
 # A block's threads are threads, its barrier a barrier, and a warp is two of them; blocks run one after another.
 HOST = r"""
@@ -120,6 +121,44 @@ def test_values_and_slopes_are_those_of_the_compiled_loops(
     kernels("adjoint", [*as_bytes, *passes[0], gradient, moments, *slopes[1]], queries, sites, states, first, last)
     for loops, kernel in zip(*slopes, strict=True):
         np.testing.assert_allclose(kernel, loops, rtol=1e-3, atol=1e-4 * (1 + np.abs(loops).max()))
+
+
+@pytest.mark.parametrize("chains", [1, 2])
+@CASES
+def test_what_launches_them_hands_over_what_they_take(
+    kernels: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    queries: int,
+    sites: int,
+    states: int,
+    first: int,
+    last: int,
+    chains: int,
+) -> None:
+    """The autograd function, with the kernels of the host in place of a GPU's."""
+
+    def launch(name: str, blocks: tuple[int], threads: tuple[int], tensors: list[Tensor], sizes: Sequence[int]) -> None:
+        assert (blocks, threads) == ((len(tensors[1]),), (THREADS,))
+        assert [each.dtype for each in tensors] == [torch.uint8] + [torch.float32] * (len(tensors) - 1)
+        assert all(each.is_contiguous() for each in tensors)
+        kernels(name.removeprefix("copying_"), [each.numpy() for each in tensors], *sizes)
+
+    monkeypatch.setattr(copying_kernels, "block_shape", lambda neighbours: (THREADS, PER))
+    monkeypatch.setattr(copying_kernels, "_kernel", lambda name, options: name)
+    monkeypatch.setattr(copying_kernels, "launch", launch)
+    mismatch, *numbers = map(torch.from_numpy, random_case(sites, queries, sites, states, chains))
+    weight = torch.randn(chains * queries, last - first, states, generator=torch.Generator().manual_seed(1))
+    found = []
+    for by_kernel in (False, True):
+        likelihood, switch, prior = inputs = [each.clone().requires_grad_() for each in numbers]
+        if by_kernel:
+            posterior = CudaPosterior.apply(mismatch, likelihood, switch, prior, first, last)
+        else:
+            posterior = copying_posterior(mismatch, -torch.log(likelihood), switch, prior, slice(first, last))
+        (posterior * weight).sum().backward()
+        found.append([posterior.detach(), *(each.grad for each in inputs)])
+    for loops, kernel in zip(*found, strict=True):
+        torch.testing.assert_close(kernel, loops, rtol=1e-3, atol=1e-4 * (1 + float(loops.abs().max())))
 
 
 @pytest.mark.parametrize("neighbours", [1, 31, 128, 256, 257, 700, 1536, 2000, 4096, 4097, 9000])
