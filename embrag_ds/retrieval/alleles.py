@@ -112,9 +112,9 @@ class WindowAlleles:
         """Those of the neighbours ``ids`` int64 [B, K], all of a row different."""
         if self._by_site is None:
             return Alleles(self.by_haplotype[ids])
-        if self._lists is None or self._lists.k != ids.shape[1]:
-            self._lists = _Lists.made(self._by_site, ids.shape[1])
         lists = self._lists
+        if lists is None or lists.k != ids.shape[1]:
+            lists = self._lists = _Lists.made(self._by_site, ids.shape[1])
         offset = np.empty((len(ids), len(self._by_site) + 1), dtype=np.int32)
         # As many as there can be, and one to write to in vain; what is never written to takes no memory.
         members = np.empty((len(ids), lists.most + 1), dtype=np.int32)

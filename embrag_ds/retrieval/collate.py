@@ -149,7 +149,7 @@ class RetrievalCollator:
         core = max(window.core_stop - window.core_start for window in data.windows)
         self.staging = Staging(device, slots, self._slot_bytes(people, longest, core), timeline)
         self._side = SideStream(device, urgent=True)
-        self._latest: tuple[int, WindowAlleles] | None = None
+        self._latest: tuple[int, WindowAlleles | None] = (-1, None)
 
     def _slot_bytes(self, people: int, sites: int, core: int) -> int:
         """The most a batch stages: alleles, masks, typed sites, features, exclusions, panel rows."""
@@ -236,11 +236,12 @@ class RetrievalCollator:
 
     def _core_alleles(self, window: int) -> WindowAlleles:
         """Of the core; blocks of people to be imputed come window by window."""
-        if self._latest is None or self._latest[0] != window:
+        number, found = self._latest
+        if found is None or number != window:
             core = self._data.windows[window].core
-            alleles = self._panel.alleles(window, np.arange(core.start, core.stop), self.staging)
-            self._latest = window, WindowAlleles(alleles)
-        return self._latest[1]
+            found = WindowAlleles(self._panel.alleles(window, np.arange(core.start, core.stop), self.staging))
+            self._latest = window, found
+        return found
 
     def _retrieve(
         self, query: Query, batch: Batch, code: WindowCode, store: Store, reference: WindowAlleles

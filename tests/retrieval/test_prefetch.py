@@ -34,8 +34,7 @@ def builder(world) -> Callable[[int], Batch]:
 
 @pytest.mark.parametrize("depth", [1, 4])
 def test_prefetched_batches_are_those_built_on_demand(world, depth: int) -> None:
-    build = builder(world)
-    ahead, on_demand = (Prefetcher(build, 3, 40, each) for each in (depth, 0))
+    ahead, on_demand = (Prefetcher(builder(world), 3, 40, each) for each in (depth, 0))  # a collator serves one thread
     for _ in range(3, 40):
         one, two = ahead.next(), on_demand.next()
         assert torch.equal(one.tokens, two.tokens) and torch.equal(one.retrieved.ids, two.retrieved.ids)
