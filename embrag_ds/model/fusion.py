@@ -32,7 +32,7 @@ class GatedFusion(nn.Module):
         half a block of the transformer.
         """
         arguments = (query, reference, frequency, expected)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():  # the first call of checkpoint imports for a second
             return self._fuse(*arguments)
         return checkpoint(self._fuse, *arguments, use_reentrant=False, preserve_rng_state=False)
 

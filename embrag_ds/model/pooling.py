@@ -79,10 +79,11 @@ class DistancePooling(nn.Module):
         posterior, nowhere = weights[:, None], torch.zeros_like(batch.tokens)
         everywhere = Places(nowhere, nowhere, torch.zeros_like(batch.frequency))
         ancestry = posterior @ _membership(batch, retrieved)
+        sites = batch.tokens.shape[1]
         return Pooled(
             dosage=retrieved.alleles.dosage(posterior, everywhere),
-            ancestry=interpolated(ancestry, everywhere),
-            weights=None if retrieved.embeddings is None else interpolated(posterior, everywhere),
+            ancestry=ancestry.mT.expand(-1, -1, sites),
+            weights=None if retrieved.embeddings is None else posterior.mT.expand(-1, -1, sites),
             evidence=None,
         )
 

@@ -125,7 +125,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_adjoint(
     EACH_NEIGHBOUR {
         weight[i] = prior[k];
         weight_slope[i] = 0.f;
-        chain[i] = 0.f;
     }
     // d L / d (alpha beta) at a site of N is (gradient - mean) / total.
     for (int t = first; t < last; ++t) {
