@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -51,6 +52,29 @@ def real_data() -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+KeptBytes = Callable[[Callable[[], Any]], int]
+
+
+@pytest.fixture(scope="session")
+def kept_bytes() -> KeptBytes:
+    """What a forward pass keeps for the backward one, in bytes."""
+
+    def count(forward: Callable[[], Any]) -> int:
+        storages: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            made = forward()  # keeps alive what is counted
+        total = sum(storages.values())
+        del made
+        return total
+
+    return count
 
 
 @pytest.fixture(scope="session")

@@ -4,33 +4,96 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 _SHORTEST_CM, _LONGEST_CM = 0.02, 40.0
 
 
+Step = Callable[[Tensor], Tensor]
 Recompute = Callable[..., Tensor]
 """(block, x, angles) -> block(x, angles); the backward pass has only the arguments and computes the rest again."""
 
 
 def rotary_angles(position: Tensor, head_dims: int) -> Tensor:
-    """Complex rotations [L, head_dims / 2] for positions [L] in cM (RoPE, Su et al. 2021).
+    """Cosines and sines [L, head_dims / 2, 2] for positions [L] in cM (RoPE, Su et al. 2021).
 
     The wavelengths form a geometric ladder, so attention sees genetic distances on every scale from
     between neighbouring sites to across the window.
     """
     ladder = torch.logspace(math.log10(_SHORTEST_CM), math.log10(_LONGEST_CM), head_dims // 2, device=position.device)
     angles = position.float()[:, None] * (2 * math.pi / ladder)
-    return torch.polar(torch.ones_like(angles), angles)
+    return torch.view_as_real(torch.polar(torch.ones_like(angles), angles))
 
 
-def rotate(heads: Tensor, angles: Tensor) -> Tensor:
-    """Rotate queries or keys [B, heads, L, head_dims] by ``angles`` [L, head_dims / 2]."""
-    pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * angles).flatten(-2).to(heads.dtype)
+def rotated_heads(qkv: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [B, L, heads, head_dims] of ``qkv`` [B, L, 3, heads, head_dims], the former two
+    rotated by ``angles`` [L, head_dims / 2, 2]. ``qkv`` is overwritten."""
+    if torch.compiler.is_compiling():  # it fuses real operations, and knows no complex ones
+        query, key, value = qkv.unbind(2)
+        return _rotate(query, angles), _rotate(key, angles), value
+    return _RotatedHeads.apply(qkv, angles)
+
+
+def _rotate(heads: Tensor, angles: Tensor) -> Tensor:
+    real, imaginary = heads.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cosine, sine = angles[:, None].unbind(-1)
+    turned = torch.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], dim=-1)
+    return turned.flatten(-2).to(heads.dtype)
+
+
+class _RotatedHeads(torch.autograd.Function):
+    """Rotates where the projection has written: nothing is copied, and the backward pass needs the angles only."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, angles: Tensor) -> tuple[Tensor, ...]:
+        turns = torch.view_as_complex(angles)[:, None, None]
+        ctx.save_for_backward(turns)
+        _turn(qkv[:, :, :2], turns)
+        return qkv.unbind(2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (turns,) = ctx.saved_tensors
+        slope = torch.stack(gradients, dim=2)
+        _turn(slope[:, :, :2], turns.conj())
+        return slope, None
+
+
+def _turn(heads: Tensor, turns: Tensor) -> None:
+    """Multiply pairs of the last dimension by complex ``turns``, in place."""
+    pairs = heads.float().unflatten(-1, (-1, 2))  # of float32 a view, of anything else a copy
+    torch.view_as_complex(pairs).mul_(turns)
+    if heads.dtype != pairs.dtype:
+        heads.copy_(pairs.flatten(-2))
+
+
+def through(first: Step, then: Step, x: Tensor) -> Tensor:
+    """``then(first(x))``; for the backward pass of ``then``, ``first(x)`` is computed again instead of kept.
+
+    For a ``first`` that keeps ``x`` anyway and takes little time beside ``then``: a norm or an activation before a
+    projection.
+    """
+    if torch.compiler.is_compiling():  # it has no hooks
+        return checkpoint(lambda x: then(first(x)), x, use_reentrant=False)
+    between = first(x)
+    source, place, count = x.detach(), between.data_ptr(), between.numel()
+
+    def keep(kept: Tensor) -> Tensor | torch.Size:
+        return kept.shape if kept.data_ptr() == place and kept.numel() == count else kept
+
+    def give(kept: Tensor | torch.Size) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        with torch.no_grad():
+            return first(source).view(kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, give):
+        return then(between)
 
 
 class Block(nn.Module):
@@ -48,14 +111,14 @@ class Block(nn.Module):
         self.ffn_out = nn.Linear(ffn_multiple * dims, dims)
 
     def forward(self, x: Tensor, angles: Tensor) -> Tensor:
-        x = x + self._drop(self._attend(self.attention_norm(x), angles))
-        return x + self._drop(self.ffn_out(gelu(self.ffn_in(self.ffn_norm(x)))))
+        """Of its activations only ten times ``x`` is kept for the backward pass: ``x`` itself, queries, keys and
+        values, what attention makes of them, ``x`` after it, and the feed-forward's hidden layer (four)."""
+        x = x + self._drop(self._attend(through(self.attention_norm, self.qkv, x), angles))
+        return x + self._drop(through(gelu, self.ffn_out, through(self.ffn_norm, self.ffn_in, x)))
 
-    def _attend(self, x: Tensor, angles: Tensor) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        # A copy: the view would keep all three for the backward pass.
-        value = value.contiguous()
-        mixed = scaled_dot_product_attention(rotate(query, angles), rotate(key, angles), value)
+    def _attend(self, qkv: Tensor, angles: Tensor) -> Tensor:
+        query, key, value = rotated_heads(qkv.unflatten(-1, (3, self.heads, -1)), angles)
+        mixed = scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         return self.attention_out(mixed.transpose(1, 2).flatten(-2))
 
     def _drop(self, x: Tensor) -> Tensor:

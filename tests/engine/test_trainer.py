@@ -29,6 +29,7 @@ from embrag_ds.model.losses import imputation_loss
 from embrag_ds.retrieval.collate import Batch, SiteTensors, site_tensors
 
 Metrics = Callable[..., list[dict[str, Any]]]
+KeptBytes = Callable[[Callable[[], Any]], int]
 MakeTrainer = Callable[..., Trainer]
 MakeConfig = Callable[..., RunConfig]
 TIMES = ("retrieval_wait_ms", "seconds", "people_per_second", "step_ms", "retrieval_wait_share")
@@ -545,7 +546,7 @@ def test_a_run_does_not_resume_in_the_other_mode(make_trainer: MakeTrainer) -> N
 
 @pytest.mark.parametrize("mode", ["embedding", "token"])
 def test_recomputed_activations_change_memory_and_nothing_else(
-    make_trainer: MakeTrainer, metrics_of: Metrics, mode: str
+    make_trainer: MakeTrainer, metrics_of: Metrics, kept_bytes: KeptBytes, mode: str
 ) -> None:
     """Dropout included: a block is computed again with the random numbers it had."""
     curves, saved = {}, {}
@@ -555,25 +556,11 @@ def test_recomputed_activations_change_memory_and_nothing_else(
         trainer.run()
         curves[name] = losses(metrics_of(name))
         batch = trainer.validation_batch(trainer.sampler.samples(0))
-        saved[name] = saved_bytes(lambda network=trainer.engine.module, given=batch: network(given))
+        saved[name] = kept_bytes(lambda network=trainer.engine.module, given=batch: network(given))
     assert len(set(curves["kept"])) == 6
     for name in ("one", "all"):
         np.testing.assert_allclose(curves[name], curves["kept"], rtol=1e-5)
     assert saved["all"] < saved["one"] < saved["kept"]
-
-
-def saved_bytes(forward: Callable[[], Any]) -> int:
-    """What a forward pass keeps for the backward one."""
-    storages: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        made = forward()
-    assert made.logits.requires_grad
-    return sum(storages.values())
 
 
 @pytest.mark.gpu

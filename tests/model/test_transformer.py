@@ -1,0 +1,118 @@
+"""The transformer's block: what it computes, against plain operations, and what it keeps for the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, scaled_dot_product_attention
+
+from embrag_ds.model.transformer import Block, rotary_angles, rotated_heads, through
+
+DIMS, HEADS, SITES, HAPLOTYPES = 32, 4, 50, 6
+KeptBytes = Callable[[Callable[[], Any]], int]
+
+
+def plainly_rotated(heads: Tensor, angles: Tensor) -> Tensor:
+    """Pairs [a, b] of the last dimension as a + ib, times cos + i sin, one number at a time."""
+    columns = []
+    for pair in range(heads.shape[-1] // 2):
+        a, b = heads[..., 2 * pair].float(), heads[..., 2 * pair + 1].float()
+        cosine, sine = angles[:, pair, 0, None], angles[:, pair, 1, None]
+        columns += [a * cosine - b * sine, a * sine + b * cosine]
+    return torch.stack(columns, dim=-1).to(heads.dtype)
+
+
+def plain(block: Block, x: Tensor, angles: Tensor) -> Tensor:
+    """The block written out."""
+    query, key, value = block.qkv(block.attention_norm(x)).unflatten(-1, (3, HEADS, -1)).unbind(2)
+    turned = (plainly_rotated(query, angles), plainly_rotated(key, angles), value)
+    mixed = scaled_dot_product_attention(*(each.transpose(1, 2).contiguous() for each in turned))
+    x = x + block.attention_out(mixed.transpose(1, 2).flatten(-2))
+    return x + block.ffn_out(gelu(block.ffn_in(block.ffn_norm(x))))
+
+
+@pytest.fixture
+def block() -> Block:
+    torch.manual_seed(3)
+    return Block(DIMS, HEADS, ffn_multiple=4, dropout=0.0)
+
+
+@pytest.fixture
+def angles() -> Tensor:
+    return rotary_angles(torch.linspace(-1, 2, SITES), DIMS // HEADS)
+
+
+def test_angles_turn_once_a_wavelength() -> None:
+    """A ladder of two rungs: 0.02 and 40 cM."""
+    turned = rotary_angles(torch.tensor([0.0, 0.005, 0.02, 10.0]), 4)
+    expected = torch.tensor([[1, 0], [0, 1], [1, 0], [1, 0]])  # 10 cM are 500 turns of the first
+    torch.testing.assert_close(turned[:, 0], expected.float(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(turned[:, 1, 1], torch.tensor([0.0, 0.000785, 0.00314, 1.0]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+def test_heads_are_rotated_in_place_and_back(angles: Tensor, kind: torch.dtype) -> None:
+    leaf = torch.randn(HAPLOTYPES, SITES, 3, HEADS, DIMS // HEADS, dtype=kind)
+    one, other = (leaf.clone().requires_grad_() for _ in range(2))
+    written = one * 1  # a leaf must not be written to
+    turned = rotated_heads(written, angles)
+    assert all(each.untyped_storage().data_ptr() == written.untyped_storage().data_ptr() for each in turned)
+    query, key, value = other.unbind(2)
+    expected = (plainly_rotated(query, angles), plainly_rotated(key, angles), value)
+    slopes = torch.randn(3, *value.shape, dtype=kind)
+    for mine, theirs in zip(turned, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    sum((each * slope).sum() for each, slope in zip(turned, slopes, strict=True)).backward()
+    sum((each * slope).sum() for each, slope in zip(expected, slopes, strict=True)).backward()
+    torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_a_block_is_what_it_is_written_out(block: Block, angles: Tensor) -> None:
+    x = torch.randn(HAPLOTYPES, SITES, DIMS)
+    slope = torch.randn_like(x)
+    found = []
+    for way in (block, lambda *given: plain(block, *given)):
+        given = x.clone().requires_grad_()
+        made = way(given, angles)
+        (made * slope).sum().backward()
+        assert given.grad is not None
+        found.append([made.detach(), given.grad, *(each.grad.clone() for each in block.parameters())])
+        block.zero_grad()
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_block_keeps_ten_times_its_input(block: Block, angles: Tensor, kept_bytes: KeptBytes) -> None:
+    x = torch.randn(HAPLOTYPES, SITES, DIMS, requires_grad=True)
+    size = x.numel() * x.element_size()
+    parameters = sum(each.numel() * each.element_size() for each in block.parameters())
+    # Beside them the logarithm of attention's sums, a number a head, and moments of the norms.
+    beside = 4 * HAPLOTYPES * SITES * (HEADS + 4)
+    assert 10 * size <= kept_bytes(lambda: block(x, angles)) <= 10 * size + parameters + beside + angles.nbytes
+    assert kept_bytes(lambda: plain(block, x, angles)) >= 16 * size
+
+
+def test_what_is_computed_again_is_not_kept() -> None:
+    x = torch.randn(8, 16, requires_grad=True)
+    first, then = torch.nn.LayerNorm(16), torch.nn.Linear(16, 16)
+    asked: list[bool] = []
+    first.register_forward_hook(lambda *_: asked.append(torch.is_grad_enabled()))
+    made = through(first, then, x)
+    assert asked == [True]
+    made.square().sum().backward()
+    assert asked == [True, False]
+    mine = [x.grad, *(each.grad for part in (first, then) for each in part.parameters())]
+    other = x.detach().clone().requires_grad_()
+    expected = torch.autograd.grad(then(first(other)).square().sum(), [other, *first.parameters(), *then.parameters()])
+    for mine_, theirs in zip(mine, expected, strict=True):
+        torch.testing.assert_close(mine_, theirs)
+
+
+def test_without_gradients_nothing_is_computed_again(block: Block, angles: Tensor) -> None:
+    x = torch.randn(HAPLOTYPES, SITES, DIMS)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x, angles), plain(block, x, angles), atol=1e-5, rtol=1e-5)
