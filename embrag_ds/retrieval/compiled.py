@@ -46,7 +46,7 @@ def add_rows(rows, total):
 
 
 @_compiled
-def posterior_alone(mismatch, likelihood, switch, prior, first, last, posterior):
+def forward_backward(mismatch, likelihood, switch, prior, first, last, posterior):
     """Fill posterior [C, N, K]; ``likelihood`` [C, T] is that of ``mismatch`` [B, T, K], ``prior`` [B, K] sums to 1
     over K.
 
@@ -98,49 +98,6 @@ def posterior_alone(mismatch, likelihood, switch, prior, first, last, posterior)
 
 
 @_compiled
-def forward_backward(mismatch, likelihood, switch, prior, first, last, alpha, beta, posterior):
-    """The same, and alpha and beta [C, T, K], for :func:`adjoint`: alpha sums to 1, beta to 1 when weighed by the prior
-    and what is seen."""
-    queries, sites, neighbours = mismatch.shape
-    for c in numba.prange(len(likelihood)):
-        differs, chosen = mismatch[c % queries], prior[c % queries]
-        for t in range(sites):
-            stay = np.float32(0) if t == 0 else np.float32(1) - switch[c, t]
-            jump = np.float32(1) if t == 0 else switch[c, t]
-            miss = likelihood[c, t]
-            total = np.float32(0)
-            for k in range(neighbours):
-                moved = jump * chosen[k]
-                if t > 0:
-                    moved += stay * alpha[c, t - 1, k]
-                moved *= miss if differs[t, k] else np.float32(1)
-                alpha[c, t, k] = moved
-                total += moved
-            scale = np.float32(1) / total
-            for k in range(neighbours):
-                alpha[c, t, k] *= scale
-        beta[c, sites - 1] = np.float32(1)
-        for t in range(sites - 1, 0, -1):
-            miss = likelihood[c, t]
-            total = np.float32(0)
-            for k in range(neighbours):
-                seen = beta[c, t, k] * (miss if differs[t, k] else np.float32(1))
-                beta[c, t - 1, k] = seen
-                total += seen * chosen[k]
-            scale = (np.float32(1) - switch[c, t]) / total
-            for k in range(neighbours):
-                beta[c, t - 1, k] = scale * beta[c, t - 1, k] + switch[c, t]
-        for t in range(first, last):
-            total = np.float32(0)
-            for k in range(neighbours):
-                posterior[c, t - first, k] = alpha[c, t, k] * beta[c, t, k]
-                total += posterior[c, t - first, k]
-            scale = np.float32(1) / total
-            for k in range(neighbours):
-                posterior[c, t - first, k] *= scale
-
-
-@_compiled
 def adjoint(
     mismatch,
     likelihood,
@@ -148,8 +105,6 @@ def adjoint(
     prior,
     first,
     last,
-    alpha,
-    beta,
     posterior,
     gradient,
     likelihood_slope,
@@ -159,68 +114,99 @@ def adjoint(
     """Add d L / d likelihood, d L / d switch [C, T] and d L / d prior [C, K], given ``gradient`` = d L / d posterior
     [C, N, K].
 
-    Reverse-mode differentiation of :func:`forward_backward`, recursion by recursion: the backward pass ran
-    from the last site to the first, so its adjoint runs from the first to the last, and the other way round
-    for the forward pass. For x = u / sum(u): du = (dx - sum(dx x)) / sum(u).
+    Reverse-mode differentiation of :func:`forward_backward`, whose passes are computed again here, a chain at a time:
+    kept for all chains they would take more memory than the rest of a small network. Recursion by recursion: the
+    backward pass ran from the last site to the first, so its adjoint runs from the first to the last, and the other
+    way round for the forward pass. For x = u / sum(u): du = (dx - sum(dx x)) / sum(u).
     """
     queries, sites, neighbours = mismatch.shape
+    one, zero = np.float32(1), np.float32(0)
     for c in numba.prange(len(likelihood)):
         differs, chosen = mismatch[c % queries], prior[c % queries]
-        alpha_slope = np.zeros((sites, neighbours), dtype=np.float32)
-        beta_slope = np.zeros((sites, neighbours), dtype=np.float32)
-        for t in range(first, last):
-            total, mean = np.float32(0), np.float32(0)
+        # alpha sums to 1, beta to 1 when weighed by the prior and what is seen; what either was divided by.
+        alpha = np.empty((last, neighbours), dtype=np.float32)
+        beta = np.empty((sites - first, neighbours), dtype=np.float32)
+        alpha_total, beta_total = np.empty(last, dtype=np.float32), np.empty(sites - first, dtype=np.float32)
+        for t in range(last):
+            stay, jump = (one - switch[c, t], switch[c, t]) if t > 0 else (zero, one)
+            miss, total = likelihood[c, t], zero
+            before = alpha[max(t - 1, 0)]
             for k in range(neighbours):
-                total += alpha[c, t, k] * beta[c, t, k]
-                mean += gradient[c, t - first, k] * posterior[c, t - first, k]
-            scale = np.float32(1) / total
+                moved = jump * chosen[k] + (stay * before[k] if t > 0 else zero)
+                moved *= miss if differs[t, k] else one
+                alpha[t, k] = moved
+                total += moved
+            scale = one / total
             for k in range(neighbours):
-                slope = (gradient[c, t - first, k] - mean) * scale
-                alpha_slope[t, k] = slope * beta[c, t, k]
-                beta_slope[t, k] = slope * alpha[c, t, k]
-        for t in range(first + 1, sites):
-            stay, miss = np.float32(1) - switch[c, t], likelihood[c, t]
-            total, weighed, moved = np.float32(0), np.float32(0), np.float32(0)
+                alpha[t, k] *= scale
+            alpha_total[t] = total
+        beta[sites - 1 - first] = one
+        for t in range(sites - 1, first, -1):
+            miss, total = likelihood[c, t], zero
             for k in range(neighbours):
-                seen = beta[c, t, k] * (miss if differs[t, k] else np.float32(1))
+                seen = beta[t - first, k] * (miss if differs[t, k] else one)
+                beta[t - 1 - first, k] = seen
                 total += seen * chosen[k]
-                weighed += beta_slope[t - 1, k] * seen
-                moved += beta_slope[t - 1, k]
-            weighed /= total
+            scale = (one - switch[c, t]) / total
+            for k in range(neighbours):
+                beta[t - 1 - first, k] = scale * beta[t - 1 - first, k] + switch[c, t]
+            beta_total[t - first] = total
+        # d L / d (alpha beta) at a site of N is (gradient - mean) / mass.
+        mean, scale_of = np.empty(last - first, dtype=np.float32), np.empty(last - first, dtype=np.float32)
+        for n in range(last - first):
+            mass, weighed = zero, zero
+            for k in range(neighbours):
+                mass += alpha[first + n, k] * beta[n, k]
+                weighed += gradient[c, n, k] * posterior[c, n, k]
+            mean[n], scale_of[n] = weighed, one / mass
+        # The slope of beta, from site to site.
+        chain = (gradient[c, 0] - mean[0]) * scale_of[0] * alpha[first]
+        for t in range(first + 1, sites):
+            stay, miss = one - switch[c, t], likelihood[c, t]
+            here = beta[t - first]
+            weighed, moved = zero, zero
+            for k in range(neighbours):
+                weighed += chain[k] * here[k] * (miss if differs[t, k] else one)
+                moved += chain[k]
+            scale = one / beta_total[t - first]
+            weighed *= scale
             switch_slope[c, t] += moved - weighed
-            missed = np.float32(0)
+            missed = zero
             for k in range(neighbours):
-                slope = stay * (beta_slope[t - 1, k] - weighed * chosen[k]) / total
-                beta_slope[t, k] += slope * (miss if differs[t, k] else np.float32(1))
-                missed += slope * beta[c, t, k] if differs[t, k] else np.float32(0)
-                seen = beta[c, t, k] * (miss if differs[t, k] else np.float32(1))
-                prior_slope[c, k] -= stay * weighed * seen / total
+                slope = stay * scale * (chain[k] - weighed * chosen[k])
+                missed += slope * here[k] if differs[t, k] else zero
+                factor = miss if differs[t, k] else one
+                prior_slope[c, k] -= stay * scale * weighed * here[k] * factor
+                chain[k] = slope * factor
             likelihood_slope[c, t] += missed
+            if t < last:
+                n = t - first
+                for k in range(neighbours):
+                    chain[k] += (gradient[c, n, k] - mean[n]) * scale_of[n] * alpha[t, k]
+        # The slope of alpha, the other way.
+        chain[:] = zero
         for t in range(last - 1, -1, -1):
-            stay = np.float32(0) if t == 0 else np.float32(1) - switch[c, t]
-            jump = np.float32(1) if t == 0 else switch[c, t]
-            miss = likelihood[c, t]
-            total, mean = np.float32(0), np.float32(0)
+            if t >= first:
+                n = t - first
+                for k in range(neighbours):
+                    chain[k] += (gradient[c, n, k] - mean[n]) * scale_of[n] * beta[n, k]
+            stay, jump = (one - switch[c, t], switch[c, t]) if t > 0 else (zero, one)
+            miss, weighed = likelihood[c, t], zero
             for k in range(neighbours):
-                came = jump * chosen[k]
-                if t > 0:
-                    came += stay * alpha[c, t - 1, k]
-                total += came * (miss if differs[t, k] else np.float32(1))
-                mean += alpha_slope[t, k] * alpha[c, t, k]
-            missed, moved = np.float32(0), np.float32(0)
+                weighed += chain[k] * alpha[t, k]
+            scale = one / alpha_total[t]
+            before = alpha[max(t - 1, 0)]
+            missed, moved = zero, zero
             for k in range(neighbours):
-                came = jump * chosen[k]
-                if t > 0:
-                    came += stay * alpha[c, t - 1, k]
-                slope = (alpha_slope[t, k] - mean) / total
-                missed += slope * came if differs[t, k] else np.float32(0)
-                slope *= miss if differs[t, k] else np.float32(1)
+                came = jump * chosen[k] + stay * before[k]
+                slope = (chain[k] - weighed) * scale
+                missed += slope * came if differs[t, k] else zero
+                slope *= miss if differs[t, k] else one
                 prior_slope[c, k] += jump * slope
-                if t > 0:
-                    moved += slope * (chosen[k] - alpha[c, t - 1, k])
-                    alpha_slope[t - 1, k] += stay * slope
+                moved += slope * (chosen[k] - before[k])
+                chain[k] = stay * slope
             likelihood_slope[c, t] += missed
-            switch_slope[c, t] += moved
+            switch_slope[c, t] += moved if t > 0 else zero
 
 
 @_compiled

@@ -78,12 +78,7 @@ def copying_posterior(
     first, last, _ = near.indices(mismatch.shape[1])
     if way == "cuda kernel":
         return CudaPosterior.apply(mismatch, torch.exp(-cost), switch, prior, first, last)
-    compiled.use_torch_threads()
-    if torch.is_grad_enabled() and (cost.requires_grad or switch.requires_grad or prior.requires_grad):
-        return _CompiledPosterior.apply(mismatch, cost, switch, prior, first, last)
-    posterior = np.empty((len(cost), last - first, mismatch.shape[2]), dtype=np.float32)
-    compiled.posterior_alone(*_arguments(mismatch, cost, switch, prior), first, last, posterior)
-    return torch.from_numpy(posterior)
+    return _CompiledPosterior.apply(mismatch, cost, switch, prior, first, last)
 
 
 def posterior_torch(mismatch: Tensor, cost: Tensor, switch: Tensor, prior: Tensor, near: slice = slice(None)) -> Tensor:
@@ -122,13 +117,11 @@ class _CompiledPosterior(torch.autograd.Function):
     def forward(
         ctx: Any, mismatch: Tensor, cost: Tensor, switch: Tensor, prior: Tensor, first: int, last: int
     ) -> Tensor:
+        compiled.use_torch_threads()
         arguments = (*_arguments(mismatch, cost, switch, prior), first, last)
-        alpha = np.empty((len(cost), *mismatch.shape[1:]), dtype=np.float32)
-        beta = np.empty_like(alpha)
         posterior = np.empty((len(cost), last - first, mismatch.shape[2]), dtype=np.float32)
-        compiled.forward_backward(*arguments, alpha, beta, posterior)
-        ctx.arguments = arguments
-        ctx.passes = (alpha, beta, posterior)
+        compiled.forward_backward(*arguments, posterior)
+        ctx.arguments = (*arguments, posterior)
         ctx.cost = cost.detach()
         return torch.from_numpy(posterior)
 
@@ -139,7 +132,8 @@ class _CompiledPosterior(torch.autograd.Function):
         prior = ctx.arguments[3]
         prior_slope = np.zeros((len(ctx.cost), prior.shape[1]), dtype=np.float32)
         slopes = likelihood_slope, np.zeros_like(likelihood_slope), prior_slope
-        compiled.adjoint(*ctx.arguments, *ctx.passes, gradient.float().contiguous().numpy(), *slopes)
+        compiled.use_torch_threads()
+        compiled.adjoint(*ctx.arguments, gradient.float().contiguous().numpy(), *slopes)
         # d exp(-cost) / d cost = -exp(-cost)
         cost_slope = -torch.from_numpy(likelihood_slope) * torch.exp(-ctx.cost)
         of_queries = torch.from_numpy(prior_slope).unflatten(0, (-1, len(prior))).sum(0)

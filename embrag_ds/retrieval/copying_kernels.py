@@ -54,15 +54,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_forward_backward(
     const float* likelihood,        // [C, T], of a mismatch
     const float* switching,         // [C, T]
     const float* prior,             // [B, K]
-    float* alpha,                   // [C, T, K]
-    float* beta,                    // [C, T, K]
+    float* alpha,                   // [C, last, K]: later ones say nothing of N
+    float* beta,                    // [C, T - first, K], from first on
     float* posterior,               // [C, N, K]
     const int B, const int T, const int K, const int first, const int last)
 {
     __shared__ float scratch[SCRATCH];
     const long long c = blockIdx.x, b = c % B;
     mismatch += b * T * K; prior += b * K;
-    alpha += c * T * K; beta += c * T * K; likelihood += c * T; switching += c * T;
+    alpha += c * last * K; beta += c * (T - first) * K; likelihood += c * T; switching += c * T;
     posterior += c * (last - first) * K;
     float weight[PER], state[PER], scale = 0.f;
     int turn = 0;
@@ -70,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_forward_backward(
         weight[i] = prior[k];
         state[i] = 0.f;
     }
-    for (int t = 0; t < T; ++t) {
+    for (int t = 0; t < last; ++t) {
         const float stay = t ? (1.f - switching[t]) * scale : 0.f, jump = t ? switching[t] : 1.f, miss = likelihood[t];
         const long long row = (long long)t * K;
         float sum[1] = {0.f};
@@ -83,13 +83,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_forward_backward(
         EACH_NEIGHBOUR alpha[row + k] = state[i] * scale;
     }
     EACH_NEIGHBOUR state[i] = 1.f;
-    for (int t = T - 1; t >= 0; --t) {
+    for (int t = T - 1; t >= first; --t) {
         const float miss = likelihood[t];
         const long long row = (long long)t * K, out = (long long)(t - first) * K;
-        const bool wanted = first <= t && t < last;
+        const bool wanted = t < last;
         float sum[2] = {0.f, 0.f}, both[PER];
         EACH_NEIGHBOUR {
-            beta[row + k] = state[i];
+            beta[out + k] = state[i];
             both[i] = wanted ? alpha[row + k] * state[i] : 0.f;
             state[i] *= mismatch[row + k] ? miss : 1.f;
             sum[0] += state[i] * weight[i];
@@ -117,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_adjoint(
     __shared__ float scratch[SCRATCH];
     const long long c = blockIdx.x, b = c % B;
     mismatch += b * T * K; prior += b * K;
-    alpha += c * T * K; beta += c * T * K; likelihood += c * T; switching += c * T;
+    alpha += c * last * K; beta += c * (T - first) * K; likelihood += c * T; switching += c * T;
     likelihood_slope += c * T; switch_slope += c * T; prior_slope += c * K;
     posterior += c * (last - first) * K; gradient += c * (last - first) * K; moments += c * (last - first) * 2;
     float weight[PER], weight_slope[PER], chain[PER], seen[PER];
@@ -131,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_adjoint(
         const long long row = (long long)t * K, out = (long long)(t - first) * K;
         float sum[2] = {0.f, 0.f};
         EACH_NEIGHBOUR {
-            sum[0] += alpha[row + k] * beta[row + k];
+            sum[0] += alpha[row + k] * beta[out + k];
             sum[1] += gradient[out + k] * posterior[out + k];
         }
         block_sums(sum, scratch, turn);
@@ -142,16 +142,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_adjoint(
     }
     __syncthreads();
 #define DIRECT(t, other) ((gradient[(long long)((t) - first) * K + k] - moments[2 * ((t) - first) + 1]) \
-                          * moments[2 * ((t) - first)] * (other)[(long long)(t) * K + k])
+                          * moments[2 * ((t) - first)] * (other))
     // beta's recursion went down from T - 1; chain is the slope of beta at t - 1.
-    EACH_NEIGHBOUR chain[i] = DIRECT(first, alpha);
+    EACH_NEIGHBOUR chain[i] = DIRECT(first, alpha[(long long)first * K + k]);
     float missed = 0.f, moved = 0.f;
     for (int t = first + 1; t < T; ++t) {
         const float stay = 1.f - switching[t], miss = likelihood[t];
-        const long long row = (long long)t * K;
+        const long long row = (long long)t * K, after = (long long)(t - first) * K;
         float sum[4] = {0.f, 0.f, 0.f, missed};
         EACH_NEIGHBOUR {
-            seen[i] = beta[row + k] * (mismatch[row + k] ? miss : 1.f);
+            seen[i] = beta[after + k] * (mismatch[row + k] ? miss : 1.f);
             sum[0] += seen[i] * weight[i];
             sum[1] += chain[i] * seen[i];
             sum[2] += chain[i];
@@ -166,9 +166,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_adjoint(
         EACH_NEIGHBOUR {
             const float slope = scale * (chain[i] - weighed * weight[i]);
             weight_slope[i] -= scale * weighed * seen[i];
-            if (mismatch[row + k]) missed += slope * beta[row + k];
+            if (mismatch[row + k]) missed += slope * beta[after + k];
             chain[i] = slope * (mismatch[row + k] ? miss : 1.f);
-            if (t < last) chain[i] += DIRECT(t, alpha);
+            if (t < last) chain[i] += DIRECT(t, alpha[row + k]);
         }
     }
     {
@@ -177,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_adjoint(
         if (threadIdx.x == 0) likelihood_slope[T - 1] += sum[0];
     }
     // alpha's went up from 0; chain is the slope of alpha at t.
-    EACH_NEIGHBOUR chain[i] = DIRECT(last - 1, beta);
+    EACH_NEIGHBOUR chain[i] = DIRECT(last - 1, beta[(long long)(last - 1 - first) * K + k]);
     missed = 0.f;
     for (int t = last - 1; t >= 0; --t) {
         const float stay = t ? 1.f - switching[t] : 0.f, jump = t ? switching[t] : 1.f, miss = likelihood[t];
@@ -203,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_adjoint(
             if (t) {
                 moved += slope * (weight[i] - alpha[row - K + k]);
                 chain[i] = stay * slope;
-                if (t > first) chain[i] += DIRECT(t - 1, beta);
+                if (t > first) chain[i] += DIRECT(t - 1, beta[(long long)(t - 1 - first) * K + k]);
             }
         }
     }
@@ -252,9 +252,11 @@ class CudaPosterior(torch.autograd.Function):
     ) -> Tensor:
         numbers = [each.detach().float().contiguous() for each in (likelihood, switch, prior)]
         given = [mismatch.contiguous().view(torch.uint8), *numbers]
-        alpha = torch.empty(len(likelihood), *mismatch.shape[1:], device=mismatch.device)
-        beta = torch.empty_like(alpha)
-        posterior = alpha.new_empty(len(alpha), last - first, mismatch.shape[2])
+        _, sites, neighbours = mismatch.shape
+        alpha, beta, posterior = (
+            torch.empty(len(likelihood), length, neighbours, device=mismatch.device)
+            for length in (last, sites - first, last - first)
+        )
         _run("copying_forward_backward", [*given, alpha, beta, posterior], first, last)
         ctx.save_for_backward(*given, alpha, beta, posterior)
         ctx.bounds = (first, last)

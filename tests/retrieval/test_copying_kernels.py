@@ -105,20 +105,21 @@ def test_values_and_slopes_are_those_of_the_compiled_loops(
 ) -> None:
     given = random_case(sites, queries, sites, states)
     chains = len(given[1])
-    shape, part = (chains, sites, states), (chains, last - first, states)
-    passes = [[np.full(size, np.nan, np.float32) for size in (shape, shape, part)] for _ in range(2)]
-    compiled.forward_backward(*given, first, last, *passes[0])
+    part = (chains, last - first, states)
+    posterior = np.full(part, np.nan, np.float32)
+    compiled.forward_backward(*given, first, last, posterior)
     as_bytes = [given[0].view(np.uint8), *given[1:]]
-    kernels("forward_backward", [*as_bytes, *passes[1]], queries, sites, states, first, last)
-    for loops, kernel in zip(*passes, strict=True):
-        np.testing.assert_allclose(kernel, loops, rtol=1e-4, atol=1e-6)
+    lengths = (last, sites - first, last - first)
+    passes = [np.full((chains, length, states), np.nan, np.float32) for length in lengths]
+    kernels("forward_backward", [*as_bytes, *passes], queries, sites, states, first, last)
+    np.testing.assert_allclose(passes[2], posterior, rtol=1e-4, atol=1e-6)
 
     gradient = np.random.default_rng(1).normal(size=part).astype(np.float32)
-    sizes = (shape[:2], shape[:2], (chains, states))
+    sizes = ((chains, sites), (chains, sites), (chains, states))
     slopes = [[np.zeros(size, np.float32) for size in sizes] for _ in range(2)]
-    compiled.adjoint(*given, first, last, *passes[0], gradient, *slopes[0])
+    compiled.adjoint(*given, first, last, posterior, gradient, *slopes[0])
     moments = np.full((*part[:2], 2), np.nan, np.float32)
-    kernels("adjoint", [*as_bytes, *passes[0], gradient, moments, *slopes[1]], queries, sites, states, first, last)
+    kernels("adjoint", [*as_bytes, *passes, gradient, moments, *slopes[1]], queries, sites, states, first, last)
     for loops, kernel in zip(*slopes, strict=True):
         np.testing.assert_allclose(kernel, loops, rtol=1e-3, atol=1e-4 * (1 + np.abs(loops).max()))
 
