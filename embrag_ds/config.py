@@ -143,7 +143,7 @@ DEEPSPEED_KEYS: dict[str, frozenset[str]] = {
     "optimizer.params": _keys(
         """
         adam_lr adam_w_mode amsgrad betas bias_correction coeff_beta comm_backend_name cuda_aware
-        dampening eps factor_max factor_min factor_threshold foreach fp32_optimizer_states freeze_step
+        dampening eps factor_max factor_min factor_threshold foreach fused fp32_optimizer_states freeze_step
         local_step_clipper local_step_scaler lr max_coeff min_coeff momentum muon_lr nesterov ns_method
         torch_adam var_freeze_step var_update_scaler weight_decay
         """

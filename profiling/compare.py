@@ -2,12 +2,12 @@
 
     python profiling/compare.py [--deepspeed_config ds_configs/v18.json] --out FOLDER [--json FILE]
 
-Five variants of one configuration, with the same data, masks, width and batch: no retrieval; V17 (the nearest
-haplotype by tokens goes through the transformer too and is fused after it); V18 with encodings fixed, refresh and
-live (fused before a single pass). Each trains in a process of its own, and they take turns, one block of steps at a
-time; ratios are medians over rounds of neighbouring blocks. Then the largest batch of V17 and V18 is found by
-bisection: on a GPU to its memory's end, on a CPU to --budget-gb for all of the run but the libraries. FOLDER gets
-compare.md, compare.json and compare.png.
+Five variants of one configuration, or some of them (--variants), with the same data, masks, width and batch: no
+retrieval; V17 (the nearest haplotype by tokens goes through the transformer too and is fused after it); V18 with
+encodings fixed, refresh and live (fused before a single pass). Each trains in a process of its own, and they take
+turns, one block of steps at a time; ratios are medians over rounds of neighbouring blocks. Then the largest batch of
+V17 and V18 is found by bisection: on a GPU to its memory's end, on a CPU to --budget-gb for all of the run but the
+libraries. FOLDER gets compare.md, compare.json and compare.png.
 """
 
 from __future__ import annotations
@@ -35,20 +35,22 @@ from embrag_ds.launching import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 GB = 1e9
-BASELINE, CHOSEN = "V17", "V18 refresh"
+BASELINE, FIXED, CHOSEN = "V17", "V18 fixed", "V18 refresh"
+VARIANTS = ("no retrieval", BASELINE, FIXED, CHOSEN, "V18 live")
 
 
 def variants(steps: int) -> dict[str, tuple[str, ...]]:
-    """What is compared: names, and what each changes in the configuration; a refresh falls due in every block."""
+    """What can be compared: names, and what each changes in the configuration; a refresh falls due in every block."""
     embedding = "embrag.retrieval.mode=embedding"
     refresh = f'embrag.retrieval.refresh={{"every_steps": {steps}, "lag_steps": {min(4, steps - 1)}}}'
-    return {
-        "no retrieval": ("embrag.retrieval.mode=none",),
-        BASELINE: ("embrag.retrieval.mode=token",),
-        "V18 fixed": (embedding, "embrag.retrieval.encoding=fixed"),
-        CHOSEN: (embedding, "embrag.retrieval.encoding=refresh", refresh),
-        "V18 live": (embedding, "embrag.retrieval.encoding=live"),
-    }
+    changes = (
+        ("embrag.retrieval.mode=none",),
+        ("embrag.retrieval.mode=token",),
+        (embedding, "embrag.retrieval.encoding=fixed"),
+        (embedding, "embrag.retrieval.encoding=refresh", refresh),
+        (embedding, "embrag.retrieval.encoding=live"),
+    )
+    return dict(zip(VARIANTS, changes, strict=True))
 
 
 RECOMPUTED = ", recomputed"
@@ -72,6 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--panel", type=Path, help="default: the embedded one")
     parser.add_argument("--map", type=Path)
     parser.add_argument("--samples", type=Path)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
     parser.add_argument("--people", type=int, default=16 if on_gpu else 4, help="in a micro-batch")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10 if on_gpu else 2, help="in a block")
@@ -143,15 +146,14 @@ def largest_batch(recipe: Recipe, name: str, budget: float, most: int) -> int:
 
 def measure(name: str, stepper: Stepper, blocks: list[Block], built: Built) -> Measured:
     """Sum up a variant's blocks."""
-    seconds = [second for block in blocks for second in block.seconds]
     phases: dict[str, list[float]] = {}
     for span in (span for block in blocks for span in block.spans):
         phases.setdefault(span.name, []).append(1000 * (span.stop_s - span.start_s))
-    steps = sum(len(block.seconds) for block in blocks)
+    steps, seconds = sum(block.steps for block in blocks), sum(block.seconds for block in blocks)
     return Measured(
         name=name,
-        step_ms=1000 * statistics.median(seconds),
-        people_per_second=built.people * len(seconds) / sum(seconds),
+        step_ms=1000 * statistics.median(block.seconds / block.steps for block in blocks),
+        people_per_second=built.people * steps / seconds,
         activation_gb=statistics.median(block.activation_bytes for block in blocks) / GB,
         peak_gb=max(block.peak_bytes for block in blocks) / GB,
         build_s=built.seconds,
@@ -161,9 +163,11 @@ def measure(name: str, stepper: Stepper, blocks: list[Block], built: Built) -> M
     )
 
 
-def ratio(one: list[Block], other: list[Block]) -> float:
-    """Median over rounds of the time of ``one`` over that of ``other``."""
-    return statistics.median(sum(a.seconds) / sum(b.seconds) for a, b in zip(one, other, strict=True))
+def ratio(one: list[Block] | None, other: list[Block] | None) -> float | None:
+    """Median over rounds of the time of ``one`` over that of ``other``; None where one was not measured."""
+    if one is None or other is None:
+        return None
+    return statistics.median(a.seconds / b.seconds for a, b in zip(one, other, strict=True))
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,7 @@ def time_variants(recipes: dict[str, Recipe], options: argparse.Namespace) -> Ti
     measured = {name: measure(name, steppers[name], blocks[name], built[name]) for name in steppers}
     for stepper in steppers.values():
         stepper.close()
-    return Timed(measured, blocks, built[BASELINE].sites)
+    return Timed(measured, blocks, max(each.sites for each in built.values()))
 
 
 def largest_batches(recipes: dict[str, Recipe], options: argparse.Namespace, device: torch.device) -> dict[str, int]:
@@ -197,7 +201,7 @@ def largest_batches(recipes: dict[str, Recipe], options: argparse.Namespace, dev
     on_gpu = device.type == "cuda"
     budget = torch.cuda.get_device_properties(device).total_memory if on_gpu else options.budget_gb * GB
     found = {}
-    for variant, ways in LARGEST.items():
+    for variant, ways in ((name, LARGEST[name]) for name in LARGEST if name in recipes):
         for suffix, more in ways.items():
             name = variant + suffix
             recipe = replace(recipes[variant], overrides=(*recipes[variant].overrides, *more))
@@ -216,6 +220,7 @@ def main() -> None:
     recipes = {
         name: Recipe(options.deepspeed_config, (*options.set, *overrides), files)
         for name, overrides in variants(options.steps).items()
+        if name in options.variants
     }
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     ceiling = matrix_rate(device, dtype, 8192 if device.type == "cuda" else 2048)
@@ -250,22 +255,26 @@ def main() -> None:
 
 
 def compared_times(timed: Timed | None, config: RunConfig, people: int, ceiling: float) -> dict[str, float | None]:
-    """The ratios of time and memory, and the model FLOPs utilisation of V18; None where nothing was timed."""
-    if timed is None:
-        names = ("v18_over_v17_step_time", "v18_over_v17_peak_memory", "mfu", "refresh_over_fixed_step_time", "sites")
-        return dict.fromkeys(names)
-    of, blocks = timed.measured, timed.blocks
-    operations = step_flops(config.embrag.model, 2 * people, timed.sites, references=0)
+    """The ratios of time and memory, and the model FLOPs utilisation of V18; None where they were not measured."""
+    of = timed.measured if timed else {}
+    blocks = timed.blocks if timed else {}
+    baseline, chosen = of.get(BASELINE), of.get(CHOSEN)
+    utilisation = None
+    if timed and chosen:
+        operations = step_flops(config.embrag.model, 2 * people, timed.sites, references=0)
+        utilisation = operations / (chosen.step_ms / 1000) / ceiling
     return {
-        "v18_over_v17_step_time": ratio(blocks[CHOSEN], blocks[BASELINE]),
-        "v18_over_v17_peak_memory": of[CHOSEN].activation_gb / of[BASELINE].activation_gb,
-        "mfu": operations / (of[CHOSEN].step_ms / 1000) / ceiling,
-        "refresh_over_fixed_step_time": ratio(blocks[CHOSEN], blocks["V18 fixed"]),
-        "sites": timed.sites,
+        "v18_over_v17_step_time": ratio(blocks.get(CHOSEN), blocks.get(BASELINE)),
+        "v18_over_v17_peak_memory": over(
+            chosen.activation_gb if chosen else None, baseline.activation_gb if baseline else None
+        ),
+        "mfu": utilisation,
+        "refresh_over_fixed_step_time": ratio(blocks.get(CHOSEN), blocks.get(FIXED)),
+        "sites": timed.sites if timed else None,
     }
 
 
-def over(one: int | None, other: int | None) -> float | None:
+def over(one: float | None, other: float | None) -> float | None:
     """Their ratio; None where one is missing."""
     return one / other if one is not None and other else None
 

@@ -72,21 +72,36 @@ part() {
 
 : >"$results/suite.log"
 part "tests" 110 "$python" -m pytest -m gpu -q -p no:cacheprovider
-part "retrieval" 80 "$python" profiling/bench_retrieval.py --json "$results/retrieval.json"
-part "comparison" 220 "$python" profiling/compare.py --deepspeed_config "$config" --people 16 --set embrag.model.dims=384 \
-    --only time --rounds 3 --out "$work/compare" "${files[@]}"
-part "training" 110 "$python" launch/train.py --deepspeed_config "$config" --run-dir "$work/run" --max-steps 60 --profile nvml \
+part "retrieval" 70 "$python" profiling/bench_retrieval.py --json "$results/retrieval.json"
+# Every variant as v18.json is; V18 with its blocks compiled; then 16 people at 384 dims and 1,030 sites (so many are in
+# each window of the default panel with that overlap), whose memory has a bar of its own.
+compare() {
+    local name=$1 limit=$2
+    shift 2
+    part "$name" "$limit" "$python" profiling/compare.py --deepspeed_config "$config" --only time --out "$work/$name" "${files[@]}" "$@"
+}
+compare compare 150 --people 32 --rounds 3
+compare compiled 75 --people 32 --rounds 3 --variants "V18 fixed" "V18 refresh" --set embrag.train.compile=true
+compare wide 55 --people 16 --rounds 1 --variants "V18 refresh" --set embrag.model.dims=384 \
+    --set embrag.data.window_sites=1030 --set embrag.data.overlap_sites=53
+part "training" 80 "$python" launch/train.py --deepspeed_config "$config" --run-dir "$work/run" --max-steps 60 --profile nvml \
     --set 'embrag.retrieval.refresh={"every_steps": 20}' --set embrag.train.eval_every=60 "${files[@]}"
 
-for name in compare.json compare.png; do
-    [ -f "$work/compare/$name" ] && cp "$work/compare/$name" "$results/"
+for name in compare compiled wide; do
+    for kind in json png; do
+        [ -f "$work/$name/compare.$kind" ] && cp "$work/$name/compare.$kind" "$results/$name.$kind"
+    done
 done
 for name in profile.json profile.png; do
     [ -f "$work/run/$name" ] && cp "$work/run/$name" "$results/"
 done
 {
-    echo
-    [ -f "$work/compare/compare.md" ] && sed 's/^#/##/' "$work/compare/compare.md"
+    for name in compare compiled wide; do
+        echo
+        echo "## $name"
+        echo
+        [ -f "$work/$name/compare.md" ] && sed 's/^#/###/' "$work/$name/compare.md"
+    done
     echo
     echo "## Training"
     echo

@@ -59,10 +59,12 @@ class Built:
 
 @dataclass(frozen=True)
 class Block:
-    """Some steps: seconds of each; the most bytes over what was held before them (activations and gradients), and of
-    the whole run; ``spans`` of their phases."""
+    """Some steps: ``seconds`` of all of them, one after another as in training, without waiting for a GPU in between;
+    the most bytes over what was held before them (activations and gradients), and of the whole run; ``spans`` of
+    their phases."""
 
-    seconds: tuple[float, ...]
+    steps: int
+    seconds: float
     activation_bytes: int
     peak_bytes: int
     spans: tuple[Span, ...]
@@ -190,20 +192,18 @@ class _Run:
         _give_back(device)
         before = _held(device)
         _reset_peak(device)
-        seconds = []
-        since = time.perf_counter()
+        began = time.perf_counter()
         try:
             for _ in range(count):
-                began = time.perf_counter()
                 self._trainer.step(self._batches, self._interval)
-                synchronise(device)
-                seconds.append(time.perf_counter() - began)
+            synchronise(device)
         except torch.cuda.OutOfMemoryError:
             return None
+        seconds = time.perf_counter() - began
         peak = _peak(device)
-        since -= self._trainer.timeline.began
+        since = began - self._trainer.timeline.began
         spans = [span for span in self._trainer.timeline.spans() if span.start_s >= since]
-        return Block(tuple(seconds), peak - before, peak - self._before, tuple(spans))
+        return Block(count, seconds, peak - before, peak - self._before, tuple(spans))
 
     def watch(self, count: int) -> MemoryCurve:
         assert self._trainer is not None

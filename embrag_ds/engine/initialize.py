@@ -72,7 +72,7 @@ def start_world() -> World:
 def adapt_to_machine(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """DeepSpeed's settings as this machine can run them, and a line for each thing changed.
 
-    Only CPU runs are touched: the fused optimisers and bf16 of a production file are for GPUs.
+    Only CPU runs are touched: DeepSpeed's own Adam and the bf16 of a production file are for GPUs.
     """
     if not _on_cpu():
         return settings, []
@@ -82,7 +82,7 @@ def adapt_to_machine(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str
     parameters = settings.setdefault("optimizer", {}).setdefault("params", {})
     if kind.lower() in ("adam", "adamw") and not parameters.get("torch_adam"):
         parameters["torch_adam"] = True
-        notes.append("CPU: torch's AdamW instead of the fused one")
+        notes.append("CPU: torch's AdamW instead of DeepSpeed's")
     if settings.get("fp16", {}).get("enabled"):
         raise UserError("fp16.enabled: DeepSpeed has no fp16 on a CPU; use bf16 or a GPU")
     for section in ("bf16", "torch_autocast"):

@@ -26,7 +26,7 @@ class ModelConfig:
 
     dims: int = 256
     layers: int = 12
-    heads: int = 8
+    heads: int = 4
     ffn_multiple: int = 4
     dropout: float = 0.0
     fusion: Literal["rare_variant", "copying"] = "copying"

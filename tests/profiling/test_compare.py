@@ -76,12 +76,12 @@ def test_the_rate_of_matrix_products_is_a_rate(modules) -> None:
 
 
 def test_ratios_pair_neighbouring_blocks(modules) -> None:
-    def block(*seconds: float):
-        return modules["stepper"].Block(seconds, 0, 0, ())
+    def blocks(*seconds: float):
+        return [modules["stepper"].Block(2, each, 0, 0, ()) for each in seconds]
 
-    slow = [block(2.0, 2.0), block(20.0, 20.0), block(6.0, 6.0)]  # the machine drifts
-    fast = [block(1.0, 1.0), block(10.0, 10.0), block(2.0, 2.0)]
-    assert modules["compare"].ratio(slow, fast) == 2.0
+    ratio = modules["compare"].ratio
+    assert ratio(blocks(4, 40, 12), blocks(2, 20, 4)) == 2.0  # the machine drifts
+    assert ratio(blocks(4), None) is None
 
 
 def test_it_runs_and_writes_the_promised_numbers_with_their_shapes(

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-PARTS = ("tests", "retrieval", "comparison", "training")
+COMPARISONS = ("compare", "compiled", "wide")
+PARTS = ("tests", "retrieval", "compare", "compiled", "wide", "training")
 STAND_IN = """#!/usr/bin/env bash
 echo "$PWD $PYTHONPATH $*" >>"$CALLS"
 case "$*" in
@@ -18,7 +19,8 @@ case "$*" in
     *pytest*) echo "3 passed"; exit "${TESTS_STATUS:-0}" ;;
     *compare.py*)
         while [ "$1" != --out ]; do shift; done
-        mkdir -p "$2"; echo "# Table" >"$2/compare.md"; echo {} >"$2/compare.json"; echo png >"$2/compare.png" ;;
+        mkdir -p "$2"; echo "# Table of $(basename "$2")" >"$2/compare.md"
+        echo {} >"$2/compare.json"; echo png >"$2/compare.png" ;;
     *train.py*)
         while [ "$1" != --run-dir ]; do shift; done
         mkdir -p "$2"; echo '{"step": 60}' >"$2/metrics.jsonl"; echo {} >"$2/profile.json" ;;
@@ -68,12 +70,15 @@ def test_every_part_runs_and_is_reported(suite: Suite, tmp_path: Path) -> None:
     for part in PARTS:
         assert f"| {part} | ok |" in report
     assert "Some GPU, 1.2, 3 MiB" in report and "torch 9.9" in report
-    assert "## Table" in report and '{"step": 60}' in report
+    for name in COMPARISONS:
+        assert f"### Table of {name}" in report
+    assert '{"step": 60}' in report
     kept = {path.name for path in (tmp_path / "results").iterdir()}
-    assert kept == {"report.md", "suite.log", "compare.json", "compare.png", "profile.json"}
+    compared = {f"{name}.{kind}" for name in COMPARISONS for kind in ("json", "png")}
+    assert kept == {"report.md", "suite.log", "profile.json"} | compared
     calls = (tmp_path / "calls").read_text().splitlines()
     assert not [call for call in calls if "-m pip" in call]
-    for call in calls[-2:]:
+    for call in calls[-4:]:
         assert "--panel /some/panel/panel.vcf.gz --map /some/panel/genetic.map" in call
         assert call.startswith(str(tmp_path / "tree"))
 
