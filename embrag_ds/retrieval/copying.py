@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from embrag_ds.retrieval import compiled, kernels
-from embrag_ds.retrieval.copying_kernels import CudaPosterior
+from embrag_ds.retrieval.copying_kernels import CudaPosterior, cuda_match_lengths
 
 # Both far enough from the smallest float32 that no sum over neighbours is 0, whatever the evidence: not where
 # all of them differ from the query, nor where each differs somewhere and the map says nothing recombined.
@@ -148,8 +148,11 @@ def match_lengths(mismatch: Tensor, position: Tensor, count: Tensor, near: slice
     typed sites, what follows them is filling.
     """
     ends = torch.cat([position[:, :1], position.gather(1, (count - 1).clamp_min(0)[:, None])], dim=1)
-    if mismatch.device.type == "cpu":
-        first, last, _ = near.indices(mismatch.shape[1])
+    way = copying_backend(mismatch.device)
+    first, last, _ = near.indices(mismatch.shape[1])
+    if way == "cuda kernel":
+        return cuda_match_lengths(mismatch, position, ends, first, last)
+    if way == "compiled":
         lengths = np.empty((len(mismatch), last - first, mismatch.shape[2]), dtype=np.float32)
         places = (each.float().contiguous().numpy() for each in (position, ends))
         compiled.use_torch_threads()

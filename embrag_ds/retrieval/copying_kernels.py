@@ -212,9 +212,37 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_adjoint(
     if (threadIdx.x == 0) likelihood_slope[0] += sum[0];
     EACH_NEIGHBOUR prior_slope[k] = weight_slope[i];
 }
+
+// A thread has one neighbour of one query, and nobody to wait for.
+extern "C" __global__ void match_lengths(
+    const unsigned char* mismatch,  // [B, T, K]
+    const float* position,          // [B, T]
+    const float* bounds,            // [B, 2], of a row's first and last typed site
+    float* lengths,                 // [B, N, K]
+    const int tiles, const int T, const int K, const int first, const int last)
+{
+    const long long b = blockIdx.x / tiles;
+    const int k = blockIdx.x % tiles * blockDim.x + threadIdx.x;
+    if (k >= K) return;
+    mismatch += b * T * K + k; position += b * T; lengths += b * (last - first) * K + k;
+    float bound = bounds[2 * b];
+    for (int t = 0; t < last; ++t) {
+        if (mismatch[(long long)t * K]) bound = position[t];
+        if (t >= first) lengths[(long long)(t - first) * K] = bound;
+    }
+    bound = bounds[2 * b + 1];
+    for (int t = T - 1; t >= first; --t) {
+        if (mismatch[(long long)t * K]) bound = position[t];
+        if (t < last) {
+            float* length = lengths + (long long)(t - first) * K;
+            *length = bound > *length ? bound - *length : 0.f;
+        }
+    }
+}
 """
 _WARP = 32
 _MOST_THREADS = 1024
+_MATCH_THREADS = 128
 
 
 def block_shape(neighbours: int) -> tuple[int, int]:
@@ -271,3 +299,16 @@ class CudaPosterior(torch.autograd.Function):
         slopes.append(prior.new_empty(len(likelihood), prior.shape[1]))
         _run("copying_adjoint", [*saved, gradients[0].float().contiguous(), moments, *slopes], *ctx.bounds)
         return None, slopes[0], slopes[1], slopes[2].unflatten(0, (-1, len(prior))).sum(0), None, None
+
+
+def cuda_match_lengths(mismatch: Tensor, position: Tensor, bounds: Tensor, first: int, last: int) -> Tensor:
+    """:func:`embrag_ds.retrieval.compiled.match_lengths`: mismatch bool [B, T, K], position [B, T] and bounds [B, 2]
+    give lengths float32 [B, N, K]."""
+    queries, sites, neighbours = mismatch.shape
+    lengths = torch.empty(queries, last - first, neighbours, device=mismatch.device)
+    given = [mismatch.contiguous().view(torch.uint8), position.float().contiguous(), bounds.float().contiguous()]
+    tiles = -(-neighbours // _MATCH_THREADS)
+    kernel = _kernel("match_lengths", compile_options(neighbours))
+    sizes = (tiles, sites, neighbours, first, last)
+    launch(kernel, (queries * tiles,), (_MATCH_THREADS,), [*given, lengths], sizes)
+    return lengths

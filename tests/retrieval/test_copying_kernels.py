@@ -13,7 +13,7 @@ from torch import Tensor
 
 from embrag_ds.retrieval import compiled, copying_kernels
 from embrag_ds.retrieval.copying import copying_backend, copying_posterior, posterior_torch
-from embrag_ds.retrieval.copying_kernels import SOURCE, CudaPosterior, block_shape
+from embrag_ds.retrieval.copying_kernels import SOURCE, CudaPosterior, block_shape, cuda_match_lengths
 
 # A block's threads are threads, its barrier a barrier, and a warp is two of them; blocks run one after another.
 HOST = r"""
@@ -67,6 +67,10 @@ extern "C" void adjoint(int blocks, int threads, const unsigned char* m, In l, I
         copying_adjoint(m, l, s, p, a, b, o, g, w, ls, ss, ps, B, T, K, first, last);
     });
 }
+extern "C" void lengths(int blocks, int threads, const unsigned char* m, In p, In e, Out o,
+                        int tiles, int T, int K, int first, int last) {
+    run(blocks, threads, [=] { match_lengths(m, p, e, o, tiles, T, K, first, last); });
+}
 """
 THREADS, PER = 6, 5
 
@@ -76,9 +80,9 @@ def kernels(host_library: Callable[[str], ctypes.CDLL]) -> Callable[..., None]:
     """The kernels by name, on numpy arrays and then numbers."""
     loaded = host_library(HOST % (PER, SOURCE))
 
-    def run(name: str, arrays: list[np.ndarray], *sizes: int) -> None:
+    def run(name: str, arrays: list[np.ndarray], *sizes: int, blocks: int | None = None) -> None:
         pointers = [each.ctypes.data_as(ctypes.c_void_p) for each in arrays]
-        getattr(loaded, name)(len(arrays[1]), THREADS, *pointers, *sizes)
+        getattr(loaded, name)(blocks or len(arrays[1]), THREADS, *pointers, *sizes)
 
     return run
 
@@ -160,6 +164,33 @@ def test_what_launches_them_hands_over_what_they_take(
         found.append([posterior.detach(), *(each.grad for each in inputs)])
     for loops, kernel in zip(*found, strict=True):
         torch.testing.assert_close(kernel, loops, rtol=1e-3, atol=1e-4 * (1 + float(loops.abs().max())))
+
+
+@CASES
+def test_match_lengths_are_those_of_the_compiled_loops(
+    kernels: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    queries: int,
+    sites: int,
+    states: int,
+    first: int,
+    last: int,
+) -> None:
+    def launch(name: str, blocks: tuple[int], threads: tuple[int], tensors: list[Tensor], sizes: Sequence[int]) -> None:
+        assert (name, threads) == ("match_lengths", (THREADS,)) and all(each.is_contiguous() for each in tensors)
+        assert blocks == (queries * -(-states // THREADS),)
+        kernels("lengths", [each.numpy() for each in tensors], *sizes, blocks=blocks[0])
+
+    monkeypatch.setattr(copying_kernels, "_MATCH_THREADS", THREADS)
+    monkeypatch.setattr(copying_kernels, "_kernel", lambda name, options: name)
+    monkeypatch.setattr(copying_kernels, "launch", launch)
+    mismatch = torch.from_numpy(random_case(sites, queries, sites, states)[0])
+    position = torch.rand(queries, sites, generator=torch.Generator().manual_seed(1)).cumsum(1)
+    bounds = position[:, [0, -1]]
+    found = cuda_match_lengths(mismatch, position, bounds, first, last)
+    expected = np.empty((queries, last - first, states), np.float32)
+    compiled.match_lengths(mismatch.numpy(), position.numpy(), bounds.numpy(), first, last, expected)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("neighbours", [1, 31, 128, 256, 257, 700, 1536, 2000, 4096, 4097, 9000])
