@@ -76,6 +76,13 @@ def test_v17_is_v18_but_for_the_mode() -> None:
     assert v17 == v18
 
 
+def test_offloading_is_v18_but_for_zero() -> None:
+    offloaded, v18 = shipped("v18_zero3_offload.json"), shipped("v18.json")
+    assert offloaded.pop("zero_optimization")["stage"] == 3 and not offloaded.pop("zero_force_ds_cpu_optimizer")
+    del v18["zero_optimization"]
+    assert offloaded == v18
+
+
 def test_the_large_batch_sees_the_people_of_v18_in_fewer_steps() -> None:
     small, large = shipped("v18.json"), shipped("v18_large_batch.json")
 

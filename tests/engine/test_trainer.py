@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from embrag_ds.config import RunConfig
+from embrag_ds.config import RunConfig, load_config
 from embrag_ds.data.dataset import Samples
 from embrag_ds.engine.checkpoint import read_export
 from embrag_ds.engine.initialize import World
@@ -152,13 +152,18 @@ def test_there_must_be_something_to_resume(make_trainer: MakeTrainer) -> None:
         make_trainer("empty", resume=True)
 
 
+@pytest.mark.parametrize("offloaded", [False, True])
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_zero_3_with_every_parameter_partitioned_trains_as_stage_1(
-    make_trainer: MakeTrainer, metrics_of: Metrics, encoding: str
+    make_trainer: MakeTrainer, metrics_of: Metrics, root: Path, encoding: str, offloaded: bool
 ) -> None:
     overrides = [*ENCODINGS[encoding], STRONG]
     make_trainer("one", *overrides).run()
     zero3 = ["zero_optimization.stage=3", "zero_optimization.stage3_param_persistence_threshold=0"]
+    if offloaded:
+        shipped = load_config(root / "ds_configs" / "v18_zero3_offload.json").deepspeed
+        keys = ("zero_optimization", "zero_force_ds_cpu_optimizer")
+        zero3 = [*(f"{key}={json.dumps(shipped[key])}" for key in keys), zero3[1]]
     make_trainer("three", *overrides, *zero3).run()
     np.testing.assert_allclose(losses(metrics_of("three")), losses(metrics_of("one")), rtol=1e-4)
 
