@@ -36,23 +36,22 @@ from embrag_ds.launching import run_main
 ROOT = Path(__file__).resolve().parent.parent
 GB = 1e9
 BASELINE, FIXED, CHOSEN = "V17", "V18 fixed", "V18 refresh"
-VARIANTS = ("no retrieval", BASELINE, FIXED, CHOSEN, "V18 live")
 
 
 def variants(steps: int) -> dict[str, tuple[str, ...]]:
     """What can be compared: names, and what each changes in the configuration; a refresh falls due in every block."""
     embedding = "embrag.retrieval.mode=embedding"
     refresh = f'embrag.retrieval.refresh={{"every_steps": {steps}, "lag_steps": {min(4, steps - 1)}}}'
-    changes = (
-        ("embrag.retrieval.mode=none",),
-        ("embrag.retrieval.mode=token",),
-        (embedding, "embrag.retrieval.encoding=fixed"),
-        (embedding, "embrag.retrieval.encoding=refresh", refresh),
-        (embedding, "embrag.retrieval.encoding=live"),
-    )
-    return dict(zip(VARIANTS, changes, strict=True))
+    return {
+        "no retrieval": ("embrag.retrieval.mode=none",),
+        BASELINE: ("embrag.retrieval.mode=token",),
+        FIXED: (embedding, "embrag.retrieval.encoding=fixed"),
+        CHOSEN: (embedding, "embrag.retrieval.encoding=refresh", refresh),
+        "V18 live": (embedding, "embrag.retrieval.encoding=live"),
+    }
 
 
+VARIANTS = list(variants(steps=2))
 RECOMPUTED = ", recomputed"
 TWO_NEIGHBOURS = ", 2 neighbours"
 LARGEST: dict[str, dict[str, tuple[str, ...]]] = {
@@ -74,7 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--panel", type=Path, help="default: the embedded one")
     parser.add_argument("--map", type=Path)
     parser.add_argument("--samples", type=Path)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default: all")
     parser.add_argument("--people", type=int, default=16 if on_gpu else 4, help="in a micro-batch")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10 if on_gpu else 2, help="in a block")
@@ -201,12 +200,12 @@ def largest_batches(recipes: dict[str, Recipe], options: argparse.Namespace, dev
     on_gpu = device.type == "cuda"
     budget = torch.cuda.get_device_properties(device).total_memory if on_gpu else options.budget_gb * GB
     found = {}
-    for variant, ways in ((name, LARGEST[name]) for name in LARGEST if name in recipes):
-        for suffix, more in ways.items():
-            name = variant + suffix
-            recipe = replace(recipes[variant], overrides=(*recipes[variant].overrides, *more))
-            found[name] = largest_batch(recipe, name, budget, options.most_people)
-            say(f"{name}: at most {found[name]} people")
+    asked = [(variant, *way) for variant in LARGEST if variant in recipes for way in LARGEST[variant].items()]
+    for variant, suffix, more in asked:
+        name = variant + suffix
+        recipe = replace(recipes[variant], overrides=(*recipes[variant].overrides, *more))
+        found[name] = largest_batch(recipe, name, budget, options.most_people)
+        say(f"{name}: at most {found[name]} people")
     return found
 
 
@@ -256,21 +255,18 @@ def main() -> None:
 
 def compared_times(timed: Timed | None, config: RunConfig, people: int, ceiling: float) -> dict[str, float | None]:
     """The ratios of time and memory, and the model FLOPs utilisation of V18; None where they were not measured."""
-    of = timed.measured if timed else {}
-    blocks = timed.blocks if timed else {}
-    baseline, chosen = of.get(BASELINE), of.get(CHOSEN)
+    of, blocks, sites = (timed.measured, timed.blocks, timed.sites) if timed else ({}, {}, None)
+    memory = {name: each.activation_gb for name, each in of.items()}
     utilisation = None
-    if timed and chosen:
-        operations = step_flops(config.embrag.model, 2 * people, timed.sites, references=0)
-        utilisation = operations / (chosen.step_ms / 1000) / ceiling
+    if sites and CHOSEN in of:
+        operations = step_flops(config.embrag.model, 2 * people, sites, references=0)
+        utilisation = operations / (of[CHOSEN].step_ms / 1000) / ceiling
     return {
         "v18_over_v17_step_time": ratio(blocks.get(CHOSEN), blocks.get(BASELINE)),
-        "v18_over_v17_peak_memory": over(
-            chosen.activation_gb if chosen else None, baseline.activation_gb if baseline else None
-        ),
+        "v18_over_v17_peak_memory": over(memory.get(CHOSEN), memory.get(BASELINE)),
         "mfu": utilisation,
         "refresh_over_fixed_step_time": ratio(blocks.get(CHOSEN), blocks.get(FIXED)),
-        "sites": timed.sites if timed else None,
+        "sites": sites,
     }
 
 

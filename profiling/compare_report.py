@@ -18,8 +18,9 @@ CLAIMED: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """A variant: median step; memory above what is held between steps (``activation_gb``) and of the whole run, in GB
-    (1e9 bytes); seconds to build the run, and of that to encode the panel; milliseconds of each phase a step."""
+    """A variant: time of a step, median over blocks; memory above what is held between steps (``activation_gb``) and of
+    the whole run, in GB (1e9 bytes); seconds to build the run, and of that to encode the panel; milliseconds of each
+    phase a step."""
 
     name: str
     step_ms: float

@@ -75,9 +75,11 @@ part "tests" 110 "$python" -m pytest -m gpu -q -p no:cacheprovider
 part "retrieval" 70 "$python" profiling/bench_retrieval.py --json "$results/retrieval.json"
 # Every variant as v18.json is; V18 with its blocks compiled; then 16 people at 384 dims and 1,030 sites (so many are in
 # each window of the default panel with that overlap), whose memory has a bar of its own.
+comparisons=()
 compare() {
     local name=$1 limit=$2
     shift 2
+    comparisons+=("$name")
     part "$name" "$limit" "$python" profiling/compare.py --deepspeed_config "$config" --only time --out "$work/$name" "${files[@]}" "$@"
 }
 compare compare 150 --people 32 --rounds 3
@@ -87,7 +89,7 @@ compare wide 55 --people 16 --rounds 1 --variants "V18 refresh" --set embrag.mod
 part "training" 80 "$python" launch/train.py --deepspeed_config "$config" --run-dir "$work/run" --max-steps 60 --profile nvml \
     --set 'embrag.retrieval.refresh={"every_steps": 20}' --set embrag.train.eval_every=60 "${files[@]}"
 
-for name in compare compiled wide; do
+for name in "${comparisons[@]}"; do
     for kind in json png; do
         [ -f "$work/$name/compare.$kind" ] && cp "$work/$name/compare.$kind" "$results/$name.$kind"
     done
@@ -96,7 +98,7 @@ for name in profile.json profile.png; do
     [ -f "$work/run/$name" ] && cp "$work/run/$name" "$results/"
 done
 {
-    for name in compare compiled wide; do
+    for name in "${comparisons[@]}"; do
         echo
         echo "## $name"
         echo

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import hypothesis
 import pytest
@@ -54,14 +53,14 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-KeptBytes = Callable[[Callable[[], Any]], int]
+KeptBytes = Callable[[Callable[[], torch.Tensor]], int]
 
 
 @pytest.fixture(scope="session")
 def kept_bytes() -> KeptBytes:
     """What a forward pass keeps for the backward one, in bytes."""
 
-    def count(forward: Callable[[], Any]) -> int:
+    def count(forward: Callable[[], torch.Tensor]) -> int:
         storages: dict[int, int] = {}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -70,9 +69,8 @@ def kept_bytes() -> KeptBytes:
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             made = forward()  # keeps alive what is counted
-        total = sum(storages.values())
-        del made
-        return total
+        assert made.requires_grad
+        return sum(storages.values())
 
     return count
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embrag_ds.retrieval.kernels import launch
+from embrag_ds.retrieval.kernels import launch_tiled
 
 SOURCE = r"""
 extern "C" __global__ void copied_dosage(
@@ -67,7 +67,6 @@ extern "C" __global__ void copied_dosage_adjoint(
     }
 }
 """
-_THREADS = 128
 
 
 @cache
@@ -78,9 +77,7 @@ def _kernel(name: str) -> Any:
 
 
 def _run(name: str, over: int, tensors: list[Tensor], sizes: tuple[int, int, int]) -> None:
-    """A thread for each of the numbers below ``over``, for each query."""
-    tiles = -(-over // _THREADS)
-    launch(_kernel(name), (len(tensors[0]) * tiles,), (_THREADS,), tensors, (tiles, *sizes))
+    launch_tiled(_kernel(name), over, tensors, sizes)
 
 
 class CudaDosage(torch.autograd.Function):

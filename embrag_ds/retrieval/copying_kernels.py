@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embrag_ds.retrieval.kernels import launch
+from embrag_ds.retrieval.kernels import launch, launch_tiled
 
 SOURCE = r"""
 #ifndef WARP
@@ -242,7 +242,6 @@ extern "C" __global__ void match_lengths(
 """
 _WARP = 32
 _MOST_THREADS = 1024
-_MATCH_THREADS = 128
 
 
 def block_shape(neighbours: int) -> tuple[int, int]:
@@ -307,8 +306,6 @@ def cuda_match_lengths(mismatch: Tensor, position: Tensor, bounds: Tensor, first
     queries, sites, neighbours = mismatch.shape
     lengths = torch.empty(queries, last - first, neighbours, device=mismatch.device)
     given = [mismatch.contiguous().view(torch.uint8), position.float().contiguous(), bounds.float().contiguous()]
-    tiles = -(-neighbours // _MATCH_THREADS)
     kernel = _kernel("match_lengths", compile_options(neighbours))
-    sizes = (tiles, sites, neighbours, first, last)
-    launch(kernel, (queries * tiles,), (_MATCH_THREADS,), [*given, lengths], sizes)
+    launch_tiled(kernel, neighbours, [*given, lengths], (sites, neighbours, first, last))
     return lengths

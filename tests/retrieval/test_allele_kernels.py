@@ -92,9 +92,9 @@ def test_what_launches_them_hands_over_what_they_take(
         assert tiles == -(-over // THREADS)
         kernels({"copied_dosage": "dosage"}.get(name, "adjoint"), over, tensors, *others)
 
-    monkeypatch.setattr(allele_kernels, "_THREADS", THREADS)
+    monkeypatch.setattr("embrag_ds.retrieval.kernels._THREADS", THREADS)
     monkeypatch.setattr(allele_kernels, "_kernel", lambda name: name)
-    monkeypatch.setattr(allele_kernels, "launch", launch)
+    monkeypatch.setattr("embrag_ds.retrieval.kernels.launch", launch)
     alleles, posterior, places = random_case(passed, passed, neighbours, sites)
     leaves, gradient = [posterior.clone().requires_grad_() for _ in range(2)], torch.randn(3, sites)
     found = CudaDosage.apply(leaves[0], alleles, places.left, places.right, places.share)

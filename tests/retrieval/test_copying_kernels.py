@@ -181,9 +181,9 @@ def test_match_lengths_are_those_of_the_compiled_loops(
         assert blocks == (queries * -(-states // THREADS),)
         kernels("lengths", [each.numpy() for each in tensors], *sizes, blocks=blocks[0])
 
-    monkeypatch.setattr(copying_kernels, "_MATCH_THREADS", THREADS)
+    monkeypatch.setattr("embrag_ds.retrieval.kernels._THREADS", THREADS)
+    monkeypatch.setattr("embrag_ds.retrieval.kernels.launch", launch)
     monkeypatch.setattr(copying_kernels, "_kernel", lambda name, options: name)
-    monkeypatch.setattr(copying_kernels, "launch", launch)
     mismatch = torch.from_numpy(random_case(sites, queries, sites, states)[0])
     position = torch.rand(queries, sites, generator=torch.Generator().manual_seed(1)).cumsum(1)
     bounds = position[:, [0, -1]]

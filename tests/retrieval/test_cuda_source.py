@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import locale
 import re
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,10 @@ def compiled(source: str, *options: str) -> str:
     library, program, size = ctypes.CDLL(str(path)), ctypes.c_void_p(), ctypes.c_size_t()
     assert library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None) == 0
     given = [option.encode() for option in ("--ptxas-options=-v", *options)]
-    failed = library.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given))
+    encoding = locale.getpreferredencoding(False)
+    with kernels.kept_locale():
+        failed = library.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given))
+    assert locale.getpreferredencoding(False) == encoding
     library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
     log = ctypes.create_string_buffer(size.value)
     library.nvrtcGetProgramLog(program, log)
