@@ -10,6 +10,7 @@ Rows, each with the same people, sites and windows:
     top 1             the single nearest haplotype
     copying, fixed    the untrained copying model over the K nearest
     copying, learned  the trained copying model, the residual left out
+    with confidence   and the correction from what the dosage rests on, the transformer left out
     with residual     the whole trained model
 """
 
@@ -71,10 +72,13 @@ class Row:
         return haplotypes.unflatten(0, (-1, 2)).sum(1).T.numpy()
 
 
-def network_of(model: ExportedModel, trained: bool = True) -> Imputer:
+def network_of(model: ExportedModel, trained: bool, transformer: bool) -> Imputer:
     network = Imputer(model.config.model)
     if trained:
         network.load_state_dict(model.weights)
+    if not transformer:
+        torch.nn.init.zeros_(network.head.weight)
+        torch.nn.init.zeros_(network.head.bias)
     return network.eval()
 
 
@@ -85,9 +89,10 @@ def make_row(
     trained: bool = True,
     k: int | None = None,
     search: TorchSearch | None = None,
+    transformer: bool = True,
 ) -> Row:
     settings = model.config.retrieval if k is None else replace(model.config.retrieval, k=k)
-    network = network_of(model, trained)
+    network = network_of(model, trained, transformer)
     reference = Reference(settings, data, network.embedding, CPU, exclusion_table(data.reference.panel.samples, None))
     if model.snapshot is not None and trained:
         reference.restore(model.snapshot)
@@ -130,6 +135,7 @@ def rows_of(
         "top 1": lambda: make_row(model, data, prior, k=1),
         "copying, fixed": lambda: make_row(model, data, prior, trained=False),
         "copying, learned": lambda: make_row(model, data, prior),
+        "with confidence": lambda: make_row(model, data, whole, transformer=False),
         "with residual": lambda: make_row(model, data, whole),
     }
     if without is not None:

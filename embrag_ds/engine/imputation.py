@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,10 @@ from embrag_ds.engine.inputs import PanelInputs, skipped_records, windowed
 from embrag_ds.engine.reference import Reference
 from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import Imputer
-from embrag_ds.retrieval.collate import receive
+from embrag_ds.retrieval.collate import Batch
+from embrag_ds.retrieval.prefetch import Prefetcher
+
+_AHEAD = 1
 
 
 @dataclass(frozen=True)
@@ -96,28 +100,37 @@ class Imputation:
         self._reference = Reference(config.retrieval, self.data, self._network.embedding, device, exclusions)
         if model.snapshot is not None:
             self._reference.restore(model.snapshot)
-        self._collate = self._reference.collator(block)
+        self._collate = self._reference.collator(block, slots=_AHEAD + 2)
 
     def windows(self, targets: Targets) -> Iterator[tuple[int, np.ndarray]]:
-        """(window, ALT probability of every target haplotype in its core, float32 [2N, L]), in order."""
+        """(window, ALT probability of every target haplotype in its core, float32 [2N, L]), in order.
+
+        While the network works on one block of people, retrieval works on the next.
+        """
         number = {sample: code for code, sample in enumerate(self._samples)}
         people = np.array([number.get(sample, -1) for sample in targets.samples], dtype=np.int64)
-        for window in self.data.windows:
+        starts = range(0, len(people), self._block)
+
+        def build(block: int) -> Batch:
+            index, place = divmod(block, len(starts))
+            window = self.data.windows[index]
             span = slice(window.start, window.stop)
-            hidden = ~targets.typed[span]
-            blocks: list[np.ndarray] = []
-            for start in range(0, len(people), self._block):
-                group = people[start : start + self._block]
-                samples = Samples(
-                    window=window.index,
-                    people=group,
-                    alleles=targets.alleles(span, slice(start, start + len(group))),
-                    hidden=np.repeat(hidden[None], len(group), axis=0),
-                )
-                with torch.no_grad():
-                    logits = self._network(receive(self._collate(samples, step=0))).logits
-                blocks.append(logits.sigmoid().cpu().numpy())
-            yield window.index, np.concatenate(blocks)
+            group = people[starts[place] :][: self._block]
+            samples = Samples(
+                window=window.index,
+                people=group,
+                alleles=targets.alleles(span, slice(starts[place], starts[place] + len(group))),
+                hidden=np.repeat(~targets.typed[span][None], len(group), axis=0),
+            )
+            return self._collate(samples, step=0)
+
+        with closing(Prefetcher(build, 0, len(self.data.windows) * len(starts), _AHEAD)) as batches:
+            for window in self.data.windows:
+                yield window.index, np.concatenate([self._probability(batches.next()) for _ in starts])
+
+    @torch.no_grad()
+    def _probability(self, batch: Batch) -> np.ndarray:
+        return self._network(batch).logits.sigmoid().cpu().numpy()
 
 
 def impute_to_vcf(imputation: Imputation, targets: Targets, out: Path, say: Callable[[str], None]) -> None:

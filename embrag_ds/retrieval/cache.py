@@ -60,7 +60,7 @@ def site_weights(codebook: Tensor) -> Tensor:
 @torch.no_grad()
 def encode_window(encoder: Encoder, window: Window, device: torch.device) -> tuple[Tensor, Tensor]:
     """Codebook [L, 2, D] of a window's core and weights [L] of its sites: both alleles at every site."""
-    tokens = torch.tensor([REF, ALT], device=device)[:, None].expand(ALLELES, len(window))
+    tokens = torch.arange(REF, ALT + 1, device=device)[:, None].expand(ALLELES, len(window))
     codebook = encoder(window.index, tokens).transpose(0, 1)
     return codebook[window.core].contiguous(), site_weights(codebook)
 

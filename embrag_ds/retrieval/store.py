@@ -47,10 +47,6 @@ class Store(Protocol):
         """Ids int64 [B, k] of reference haplotypes near each query haplotype, nearest first."""
         ...
 
-    def refresh(self, generation: Generation, encoder: Encoder) -> None:
-        """Take over a new generation of the embedding layer."""
-        ...
-
     def embeddings(self, window: int, ids: Tensor, generation: Generation) -> Tensor | None:
         """Stored embeddings [B, K, L, D] of ``ids`` [B, K] in the core, or None: gather from the codebook."""
         ...
@@ -68,9 +64,6 @@ class FactoredStore:
         self.backend = search.name
         self._search = search
         self._local = local
-
-    def refresh(self, generation: Generation, encoder: Encoder) -> None:
-        """Nothing to do: alleles are static, and only the weights of a query change."""
 
     def search(self, query: Query, code: WindowCode, k: int) -> Tensor:
         tokens = query.tokens.index_select(1, query.shown_on_device)

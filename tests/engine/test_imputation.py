@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,29 @@ def test_an_interrupted_imputation_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         impute_to_vcf(imputation, targets, folder / "out.vcf.gz", silent)
     assert list(folder.iterdir()) == []
+
+
+def test_retrieval_works_ahead_fails_aloud_and_ends_with_its_reader(
+    model: ExportedModel, inputs: PanelInputs, target: PhasedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ahead() -> list[threading.Thread]:
+        return [each for each in threading.enumerate() if each.name == "retrieval-prefetch"]
+
+    targets = matched(target, Path("target.vcf.gz"), inputs, False, silent)
+    imputation = Imputation(model, inputs, CPU, 4)
+    reader = imputation.windows(targets)
+    next(reader)
+    assert len(ahead()) == 1
+    reader.close()
+    assert ahead() == []
+
+    def broken(samples: Any, step: int) -> Any:
+        raise RuntimeError(f"window {samples.window}")
+
+    monkeypatch.setattr(imputation, "_collate", broken)
+    with pytest.raises(RuntimeError, match="window 0"):
+        list(imputation.windows(targets))
+    assert ahead() == []
 
 
 def test_alleles_of_any_people_and_sites_are_the_files(inputs: PanelInputs, target: PhasedData) -> None:

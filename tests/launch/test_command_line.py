@@ -315,7 +315,9 @@ def test_the_ablation_scores_every_row_on_the_held_out_people(
     written = json.loads(out.read_text())
     assert written["people"] == 6
     found = {name: row["all"] for name, row in written["r2"]["array"].items()}
-    assert list(found) == ["random", "top 1", "copying, fixed", "copying, learned", "with residual"]
+    parts = ["copying, fixed", "copying, learned", "with confidence", "with residual"]
+    assert list(found) == ["random", "top 1", *parts]
+    assert len({found[each] for each in parts}) == 4  # every part changes something
     assert all(0 <= value <= 1 for value in found.values()) and found["random"] < found["copying, fixed"]
     done = launch("python", "../profiling/ablation.py", "--run-dir", run_dir, *panel_options, *data, "--rows", "none")
     assert done.returncode == 2 and "no row 'none'" in done.stderr

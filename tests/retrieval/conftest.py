@@ -77,9 +77,14 @@ class World:
         maker = torch.Generator().manual_seed(seed)
         return RandomEmbedding([torch.randn(len(w), VOCAB, dims, generator=maker) for w in self.data.windows])
 
-    def store(self, store: str, backend: str, dims: int = 3, local: LocalRetrieval | None = None) -> Store:
+    def dense_store(self, encoder: Encoder, dims: int = 3) -> DenseStore:
+        store = DenseStore(self.data, dims, 1.0, CPU)
+        store.refresh(FIRST, encoder)
+        return store
+
+    def store(self, store: str, backend: str, embedding: RandomEmbedding, local: LocalRetrieval | None = None) -> Store:
         if store == "dense":
-            return DenseStore(self.data, dims, 1.0, CPU)
+            return self.dense_store(embedding, embedding.dims)
         return FactoredStore(make_search(backend, CPU), local)
 
     def cache(self, encoder: Encoder, dims: int = 3) -> ReferenceCache:
@@ -105,13 +110,11 @@ class World:
         relatives: Path | None = None,
         local: LocalRetrieval | None = None,
     ) -> AtStepZero:
-        made = self.store(store, backend, embedding.dims, local)
-        made.refresh(FIRST, embedding)
         collate = RetrievalCollator(
             self.data,
             CPU,
             panel=PackedReference(self.data, CPU, 1.0),
-            store=made,
+            store=self.store(store, backend, embedding, local),
             source=self.cache(embedding, embedding.dims),
             k=k,
             exclusions=exclusion_table(self.samples, relatives),
@@ -200,8 +203,7 @@ class Build:
     @staticmethod
     def search(world: World, embedding: RandomEmbedding, query: Query, way: tuple[str, str], k: int) -> Neighbours:
         """What the store and backend ``way`` find, with the oracle's distances."""
-        store = world.store(*way, embedding.dims)
-        store.refresh(FIRST, embedding)
+        store = world.store(*way, embedding)
         ids = store.search(query, world.cache(embedding, embedding.dims).code(query.window, 0), k)
         return Neighbours(ids, torch.from_numpy(Build.distances(query, embedding, world.data)).gather(1, ids))
 

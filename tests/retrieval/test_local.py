@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from embrag_ds.data.tokens import MASK
 from embrag_ds.errors import UserError
+from embrag_ds.retrieval.search import make_search
 from embrag_ds.retrieval.settings import LocalRetrieval, RetrievalConfig
-from embrag_ds.retrieval.store import first_distinct
+from embrag_ds.retrieval.store import FactoredStore, first_distinct
 
 CPU = torch.device("cpu")
 BACKENDS = ["torch", "faiss-cpu"]
@@ -52,7 +53,7 @@ def test_ids_are_the_union_by_rank_of_explicit_searches(build, seed: int, backen
     shown = np.flatnonzero(~hidden.all(0))
     query = world.query(0, tokens, shown, torch.zeros(4, 14, dtype=torch.bool))
     embedding = world.embedding(seed)
-    store = world.store("factored", backend, local=local)
+    store = FactoredStore(make_search(backend, CPU), local)
     found = store.search(query, world.cache(embedding).code(0, 0), k)
 
     weight = (embedding.codebooks[0][:, 1] - embedding.codebooks[0][:, 0]).square().sum(-1).double()

@@ -17,7 +17,9 @@ from embrag_ds.retrieval.collate import Batch, RetrievalCollator
 from embrag_ds.retrieval.packed import PackedReference
 from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.schedule import RefreshConfig, RefreshSchedule
+from embrag_ds.retrieval.search import TorchSearch
 from embrag_ds.retrieval.settings import RetrievalConfig
+from embrag_ds.retrieval.store import FactoredStore
 
 CPU = torch.device("cpu")
 
@@ -93,7 +95,7 @@ def test_a_batch_never_mixes_generations(world, every: int, lag: int) -> None:
         world.data,
         CPU,
         panel=PackedReference(world.data, CPU, 1.0),
-        store=world.store("factored", "torch"),
+        store=FactoredStore(TorchSearch()),
         source=cache,
         k=2,
         exclusions=np.arange(10)[:, None],

@@ -217,10 +217,7 @@ def real_encoder(world, dims: int, seed: int):
 def test_reference_embeddings_from_the_codebook_are_bit_equal_to_stored_rows(build, seed: int) -> None:
     world = build(build.random_alleles(seed, 90, 10), window_sites=30, overlap=6, flank=11)
     encoder = real_encoder(world, 16, seed)
-    factored, dense = world.store("factored", "torch"), world.store("dense", "torch", 16)
-    cache = world.cache(encoder, 16)
-    for part in (factored, dense):
-        part.refresh(FIRST, encoder)
+    dense, cache = world.dense_store(encoder, 16), world.cache(encoder, 16)
     for window in world.data.windows:
         ids = torch.randint(0, 20, (4, 5), generator=torch.Generator().manual_seed(seed))
         alleles = torch.from_numpy(world.data.reference_alleles(window.index)).long()[ids][:, :, window.core]
@@ -228,7 +225,6 @@ def test_reference_embeddings_from_the_codebook_are_bit_equal_to_stored_rows(bui
         stored = dense.embeddings(window.index, ids, FIRST)
         assert stored.shape == (4, 5, window.core_stop - window.core_start, 16)
         assert torch.equal(gathered, stored)
-    assert factored.embeddings(0, ids, FIRST) is None
 
 
 def test_site_weights_are_the_squared_distance_of_the_two_alleles(build) -> None:
@@ -250,11 +246,3 @@ def test_the_dense_store_refuses_above_its_budget_naming_the_key_and_the_way_out
     with pytest.raises(UserError, match=r"embrag\.retrieval\.dense_budget_gb") as fault:
         DenseStore(world.data, 8, exact * 0.999, CPU)
     assert "\n" not in str(fault.value) and "store=factored" in str(fault.value)
-
-
-def test_the_factored_store_keeps_nothing_of_the_references_embeddings(build) -> None:
-    world = build(build.random_alleles(1, 20, 4))
-    store = world.store("factored", "torch")
-    before = dict(vars(store))
-    store.refresh(FIRST, lambda window, tokens: pytest.fail("the factored store encoded reference haplotypes"))
-    assert vars(store) == before
