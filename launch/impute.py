@@ -35,6 +35,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--map", type=Path, help="genetic map (default: 1 cM/Mb)")
     parser.add_argument("--samples", type=Path, metavar="TSV", help="panel sample and population")
     parser.add_argument("--people-per-batch", type=int, default=32, metavar="N", help="memory against speed (32)")
+    parser.add_argument(
+        "--without-transformer", action="store_true", help="retrieval, copying and confidence alone: faster on a CPU"
+    )
     parser.add_argument("--allow-overlap", action="store_true", help="targets may also be in the panel")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
@@ -65,7 +68,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=cache_directory(model.config.data)) as scratch:
         packed = open_panel(target_path, Path(scratch))
         targets = harmonise_targets(packed, target_path, inputs, arguments.allow_overlap, say)
-        imputation = Imputation(model, inputs, device, arguments.people_per_batch)
+        transformer = not arguments.without_transformer
+        imputation = Imputation(model, inputs, device, arguments.people_per_batch, transformer)
         impute_to_vcf(imputation, targets, arguments.out, say)
     say(f"{arguments.out}: {len(targets.samples)} people in {time.monotonic() - began:.0f} s")
 

@@ -64,21 +64,19 @@ class Row:
     collate: RetrievalCollator
     network: Imputer
     read: Callable[[Prediction], Tensor]
+    transformer: bool
 
     @torch.no_grad()
     def dosage(self, samples: Samples) -> np.ndarray:
         """ALT dosage [n sites, N]."""
-        haplotypes = self.read(self.network(self.collate(samples, 0))).sigmoid()
+        haplotypes = self.read(self.network(self.collate(samples, 0), self.transformer)).sigmoid()
         return haplotypes.unflatten(0, (-1, 2)).sum(1).T.numpy()
 
 
-def network_of(model: ExportedModel, trained: bool, transformer: bool) -> Imputer:
+def network_of(model: ExportedModel, trained: bool) -> Imputer:
     network = Imputer(model.config.model)
     if trained:
         network.load_state_dict(model.weights)
-    if not transformer:
-        torch.nn.init.zeros_(network.head.weight)
-        torch.nn.init.zeros_(network.head.bias)
     return network.eval()
 
 
@@ -92,13 +90,13 @@ def make_row(
     transformer: bool = True,
 ) -> Row:
     settings = model.config.retrieval if k is None else replace(model.config.retrieval, k=k)
-    network = network_of(model, trained, transformer)
+    network = network_of(model, trained)
     reference = Reference(settings, data, network.embedding, CPU, exclusion_table(data.reference.panel.samples, None))
     if model.snapshot is not None and trained:
         reference.restore(model.snapshot)
     else:
         reference.begin_refresh(0)
-    return Row(reference.collator(BLOCK, search=search), network, read)
+    return Row(reference.collator(BLOCK, search=search), network, read, transformer)
 
 
 def score(rows: dict[str, Row], data: WindowedPanel, people: np.ndarray, typed: np.ndarray, stride: int) -> dict:

@@ -4,8 +4,8 @@
 
 Every tool runs as its user would run it, in a process of its own, from reading the files to the finished output; the
 tools take turns, and the median of the rounds is reported. minimac4's time includes the conversion of the panel;
-ours includes packing it, in an empty cache (and the same run again with the panel packed). Peers that are not
-installed are left empty.
+ours includes packing it, in an empty cache (and the same run again with the panel packed, with and without the
+transformer). Peers that are not installed are left empty.
 """
 
 from __future__ import annotations
@@ -77,12 +77,16 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def ours(options: argparse.Namespace, device: str, folder: Path, meter: Meter) -> None:
+OURS = {"": (), ", panel packed": (), ", panel packed, without transformer": ("--without-transformer",)}
+"""How we are run, in this order; the first run packs the panel."""
+
+
+def ours(options: argparse.Namespace, device: str, more: Sequence[str], folder: Path, meter: Meter) -> None:
     """Impute with launch/impute.py."""
     model = ["--run-dir", options.run_dir] if options.run_dir else []
     given = ["--map", options.map] if options.map else []
     files = ["--panel", options.panel, "--target", options.target, "--out", folder / "ours.vcf.gz"]
-    command = [sys.executable, ROOT / "launch" / "impute.py", *files, *given, *model, "--device", device]
+    command = [sys.executable, ROOT / "launch" / "impute.py", *files, *given, *model, *more, "--device", device]
     meter.run(command, folder / "ours.out")
 
 
@@ -107,9 +111,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Cost]:
             note(name, meter)
         for device in devices:
             shutil.rmtree(folder / "cache", ignore_errors=True)
-            for what in ("", ", panel packed"):
+            for what, more in OURS.items():
                 meter = Meter()
-                ours(options, device, folder, meter)
+                ours(options, device, more, folder, meter)
                 note(f"embrag_ds {device}{what}", meter)
     return costs
 

@@ -81,7 +81,10 @@ def harmonise_targets(
 class Imputation:
     """An exported model applied to a panel: one window and one block of people at a time."""
 
-    def __init__(self, model: ExportedModel, inputs: PanelInputs, device: torch.device, block: int):
+    def __init__(
+        self, model: ExportedModel, inputs: PanelInputs, device: torch.device, block: int, transformer: bool = True
+    ):
+        """``block`` people at a time; ``transformer``: :meth:`embrag_ds.model.imputer.Imputer.forward`."""
         config = model.config
         everybody = np.arange(len(inputs.panel.samples))
         self.data: WindowedPanel = windowed(inputs, config.data, everybody)
@@ -92,6 +95,7 @@ class Imputation:
             )
         self._device = device
         self._block = block
+        self._transformer = transformer
         self._samples = inputs.panel.samples
         self._network = Imputer(config.model)
         self._network.load_state_dict(model.weights)
@@ -130,7 +134,7 @@ class Imputation:
 
     @torch.no_grad()
     def _probability(self, batch: Batch) -> np.ndarray:
-        return self._network(batch).logits.sigmoid().cpu().numpy()
+        return self._network(batch, self._transformer).logits.sigmoid().cpu().numpy()
 
 
 def impute_to_vcf(imputation: Imputation, targets: Targets, out: Path, say: Callable[[str], None]) -> None:

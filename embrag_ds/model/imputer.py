@@ -77,8 +77,12 @@ class Imputer(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, batch: Batch) -> Prediction:
-        """Log-odds of ALT at every site of the core, the shown ones included."""
+    def forward(self, batch: Batch, transformer: bool = True) -> Prediction:
+        """Log-odds of ALT at every site of the core, the shown ones included.
+
+        Without ``transformer`` its residual is left out, and so is its time: what stays is the prior and the correction
+        from what the prior rests on.
+        """
         pooled = None
         # Without retrieval the frequency itself stands in for the reference haplotypes.
         dosage = expected = batch.frequency
@@ -93,7 +97,9 @@ class Imputer(nn.Module):
         prior = torch.logit((1 - share) * dosage + share * expected, eps=1e-5)
         if self.good_turing:
             prior = prior + batch.good_turing
-        residual = self.head(self._hidden(batch, pooled, expected))[..., 0].float()
+        residual = torch.zeros_like(prior)
+        if transformer:
+            residual = self.head(self._hidden(batch, pooled, expected))[..., 0].float()
         if self.confidence is not None and pooled is not None and pooled.evidence is not None:
             residual = residual + self.confidence(prior, pooled.evidence, batch.frequency)
         return Prediction(prior + residual, prior)

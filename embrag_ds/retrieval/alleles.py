@@ -82,8 +82,9 @@ class _CarriedDosage(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, posterior: Tensor, carriers: Carriers, places: Places) -> Tensor:
         compiled.use_torch_threads()
-        between = (places.left, places.right, places.share.detach())
-        ctx.arguments = [each.contiguous().numpy() for each in (carriers.offset, carriers.members, *between)]
+        members = carriers.members.numpy().view(np.uint32)
+        between = [each.contiguous().numpy() for each in (places.left, places.right, places.share.detach())]
+        ctx.arguments = [carriers.offset.numpy(), members, *between]
         ctx.shape = posterior.shape
         dosage = np.empty(places.share.shape, dtype=np.float32)
         compiled.mix(posterior.detach().contiguous().numpy(), *ctx.arguments, dosage)
@@ -118,7 +119,7 @@ class WindowAlleles:
         offset = np.empty((len(ids), len(self._by_site) + 1), dtype=np.int32)
         # As many as there can be, and one to write to in vain; what is never written to takes no memory.
         members = np.empty((len(ids), lists.most + 1), dtype=np.int32)
-        of_window = (self._by_site, lists.listed, lists.start, lists.who)
+        of_window = (self._by_site, lists.listed, lists.start, lists.who.view(np.uint32))
         compiled.use_torch_threads()
         compiled.list_neighbours(*of_window, ids.contiguous().numpy(), offset, members)
         return Carriers(torch.from_numpy(offset), torch.from_numpy(members), lists.k)

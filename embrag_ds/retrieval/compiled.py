@@ -1,7 +1,8 @@
 """The copying model's loops, compiled for CPUs (numba), one haplotype a task.
 
 Shapes: B haplotypes, T typed sites, K neighbours, L sites; N typed sites from ``first`` to ``last``, around the core; C
-chains, a multiple of B, of which chain c is about haplotype c % B. All fill arrays that the caller made.
+chains, a multiple of B, of which chain c is about haplotype c % B. All fill arrays that the caller made. Places looked
+up in inner loops are unsigned: numba wraps signed ones round where they are negative, which takes as long as reading.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ def mismatches(alleles, place, ids, tokens, count, out):
     ``alleles`` [T', H]; False from a row's ``count`` [B] on."""
     queries, sites, neighbours = out.shape
     for b in numba.prange(queries):
+        own = ids[b].astype(np.uint32)
         for t in range(sites):
+            differs = out[b, t]
             if t < count[b]:
-                row = alleles[place[b, t]]
+                row, token = alleles[place[b, t]], np.uint8(tokens[b, t])
                 for k in range(neighbours):
-                    out[b, t, k] = row[ids[b, k]] != tokens[b, t]
+                    differs[k] = row[own[k]] != token
             else:
-                out[b, t] = False
+                differs[:] = False
 
 
 @_compiled
@@ -249,20 +252,22 @@ def list_neighbours(alleles, listed, start, who, ids, offset, members):
     alleles [L, H] are 1; where ``listed`` [L], those are in ``who`` from ``start`` [L + 1] on."""
     for b in numba.prange(len(ids)):
         place = np.full(alleles.shape[1], -1, dtype=np.int32)
-        for k in range(ids.shape[1]):
-            place[ids[b, k]] = k
-        count = 0
+        own, found = ids[b].astype(np.uint32), members[b]
+        for k in range(len(own)):
+            place[own[k]] = k
+        count = np.uint64(0)
         for site in range(len(alleles)):
             offset[b, site] = count
             if listed[site]:
                 for number in range(start[site], start[site + 1]):
                     k = place[who[number]]
-                    members[b, count] = k
-                    count += k >= 0
+                    found[count] = k
+                    count += np.uint64(k >= 0)
             else:
-                for k in range(ids.shape[1]):
-                    members[b, count] = k
-                    count += alleles[site, ids[b, k]]
+                row = alleles[site]
+                for k in range(len(own)):
+                    found[count] = k
+                    count += np.uint64(row[own[k]])
         offset[b, len(alleles)] = count
 
 
@@ -270,12 +275,14 @@ def list_neighbours(alleles, listed, start, who, ids, offset, members):
 def mix(posterior, offset, members, left, right, share, dosage):
     """Fill dosage [B, L] with the interpolated posterior [B, N, K] of a site's ``members``."""
     for b in numba.prange(len(dosage)):
+        carriers = members[b]
         for site in range(dosage.shape[1]):
             before, after = posterior[b, left[b, site]], posterior[b, right[b, site]]
             at_left, at_right = np.float32(0), np.float32(0)
             for number in range(offset[b, site], offset[b, site + 1]):
-                at_left += before[members[b, number]]
-                at_right += after[members[b, number]]
+                k = carriers[number]
+                at_left += before[k]
+                at_right += after[k]
             dosage[b, site] = at_left + share[b, site] * (at_right - at_left)
 
 
@@ -283,10 +290,12 @@ def mix(posterior, offset, members, left, right, share, dosage):
 def mix_adjoint(gradient, offset, members, left, right, share, slope):
     """Add to slope [B, N, K] what :func:`mix` hands back of ``gradient`` [B, L]."""
     for b in numba.prange(len(gradient)):
+        carriers = members[b]
         for site in range(gradient.shape[1]):
             before, after = slope[b, left[b, site]], slope[b, right[b, site]]
             at_right = share[b, site] * gradient[b, site]
             at_left = gradient[b, site] - at_right
             for number in range(offset[b, site], offset[b, site + 1]):
-                before[members[b, number]] += at_left
-                after[members[b, number]] += at_right
+                k = carriers[number]
+                before[k] += at_left
+                after[k] += at_right

@@ -265,6 +265,23 @@ def test_an_interrupted_imputation_leaves_nothing(
     assert list(folder.iterdir()) == []
 
 
+def test_without_the_transformer_nothing_else_changes(
+    model: ExportedModel, inputs: PanelInputs, target: PhasedData
+) -> None:
+    """A head of zeros says nothing."""
+    targets = matched(target, Path("target.vcf.gz"), inputs, False, silent)
+    weights = {
+        name: torch.zeros_like(each) if name.startswith("head.") else each for name, each in model.weights.items()
+    }
+    mute = dataclasses.replace(model, weights=weights)
+    whole = list(Imputation(model, inputs, CPU, 4).windows(targets))
+    without = list(Imputation(model, inputs, CPU, 4, transformer=False).windows(targets))
+    silenced = list(Imputation(mute, inputs, CPU, 4).windows(targets))
+    for (_, one), (_, other), (_, all_of_it) in zip(without, silenced, whole, strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert not np.allclose(one, all_of_it)
+
+
 def test_retrieval_works_ahead_fails_aloud_and_ends_with_its_reader(
     model: ExportedModel, inputs: PanelInputs, target: PhasedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
