@@ -55,7 +55,7 @@ def hand_over(tensors: Iterable[Tensor], event: Any) -> None:
     """Make the current stream wait for ``event`` and keep the tensors' memory until it has used them."""
     if event is None:
         return
-    current = torch.cuda.current_stream()
+    current = torch.cuda.current_stream(event.device)
     current.wait_event(event)
     for tensor in tensors:
         tensor.record_stream(current)
