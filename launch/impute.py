@@ -36,7 +36,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=Path, metavar="TSV", help="panel sample and population")
     parser.add_argument("--people-per-batch", type=int, default=32, metavar="N", help="memory against speed (32)")
     parser.add_argument(
-        "--without-transformer", action="store_true", help="retrieval, copying and confidence alone: faster on a CPU"
+        "--without-transformer",
+        action="store_true",
+        help="retrieval, copying and confidence alone, in longer windows: faster on a CPU",
     )
     parser.add_argument("--allow-overlap", action="store_true", help="targets may also be in the panel")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

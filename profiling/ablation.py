@@ -100,13 +100,15 @@ def make_row(
 
 
 def score(rows: dict[str, Row], data: WindowedPanel, people: np.ndarray, typed: np.ndarray, stride: int) -> dict:
-    """Aggregate r2 by MAF bin of every row, at the sites that are not ``typed`` bool [S]."""
+    """Aggregate r2 by MAF bin of every row, at the sites that are not ``typed`` bool [S], each counted once."""
     tallies = {name: AggregateR2(1) for name in rows}
     reference = data.reference
+    left = ~typed & reference.listed
     spoken = time.monotonic()
     for window in data.windows[::stride]:
         core = window.core_sites
-        scored = ~typed[core] & reference.listed[core]
+        scored = left[core].copy()
+        left[core] = False
         frequency = reference.allele_frequency[core][scored]
         for start in range(0, len(people), BLOCK):
             group = people[start : start + BLOCK]
@@ -154,15 +156,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--typed", action="append", required=True, metavar="NAME=FILE", help="VCF or list of sites")
     parser.add_argument("--rows", nargs="*", default=[], help="only these")
     parser.add_argument("--stride", type=int, default=1, help="every so many windows only")
+    parser.add_argument("--window-sites", type=int, help="cores of this length instead of the training's")
     parser.add_argument("--people", type=int, help="at most so many of the held-out people")
     parser.add_argument("--json", type=Path, required=True)
     return parser.parse_args()
 
 
-def held_out(config: EmbragConfig, inputs: PanelInputs) -> tuple[WindowedPanel, np.ndarray]:
-    """The panel as the training saw it, and whom it held out."""
+def held_out(config: EmbragConfig, inputs: PanelInputs, sites: int | None) -> tuple[WindowedPanel, np.ndarray]:
+    """The panel as the training saw it, or with cores of so many ``sites``, and whom it held out."""
     training, people = split_people(len(inputs.panel.samples), config.data.validation_people, config.seed)
-    return windowed(inputs, config.data, training), people
+    settings = replace(config.data, window_sites=sites or config.data.window_sites)
+    return windowed(inputs, settings, training), people
 
 
 def main() -> None:
@@ -170,7 +174,7 @@ def main() -> None:
     model = read_export(options.run_dir / MODEL_FILE)
     without = read_export(options.without_retrieval / MODEL_FILE) if options.without_retrieval else None
     inputs = open_inputs(PanelFiles(options.panel, options.map, options.samples), model.config.data)
-    data, people = held_out(model.config, inputs)
+    data, people = held_out(model.config, inputs, options.window_sites)
     people = people[: options.people]
     rows = rows_of(model, without, data, options.rows)
     result = {}

@@ -10,14 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import embrag_ds
-from embrag_ds.data.dataset import Samples, WindowedPanel, exclusion_table
+from embrag_ds.data.dataset import DataConfig, Samples, WindowedPanel, exclusion_table
 from embrag_ds.data.panel import Panel
 from embrag_ds.data.sites import Harmonised, harmonise
 from embrag_ds.data.tokens import REF
@@ -32,6 +32,8 @@ from embrag_ds.retrieval.collate import Batch
 from embrag_ds.retrieval.prefetch import Prefetcher
 
 _AHEAD = 1
+_TIMES_AS_LONG = 4
+_MOST_CORE_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -78,16 +80,25 @@ def harmonise_targets(
     return Targets(target.samples, typed, target.packed, match)
 
 
+def _with_longer_windows(settings: DataConfig, haplotypes: int) -> DataConfig:
+    """Longer cores, for the same flanks are retrieved from and copied along for each; retrieval and copying do not ask
+    how long a core is, as the transformer does. The alleles of the panel's ``haplotypes`` in a core are in memory."""
+    most = max(settings.window_sites, _MOST_CORE_BYTES // haplotypes)
+    return replace(settings, window_sites=min(_TIMES_AS_LONG * settings.window_sites, most))
+
+
 class Imputation:
     """An exported model applied to a panel: one window and one block of people at a time."""
 
     def __init__(
         self, model: ExportedModel, inputs: PanelInputs, device: torch.device, block: int, transformer: bool = True
     ):
-        """``block`` people at a time; ``transformer``: :meth:`embrag_ds.model.imputer.Imputer.forward`."""
+        """``block`` people at a time; ``transformer``: :meth:`embrag_ds.model.imputer.Imputer.forward`. Without it
+        windows are longer."""
         config = model.config
         everybody = np.arange(len(inputs.panel.samples))
-        self.data: WindowedPanel = windowed(inputs, config.data, everybody)
+        settings = config.data if transformer else _with_longer_windows(config.data, 2 * len(everybody))
+        self.data: WindowedPanel = windowed(inputs, settings, everybody)
         left_out = uncovered(self.data.windows, len(inputs.panel.sites))
         if left_out:
             raise UserError(

@@ -16,6 +16,7 @@ from embrag_ds.model.pooling import Evidence
 _FEATURES = 11
 _SHORTEST_CM = 1e-3
 _RAREST = 1e-5
+_SITES_AT_ONCE = 8192
 
 
 class ConfidenceHead(nn.Module):
@@ -36,8 +37,13 @@ class ConfidenceHead(nn.Module):
         """Correction float32 [B, L] of the log-odds of ALT, ``prior`` [B, L]; ``frequency`` [B, L] is ALT's."""
         sign = torch.where(frequency > 0.5, -1.0, 1.0)
         features = confidence_features(sign * prior.detach(), sign, evidence, frequency)
-        correction = self.layers(features.to(next(self.parameters()).dtype))[..., 0]
-        return sign * correction.float()
+        features = features.to(next(self.parameters()).dtype)
+        if torch.is_grad_enabled() or features.device.type != "cpu":
+            correction = self.layers(features)
+        else:  # what is between the layers stays in the processor's caches
+            pieces = features.flatten(0, 1).split(_SITES_AT_ONCE)
+            correction = torch.cat([self.layers(each) for each in pieces]).view(*sign.shape, 1)
+        return sign * correction[..., 0].float()
 
 
 def confidence_features(minor_odds: Tensor, sign: Tensor, evidence: Evidence, frequency: Tensor) -> Tensor:

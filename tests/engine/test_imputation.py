@@ -23,6 +23,7 @@ from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.vcf import PhasedData, read_phased
 from embrag_ds.data.vcf_dosages import read_dosages
 from embrag_ds.data.vcf_output import write_phased
+from embrag_ds.engine import imputation as imputation_module
 from embrag_ds.engine.checkpoint import ExportedModel, read_export
 from embrag_ds.engine.imputation import Imputation, Targets, harmonise_targets, impute_to_vcf
 from embrag_ds.engine.initialize import World
@@ -265,10 +266,11 @@ def test_an_interrupted_imputation_leaves_nothing(
     assert list(folder.iterdir()) == []
 
 
-def test_without_the_transformer_nothing_else_changes(
-    model: ExportedModel, inputs: PanelInputs, target: PhasedData
+def test_without_the_transformer_nothing_but_its_windows_changes(
+    model: ExportedModel, inputs: PanelInputs, target: PhasedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A head of zeros says nothing."""
+    monkeypatch.setattr(imputation_module, "_TIMES_AS_LONG", 1)
     targets = matched(target, Path("target.vcf.gz"), inputs, False, silent)
     weights = {
         name: torch.zeros_like(each) if name.startswith("head.") else each for name, each in model.weights.items()
@@ -280,6 +282,31 @@ def test_without_the_transformer_nothing_else_changes(
     for (_, one), (_, other), (_, all_of_it) in zip(without, silenced, whole, strict=True):
         np.testing.assert_array_equal(one, other)
         assert not np.allclose(one, all_of_it)
+
+
+def test_without_the_transformer_windows_are_longer_as_far_as_memory_goes(
+    retrieval_alone: ExportedModel, inputs: PanelInputs, target: PhasedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = matched(target, Path("target.vcf.gz"), inputs, False, silent)
+    longest = retrieval_alone.config.data.window_sites
+    haplotypes, sites = 2 * len(inputs.panel.samples), len(inputs.panel.sites)
+
+    def spread(imputation: Imputation) -> np.ndarray:
+        found = np.full((2 * len(targets.samples), sites), np.nan)
+        for number, probability in imputation.windows(targets):
+            found[:, imputation.data.windows[number].core_sites] = probability
+        return found
+
+    short, long = (Imputation(retrieval_alone, inputs, CPU, 4, transformer=each) for each in (True, False))
+    assert len(long.data) <= -(-len(short.data) // 3) < len(short.data)
+    one, other = spread(short), spread(long)
+    untyped = ~targets.typed
+    assert np.corrcoef(one[:, untyped].ravel(), other[:, untyped].ravel())[0, 1] > 0.95
+    monkeypatch.setattr(imputation_module, "_MOST_CORE_BYTES", 2 * longest * haplotypes)
+    held_back = Imputation(retrieval_alone, inputs, CPU, 4, transformer=False).data.windows
+    assert longest < max(each.core_stop - each.core_start for each in held_back) <= 2 * longest
+    monkeypatch.setattr(imputation_module, "_MOST_CORE_BYTES", haplotypes)
+    assert Imputation(retrieval_alone, inputs, CPU, 4, transformer=False).data.windows == short.data.windows
 
 
 def test_retrieval_works_ahead_fails_aloud_and_ends_with_its_reader(

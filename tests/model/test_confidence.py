@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from embrag_ds.model import confidence
 from embrag_ds.model.confidence import ConfidenceHead
 from embrag_ds.model.pooling import Evidence
 from embrag_ds.retrieval.copying import match_lengths
@@ -122,6 +123,15 @@ def test_turning_alleles_round_turns_the_correction_round() -> None:
     one, other = head(prior, evidence, frequency), head(-prior, turned, 1 - frequency)
     torch.testing.assert_close(one, -other, rtol=1e-4, atol=1e-5)
     assert one.std() > 0.1
+
+
+def test_in_pieces_it_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    prior, frequency, evidence = torch.randn(4, 30), torch.rand(4, 30), random_evidence(6, (4, 30))
+    head = trained_head()
+    whole = head(prior, evidence, frequency)
+    monkeypatch.setattr(confidence, "_SITES_AT_ONCE", 7)
+    with torch.no_grad():
+        torch.testing.assert_close(head(prior, evidence, frequency), whole.detach())
 
 
 def test_it_is_finite_at_the_edges() -> None:
