@@ -45,6 +45,8 @@ class TrainConfig:
     """Parts of the network whose weights stay as they are: ``pooling``, ``confidence``, ``embedding``, ..."""
     compile: bool = False
     """Compile the transformer's blocks with ``torch.compile``: a minute at the start, and a C++ compiler on a CPU."""
+    recompute_feed_forward: bool = False
+    """Do not keep the feed-forward's hidden layers for the backward pass: two fifths of a block's memory."""
 
     def __post_init__(self) -> None:
         for key in ("max_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):

@@ -2,9 +2,10 @@
 
     python profiling/compare.py [--deepspeed_config ds_configs/v18.json] --out FOLDER [--json FILE]
 
-Five variants of one configuration, or some of them (--variants), with the same data, masks, width and batch: no
-retrieval; V17 (the nearest haplotype by tokens goes through the transformer too and is fused after it); V18 with
-encodings fixed, refresh and live (fused before a single pass). Each trains in a process of its own, and they take
+Variants of one configuration, or some of them (--variants), with the same data, masks, width and batch: no retrieval;
+V17 (the nearest haplotype by tokens goes through the transformer too and is fused after it); V18 with encodings fixed,
+refresh and live (fused before a single pass); and V18 lean, whose feed-forward is computed again in the backward
+pass: part of the time that it saves over V17, given for memory. Each trains in a process of its own, and they take
 turns, one block of steps at a time; ratios are medians over rounds of neighbouring blocks. Then the largest batch of
 V17 and V18 is found by bisection: on a GPU to its memory's end, on a CPU to --budget-gb for all of the run but the
 libraries. FOLDER gets compare.md, compare.json and compare.png.
@@ -36,6 +37,8 @@ from embrag_ds.launching import run_main
 ROOT = Path(__file__).resolve().parent.parent
 GB = 1e9
 BASELINE, FIXED, CHOSEN = "V17", "V18 fixed", "V18 refresh"
+HIDDEN_RECOMPUTED = "embrag.train.recompute_feed_forward=true"
+LEAN = ", lean"
 
 
 def variants(steps: int) -> dict[str, tuple[str, ...]]:
@@ -47,6 +50,7 @@ def variants(steps: int) -> dict[str, tuple[str, ...]]:
         BASELINE: ("embrag.retrieval.mode=token",),
         FIXED: (embedding, "embrag.retrieval.encoding=fixed"),
         CHOSEN: (embedding, "embrag.retrieval.encoding=refresh", refresh),
+        CHOSEN + LEAN: (embedding, "embrag.retrieval.encoding=refresh", refresh, HIDDEN_RECOMPUTED),
         "V18 live": (embedding, "embrag.retrieval.encoding=live"),
     }
 
@@ -57,10 +61,11 @@ TWO_NEIGHBOURS = ", 2 neighbours"
 LARGEST: dict[str, dict[str, tuple[str, ...]]] = {
     BASELINE: {
         "": (),
+        LEAN: (HIDDEN_RECOMPUTED,),
         RECOMPUTED: ("activation_checkpointing={}",),
         TWO_NEIGHBOURS: ("embrag.retrieval.token_k=2",),
     },
-    CHOSEN: {"": (), RECOMPUTED: ("activation_checkpointing={}",)},
+    CHOSEN: {"": (), LEAN: (HIDDEN_RECOMPUTED,), RECOMPUTED: ("activation_checkpointing={}",)},
 }
 """Of which variants, and with what more, the largest batch is sought. In V18 more neighbours change nothing."""
 
@@ -212,8 +217,11 @@ def largest_batches(recipes: dict[str, Recipe], options: argparse.Namespace, dev
 def main() -> None:
     options = parse_arguments()
     config = load_config(options.deepspeed_config, options.set)
-    if "activation_checkpointing" in config.deepspeed:
-        raise UserError("compare.py measures with and without activation_checkpointing itself: leave it out")
+    if "activation_checkpointing" in config.deepspeed or config.embrag.train.recompute_feed_forward:
+        raise UserError(
+            "compare.py measures with and without activation_checkpointing and embrag.train.recompute_feed_forward "
+            "itself: leave them out"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     files = PanelFiles(options.panel, options.map, options.samples)
     recipes = {
@@ -229,6 +237,8 @@ def main() -> None:
     result = {
         **compared_times(timed, config, options.people, ceiling),
         "largest_batch_ratio": over(batches.get(CHOSEN), batches.get(BASELINE)),
+        "largest_batch_ratio_lean": over(batches.get(CHOSEN + LEAN), batches.get(BASELINE + LEAN)),
+        "largest_batch_ratio_v18_lean": over(batches.get(CHOSEN + LEAN), batches.get(BASELINE)),
         "largest_batch_ratio_recomputed": over(batches.get(CHOSEN + RECOMPUTED), batches.get(BASELINE + RECOMPUTED)),
         "largest_batch_ratio_v18_recomputed": over(batches.get(CHOSEN + RECOMPUTED), batches.get(BASELINE)),
         "largest_batch_ratio_2_neighbours": over(batches.get(CHOSEN), batches.get(BASELINE + TWO_NEIGHBOURS)),
@@ -264,6 +274,8 @@ def compared_times(timed: Timed | None, config: RunConfig, people: int, ceiling:
     return {
         "v18_over_v17_step_time": ratio(blocks.get(CHOSEN), blocks.get(BASELINE)),
         "v18_over_v17_peak_memory": over(memory.get(CHOSEN), memory.get(BASELINE)),
+        "lean_v18_over_v17_step_time": ratio(blocks.get(CHOSEN + LEAN), blocks.get(BASELINE)),
+        "lean_v18_over_v17_peak_memory": over(memory.get(CHOSEN + LEAN), memory.get(BASELINE)),
         "mfu": utilisation,
         "refresh_over_fixed_step_time": ratio(blocks.get(CHOSEN), blocks.get(FIXED)),
         "sites": sites,

@@ -95,12 +95,10 @@ def open_panel(path: Path, cache_dir: Path, progress: bool = True) -> Panel:
 def building(directory: Path) -> Iterator[Path | None]:
     """Yield a temporary directory that becomes ``directory``, or None when that exists already.
 
-    Processes exclude one another by a file lock, so several ranks or runs may ask at once. On
-    failure nothing is left; what a killed process left is removed by the next one.
+    Several ranks or runs may ask at once. On failure nothing is left; what a killed process left is removed by the
+    next one.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with open(directory.parent / f".{directory.name}.lock", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(directory):
         if directory.exists():
             yield None
             return
@@ -112,6 +110,15 @@ def building(directory: Path) -> Iterator[Path | None]:
             temporary.rename(directory)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Exclude everybody else who asks for ``directory``, on this machine, by a lock file beside it."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with open(directory.parent / f".{directory.name}.lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _identity(path: Path) -> str:

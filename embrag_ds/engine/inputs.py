@@ -10,7 +10,15 @@ import numpy as np
 
 from embrag_ds.data.dataset import DataConfig, WindowedPanel, read_manifest
 from embrag_ds.data.genetic_map import GeneticMap
-from embrag_ds.data.panel import Panel, Populations, ReferenceSet, default_cache_dir, open_panel, read_populations
+from embrag_ds.data.panel import (
+    Panel,
+    Populations,
+    ReferenceSet,
+    default_cache_dir,
+    locked,
+    open_panel,
+    read_populations,
+)
 from embrag_ds.data.simulate import DefaultData, SimulationSettings, simulate_default
 from embrag_ds.errors import UserError
 
@@ -42,8 +50,10 @@ def cache_directory(settings: DataConfig) -> Path:
 
 
 def default_data(settings: DataConfig) -> DefaultData:
-    """The embedded default data set, simulated on first use."""
-    return simulate_default(cache_directory(settings) / "default", SimulationSettings())
+    """The embedded default data set, simulated on first use, by one of those who ask at once."""
+    directory = cache_directory(settings) / "default"
+    with locked(directory):
+        return simulate_default(directory, SimulationSettings())
 
 
 def open_inputs(files: PanelFiles, settings: DataConfig, progress: bool = True) -> PanelInputs:

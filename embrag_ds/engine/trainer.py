@@ -112,7 +112,9 @@ class Trainer:
         if init_from is not None:
             start_from(model, self.embrag.model, read_export(init_from), init_from)
         _freeze(model, self.embrag.train.frozen)
-        self.engine = initialize_engine(model, settings, self.embrag.train.compile)
+        self.engine = initialize_engine(
+            model, settings, self.embrag.train.compile, self.embrag.train.recompute_feed_forward
+        )
         self.reference = Reference(
             self.embrag.retrieval,
             data,

@@ -97,7 +97,11 @@ def through(first: Step, then: Step, x: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each after its norm and added back."""
+    """Attention and feed-forward, each after its norm and added back.
+
+    Of its activations only ten times its input is kept for the backward pass: the input itself, queries, keys and
+    values, what attention makes of them, the input of the second norm, and the feed-forward's hidden layer (four).
+    """
 
     def __init__(self, dims: int, heads: int, ffn_multiple: int, dropout: float):
         super().__init__()
@@ -110,11 +114,18 @@ class Block(nn.Module):
         self.ffn_in = nn.Linear(dims, ffn_multiple * dims)
         self.ffn_out = nn.Linear(ffn_multiple * dims, dims)
 
-    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
-        """Of its activations only ten times ``x`` is kept for the backward pass: ``x`` itself, queries, keys and
-        values, what attention makes of them, ``x`` after it, and the feed-forward's hidden layer (four)."""
+    def forward(self, x: Tensor, angles: Tensor, recompute_feed_forward: bool = False) -> Tensor:
+        """[B, L, D] -> [B, L, D]; ``angles`` [L, head_dims / 2, 2]. With ``recompute_feed_forward`` the hidden layer is
+        not kept but computed again: six times ``x`` for one more projection."""
         x = x + self._drop(self._attend(through(self.attention_norm, self.qkv, x), angles))
-        return x + self._drop(through(gelu, self.ffn_out, through(self.ffn_norm, self.ffn_in, x)))
+        if recompute_feed_forward and torch.is_grad_enabled():
+            change = checkpoint(self._feed_forward, x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            change = through(gelu, self.ffn_out, through(self.ffn_norm, self.ffn_in, x))
+        return x + self._drop(change)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self.ffn_out(gelu(self.ffn_in(self.ffn_norm(x))))
 
     def _attend(self, qkv: Tensor, angles: Tensor) -> Tensor:
         query, key, value = rotated_heads(qkv.unflatten(-1, (3, self.heads, -1)), angles)
@@ -128,7 +139,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Blocks and a final norm: [B, L, D] -> [B, L, D].
 
-    ``recompute``, where it is set, runs the first ``recomputed`` blocks (None: all) so that they keep their input only.
+    ``recompute``, where it is set, runs the first ``recomputed`` blocks (None: all) so that they keep their input only;
+    ``recompute_feed_forward`` is for the others.
     """
 
     def __init__(self, dims: int, layers: int, heads: int, ffn_multiple: int, dropout: float):
@@ -136,6 +148,7 @@ class Transformer(nn.Module):
         self.head_dims = dims // heads
         self.recompute: Recompute | None = None
         self.recomputed: int | None = None
+        self.recompute_feed_forward = False
         self.blocks = nn.ModuleList(Block(dims, heads, ffn_multiple, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(dims)
 
@@ -147,5 +160,5 @@ class Transformer(nn.Module):
             if self.recompute is not None and place < recomputed and torch.is_grad_enabled():
                 x = self.recompute(block, x, angles)
             else:
-                x = block(x, angles)
+                x = block(x, angles, self.recompute_feed_forward)
         return self.norm(x)

@@ -34,6 +34,7 @@ MakeTrainer = Callable[..., Trainer]
 MakeConfig = Callable[..., RunConfig]
 TIMES = ("retrieval_wait_ms", "seconds", "people_per_second", "step_ms", "retrieval_wait_share")
 NO_DROPOUT = "embrag.model.dropout=0"
+LEAN = "embrag.train.recompute_feed_forward=true"
 STRONG = "optimizer.params.lr=0.02"
 
 
@@ -555,17 +556,19 @@ def test_recomputed_activations_change_memory_and_nothing_else(
 ) -> None:
     """Dropout included: a block is computed again with the random numbers it had."""
     curves, saved = {}, {}
-    for name, section in {"kept": [], "one": ['{"number_checkpoints": 1}'], "all": ["{}"]}.items():
-        settings = [f"activation_checkpointing={value}" for value in section]
+    one = 'activation_checkpointing={"number_checkpoints": 1}'
+    ways = {"kept": [], "one": [one], "lean": [LEAN], "both": [one, LEAN], "all": ["activation_checkpointing={}"]}
+    for name, settings in ways.items():
         trainer = make_trainer(name, f"embrag.retrieval.mode={mode}", "embrag.model.layers=3", STRONG, *settings)
         trainer.run()
         curves[name] = losses(metrics_of(name))
         batch = trainer.validation_batch(trainer.sampler.samples(0))
         saved[name] = kept_bytes(lambda network=trainer.engine.module, given=batch: network(given).logits)
     assert len(set(curves["kept"])) == 6
-    for name in ("one", "all"):
+    for name in ways:
         np.testing.assert_allclose(curves[name], curves["kept"], rtol=1e-5)
-    assert saved["all"] < saved["one"] < saved["kept"]
+    assert saved["all"] < saved["both"] < min(saved["one"], saved["lean"])
+    assert max(saved["one"], saved["lean"]) < saved["kept"]
 
 
 @pytest.mark.gpu
@@ -591,10 +594,12 @@ def test_a_step_on_a_gpu_never_waits_for_it(make_trainer: MakeTrainer) -> None:
 
 
 def test_compiled_blocks_compute_the_same(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
-    for name, compiled in (("eager", "false"), ("compiled", "true")):
-        make_trainer(name, f"embrag.train.compile={compiled}", NO_DROPOUT, "embrag.train.max_steps=3").run()
-    np.testing.assert_allclose(losses(metrics_of("compiled")), losses(metrics_of("eager")), rtol=1e-4)
-    assert len(metrics_of("compiled")) == 3
+    compiled = "embrag.train.compile=true"
+    for name, settings in {"eager": [], "compiled": [compiled], "lean": [compiled, LEAN]}.items():
+        make_trainer(name, NO_DROPOUT, "embrag.train.max_steps=3", *settings).run()
+    for name in ("compiled", "lean"):
+        np.testing.assert_allclose(losses(metrics_of(name)), losses(metrics_of("eager")), rtol=1e-4)
+        assert len(metrics_of(name)) == 3
 
 
 def test_frozen_parts_stay_and_the_others_move(make_trainer: MakeTrainer) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
 
 from embrag_ds.model.transformer import Block, rotary_angles, rotated_heads, through
 
@@ -70,11 +71,12 @@ def test_heads_are_rotated_in_place_and_back(angles: Tensor, kind: torch.dtype) 
     torch.testing.assert_close(one.grad, other.grad)
 
 
-def test_a_block_is_what_it_is_written_out(block: Block, angles: Tensor) -> None:
+@pytest.mark.parametrize("recompute_feed_forward", [False, True])
+def test_a_block_is_what_it_is_written_out(block: Block, angles: Tensor, recompute_feed_forward: bool) -> None:
     x = torch.randn(HAPLOTYPES, SITES, DIMS)
     slope = torch.randn_like(x)
     found = []
-    for way in (block, lambda *given: plain(block, *given)):
+    for way in (lambda *given: block(*given, recompute_feed_forward), lambda *given: plain(block, *given)):
         given = x.clone().requires_grad_()
         made = way(given, angles)
         (made * slope).sum().backward()
@@ -85,14 +87,28 @@ def test_a_block_is_what_it_is_written_out(block: Block, angles: Tensor) -> None
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_a_block_keeps_ten_times_its_input(block: Block, angles: Tensor, kept_bytes: KeptBytes) -> None:
+@pytest.mark.parametrize(("recompute_feed_forward", "times"), [(False, 10), (True, 6)])
+def test_how_many_times_its_input_a_block_keeps(
+    block: Block, angles: Tensor, kept_bytes: KeptBytes, recompute_feed_forward: bool, times: int
+) -> None:
     x = torch.randn(HAPLOTYPES, SITES, DIMS, requires_grad=True)
     size = x.numel() * x.element_size()
     parameters = sum(each.numel() * each.element_size() for each in block.parameters())
     # Beside them the logarithm of attention's sums, a number a head, and moments of the norms.
     beside = 4 * HAPLOTYPES * SITES * (HEADS + 4)
-    assert 10 * size <= kept_bytes(lambda: block(x, angles)) <= 10 * size + parameters + beside + angles.nbytes
+    kept = kept_bytes(lambda: block(x, angles, recompute_feed_forward))
+    assert times * size <= kept <= times * size + parameters + beside + angles.nbytes
     assert kept_bytes(lambda: plain(block, x, angles)) >= 16 * size
+
+
+def test_recomputing_the_feed_forward_costs_its_first_projection(block: Block, angles: Tensor) -> None:
+    operations = []
+    for recompute_feed_forward in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            x = torch.randn(HAPLOTYPES, SITES, DIMS, requires_grad=True)
+            block(x, angles, recompute_feed_forward).sum().backward()
+        operations.append(counter.get_total_flops())
+    assert operations[1] - operations[0] == 2 * HAPLOTYPES * SITES * DIMS * 4 * DIMS
 
 
 def test_what_is_computed_again_is_not_kept() -> None:
