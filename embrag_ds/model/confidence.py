@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from embrag_ds.model.pooling import Evidence
+from embrag_ds.model.recompute import computed_again
 
 _FEATURES = 11
 _SHORTEST_CM = 1e-3
@@ -39,7 +40,7 @@ class ConfidenceHead(nn.Module):
         features = confidence_features(sign * prior.detach(), sign, evidence, frequency)
         features = features.to(next(self.parameters()).dtype)
         if torch.is_grad_enabled() or features.device.type != "cpu":
-            correction = self.layers(features)
+            correction = computed_again(self.layers, features)
         else:  # what is between the layers stays in the processor's caches
             pieces = features.flatten(0, 1).split(_SITES_AT_ONCE)
             correction = torch.cat([self.layers(each) for each in pieces]).view(*sign.shape, 1)

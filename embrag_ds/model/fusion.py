@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from embrag_ds.model.embedding import FREQUENCY_FEATURES, frequency_features
 
@@ -28,15 +27,9 @@ class GatedFusion(nn.Module):
     def forward(self, query: Tensor, reference: Tensor, frequency: Tensor, expected: Tensor) -> Tensor:
         """``query`` and ``reference`` [B, L, D], ``frequency`` and ``expected`` [B, L] -> [B, L, D].
 
-        The backward pass computes it again: that takes little time, and what lies between would take more memory than
-        half a block of the transformer.
+        What lies between would take more memory than half a block of the transformer, and takes little time:
+        :func:`~embrag_ds.model.recompute.computed_again`.
         """
-        arguments = (query, reference, frequency, expected)
-        if not torch.is_grad_enabled():  # the first call of checkpoint imports for a second
-            return self._fuse(*arguments)
-        return checkpoint(self._fuse, *arguments, use_reentrant=False, preserve_rng_state=False)
-
-    def _fuse(self, query: Tensor, reference: Tensor, frequency: Tensor, expected: Tensor) -> Tensor:
         features = torch.cat([frequency_features(frequency), frequency_features(expected)], dim=-1)
         rarity = self.frequency(features.to(query.dtype))
         together = torch.cat([query, reference, rarity], dim=-1)

@@ -13,6 +13,7 @@ from embrag_ds.model.confidence import ConfidenceHead
 from embrag_ds.model.embedding import HaplotypeEmbedding, gather_embeddings
 from embrag_ds.model.fusion import GatedFusion
 from embrag_ds.model.pooling import CopyingPooling, DistancePooling, Pooled, mixed_embedding, pooled_embedding
+from embrag_ds.model.recompute import computed_again
 from embrag_ds.model.transformer import Transformer
 from embrag_ds.retrieval.collate import Batch, SiteTensors
 
@@ -89,7 +90,7 @@ class Imputer(nn.Module):
         if batch.retrieved is not None:
             # Probabilities are multiplied along the whole window: not in bf16.
             with torch.autocast(batch.tokens.device.type, enabled=False):
-                weight = self.embedding.site_weights(batch.sites)
+                weight = computed_again(self.embedding.site_weights, batch.sites)
                 pooled = self.pooling(batch, batch.retrieved, weight / weight.mean())
             dosage = pooled.dosage
             expected = (pooled.ancestry * batch.population_frequency).sum(1)
@@ -110,14 +111,18 @@ class Imputer(nn.Module):
         sites = SiteTensors(batch.sites.position[batch.core], batch.sites.frequency[batch.core])
         position = sites.position
         codebook = self.embedding.codebook(sites)
-        query = gather_embeddings(codebook, batch.tokens)
         if retrieved is not None and retrieved.tokens is not None:
-            embedded = torch.cat([query[:, None], gather_embeddings(codebook, retrieved.tokens)], dim=1)
+            embedded = gather_embeddings(codebook, torch.cat([batch.tokens[:, None], retrieved.tokens], dim=1))
             passed = self.transformer(embedded.flatten(0, 1), position).unflatten(0, embedded.shape[:2])
-            return self.fusion(passed[:, 0], passed[:, 1:].mean(1), batch.frequency, expected)
-        if retrieved is None or pooled is None:
-            reference = mixed_embedding(codebook, batch.frequency)
-        else:
-            reference = pooled_embedding(pooled, retrieved, codebook)
-        fused = self.fusion(query, reference.to(query.dtype), batch.frequency, expected)
-        return self.transformer(fused, position)
+            reference = passed[:, 1:].mean(1)
+            return computed_again(self.fusion, passed[:, 0], reference, batch.frequency, expected)
+
+        def fused() -> Tensor:
+            query = gather_embeddings(codebook, batch.tokens)
+            if retrieved is None or pooled is None:
+                reference = mixed_embedding(codebook, batch.frequency)
+            else:
+                reference = pooled_embedding(pooled, retrieved, codebook)
+            return self.fusion(query, reference.to(query.dtype), batch.frequency, expected)
+
+        return self.transformer(computed_again(fused), position)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
+
+from embrag_ds.model.recompute import computed_again, through
 
 _SHORTEST_CM, _LONGEST_CM = 0.02, 40.0
 
 
-Step = Callable[[Tensor], Tensor]
 Recompute = Callable[..., Tensor]
 """(block, x, angles) -> block(x, angles); the backward pass has only the arguments and computes the rest again."""
 
@@ -72,30 +72,6 @@ def _turn(heads: Tensor, turns: Tensor) -> None:
         heads.copy_(pairs.flatten(-2))
 
 
-def through(first: Step, then: Step, x: Tensor) -> Tensor:
-    """``then(first(x))``; for the backward pass of ``then``, ``first(x)`` is computed again instead of kept.
-
-    For a ``first`` that keeps ``x`` anyway and takes little time beside ``then``: a norm or an activation before a
-    projection.
-    """
-    if torch.compiler.is_compiling():  # it has no hooks
-        return checkpoint(lambda x: then(first(x)), x, use_reentrant=False)
-    between = first(x)
-    source, place, count = x.detach(), between.data_ptr(), between.numel()
-
-    def keep(kept: Tensor) -> Tensor | torch.Size:
-        return kept.shape if kept.data_ptr() == place and kept.numel() == count else kept
-
-    def give(kept: Tensor | torch.Size) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        with torch.no_grad():
-            return first(source).view(kept)
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, give):
-        return then(between)
-
-
 class Block(nn.Module):
     """Attention and feed-forward, each after its norm and added back.
 
@@ -118,8 +94,8 @@ class Block(nn.Module):
         """[B, L, D] -> [B, L, D]; ``angles`` [L, head_dims / 2, 2]. With ``recompute_feed_forward`` the hidden layer is
         not kept but computed again: six times ``x`` for one more projection."""
         x = x + self._drop(self._attend(through(self.attention_norm, self.qkv, x), angles))
-        if recompute_feed_forward and torch.is_grad_enabled():
-            change = checkpoint(self._feed_forward, x, use_reentrant=False, preserve_rng_state=False)
+        if recompute_feed_forward:
+            change = computed_again(self._feed_forward, x)
         else:
             change = through(gelu, self.ffn_out, through(self.ffn_norm, self.ffn_in, x))
         return x + self._drop(change)

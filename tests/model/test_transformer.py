@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import gelu, scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from embrag_ds.model.transformer import Block, rotary_angles, rotated_heads, through
+from embrag_ds.model.recompute import through
+from embrag_ds.model.transformer import Block, rotary_angles, rotated_heads
 
 DIMS, HEADS, SITES, HAPLOTYPES = 32, 4, 50, 6
 KeptBytes = Callable[[Callable[[], Tensor]], int]
