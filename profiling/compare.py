@@ -29,6 +29,7 @@ from compare_report import Measured, draw, markdown
 from stepper import Block, Built, Recipe, Stepper, alternating
 
 from embrag_ds.config import RunConfig, load_config
+from embrag_ds.engine.initialize import adapt_to_machine
 from embrag_ds.engine.inputs import PanelFiles
 from embrag_ds.engine.record import device_name, package_versions
 from embrag_ds.errors import UserError
@@ -103,13 +104,14 @@ def largest(cost: Callable[[int], int | None], budget: float, most: int) -> int:
     """The most people up to ``most`` whose ``cost`` in bytes is known and within ``budget`` (0: not even one's).
 
     The cost must grow with the people. Where the line through the last two costs meets the budget is tried first, so
-    that few batches are; from the fifth on the bracket is halved.
+    that few batches are; from the fifth on the bracket is halved. Never more than four times what is known to fit: a
+    machine that runs out of memory may kill more than the one who asked.
     """
     low, high, tried = 0, most + 1, 0
     known: list[tuple[int, int]] = []
     while high - low > 1:
         guess = _meets(known, budget) if tried < 4 else (low + high) // 2
-        people = min(max(guess, low + 1), high - 1)
+        people = min(max(guess, low + 1), high - 1, max(2, 4 * low))
         used = cost(people)
         tried += 1
         if used is not None:
@@ -229,7 +231,8 @@ def main() -> None:
         for name, overrides in variants(options.steps).items()
         if name in options.variants
     }
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    settings, _ = adapt_to_machine(config.deepspeed)
+    dtype = torch.bfloat16 if settings.get("bf16", {}).get("enabled") else torch.float32
     ceiling = matrix_rate(device, dtype, 8192 if device.type == "cuda" else 2048)
     say(f"matrix products of {dtype}: {ceiling / 1e12:.3g} TFLOP/s")
     timed = None if options.only == "largest" else time_variants(recipes, options)
@@ -246,6 +249,7 @@ def main() -> None:
         "date": date.today().isoformat(),
         "versions": package_versions(),
         "shapes": shapes(config, options),
+        "precision": str(dtype).removeprefix("torch."),
         "matrix_tflops": ceiling / 1e12,
         "largest_batch": batches,
         "budget_gb": None if device.type == "cuda" else options.budget_gb,

@@ -58,7 +58,7 @@ def markdown(result: dict[str, Any], measured: list[Measured]) -> str:
     lines = [
         f"# V17 beside V18, {result['date']}",
         "",
-        f"{result['device']}; {shape}.",
+        f"{result['device']}; {result['precision']}; {shape}.",
         "",
         *_table(header, rows),
         "",
@@ -69,7 +69,7 @@ def markdown(result: dict[str, Any], measured: list[Measured]) -> str:
         "",
         *_table(["V18 (refresh) over V17", "measured", "bar"], _ratios(result)),
         "",
-        f"MFU {_optional(result['mfu'])} of {result['matrix_tflops']:.3g} TFLOP/s measured for matrix products.",
+        f"MFU {_optional(result['mfu'])} of {result['matrix_tflops']:.3g} TFLOP/s measured for its matrix products.",
     ]
     return "\n".join(lines) + "\n"
 

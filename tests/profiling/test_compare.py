@@ -42,6 +42,8 @@ def test_the_largest_batch_is_found_in_few_tries(modules, fixed: int, each: int,
         tried: list[int] = []
 
         def cost(people: int, crash: bool = ends_in_a_crash, seen: list[int] = tried) -> int | None:
+            fitted = [number for number in seen if fixed + each * number <= budget]
+            assert people <= max(2, 4 * max(fitted, default=0))  # and not the whole machine
             seen.append(people)
             used = fixed + each * people
             return None if crash and used > budget else used
@@ -124,6 +126,7 @@ def test_it_runs_and_writes_the_promised_numbers_with_their_shapes(
         assert result[name] > 0
     ways = {"V17": ("", ", lean", ", recomputed", ", 2 neighbours"), "V18 refresh": ("", ", lean", ", recomputed")}
     assert result["largest_batch"] == {name + way: 1 for name in ways for way in ways[name]}
+    assert result["precision"] == "float32"
     assert result["shapes"]["people"] == 2 and 50 < result["sites"] <= 64 and result["device"]
     names = ["no retrieval", "V17", "V18 fixed", "V18 refresh", "V18 refresh, lean", "V18 live"]
     assert list(result["variants"]) == names
