@@ -104,13 +104,13 @@ def largest(cost: Callable[[int], int | None], budget: float, most: int) -> int:
     """The most people up to ``most`` whose ``cost`` in bytes is known and within ``budget`` (0: not even one's).
 
     The cost must grow with the people. Where the line through the last two costs meets the budget is tried first, so
-    that few batches are; from the fifth on the bracket is halved. Never more than four times what is known to fit: a
-    machine that runs out of memory may kill more than the one who asked.
+    that few batches are; from the fifth on the bracket is halved, once it has an end. Never more than four times what
+    is known to fit: a machine that runs out of memory may kill more than the one who asked.
     """
     low, high, tried = 0, most + 1, 0
     known: list[tuple[int, int]] = []
     while high - low > 1:
-        guess = _meets(known, budget) if tried < 4 else (low + high) // 2
+        guess = _meets(known, budget) if tried < 4 or high > most else (low + high) // 2
         people = min(max(guess, low + 1), high - 1, max(2, 4 * low))
         used = cost(people)
         tried += 1

@@ -2,12 +2,15 @@
 
 Most sites of a panel are rare, so most neighbours carry REF: a mean of alleles over K neighbours is the sum over
 the few that carry ALT. On a CPU the neighbours are therefore kept as lists of carriers, made from lists that a window's
-queries share; a GPU reads all K alleles at once.
+queries share. And between two typed sites few haplotypes differ at all: where the queries of a batch are typed at the
+same, not too many sites, weights are summed per distinct sequence and the sequences are what carries ALT, as in Beagle
+(Browning et al. 2018, Am. J. Hum. Genet. 103:338). A GPU reads all K alleles at once. All say the same.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,10 @@ from torch import Tensor
 
 from embrag_ds.retrieval import compiled, kernels
 from embrag_ds.retrieval.allele_kernels import CudaDosage
+
+_WORD = 64
+_LEAST_RUN = 8
+"""Sites between two typed ones, on average, from which sequences are faster than lists of carriers."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class Carriers:
     k: int
 
     def dosage(self, posterior: Tensor, places: Places) -> Tensor:
-        return _CarriedDosage.apply(posterior, self, places)
+        return _ListedDosage.apply(posterior, self, places)
 
     def share(self) -> Tensor:
         return torch.diff(self.offset, dim=1) / self.k
@@ -77,25 +84,99 @@ class Carriers:
             found[row, members[: offset[-1]], np.repeat(np.arange(found.shape[2]), np.diff(offset))] = 1
         return torch.from_numpy(found)
 
+    @property
+    def lists(self) -> tuple[np.ndarray, ...]:
+        """As the compiled loops take them."""
+        return self.offset.numpy(), self.members.numpy().view(np.uint32)
 
-class _CarriedDosage(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, posterior: Tensor, carriers: Carriers, places: Places) -> Tensor:
+
+@dataclass(frozen=True)
+class Sequences:
+    """What the neighbours ``ids`` int64 [B, K] carry in each of ``blocks``. The same as :class:`Alleles`, on a CPU."""
+
+    ids: Tensor
+    blocks: Blocks
+
+    def dosage(self, posterior: Tensor, places: Places) -> Tensor:
+        return _ListedDosage.apply(posterior, self, places)
+
+    def share(self) -> Tensor:
+        shape = len(self.ids), len(self.blocks.start) - 1
+        nowhere = torch.zeros(shape, dtype=torch.int64)
+        equal = torch.full((len(self.ids), 1, self.ids.shape[1]), 1 / self.ids.shape[1])
+        return self.dosage(equal, Places(nowhere, nowhere, torch.zeros(shape)))
+
+    def dense(self) -> Tensor:
+        found = [
+            words[sequence[self.ids.numpy()]][..., None] >> np.arange(stop - first, dtype=np.uint64)
+            for words, sequence, (first, stop) in zip(
+                self.blocks.words, self.blocks.sequence, pairwise(self.blocks.bounds), strict=True
+            )
+        ]
+        return torch.from_numpy((np.concatenate(found, axis=-1) & np.uint64(1)).astype(np.uint8))
+
+    @property
+    def lists(self) -> tuple[np.ndarray, ...]:
+        """As the compiled loops take them."""
+        blocks = self.blocks
+        return self.ids.numpy(), blocks.sequence, blocks.count, blocks.bounds, blocks.start, blocks.who
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Distinct sequences of alleles in blocks of neighbouring sites, from ``bounds`` int64 [G + 1] to the next.
+
+    Haplotype h carries number ``sequence`` uint32 [G, H], the first ``count`` int64 [G] are spelt by ``words`` uint64
+    [G, H], and those with ALT at a site are ``who`` uint32 from ``start`` uint64 [L + 1] on.
+    """
+
+    bounds: np.ndarray
+    sequence: np.ndarray
+    words: np.ndarray
+    count: np.ndarray
+    start: np.ndarray
+    who: np.ndarray
+
+    @classmethod
+    def made(cls, by_site: np.ndarray, cuts: np.ndarray) -> Blocks:
+        """Blocks of alleles [L, H] that begin at 0, at ``cuts``, and where one would be longer than a word."""
+        runs = np.unique(np.concatenate([[0], cuts, [len(by_site)]]))
+        bounds = np.concatenate([*(np.arange(*run, _WORD) for run in pairwise(runs)), [len(by_site)]])
+        shape = len(bounds) - 1, by_site.shape[1]
+        sequence, words = np.empty(shape, dtype=np.uint32), np.empty(shape, dtype=np.uint64)
+        count = np.empty(shape[0], dtype=np.int64)
         compiled.use_torch_threads()
-        members = carriers.members.numpy().view(np.uint32)
+        compiled.number_sequences(by_site, bounds, sequence, words, count)
+        start = np.zeros(len(by_site) + 1, dtype=np.uint64)
+        compiled.list_sequences(words, count, bounds, start, np.empty(0, dtype=np.uint32))
+        start = start.cumsum(dtype=np.uint64)
+        who = np.empty(int(start[-1]), dtype=np.uint32)
+        compiled.list_sequences(words, count, bounds, start, who)
+        return cls(bounds, sequence, words, count, start, who)
+
+
+class _ListedDosage(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, posterior: Tensor, neighbours: Carriers | Sequences, places: Places) -> Tensor:
+        compiled.use_torch_threads()
         between = [each.contiguous().numpy() for each in (places.left, places.right, places.share.detach())]
-        ctx.arguments = [carriers.offset.numpy(), members, *between]
+        ctx.arguments = [*neighbours.lists, *between]
         ctx.shape = posterior.shape
+        ctx.adjoint = compiled.mix_adjoint if isinstance(neighbours, Carriers) else compiled.mix_sequences_adjoint
+        mix = compiled.mix if isinstance(neighbours, Carriers) else compiled.mix_sequences
         dosage = np.empty(places.share.shape, dtype=np.float32)
-        compiled.mix(posterior.detach().contiguous().numpy(), *ctx.arguments, dosage)
+        mix(posterior.detach().contiguous().numpy(), *ctx.arguments, dosage)
         return torch.from_numpy(dosage)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         compiled.use_torch_threads()
         slope = np.zeros(ctx.shape, dtype=np.float32)
-        compiled.mix_adjoint(gradients[0].float().contiguous().numpy(), *ctx.arguments, slope)
+        ctx.adjoint(gradients[0].float().contiguous().numpy(), *ctx.arguments, slope)
         return torch.from_numpy(slope), None, None
+
+
+Neighbours = Alleles | Carriers | Sequences
 
 
 class WindowAlleles:
@@ -108,11 +189,20 @@ class WindowAlleles:
         self.by_haplotype = by_site.T if on_cpu else by_site.T.contiguous()
         self._by_site = by_site.numpy() if on_cpu else None
         self._lists: _Lists | None = None
+        self._blocks: tuple[bytes, Blocks] | None = None
 
-    def of(self, ids: Tensor) -> Alleles | Carriers:
-        """Those of the neighbours ``ids`` int64 [B, K], all of a row different."""
+    def of(self, ids: Tensor, cuts: np.ndarray | None = None) -> Neighbours:
+        """Those of the neighbours ``ids`` int64 [B, K], all of a row different.
+
+        ``cuts`` int64: the sites from which on a posterior may lie between other typed sites, the same for all rows;
+        None where every row has its own.
+        """
         if self._by_site is None:
             return Alleles(self.by_haplotype[ids])
+        if cuts is not None and len(self._by_site) >= _LEAST_RUN * len(cuts):
+            if self._blocks is None or self._blocks[0] != cuts.tobytes():
+                self._blocks = cuts.tobytes(), Blocks.made(self._by_site, cuts)
+            return Sequences(ids.contiguous(), self._blocks[1])
         lists = self._lists
         if lists is None or lists.k != ids.shape[1]:
             lists = self._lists = _Lists.made(self._by_site, ids.shape[1])

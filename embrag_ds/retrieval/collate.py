@@ -17,7 +17,7 @@ from torch import Tensor
 from embrag_ds.data.dataset import Samples, WindowedPanel
 from embrag_ds.data.tokens import MASK
 from embrag_ds.errors import UserError
-from embrag_ds.retrieval.alleles import Alleles, Carriers, WindowAlleles
+from embrag_ds.retrieval.alleles import Neighbours, WindowAlleles
 from embrag_ds.retrieval.cache import ReferenceSource, WindowCode
 from embrag_ds.retrieval.copying import mismatches
 from embrag_ds.retrieval.frequency import frequencies_without
@@ -51,7 +51,7 @@ class Retrieved:
     """
 
     ids: Tensor
-    alleles: Alleles | Carriers
+    alleles: Neighbours
     mismatch: Tensor
     population: Tensor
     codebook: Tensor | None
@@ -228,7 +228,8 @@ class RetrievalCollator:
                 typed_per_haplotype=float(count.mean()),
             )
             code = self._source.code(samples.window, step)
-            retrieved = self._retrieve(query, batch, code, self._store, reference)
+            cuts = _common_cuts(samples.hidden[:, window.core])
+            retrieved = self._retrieve(query, batch, code, self._store, reference, cuts)
             fetched = 0 if code.codebook is None else code.codebook.nbytes + code.weights.nbytes
             batch = replace(batch, retrieved=retrieved, bytes_moved=fetched)
         self.staging.end()
@@ -244,7 +245,13 @@ class RetrievalCollator:
         return found
 
     def _retrieve(
-        self, query: Query, batch: Batch, code: WindowCode, store: Store, reference: WindowAlleles
+        self,
+        query: Query,
+        batch: Batch,
+        code: WindowCode,
+        store: Store,
+        reference: WindowAlleles,
+        cuts: np.ndarray | None,
     ) -> Retrieved:
         with self._timeline.phase("search"):
             ids = store.search(query, code, self.k)
@@ -253,7 +260,7 @@ class RetrievalCollator:
         shown = query.tokens.gather(1, batch.typed)
         return Retrieved(
             ids=ids,
-            alleles=reference.of(ids),
+            alleles=reference.of(ids, cuts),
             mismatch=mismatches(query.alleles, place, ids, shown, batch.typed_count),
             population=self._population_of[ids],
             codebook=None if self._live else code.codebook,
@@ -307,6 +314,11 @@ def _near(hidden: np.ndarray, core: slice) -> slice:
     until = (~hidden[:, : core.stop]).sum(1)
     last = np.maximum((~hidden).sum(1) - 1, 0)
     return slice(max(0, int(before.min()) - 1), int(np.minimum(until, last).max()) + 1)
+
+
+def _common_cuts(hidden: np.ndarray) -> np.ndarray | None:
+    """The sites that follow a typed one, if all people of ``hidden`` [N, L] are typed at the same."""
+    return None if (hidden != hidden[:1]).any() else np.flatnonzero(~hidden[0]) + 1
 
 
 def site_tensors(data: WindowedPanel, window: int, device: torch.device) -> SiteTensors:

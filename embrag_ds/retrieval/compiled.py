@@ -299,3 +299,100 @@ def mix_adjoint(gradient, offset, members, left, right, share, slope):
                 k = carriers[number]
                 before[k] += at_left
                 after[k] += at_right
+
+
+@_compiled
+def number_sequences(alleles, bounds, sequence, words, count):
+    """Number what haplotypes carry in block g of alleles [L, H], the sites from bounds[g] to bounds[g + 1] (64 at
+    most): sequence [G, H]; words [G, H] spell the first ``count`` [G], site by site from the lowest bit on."""
+    for g in numba.prange(len(count)):
+        spelt = np.zeros(alleles.shape[1], dtype=np.uint64)
+        for site in range(bounds[g], bounds[g + 1]):
+            place = np.uint64(site - bounds[g])
+            for haplotype in range(len(spelt)):
+                spelt[haplotype] |= np.uint64(alleles[site, haplotype]) << place
+        number = -1
+        for haplotype in np.argsort(spelt):
+            if number < 0 or words[g, number] != spelt[haplotype]:
+                number += 1
+                words[g, number] = spelt[haplotype]
+            sequence[g, haplotype] = number
+        count[g] = number + 1
+
+
+@_compiled
+def list_sequences(words, count, bounds, start, who):
+    """Of every site the numbers of the sequences with ALT: who[start[site] : start[site + 1]]. Without room in ``who``
+    only their number, start[site + 1]."""
+    for g in numba.prange(len(count)):
+        for site in range(bounds[g], bounds[g + 1]):
+            place, found = np.uint64(site - bounds[g]), np.uint64(0)
+            for number in range(count[g]):
+                carries = (words[g, number] >> place) & np.uint64(1)
+                if len(who) and carries:
+                    who[start[site] + found] = number
+                found += carries
+            if len(who) == 0:
+                start[site + 1] = found
+
+
+@_compiled
+def mix_sequences(posterior, ids, sequence, count, bounds, start, who, left, right, share, dosage):
+    """:func:`mix` by sequences: a neighbour's weight goes to what it carries between two typed sites, and from there
+    to every site."""
+    for b in numba.prange(len(dosage)):
+        own = ids[b].astype(np.uint32)
+        before = np.empty(count.max(), dtype=np.float32)
+        after = np.empty_like(before)
+        for g in range(len(count)):
+            number = sequence[g]
+            begin = bounds[g]
+            while begin < bounds[g + 1]:
+                at_left, at_right = left[b, begin], right[b, begin]
+                end = begin + 1
+                while end < bounds[g + 1] and left[b, end] == at_left and right[b, end] == at_right:
+                    end += 1
+                before[: count[g]] = np.float32(0)
+                after[: count[g]] = np.float32(0)
+                first, second = posterior[b, at_left], posterior[b, at_right]
+                for k in range(len(own)):
+                    n = number[own[k]]
+                    before[n] += first[k]
+                    after[n] += second[k]
+                for site in range(begin, end):
+                    one, other = np.float32(0), np.float32(0)
+                    for place in range(start[site], start[site + 1]):
+                        one += before[who[place]]
+                        other += after[who[place]]
+                    dosage[b, site] = one + share[b, site] * (other - one)
+                begin = end
+
+
+@_compiled
+def mix_sequences_adjoint(gradient, ids, sequence, count, bounds, start, who, left, right, share, slope):
+    """Add to slope [B, N, K] what :func:`mix_sequences` hands back of ``gradient`` [B, L]."""
+    for b in numba.prange(len(gradient)):
+        own = ids[b].astype(np.uint32)
+        before = np.empty(count.max(), dtype=np.float32)
+        after = np.empty_like(before)
+        for g in range(len(count)):
+            number = sequence[g]
+            begin = bounds[g]
+            while begin < bounds[g + 1]:
+                at_left, at_right = left[b, begin], right[b, begin]
+                before[: count[g]] = np.float32(0)
+                after[: count[g]] = np.float32(0)
+                end = begin
+                while end < bounds[g + 1] and left[b, end] == at_left and right[b, end] == at_right:
+                    of_right = share[b, end] * gradient[b, end]
+                    of_left = gradient[b, end] - of_right
+                    for place in range(start[end], start[end + 1]):
+                        before[who[place]] += of_left
+                        after[who[place]] += of_right
+                    end += 1
+                first, second = slope[b, at_left], slope[b, at_right]
+                for k in range(len(own)):
+                    n = number[own[k]]
+                    first[k] += before[n]
+                    second[k] += after[n]
+                begin = end

@@ -12,6 +12,7 @@ from embrag_ds.errors import UserError
 from embrag_ds.model.embedding import HaplotypeEmbedding, gather_embeddings
 from embrag_ds.model.imputer import Imputer, ModelConfig
 from embrag_ds.model.losses import LossConfig, Losses, imputation_loss
+from embrag_ds.retrieval.alleles import Alleles, Carriers, Sequences
 from embrag_ds.retrieval.cache import site_weights
 from embrag_ds.retrieval.collate import Batch, site_tensors
 
@@ -44,6 +45,24 @@ def test_the_truth_at_hidden_sites_changes_no_prediction(build, fusion: str, mod
         assert not torch.equal(one.alleles, two.alleles)
         first, second = predict(network, one), predict(network, two)
         assert torch.equal(first.logits, second.logits) and torch.equal(first.prior, second.prior)
+
+
+def test_people_typed_at_the_same_few_sites_are_pooled_by_sequence(build) -> None:
+    """Any others by their carriers; the network hears the same."""
+    world = build(3, people=30, sites=200, window_sites=100)
+    network = build.imputer()
+    collate = world.collator(network.embedding)
+    few = np.ones((3, len(world.data.windows[0])), dtype=bool)
+    few[:, ::11] = False
+    own, many = few.copy(), few.copy()
+    own[1, 12] = False
+    many[:, ::2] = False
+    batches = [collate(world.batch_of(0, [0, 3, 7], hidden)) for hidden in (few, own, many)]
+    alleles = [batch.retrieved.alleles for batch in batches]
+    assert [type(each) for each in alleles] == [Sequences, Carriers, Carriers]
+    table = replace(batches[0].retrieved, alleles=Alleles(alleles[0].dense()))
+    mine, other = (predict(network, batch) for batch in (batches[0], replace(batches[0], retrieved=table)))
+    torch.testing.assert_close(mine.logits.sigmoid(), other.logits.sigmoid(), atol=1e-4, rtol=0)
 
 
 def test_the_panels_spectrum_moves_the_prior_where_it_is_asked_for(build) -> None:

@@ -1,4 +1,4 @@
-"""What neighbours carry: lists of carriers against the plain table, on sites of every frequency."""
+"""What neighbours carry: lists of carriers and sequences against the plain table, on sites of every frequency."""
 
 from __future__ import annotations
 
@@ -6,9 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from embrag_ds.retrieval.alleles import Alleles, Carriers, Places, WindowAlleles, interpolated
+from embrag_ds.retrieval.alleles import (
+    Alleles,
+    Blocks,
+    Carriers,
+    Neighbours,
+    Places,
+    Sequences,
+    WindowAlleles,
+    interpolated,
+)
 
-HAPLOTYPES, SITES, TYPED = 40, 60, 5
+HAPLOTYPES, SITES, TYPED = 40, 150, 5
+CUTS = np.array([3, 20, 21, 60])
 
 
 def case(seed: int, k: int, queries: int = 3):
@@ -20,23 +30,29 @@ def case(seed: int, k: int, queries: int = 3):
     alleles = (rng.random((SITES, HAPLOTYPES)) < frequency[:, None]).astype(np.uint8)
     ids = torch.from_numpy(np.stack([rng.permutation(HAPLOTYPES)[:k] for _ in range(queries)]))
     posterior = torch.softmax(torch.randn(queries, TYPED, k, generator=maker), dim=-1)
-    left = torch.randint(0, TYPED, (queries, SITES), generator=maker)
+    # The same between two cuts in most places, another one at some sites.
+    left = torch.from_numpy(np.searchsorted(CUTS, np.arange(SITES), side="right")).repeat(queries, 1)
+    left[:, 100:120] = torch.randint(0, TYPED, (queries, 20), generator=maker)
     right = (left + torch.randint(0, 2, left.shape, generator=maker)).clamp_max(TYPED - 1)
     return torch.from_numpy(alleles), ids, posterior, Places(left, right, torch.rand(left.shape, generator=maker))
 
 
-def both_ways(alleles: torch.Tensor, ids: torch.Tensor) -> tuple[Alleles, Carriers]:
-    carriers = WindowAlleles(alleles).of(ids)
-    assert isinstance(carriers, Carriers)
-    return Alleles(alleles.T.contiguous()[ids]), carriers
+def all_ways(alleles: torch.Tensor, ids: torch.Tensor) -> tuple[Neighbours, ...]:
+    """The plain table; carriers; sequences whose blocks are cut as the posterior is, and of as many sites as there may
+    be, within which it changes."""
+    window = WindowAlleles(alleles)
+    carriers, sequences = window.of(ids), window.of(ids, CUTS)
+    long = Sequences(ids, Blocks.made(alleles.numpy(), np.empty(0, dtype=np.int64)))
+    assert isinstance(carriers, Carriers) and isinstance(sequences, Sequences)
+    return Alleles(alleles.T.contiguous()[ids]), carriers, sequences, long
 
 
 @pytest.mark.parametrize("k", [1, 7, HAPLOTYPES])
 @pytest.mark.parametrize("seed", range(3))
-def test_both_say_what_the_neighbours_carry(seed: int, k: int) -> None:
+def test_all_say_what_the_neighbours_carry(seed: int, k: int) -> None:
     alleles, ids, *_ = case(seed, k)
     expected = torch.tensor([[[int(alleles[site, which]) for site in range(SITES)] for which in row] for row in ids])
-    for found in both_ways(alleles, ids):
+    for found in all_ways(alleles, ids):
         assert torch.equal(found.dense().long(), expected)
         torch.testing.assert_close(found.share(), expected.float().mean(1))
 
@@ -45,7 +61,7 @@ def test_both_say_what_the_neighbours_carry(seed: int, k: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_dosage_is_a_plain_sum(seed: int, k: int) -> None:
     alleles, ids, posterior, places = case(seed, k)
-    dosages = [each.dosage(posterior, places) for each in both_ways(alleles, ids)]
+    dosages = [each.dosage(posterior, places) for each in all_ways(alleles, ids)]
     weights = interpolated(posterior, places)
     for query in range(len(ids)):
         for site in range(SITES):
@@ -56,22 +72,42 @@ def test_a_dosage_is_a_plain_sum(seed: int, k: int) -> None:
                 mixed = (1 - part) * before + part * after
                 assert float(weights[query, number, site]) == pytest.approx(mixed, abs=1e-6)
                 expected += mixed * int(alleles[site, ids[query, number]])
-            assert [float(each[query, site]) for each in dosages] == pytest.approx([expected] * 2, abs=1e-6)
+            assert [float(each[query, site]) for each in dosages] == pytest.approx([expected] * 4, abs=1e-6)
 
 
-def test_slopes_of_both_are_those_of_autograd() -> None:
+def test_slopes_of_all_are_those_of_autograd() -> None:
     alleles, ids, posterior, places = case(1, 7)
     slopes = []
-    for found in both_ways(alleles, ids):
+    for found in all_ways(alleles, ids):
         leaf = posterior.clone().requires_grad_()
         (found.dosage(leaf, places) * torch.arange(SITES)).sum().backward()
         assert leaf.grad is not None
         slopes.append(leaf.grad)
-    torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-4)
+    for slope in slopes[1:]:
+        torch.testing.assert_close(slope, slopes[0], rtol=1e-5, atol=1e-4)
 
 
 def test_a_window_serves_queries_with_any_number_of_neighbours() -> None:
     alleles, ids, *_ = case(4, HAPLOTYPES)
     window = WindowAlleles(alleles)
     for k in (3, HAPLOTYPES, 3):
-        assert torch.equal(window.of(ids[:, :k]).dense(), Alleles(alleles.T[ids[:, :k]]).dense())
+        for cuts in (None, CUTS, CUTS[:2], np.empty(0, dtype=np.int64)):
+            assert torch.equal(window.of(ids[:, :k], cuts).dense(), Alleles(alleles.T[ids[:, :k]]).dense())
+
+
+def test_blocks_are_cut_and_end_with_the_word() -> None:
+    alleles, *_ = case(0, 3)
+    blocks = Blocks.made(alleles.numpy(), np.array([0, 10, 20, SITES]))
+    assert blocks.bounds.tolist() == [0, 10, 20, 84, 148, SITES]
+    for first, last, sequence, count in zip(
+        blocks.bounds, blocks.bounds[1:], blocks.sequence, blocks.count, strict=False
+    ):
+        distinct, number = np.unique(alleles.numpy()[first:last], axis=1, return_inverse=True)
+        assert count == distinct.shape[1] == len(set(zip(sequence.tolist(), number.ravel().tolist(), strict=True)))
+
+
+def test_sequences_are_for_few_typed_sites() -> None:
+    alleles, ids, *_ = case(2, 7)
+    window = WindowAlleles(alleles)
+    assert isinstance(window.of(ids, np.arange(8, SITES, 8)), Sequences)
+    assert isinstance(window.of(ids, np.arange(4, SITES, 4)), Carriers)

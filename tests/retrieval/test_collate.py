@@ -17,15 +17,15 @@ from torch import Tensor
 from embrag_ds.data.dataset import Samples
 from embrag_ds.data.tokens import MASK
 from embrag_ds.errors import UserError
-from embrag_ds.retrieval.alleles import Carriers
+from embrag_ds.retrieval.alleles import Carriers, Sequences
 
 WAY = pytest.mark.parametrize("way", range(3), ids=["factored-torch", "factored-faiss", "dense"])
 
 
 def leaves(value: Any, name: str = "batch") -> Iterator[tuple[str, Any]]:
     """Every tensor and plain value of a batch, with its path."""
-    if isinstance(value, Carriers):
-        yield name, value.dense()  # beyond the last carrier the list holds anything
+    if isinstance(value, Carriers | Sequences):
+        yield name, value.dense()  # beyond the last carrier, or sequence, the lists hold anything
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             yield from leaves(getattr(value, field.name), f"{name}.{field.name}")
