@@ -13,6 +13,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 from embrag_ds.model.recompute import computed_again, through
 
 _SHORTEST_CM, _LONGEST_CM = 0.02, 40.0
+_PIECES = 4
 
 
 Recompute = Callable[..., Tensor]
@@ -94,11 +95,19 @@ class Block(nn.Module):
         """[B, L, D] -> [B, L, D]; ``angles`` [L, head_dims / 2, 2]. With ``recompute_feed_forward`` the hidden layer is
         not kept but computed again: six times ``x`` for one more projection."""
         x = x + self._drop(self._attend(through(self.attention_norm, self.qkv, x), angles))
-        if recompute_feed_forward:
-            change = computed_again(self._feed_forward, x)
+        if recompute_feed_forward and torch.is_grad_enabled():
+            change = self._in_pieces(x)
         else:
             change = through(gelu, self.ffn_out, through(self.ffn_norm, self.ffn_in, x))
         return x + self._drop(change)
+
+    def _in_pieces(self, x: Tensor) -> Tensor:
+        """:meth:`_feed_forward`, computed again, and a part of the sites at a time: all that lies between is never
+        there, not even in the backward pass."""
+        if torch.compiler.is_compiling():  # it cannot cut what it checkpoints
+            return computed_again(self._feed_forward, x)
+        pieces = x.flatten(0, 1).chunk(_PIECES)
+        return torch.cat([computed_again(self._feed_forward, piece) for piece in pieces]).view_as(x)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return self.ffn_out(gelu(self.ffn_in(self.ffn_norm(x))))

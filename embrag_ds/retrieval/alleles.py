@@ -21,7 +21,7 @@ from embrag_ds.retrieval import compiled, kernels
 from embrag_ds.retrieval.allele_kernels import CudaDosage
 
 _WORD = 64
-_LEAST_RUN = 8
+_LEAST_RUN = 12
 """Sites between two typed ones, on average, from which sequences are faster than lists of carriers."""
 
 

@@ -53,7 +53,7 @@ def test_people_typed_at_the_same_few_sites_are_pooled_by_sequence(build) -> Non
     network = build.imputer()
     collate = world.collator(network.embedding)
     few = np.ones((3, len(world.data.windows[0])), dtype=bool)
-    few[:, ::11] = False
+    few[:, ::20] = False
     own, many = few.copy(), few.copy()
     own[1, 12] = False
     many[:, ::2] = False

@@ -109,5 +109,5 @@ def test_blocks_are_cut_and_end_with_the_word() -> None:
 def test_sequences_are_for_few_typed_sites() -> None:
     alleles, ids, *_ = case(2, 7)
     window = WindowAlleles(alleles)
-    assert isinstance(window.of(ids, np.arange(8, SITES, 8)), Sequences)
+    assert isinstance(window.of(ids, np.arange(12, SITES, 12)), Sequences)
     assert isinstance(window.of(ids, np.arange(4, SITES, 4)), Carriers)
