@@ -45,8 +45,9 @@ class TrainConfig:
     """Parts of the network whose weights stay as they are: ``pooling``, ``confidence``, ``embedding``, ..."""
     compile: bool = False
     """Compile the transformer's blocks with ``torch.compile``: a minute at the start, and a C++ compiler on a CPU."""
-    recompute_feed_forward: bool = False
-    """Do not keep the feed-forward's hidden layers for the backward pass: two fifths of a block's memory."""
+    recompute_projections: bool = False
+    """Keep three tenths of a block's activations for the backward pass and do its projections, but not its attention,
+    again."""
 
     def __post_init__(self) -> None:
         for key in ("max_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):

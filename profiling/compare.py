@@ -38,7 +38,7 @@ from embrag_ds.launching import run_main
 ROOT = Path(__file__).resolve().parent.parent
 GB = 1e9
 BASELINE, FIXED, CHOSEN = "V17", "V18 fixed", "V18 refresh"
-HIDDEN_RECOMPUTED = "embrag.train.recompute_feed_forward=true"
+HIDDEN_RECOMPUTED = "embrag.train.recompute_projections=true"
 LEAN = ", lean"
 
 
@@ -219,9 +219,9 @@ def largest_batches(recipes: dict[str, Recipe], options: argparse.Namespace, dev
 def main() -> None:
     options = parse_arguments()
     config = load_config(options.deepspeed_config, options.set)
-    if "activation_checkpointing" in config.deepspeed or config.embrag.train.recompute_feed_forward:
+    if "activation_checkpointing" in config.deepspeed or config.embrag.train.recompute_projections:
         raise UserError(
-            "compare.py measures with and without activation_checkpointing and embrag.train.recompute_feed_forward "
+            "compare.py measures with and without activation_checkpointing and embrag.train.recompute_projections "
             "itself: leave them out"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

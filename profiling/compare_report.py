@@ -63,7 +63,7 @@ def markdown(result: dict[str, Any], measured: list[Measured]) -> str:
         *_table(header, rows),
         "",
         "Claimed: by the document, on another machine, of another width. collate, search, h2d and refresh run beside",
-        "the step, on threads of their own. Lean: with `embrag.train.recompute_feed_forward`.",
+        "the step, on threads of their own. Lean: with `embrag.train.recompute_projections`.",
         "",
         *_table([f"largest batch within {limit}", "people"], [[name, str(most)] for name, most in batches.items()]),
         "",

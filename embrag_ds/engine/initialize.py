@@ -93,15 +93,15 @@ def adapt_to_machine(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str
 
 
 def initialize_engine(
-    model: Imputer, settings: dict[str, Any], compiled: bool = False, recompute_feed_forward: bool = False
+    model: Imputer, settings: dict[str, Any], compiled: bool = False, recompute_projections: bool = False
 ) -> deepspeed.DeepSpeedEngine:
     """``deepspeed.initialize`` on our model; DeepSpeed's complaints about settings become UserErrors.
 
     With the section ``activation_checkpointing`` the first ``number_checkpoints`` blocks of the transformer (null: all)
     keep their input only and are computed again in the backward pass; the others keep all but their feed-forward's
-    hidden layer with ``recompute_feed_forward``. ``compiled`` compiles each block.
+    hidden layer with ``recompute_projections``. ``compiled`` compiles each block.
     """
-    model.transformer.recompute_feed_forward = recompute_feed_forward
+    model.transformer.recompute_projections = recompute_projections
     if compiled:
         for block in model.transformer.blocks:
             block.compile(dynamic=True)  # windows differ in length

@@ -113,7 +113,7 @@ class Trainer:
             start_from(model, self.embrag.model, read_export(init_from), init_from)
         _freeze(model, self.embrag.train.frozen)
         self.engine = initialize_engine(
-            model, settings, self.embrag.train.compile, self.embrag.train.recompute_feed_forward
+            model, settings, self.embrag.train.compile, self.embrag.train.recompute_projections
         )
         self.reference = Reference(
             self.embrag.retrieval,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,17 +28,45 @@ def through(first: Step, then: Step, x: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():  # it has no hooks
         return checkpoint(lambda x: then(first(x)), x, use_reentrant=False)
-    between = first(x)
-    source, place, count = x.detach(), between.data_ptr(), between.numel()
+    between, source = first(x), x.detach()
+    with not_kept(between, lambda: first(source)):
+        return then(between)
 
-    def keep(kept: Tensor) -> Tensor | torch.Size:
-        return kept.shape if kept.data_ptr() == place and kept.numel() == count else kept
 
-    def give(kept: Tensor | torch.Size) -> Tensor:
+class _Part(NamedTuple):
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+@contextmanager
+def not_kept(tensor: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
+    """What operations in this context would keep of the memory of ``tensor``, all or parts, their backward passes find
+    in ``again()``, a tensor as ``tensor`` was, which is computed once for all of them."""
+    place, device = tensor.untyped_storage().data_ptr(), tensor.device.type
+    as_now = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+    parts = given = 0
+    made: Tensor | None = None
+
+    def keep(kept: Tensor) -> Tensor | _Part:
+        nonlocal parts
+        if kept.untyped_storage().data_ptr() != place:
+            return kept
+        parts += 1
+        return _Part(kept.size(), kept.stride(), int(kept.storage_offset()))
+
+    def give(kept: Tensor | _Part) -> Tensor:
+        nonlocal given, made
         if isinstance(kept, Tensor):
             return kept
-        with torch.no_grad():
-            return first(source).view(kept)
+        if made is None:
+            with torch.no_grad(), as_now:
+                made = again()
+        part = made.as_strided(*kept)
+        given += 1
+        if given % parts == 0:
+            made = None
+        return part
 
     with torch.autograd.graph.saved_tensors_hooks(keep, give):
-        return then(between)
+        yield

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from embrag_ds.model.recompute import computed_again, through
+from embrag_ds.model.recompute import computed_again, not_kept, through
 
 _SHORTEST_CM, _LONGEST_CM = 0.02, 40.0
 _PIECES = 4
@@ -91,19 +91,42 @@ class Block(nn.Module):
         self.ffn_in = nn.Linear(dims, ffn_multiple * dims)
         self.ffn_out = nn.Linear(ffn_multiple * dims, dims)
 
-    def forward(self, x: Tensor, angles: Tensor, recompute_feed_forward: bool = False) -> Tensor:
-        """[B, L, D] -> [B, L, D]; ``angles`` [L, head_dims / 2, 2]. With ``recompute_feed_forward`` the hidden layer is
-        not kept but computed again: six times ``x`` for one more projection."""
-        x = x + self._drop(self._attend(through(self.attention_norm, self.qkv, x), angles))
-        if recompute_feed_forward and torch.is_grad_enabled():
-            change = self._in_pieces(x)
-        else:
-            change = through(gelu, self.ffn_out, through(self.ffn_norm, self.ffn_in, x))
-        return x + self._drop(change)
+    def forward(self, x: Tensor, angles: Tensor, recompute_projections: bool = False) -> Tensor:
+        """[B, L, D] -> [B, L, D]; ``angles`` [L, head_dims / 2, 2].
 
-    def _in_pieces(self, x: Tensor) -> Tensor:
-        """:meth:`_feed_forward`, computed again, and a part of the sites at a time: all that lies between is never
-        there, not even in the backward pass."""
+        With ``recompute_projections`` queries, keys, values and hidden layer are not kept, but three times ``x`` is,
+        and their projections are done again.
+        """
+        recompute = recompute_projections and torch.is_grad_enabled()
+        x = x + self._drop(self._attend(x, angles, recompute))
+        if recompute:
+            return x + self._drop(self._feed_forward_again(x))
+        return x + self._drop(through(gelu, self.ffn_out, through(self.ffn_norm, self.ffn_in, x)))
+
+    def _attend(self, x: Tensor, angles: Tensor, recompute: bool) -> Tensor:
+        qkv = through(self.attention_norm, self.qkv, x)
+        query, key, value = self._rotated(qkv, angles)
+        if recompute and not torch.compiler.is_compiling():  # it has no hooks
+            source = x.detach()
+
+            def again() -> Tensor:
+                qkv = self.qkv(self.attention_norm(source))
+                self._rotated(qkv, angles)
+                return qkv
+
+            with not_kept(qkv, again):
+                mixed = scaled_dot_product_attention(query, key, value)
+        else:
+            mixed = scaled_dot_product_attention(query, key, value)
+        return self.attention_out(mixed.transpose(1, 2).flatten(-2))
+
+    def _rotated(self, qkv: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, heads, L, head_dims], rotated where they lie."""
+        query, key, value = rotated_heads(qkv.unflatten(-1, (3, self.heads, -1)), angles)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def _feed_forward_again(self, x: Tensor) -> Tensor:
+        """A part of the sites at a time: what lies between is never there for all, not even in the backward pass."""
         if torch.compiler.is_compiling():  # it cannot cut what it checkpoints
             return computed_again(self._feed_forward, x)
         pieces = x.flatten(0, 1).chunk(_PIECES)
@@ -111,11 +134,6 @@ class Block(nn.Module):
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return self.ffn_out(gelu(self.ffn_in(self.ffn_norm(x))))
-
-    def _attend(self, qkv: Tensor, angles: Tensor) -> Tensor:
-        query, key, value = rotated_heads(qkv.unflatten(-1, (3, self.heads, -1)), angles)
-        mixed = scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-        return self.attention_out(mixed.transpose(1, 2).flatten(-2))
 
     def _drop(self, x: Tensor) -> Tensor:
         return nn.functional.dropout(x, self.dropout, self.training)
@@ -125,7 +143,7 @@ class Transformer(nn.Module):
     """Blocks and a final norm: [B, L, D] -> [B, L, D].
 
     ``recompute``, where it is set, runs the first ``recomputed`` blocks (None: all) so that they keep their input only;
-    ``recompute_feed_forward`` is for the others.
+    ``recompute_projections`` is for the others.
     """
 
     def __init__(self, dims: int, layers: int, heads: int, ffn_multiple: int, dropout: float):
@@ -133,7 +151,7 @@ class Transformer(nn.Module):
         self.head_dims = dims // heads
         self.recompute: Recompute | None = None
         self.recomputed: int | None = None
-        self.recompute_feed_forward = False
+        self.recompute_projections = False
         self.blocks = nn.ModuleList(Block(dims, heads, ffn_multiple, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(dims)
 
@@ -145,5 +163,5 @@ class Transformer(nn.Module):
             if self.recompute is not None and place < recomputed and torch.is_grad_enabled():
                 x = self.recompute(block, x, angles)
             else:
-                x = block(x, angles, self.recompute_feed_forward)
+                x = block(x, angles, self.recompute_projections)
         return self.norm(x)

@@ -34,7 +34,7 @@ MakeTrainer = Callable[..., Trainer]
 MakeConfig = Callable[..., RunConfig]
 TIMES = ("retrieval_wait_ms", "seconds", "people_per_second", "step_ms", "retrieval_wait_share")
 NO_DROPOUT = "embrag.model.dropout=0"
-LEAN = "embrag.train.recompute_feed_forward=true"
+LEAN = "embrag.train.recompute_projections=true"
 STRONG = "optimizer.params.lr=0.02"
 
 
