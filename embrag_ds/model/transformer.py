@@ -13,7 +13,6 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 from embrag_ds.model.recompute import computed_again, not_kept, through
 
 _SHORTEST_CM, _LONGEST_CM = 0.02, 40.0
-_PIECES = 4
 
 
 Recompute = Callable[..., Tensor]
@@ -100,7 +99,7 @@ class Block(nn.Module):
         recompute = recompute_projections and torch.is_grad_enabled()
         x = x + self._drop(self._attend(x, angles, recompute))
         if recompute:
-            return x + self._drop(self._feed_forward_again(x))
+            return x + self._drop(computed_again(self._feed_forward, x))
         return x + self._drop(through(gelu, self.ffn_out, through(self.ffn_norm, self.ffn_in, x)))
 
     def _attend(self, x: Tensor, angles: Tensor, recompute: bool) -> Tensor:
@@ -124,13 +123,6 @@ class Block(nn.Module):
         """Queries, keys and values [B, heads, L, head_dims], rotated where they lie."""
         query, key, value = rotated_heads(qkv.unflatten(-1, (3, self.heads, -1)), angles)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-
-    def _feed_forward_again(self, x: Tensor) -> Tensor:
-        """A part of the sites at a time: what lies between is never there for all, not even in the backward pass."""
-        if torch.compiler.is_compiling():  # it cannot cut what it checkpoints
-            return computed_again(self._feed_forward, x)
-        pieces = x.flatten(0, 1).chunk(_PIECES)
-        return torch.cat([computed_again(self._feed_forward, piece) for piece in pieces]).view_as(x)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return self.ffn_out(gelu(self.ffn_in(self.ffn_norm(x))))

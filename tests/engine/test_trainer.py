@@ -571,6 +571,14 @@ def test_recomputed_activations_change_memory_and_nothing_else(
     assert max(saved["one"], saved["lean"]) < saved["kept"]
 
 
+def test_recomputed_projections_gather_their_parameters(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
+    """Under ZeRO-3 every parameter is partitioned when the backward pass asks for a projection."""
+    zero3 = ["zero_optimization.stage=3", "zero_optimization.stage3_param_persistence_threshold=0"]
+    for name, settings in {"one": [], "three": zero3}.items():
+        make_trainer(name, NO_DROPOUT, STRONG, LEAN, *settings).run()
+    np.testing.assert_allclose(losses(metrics_of("three")), losses(metrics_of("one")), rtol=1e-4)
+
+
 @pytest.mark.gpu
 def test_a_step_on_a_gpu_never_waits_for_it(make_trainer: MakeTrainer) -> None:
     """What DeepSpeed does in its own optimiser step is its own; nothing of ours synchronises."""

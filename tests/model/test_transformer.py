@@ -111,6 +111,23 @@ def test_recomputing_projections_costs_seven_twelfths_of_a_forward_pass(block: B
     assert operations[1] - operations[0] == 2 * HAPLOTYPES * SITES * DIMS * (3 + 4) * DIMS
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_recomputed_projections_are_in_the_precision_they_were(block: Block, angles: Tensor, autocast: bool) -> None:
+    x = torch.randn(HAPLOTYPES, SITES, DIMS)
+    if not autocast:
+        block, x = block.to(torch.bfloat16), x.to(torch.bfloat16)
+    slopes = []
+    for recompute in (False, True):
+        given = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            made = block(given, angles, recompute)
+        made.float().square().sum().backward()
+        slopes.append([given.grad, *(each.grad for each in block.parameters())])
+        block.zero_grad(set_to_none=True)
+    for mine, theirs in zip(*slopes, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_a_block_is_the_same_without_gradients(block: Block, angles: Tensor) -> None:
     x = torch.randn(HAPLOTYPES, SITES, DIMS)
     with torch.no_grad():
