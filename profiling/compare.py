@@ -4,7 +4,7 @@
 
 Variants of one configuration, or some of them (--variants), with the same data, masks, width and batch: no retrieval;
 V17 (the nearest haplotype by tokens goes through the transformer too and is fused after it); V18 with encodings fixed,
-refresh and live (fused before a single pass); and V18 lean, whose feed-forward is computed again in the backward
+refresh and live (fused before a single pass); and V18 lean, whose projections are computed again in the backward
 pass: part of the time that it saves over V17, given for memory. Each trains in a process of its own, and they take
 turns, one block of steps at a time; ratios are medians over rounds of neighbouring blocks. Then the largest batch of
 V17 and V18 is found by bisection: on a GPU to its memory's end, on a CPU to --budget-gb for all of the run but the
@@ -38,7 +38,7 @@ from embrag_ds.launching import run_main
 ROOT = Path(__file__).resolve().parent.parent
 GB = 1e9
 BASELINE, FIXED, CHOSEN = "V17", "V18 fixed", "V18 refresh"
-HIDDEN_RECOMPUTED = "embrag.train.recompute_projections=true"
+PROJECTIONS_AGAIN = "embrag.train.recompute_projections=true"
 LEAN = ", lean"
 
 
@@ -51,7 +51,7 @@ def variants(steps: int) -> dict[str, tuple[str, ...]]:
         BASELINE: ("embrag.retrieval.mode=token",),
         FIXED: (embedding, "embrag.retrieval.encoding=fixed"),
         CHOSEN: (embedding, "embrag.retrieval.encoding=refresh", refresh),
-        CHOSEN + LEAN: (embedding, "embrag.retrieval.encoding=refresh", refresh, HIDDEN_RECOMPUTED),
+        CHOSEN + LEAN: (embedding, "embrag.retrieval.encoding=refresh", refresh, PROJECTIONS_AGAIN),
         "V18 live": (embedding, "embrag.retrieval.encoding=live"),
     }
 
@@ -62,11 +62,11 @@ TWO_NEIGHBOURS = ", 2 neighbours"
 LARGEST: dict[str, dict[str, tuple[str, ...]]] = {
     BASELINE: {
         "": (),
-        LEAN: (HIDDEN_RECOMPUTED,),
+        LEAN: (PROJECTIONS_AGAIN,),
         RECOMPUTED: ("activation_checkpointing={}",),
         TWO_NEIGHBOURS: ("embrag.retrieval.token_k=2",),
     },
-    CHOSEN: {"": (), LEAN: (HIDDEN_RECOMPUTED,), RECOMPUTED: ("activation_checkpointing={}",)},
+    CHOSEN: {"": (), LEAN: (PROJECTIONS_AGAIN,), RECOMPUTED: ("activation_checkpointing={}",)},
 }
 """Of which variants, and with what more, the largest batch is sought. In V18 more neighbours change nothing."""
 
