@@ -101,7 +101,11 @@ def test_how_many_times_its_input_a_block_keeps(
     assert kept_bytes(lambda: plain(block, x, angles)) >= 16 * size
 
 
-def test_recomputing_projections_costs_seven_twelfths_of_a_forward_pass(block: Block, angles: Tensor) -> None:
+def test_recomputing_projections_costs_seven_twelfths_of_a_forward_pass(
+    block: Block, angles: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # DeepSpeed's ZeRO-3 leaves its own behind in the process, with which the last projection is done again, too.
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
     operations = []
     for recompute_projections in (False, True):
         with FlopCounterMode(display=False) as counter:
