@@ -46,12 +46,13 @@ def variants(steps: int) -> dict[str, tuple[str, ...]]:
     """What can be compared: names, and what each changes in the configuration; a refresh falls due in every block."""
     embedding = "embrag.retrieval.mode=embedding"
     refresh = f'embrag.retrieval.refresh={{"every_steps": {steps}, "lag_steps": {min(4, steps - 1)}}}'
+    chosen = (embedding, "embrag.retrieval.encoding=refresh", refresh)
     return {
         "no retrieval": ("embrag.retrieval.mode=none",),
         BASELINE: ("embrag.retrieval.mode=token",),
         FIXED: (embedding, "embrag.retrieval.encoding=fixed"),
-        CHOSEN: (embedding, "embrag.retrieval.encoding=refresh", refresh),
-        CHOSEN + LEAN: (embedding, "embrag.retrieval.encoding=refresh", refresh, PROJECTIONS_AGAIN),
+        CHOSEN: chosen,
+        CHOSEN + LEAN: (*chosen, PROJECTIONS_AGAIN),
         "V18 live": (embedding, "embrag.retrieval.encoding=live"),
     }
 

@@ -34,6 +34,7 @@ from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.text import read_lines
 from embrag_ds.data.vcf import PhasedVcf
 from embrag_ds.errors import UserError
+from embrag_ds.ops.bits import pack_host, unpack_host
 
 FORMAT = 1
 RARE = 0.01
@@ -55,7 +56,7 @@ class Panel:
 
     def alleles(self, start: int, stop: int, haplotypes: np.ndarray | None = None) -> np.ndarray:
         """Alleles of sites [start, stop) as uint8 [H, L]; all haplotypes, or those numbered."""
-        bits = np.unpackbits(self.packed[start:stop], axis=1, count=2 * len(self.samples), bitorder="little")
+        bits = unpack_host(self.packed[start:stop], 0, 2 * len(self.samples))
         chosen = bits if haplotypes is None else bits[:, haplotypes]
         return np.ascontiguousarray(chosen.T)
 
@@ -151,7 +152,7 @@ def _pack(path: Path, directory: Path, progress: bool) -> None:
             refs.append(record.ref)
             alts.append(record.alt)
             ids.append(record.id)
-            bits.write(np.packbits(record.alleles, bitorder="little").tobytes())
+            bits.write(pack_host(record.alleles).tobytes())
         if not codes:
             raise UserError(f"{path}: no biallelic record: the panel is empty; check the file")
         sites = SiteTable(

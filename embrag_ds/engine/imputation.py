@@ -28,6 +28,7 @@ from embrag_ds.engine.inputs import PanelInputs, skipped_records, windowed
 from embrag_ds.engine.reference import Reference
 from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import Imputer
+from embrag_ds.ops.bits import unpack_host
 from embrag_ds.retrieval.collate import Batch
 from embrag_ds.retrieval.prefetch import Prefetcher
 
@@ -51,10 +52,7 @@ class Targets:
     def alleles(self, span: slice, people: slice) -> np.ndarray:
         """Alleles of some people at the panel's sites ``span``, uint8 [2N, L], REF where they were not typed."""
         first, last = np.searchsorted(self.match.panel_index, [span.start, span.stop])
-        columns = slice(2 * people.start // 8, -(-2 * people.stop // 8))
-        bits = np.unpackbits(self.packed[self.match.target_index[first:last], columns], axis=1, bitorder="little")
-        begin = 2 * people.start - 8 * columns.start
-        typed = bits[:, begin : begin + 2 * (people.stop - people.start)]
+        typed = unpack_host(self.packed[self.match.target_index[first:last]], 2 * people.start, 2 * people.stop)
         found = np.full((typed.shape[1], span.stop - span.start), REF, dtype=np.uint8)
         found[:, self.match.panel_index[first:last] - span.start] = (typed ^ self.match.swapped[first:last, None]).T
         return found

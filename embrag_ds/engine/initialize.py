@@ -98,8 +98,8 @@ def initialize_engine(
     """``deepspeed.initialize`` on our model; DeepSpeed's complaints about settings become UserErrors.
 
     With the section ``activation_checkpointing`` the first ``number_checkpoints`` blocks of the transformer (null: all)
-    keep their input only and are computed again in the backward pass; the others do their
-    projections again with ``recompute_projections``. ``compiled`` compiles each block.
+    keep their input only and are computed again in the backward pass; the others do their projections
+    again with ``recompute_projections``. ``compiled`` compiles each block.
     """
     model.transformer.recompute_projections = recompute_projections
     if compiled:

@@ -33,8 +33,8 @@ from embrag_ds.engine.validation import MaskScores, Validator
 from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.model.losses import Losses, imputation_loss
+from embrag_ds.ops.li_stephens import copying_backend
 from embrag_ds.retrieval.collate import Batch, receive
-from embrag_ds.retrieval.copying import copying_backend
 from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.timeline import NO_TIMELINE, Timeline
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from embrag_ds.data.tokens import ALT, REF
-from embrag_ds.retrieval.alleles import Places, interpolated
+from embrag_ds.ops.dosage import Places, interpolated
+from embrag_ds.ops.li_stephens import copying_posterior, count_true, match_lengths
 from embrag_ds.retrieval.collate import Batch, Retrieved
-from embrag_ds.retrieval.copying import copying_posterior, count_true, match_lengths
 
 _LEAST = 1e-6
 _LEAST_REST = 1e-4
@@ -96,7 +96,7 @@ class CopyingPooling(nn.Module):
     learned, each as a power of the density of typed sites: on a sparse array a mosaic of few neighbours
     stands for more than on a dense one. A switch prefers neighbours that resemble the query over the whole window,
     by a learned factor per percent of typed sites that differ. Between typed sites posteriors are interpolated
-    linearly in cM (Browning et al. 2016, Am. J. Hum. Genet. 98:116). See :mod:`embrag_ds.retrieval.copying`.
+    linearly in cM (Browning et al. 2016, Am. J. Hum. Genet. 98:116). See :mod:`embrag_ds.ops.li_stephens`.
 
     Rare alleles are young: those who share one share a long haplotype, and the best rate for them is below that for
     common alleles. So there are two mosaics, a slow one and a fast one; a site's dosage is a mean of theirs

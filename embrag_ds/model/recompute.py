@@ -27,7 +27,7 @@ def through(first: Step, then: Step, x: Tensor) -> Tensor:
     projection.
     """
     if torch.compiler.is_compiling():  # it has no hooks
-        return checkpoint(lambda x: then(first(x)), x, use_reentrant=False)
+        return computed_again(lambda x: then(first(x)), x)
     between, source = first(x), x.detach()
     with not_kept(between, lambda: first(source)):
         return then(between)

@@ -17,9 +17,9 @@ from torch import Tensor
 from embrag_ds.data.dataset import Samples, WindowedPanel
 from embrag_ds.data.tokens import MASK
 from embrag_ds.errors import UserError
-from embrag_ds.retrieval.alleles import Neighbours, WindowAlleles
+from embrag_ds.ops.dosage import Neighbours, WindowAlleles
+from embrag_ds.ops.li_stephens import mismatches
 from embrag_ds.retrieval.cache import ReferenceSource, WindowCode
-from embrag_ds.retrieval.copying import mismatches
 from embrag_ds.retrieval.frequency import frequencies_without
 from embrag_ds.retrieval.packed import PackedReference
 from embrag_ds.retrieval.store import Query, Store

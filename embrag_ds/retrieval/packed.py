@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from embrag_ds.data.dataset import WindowedPanel
+from embrag_ds.ops.bits import unpack, unpack_host
 from embrag_ds.retrieval.streams import Staging
 
 GIB = 1 << 30
@@ -56,24 +57,9 @@ class PackedReference:
         """Alleles of the reference haplotypes at ``sites`` int64 [n] of a window: uint8 [n, H], site by site."""
         places = self._windows[window].start + sites
         if self._device.type == "cpu":
-            bits = np.unpackbits(self._packed[places], axis=1, count=self._haplotypes, bitorder="little")
-            unpacked = torch.from_numpy(bits)
+            unpacked = torch.from_numpy(unpack_host(self._packed[places], 0, self._haplotypes))
         elif self._resident is not None:
             unpacked = unpack(self._resident[staging.put(places)], self._haplotypes)
         else:
             unpacked = unpack(staging.put(self._packed[places]), self._haplotypes)
         return unpacked if self._columns is None else unpacked.index_select(1, self._columns)
-
-
-def unpack(packed: Tensor, count: int) -> Tensor:
-    """Bits uint8 [n, W], lowest first, as uint8 [n, count]."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    bits = (packed[..., None] >> shifts).bitwise_and_(1)
-    return bits.flatten(-2)[:, :count]
-
-
-def pack(alleles: Tensor) -> Tensor:
-    """The inverse of :func:`unpack`: uint8 [n, H] as bits uint8 [n, ceil(H / 8)]."""
-    padded = torch.nn.functional.pad(alleles, (0, -alleles.shape[1] % 8))
-    places = torch.arange(8, dtype=torch.uint8, device=alleles.device)
-    return (padded.unflatten(-1, (-1, 8)) << places).sum(-1, dtype=torch.uint8)

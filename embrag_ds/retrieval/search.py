@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from embrag_ds.errors import UserError
-from embrag_ds.retrieval import kernels
+from embrag_ds.ops import cuda
+from embrag_ds.ops.hamming_cuda import mismatch_distances
 
 _FAISS_GPU_MOST = 2048  # faiss::gpu::getMaxKSelection()
 _FAISS_GPU_SCRATCH = 64 << 20
@@ -139,7 +140,7 @@ class FaissGpuSearch:
 
 
 class CupySearch:
-    """Our kernel over bit-packed alleles (:mod:`embrag_ds.retrieval.kernels`), then ``topk``."""
+    """Our kernel over bit-packed alleles (:mod:`embrag_ds.ops.hamming_cuda`), then ``topk``."""
 
     name = "cupy"
     packed = True
@@ -147,7 +148,7 @@ class CupySearch:
     def nearest(
         self, tokens: Tensor, weights: Tensor, reference: Tensor, count: int, excluded: Tensor, k: int
     ) -> tuple[Tensor, Tensor]:
-        distance = kernels.mismatch_distances(tokens, weights, reference, count)
+        distance = mismatch_distances(tokens, weights, reference, count)
         distance.masked_fill_(barred(excluded, count), torch.inf)
         best = torch.topk(distance, k, dim=1, largest=False)
         return best.values, best.indices
@@ -178,7 +179,7 @@ def make_search(name: str, device: torch.device) -> Search:
         raise UserError(f"{_asked(name)} there is no CUDA device here; choose torch, faiss-cpu or auto")
     if name == "faiss-gpu" and not _faiss_has_gpu():
         raise UserError(f"{_asked(name)} no FAISS built for GPUs is installed; install the 'gpu' extra or choose torch")
-    if name == "cupy" and not kernels.available():
+    if name == "cupy" and not cuda.available():
         raise UserError(f"{_asked(name)} CuPy is not installed; install the 'gpu' extra or choose torch")
     return _BACKENDS[name]()
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from embrag_ds.data.dataset import WindowedPanel
 from embrag_ds.data.tokens import MASK
 from embrag_ds.errors import UserError
+from embrag_ds.ops.bits import pack
 from embrag_ds.retrieval.cache import Encoder, WindowCode
-from embrag_ds.retrieval.packed import GIB, pack
+from embrag_ds.retrieval.packed import GIB
 from embrag_ds.retrieval.schedule import Generation
 from embrag_ds.retrieval.search import Search, barred
 from embrag_ds.retrieval.settings import LocalRetrieval

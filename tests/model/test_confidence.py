@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from embrag_ds.model import confidence
 from embrag_ds.model.confidence import ConfidenceHead
 from embrag_ds.model.pooling import Evidence
-from embrag_ds.retrieval.copying import match_lengths
+from embrag_ds.ops.li_stephens import match_lengths
 
 
 @given(seed=st.integers(0, 2**32), sites=st.integers(1, 9), rate=st.sampled_from([0.0, 0.2, 0.6, 1.0]))

@@ -12,7 +12,7 @@ from embrag_ds.errors import UserError
 from embrag_ds.model.embedding import HaplotypeEmbedding, gather_embeddings
 from embrag_ds.model.imputer import Imputer, ModelConfig
 from embrag_ds.model.losses import LossConfig, Losses, imputation_loss
-from embrag_ds.retrieval.alleles import Alleles, Carriers, Sequences
+from embrag_ds.ops.dosage import Alleles, Carriers, Sequences
 from embrag_ds.retrieval.cache import site_weights
 from embrag_ds.retrieval.collate import Batch, site_tensors
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from embrag_ds.model.losses import LossConfig, imputation_loss
-from embrag_ds.retrieval import copying
+from embrag_ds.ops import li_stephens
 
 # What makes a value, or the size of a result, known to the host.
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "repeat_interleave.Tensor")
@@ -38,7 +38,7 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("mode", ["none", "token", "factored", "live"])
 def test_forward_loss_and_backward_ask_for_no_value(build, monkeypatch, mode: str, fusion: str, compiled: bool) -> None:
     if not compiled:  # as on a GPU without CuPy
-        monkeypatch.setattr(copying, "copying_backend", lambda device: "torch")
+        monkeypatch.setattr(li_stephens, "copying_backend", lambda device: "torch")
     world = build(3, people=12)
     network = build.imputer(fusion=fusion).train()
     batch = world.collator(network.embedding, mode=mode)(world.batch_of(1, [0, 4, 9], world.hidden(1, 3, 1)))

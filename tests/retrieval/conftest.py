@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,14 +27,6 @@ from embrag_ds.retrieval.store import DenseStore, FactoredStore, Query, Store
 CPU = torch.device("cpu")
 WAYS = (("factored", "torch"), ("factored", "faiss-cpu"), ("dense", "torch"))
 """Store and backend; the dense store searches with FAISS whatever the backend is."""
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -220,19 +209,3 @@ class Build:
 @pytest.fixture(scope="session")
 def build() -> Build:
     return Build()
-
-
-@pytest.fixture(scope="session")
-def host_library(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctypes.CDLL]:
-    """C++ source, compiled for this machine and loaded."""
-    compiler = shutil.which("c++") or shutil.which("g++")
-    assert compiler is not None, "a C++ compiler is a requirement of the project"
-
-    def load(source: str) -> ctypes.CDLL:
-        folder: Path = tmp_path_factory.mktemp("kernel")
-        (folder / "kernel.cpp").write_text(source, encoding="utf-8")
-        how = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-w"]
-        subprocess.run([compiler, *how, "-o", folder / "kernel.so", folder / "kernel.cpp"], check=True)
-        return ctypes.CDLL(str(folder / "kernel.so"))
-
-    return load

@@ -17,7 +17,7 @@ from torch import Tensor
 from embrag_ds.data.dataset import Samples
 from embrag_ds.data.tokens import MASK
 from embrag_ds.errors import UserError
-from embrag_ds.retrieval.alleles import Carriers, Sequences
+from embrag_ds.ops.dosage import Carriers, Sequences
 
 WAY = pytest.mark.parametrize("way", range(3), ids=["factored-torch", "factored-faiss", "dense"])
 

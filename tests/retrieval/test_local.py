@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from embrag_ds.data.tokens import MASK
@@ -44,7 +44,7 @@ def test_chunks_cover_the_shown_sites_in_order(shown: int, typed: float, chunk: 
 @settings(max_examples=25)
 @given(seed=st.integers(0, 2**32), backend=st.sampled_from(BACKENDS), per_chunk=st.integers(1, 4), k=st.integers(1, 12))
 def test_ids_are_the_union_by_rank_of_explicit_searches(build, seed: int, backend: str, per_chunk: int, k: int) -> None:
-    """A mask per person, continuous weights, so nearly no ties."""
+    """A mask per person and continuous weights; what float32 cannot tell apart is left out."""
     world = build(build.random_alleles(seed, 80, 8), reference=range(1, 8))
     local = LocalRetrieval(10, 5, per_chunk)
     hidden = world.hidden(0, 2, seed, 0.4)
@@ -62,7 +62,9 @@ def test_ids_are_the_union_by_rank_of_explicit_searches(build, seed: int, backen
     def ranking(row: int, sites: np.ndarray) -> list[int]:
         used = [site for site in sites.tolist() if tokens[row, site] < MASK]
         differs = reference[:, used] != tokens[row, used]
-        return torch.argsort((differs * weight[used]).sum(1), stable=True).tolist()
+        distance = (differs * weight[used]).sum(1)
+        assume(torch.diff(distance.sort().values).min() > 1e-4)
+        return torch.argsort(distance).tolist()
 
     for row in range(4):
         chunks = [ranking(row, shown[chunk]) for chunk in local.chunks(len(shown), query.typed_per_haplotype)]

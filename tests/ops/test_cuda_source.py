@@ -10,7 +10,8 @@ from types import ModuleType
 
 import pytest
 
-from embrag_ds.retrieval import allele_kernels, copying_kernels, kernels
+from embrag_ds.ops import dosage_cuda, hamming_cuda, li_stephens_cuda
+from embrag_ds.ops.cuda import kept_locale
 
 nvrtc = pytest.importorskip("nvidia.cuda_nvrtc", reason="the package nvidia-cuda-nvrtc-cu12 is not installed")
 REGISTERS = 65536  # of a multiprocessor
@@ -23,7 +24,7 @@ def compiled(source: str, *options: str) -> str:
     assert library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None) == 0
     given = [option.encode() for option in ("--ptxas-options=-v", *options)]
     encoding = locale.getpreferredencoding(False)
-    with kernels.kept_locale():
+    with kept_locale():
         failed = library.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given))
     assert locale.getpreferredencoding(False) == encoding
     library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
@@ -36,14 +37,14 @@ def compiled(source: str, *options: str) -> str:
 @pytest.mark.parametrize("architecture", ["sm_70", "sm_90"])
 @pytest.mark.parametrize("neighbours", [1, 128, 1536, 4096, 5000])
 def test_the_copying_kernels_compile_and_a_block_fits_a_multiprocessor(neighbours: int, architecture: str) -> None:
-    options = copying_kernels.compile_options(neighbours)
-    log = compiled(copying_kernels.SOURCE, f"-arch={architecture}", *options)
+    options = li_stephens_cuda.compile_options(neighbours)
+    log = compiled(li_stephens_cuda.SOURCE, f"-arch={architecture}", *options)
     registers = [int(each) for each in re.findall(r"Used (\d+) registers", log)]
-    threads, _ = copying_kernels.block_shape(neighbours)
+    threads, _ = li_stephens_cuda.block_shape(neighbours)
     assert len(registers) == 3
     assert all(threads * -(-each // 8) * 8 <= REGISTERS for each in registers)
 
 
-@pytest.mark.parametrize("module", [kernels, allele_kernels])
+@pytest.mark.parametrize("module", [hamming_cuda, dosage_cuda])
 def test_the_others_compile(module: ModuleType) -> None:
     assert "Used" in compiled(module.SOURCE, "-arch=sm_90")

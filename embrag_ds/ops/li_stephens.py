@@ -6,8 +6,8 @@ with probability ``switch``, neighbour k with probability ``prior[k]``. Forward-
 probability that each neighbour is the one being copied.
 
 Every pass is normalised at every site, so nothing underflows. On a CPU forward, backward and their adjoints
-are compiled loops (:mod:`embrag_ds.retrieval.compiled`), on a GPU CUDA kernels
-(:mod:`embrag_ds.retrieval.copying_kernels`), and where there is no CuPy torch operations, differentiated by autograd.
+are compiled loops (:mod:`embrag_ds.ops.li_stephens_numba`), on a GPU CUDA kernels
+(:mod:`embrag_ds.ops.li_stephens_cuda`), and where there is no CuPy torch operations, differentiated by autograd.
 All compute the same function.
 
 Evidence comes from all T typed sites of a window; what it says is wanted around the core only: at the N typed
@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embrag_ds.retrieval import compiled, kernels
-from embrag_ds.retrieval.copying_kernels import CudaPosterior, cuda_match_lengths
+from embrag_ds.ops import cuda, li_stephens_numba, threads
+from embrag_ds.ops.li_stephens_cuda import CudaPosterior, cuda_match_lengths
 
 # Both far enough from the smallest float32 that no sum over neighbours is 0, whatever the evidence: not where
 # all of them differ from the query, nor where each differs somewhere and the map says nothing recombined.
@@ -38,8 +38,8 @@ def mismatches(alleles: Tensor, place: Tensor, ids: Tensor, tokens: Tensor, coun
     """
     if alleles.device.type == "cpu":
         out = np.empty((*place.shape, ids.shape[1]), dtype=np.bool_)
-        compiled.use_torch_threads()
-        compiled.mismatches(*(each.contiguous().numpy() for each in (alleles, place, ids, tokens, count)), out)
+        threads.use_torch_threads()
+        li_stephens_numba.mismatches(*(each.contiguous().numpy() for each in (alleles, place, ids, tokens, count)), out)
         return torch.from_numpy(out)
     valid = torch.arange(place.shape[1], device=ids.device) < count[:, None]
     return (alleles[place[:, :, None], ids[:, None, :]] != tokens[:, :, None]) & valid[:, :, None]
@@ -50,8 +50,8 @@ def count_true(rows: Tensor) -> Tensor:
     if rows.device.type != "cpu":
         return rows.sum(1, dtype=torch.int32)
     total = np.zeros((rows.shape[0], rows.shape[2]), dtype=np.int32)
-    compiled.use_torch_threads()
-    compiled.add_rows(rows.contiguous().view(torch.uint8).numpy(), total)
+    threads.use_torch_threads()
+    li_stephens_numba.add_rows(rows.contiguous().view(torch.uint8).numpy(), total)
     return torch.from_numpy(total)
 
 
@@ -59,7 +59,7 @@ def copying_backend(device: torch.device) -> str:
     """What computes :func:`copying_posterior` there: compiled loops, the CUDA kernel (with CuPy), or torch."""
     if device.type == "cpu":
         return "compiled"
-    return "cuda kernel" if device.type == "cuda" and kernels.available() else "torch"
+    return "cuda kernel" if device.type == "cuda" and cuda.available() else "torch"
 
 
 def copying_posterior(
@@ -117,10 +117,10 @@ class _CompiledPosterior(torch.autograd.Function):
     def forward(
         ctx: Any, mismatch: Tensor, cost: Tensor, switch: Tensor, prior: Tensor, first: int, last: int
     ) -> Tensor:
-        compiled.use_torch_threads()
+        threads.use_torch_threads()
         arguments = (*_arguments(mismatch, cost, switch, prior), first, last)
         posterior = np.empty((len(cost), last - first, mismatch.shape[2]), dtype=np.float32)
-        compiled.forward_backward(*arguments, posterior)
+        li_stephens_numba.forward_backward(*arguments, posterior)
         ctx.arguments = (*arguments, posterior)
         ctx.cost = cost.detach()
         return torch.from_numpy(posterior)
@@ -132,8 +132,8 @@ class _CompiledPosterior(torch.autograd.Function):
         prior = ctx.arguments[3]
         prior_slope = np.zeros((len(ctx.cost), prior.shape[1]), dtype=np.float32)
         slopes = likelihood_slope, np.zeros_like(likelihood_slope), prior_slope
-        compiled.use_torch_threads()
-        compiled.adjoint(*ctx.arguments, gradient.float().contiguous().numpy(), *slopes)
+        threads.use_torch_threads()
+        li_stephens_numba.adjoint(*ctx.arguments, gradient.float().contiguous().numpy(), *slopes)
         # d exp(-cost) / d cost = -exp(-cost)
         cost_slope = -torch.from_numpy(likelihood_slope) * torch.exp(-ctx.cost)
         of_queries = torch.from_numpy(prior_slope).unflatten(0, (-1, len(prior))).sum(0)
@@ -155,8 +155,8 @@ def match_lengths(mismatch: Tensor, position: Tensor, count: Tensor, near: slice
     if way == "compiled":
         lengths = np.empty((len(mismatch), last - first, mismatch.shape[2]), dtype=np.float32)
         places = (each.float().contiguous().numpy() for each in (position, ends))
-        compiled.use_torch_threads()
-        compiled.match_lengths(mismatch.contiguous().numpy(), *places, first, last, lengths)
+        threads.use_torch_threads()
+        li_stephens_numba.match_lengths(mismatch.contiguous().numpy(), *places, first, last, lengths)
         return torch.from_numpy(lengths)
     place = position.float()[..., None].expand(mismatch.shape)
     left = torch.where(mismatch, place, ends[:, :1, None]).cummax(1).values[:, near]

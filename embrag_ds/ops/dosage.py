@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from embrag_ds.retrieval import compiled, kernels
-from embrag_ds.retrieval.allele_kernels import CudaDosage
+from embrag_ds.ops import cuda, dosage_numba, threads
+from embrag_ds.ops.dosage_cuda import CudaDosage
 
 _WORD = 64
 _LEAST_RUN = 12
@@ -50,7 +50,7 @@ class Alleles:
 
     def dosage(self, posterior: Tensor, places: Places) -> Tensor:
         """Expected allele of the copied haplotype, float32 [B, L]; ``posterior`` [B, N, K]. Differentiable in it."""
-        if posterior.is_cuda and kernels.available():
+        if posterior.is_cuda and cuda.available():
             return CudaDosage.apply(posterior, self.all, places.left, places.right, places.share)
         return (interpolated(posterior, places) * self.all).sum(1)
 
@@ -71,6 +71,7 @@ class Carriers:
     offset: Tensor
     members: Tensor
     k: int
+    loops: ClassVar = (dosage_numba.mix, dosage_numba.mix_adjoint)
 
     def dosage(self, posterior: Tensor, places: Places) -> Tensor:
         return _ListedDosage.apply(posterior, self, places)
@@ -96,6 +97,7 @@ class Sequences:
 
     ids: Tensor
     blocks: Blocks
+    loops: ClassVar = (dosage_numba.mix_sequences, dosage_numba.mix_sequences_adjoint)
 
     def dosage(self, posterior: Tensor, places: Places) -> Tensor:
         return _ListedDosage.apply(posterior, self, places)
@@ -145,32 +147,30 @@ class Blocks:
         shape = len(bounds) - 1, by_site.shape[1]
         sequence, words = np.empty(shape, dtype=np.uint32), np.empty(shape, dtype=np.uint64)
         count = np.empty(shape[0], dtype=np.int64)
-        compiled.use_torch_threads()
-        compiled.number_sequences(by_site, bounds, sequence, words, count)
+        threads.use_torch_threads()
         start = np.zeros(len(by_site) + 1, dtype=np.uint64)
-        compiled.list_sequences(words, count, bounds, start, np.empty(0, dtype=np.uint32))
+        dosage_numba.number_sequences(by_site, bounds, sequence, words, count, start[1:])
         start = start.cumsum(dtype=np.uint64)
         who = np.empty(int(start[-1]), dtype=np.uint32)
-        compiled.list_sequences(words, count, bounds, start, who)
+        dosage_numba.list_sequences(words, count, bounds, start, who)
         return cls(bounds, sequence, words, count, start, who)
 
 
 class _ListedDosage(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, posterior: Tensor, neighbours: Carriers | Sequences, places: Places) -> Tensor:
-        compiled.use_torch_threads()
+        threads.use_torch_threads()
         between = [each.contiguous().numpy() for each in (places.left, places.right, places.share.detach())]
         ctx.arguments = [*neighbours.lists, *between]
         ctx.shape = posterior.shape
-        ctx.adjoint = compiled.mix_adjoint if isinstance(neighbours, Carriers) else compiled.mix_sequences_adjoint
-        mix = compiled.mix if isinstance(neighbours, Carriers) else compiled.mix_sequences
+        mix, ctx.adjoint = neighbours.loops
         dosage = np.empty(places.share.shape, dtype=np.float32)
         mix(posterior.detach().contiguous().numpy(), *ctx.arguments, dosage)
         return torch.from_numpy(dosage)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        compiled.use_torch_threads()
+        threads.use_torch_threads()
         slope = np.zeros(ctx.shape, dtype=np.float32)
         ctx.adjoint(gradients[0].float().contiguous().numpy(), *ctx.arguments, slope)
         return torch.from_numpy(slope), None, None
@@ -210,8 +210,8 @@ class WindowAlleles:
         # As many as there can be, and one to write to in vain; what is never written to takes no memory.
         members = np.empty((len(ids), lists.most + 1), dtype=np.int32)
         of_window = (self._by_site, lists.listed, lists.start, lists.who.view(np.uint32))
-        compiled.use_torch_threads()
-        compiled.list_neighbours(*of_window, ids.contiguous().numpy(), offset, members)
+        threads.use_torch_threads()
+        dosage_numba.list_neighbours(*of_window, ids.contiguous().numpy(), offset, members)
         return Carriers(torch.from_numpy(offset), torch.from_numpy(members), lists.k)
 
 
@@ -233,6 +233,6 @@ class _Lists:
         listed = copies <= k
         start = np.concatenate([[0], np.where(listed, copies, 0).cumsum()])
         who = np.empty(start[-1], dtype=np.int32)
-        compiled.use_torch_threads()
-        compiled.list_carriers(by_site, start, who)
+        threads.use_torch_threads()
+        dosage_numba.list_carriers(by_site, start, who)
         return cls(k, listed, start, who, int(np.minimum(copies, k).sum()))

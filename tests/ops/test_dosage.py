@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from embrag_ds.retrieval.alleles import (
+from embrag_ds.ops.dosage import (
     Alleles,
     Blocks,
     Carriers,

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embrag_ds.retrieval.copying import (
+from embrag_ds.ops.li_stephens import (
     copying_posterior,
     count_true,
     mismatches,

@@ -1,4 +1,4 @@
-"""CUDA kernels of the copying model: :mod:`embrag_ds.retrieval.compiled` for GPUs, launched through CuPy.
+"""CUDA kernels of the copying model: :mod:`embrag_ds.ops.li_stephens_numba` for GPUs, launched through CuPy.
 
 One block per chain; its threads share the K neighbours, keep their states in registers and walk the typed sites
 together. What takes the time of such a walk is not arithmetic but waiting for each other, so all sums a site
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embrag_ds.retrieval.kernels import launch, launch_tiled
+from embrag_ds.ops.cuda import launch, launch_tiled
 
 SOURCE = r"""
 #ifndef WARP
@@ -301,7 +301,7 @@ class CudaPosterior(torch.autograd.Function):
 
 
 def cuda_match_lengths(mismatch: Tensor, position: Tensor, bounds: Tensor, first: int, last: int) -> Tensor:
-    """:func:`embrag_ds.retrieval.compiled.match_lengths`: mismatch bool [B, T, K], position [B, T] and bounds [B, 2]
+    """:func:`embrag_ds.ops.li_stephens_numba.match_lengths`: mismatch bool [B, T, K], position [B, T] and bounds [B, 2]
     give lengths float32 [B, N, K]."""
     queries, sites, neighbours = mismatch.shape
     lengths = torch.empty(queries, last - first, neighbours, device=mismatch.device)

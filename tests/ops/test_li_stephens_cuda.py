@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from embrag_ds.retrieval import compiled, copying_kernels
-from embrag_ds.retrieval.copying import copying_backend, copying_posterior, posterior_torch
-from embrag_ds.retrieval.copying_kernels import SOURCE, CudaPosterior, block_shape, cuda_match_lengths
+from embrag_ds.ops import li_stephens_cuda, li_stephens_numba
+from embrag_ds.ops.li_stephens import copying_backend, copying_posterior, posterior_torch
+from embrag_ds.ops.li_stephens_cuda import SOURCE, CudaPosterior, block_shape, cuda_match_lengths
 
 # A block's threads are threads, its barrier a barrier, and a warp is two of them; blocks run one after another.
 HOST = r"""
@@ -111,7 +111,7 @@ def test_values_and_slopes_are_those_of_the_compiled_loops(
     chains = len(given[1])
     part = (chains, last - first, states)
     posterior = np.full(part, np.nan, np.float32)
-    compiled.forward_backward(*given, first, last, posterior)
+    li_stephens_numba.forward_backward(*given, first, last, posterior)
     as_bytes = [given[0].view(np.uint8), *given[1:]]
     lengths = (last, sites - first, last - first)
     passes = [np.full((chains, length, states), np.nan, np.float32) for length in lengths]
@@ -121,7 +121,7 @@ def test_values_and_slopes_are_those_of_the_compiled_loops(
     gradient = np.random.default_rng(1).normal(size=part).astype(np.float32)
     sizes = ((chains, sites), (chains, sites), (chains, states))
     slopes = [[np.zeros(size, np.float32) for size in sizes] for _ in range(2)]
-    compiled.adjoint(*given, first, last, posterior, gradient, *slopes[0])
+    li_stephens_numba.adjoint(*given, first, last, posterior, gradient, *slopes[0])
     moments = np.full((*part[:2], 2), np.nan, np.float32)
     kernels("adjoint", [*as_bytes, *passes, gradient, moments, *slopes[1]], queries, sites, states, first, last)
     for loops, kernel in zip(*slopes, strict=True):
@@ -148,9 +148,9 @@ def test_what_launches_them_hands_over_what_they_take(
         assert all(each.is_contiguous() for each in tensors)
         kernels(name.removeprefix("copying_"), [each.numpy() for each in tensors], *sizes)
 
-    monkeypatch.setattr(copying_kernels, "block_shape", lambda neighbours: (THREADS, PER))
-    monkeypatch.setattr(copying_kernels, "_kernel", lambda name, options: name)
-    monkeypatch.setattr(copying_kernels, "launch", launch)
+    monkeypatch.setattr(li_stephens_cuda, "block_shape", lambda neighbours: (THREADS, PER))
+    monkeypatch.setattr(li_stephens_cuda, "_kernel", lambda name, options: name)
+    monkeypatch.setattr(li_stephens_cuda, "launch", launch)
     mismatch, *numbers = map(torch.from_numpy, random_case(sites, queries, sites, states, chains))
     weight = torch.randn(chains * queries, last - first, states, generator=torch.Generator().manual_seed(1))
     found = []
@@ -181,15 +181,15 @@ def test_match_lengths_are_those_of_the_compiled_loops(
         assert blocks == (queries * -(-states // THREADS),)
         kernels("lengths", [each.numpy() for each in tensors], *sizes, blocks=blocks[0])
 
-    monkeypatch.setattr("embrag_ds.retrieval.kernels._THREADS", THREADS)
-    monkeypatch.setattr("embrag_ds.retrieval.kernels.launch", launch)
-    monkeypatch.setattr(copying_kernels, "_kernel", lambda name, options: name)
+    monkeypatch.setattr("embrag_ds.ops.cuda.TILE_THREADS", THREADS)
+    monkeypatch.setattr("embrag_ds.ops.cuda.launch", launch)
+    monkeypatch.setattr(li_stephens_cuda, "_kernel", lambda name, options: name)
     mismatch = torch.from_numpy(random_case(sites, queries, sites, states)[0])
     position = torch.rand(queries, sites, generator=torch.Generator().manual_seed(1)).cumsum(1)
     bounds = position[:, [0, -1]]
     found = cuda_match_lengths(mismatch, position, bounds, first, last)
     expected = np.empty((queries, last - first, states), np.float32)
-    compiled.match_lengths(mismatch.numpy(), position.numpy(), bounds.numpy(), first, last, expected)
+    li_stephens_numba.match_lengths(mismatch.numpy(), position.numpy(), bounds.numpy(), first, last, expected)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6, atol=1e-6)
 
 

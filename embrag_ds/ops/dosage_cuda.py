@@ -1,4 +1,4 @@
-"""CUDA kernels of the copied dosage: :func:`embrag_ds.retrieval.compiled.mix` and its adjoint over all K alleles.
+"""CUDA kernels of the copied dosage: :func:`embrag_ds.ops.dosage_numba.mix` and its adjoint over all K alleles.
 
 Torch would write the posterior out for every site and neighbour, [B, K, L], and sort indices to hand slopes back. Here
 a thread has one site, or in the adjoint one neighbour, and nothing is written but the result; no two threads
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embrag_ds.retrieval.kernels import launch_tiled
+from embrag_ds.ops.cuda import launch_tiled
 
 SOURCE = r"""
 extern "C" __global__ void copied_dosage(

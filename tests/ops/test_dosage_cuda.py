@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from embrag_ds.retrieval import allele_kernels
-from embrag_ds.retrieval.allele_kernels import SOURCE, CudaDosage
-from embrag_ds.retrieval.alleles import Alleles, Places, interpolated
+from embrag_ds.ops import dosage_cuda
+from embrag_ds.ops.dosage import Alleles, Places, interpolated
+from embrag_ds.ops.dosage_cuda import SOURCE, CudaDosage
 
 HOST = r"""
 #define __global__
@@ -92,9 +92,9 @@ def test_what_launches_them_hands_over_what_they_take(
         assert tiles == -(-over // THREADS)
         kernels({"copied_dosage": "dosage"}.get(name, "adjoint"), over, tensors, *others)
 
-    monkeypatch.setattr("embrag_ds.retrieval.kernels._THREADS", THREADS)
-    monkeypatch.setattr(allele_kernels, "_kernel", lambda name: name)
-    monkeypatch.setattr("embrag_ds.retrieval.kernels.launch", launch)
+    monkeypatch.setattr("embrag_ds.ops.cuda.TILE_THREADS", THREADS)
+    monkeypatch.setattr(dosage_cuda, "_kernel", lambda name: name)
+    monkeypatch.setattr("embrag_ds.ops.cuda.launch", launch)
     alleles, posterior, places = random_case(passed, passed, neighbours, sites)
     leaves, gradient = [posterior.clone().requires_grad_() for _ in range(2)], torch.randn(3, sites)
     found = CudaDosage.apply(leaves[0], alleles, places.left, places.right, places.share)

@@ -1,28 +1,19 @@
 """The copying model's loops, compiled for CPUs (numba), one haplotype a task.
 
-Shapes: B haplotypes, T typed sites, K neighbours, L sites; N typed sites from ``first`` to ``last``, around the core; C
-chains, a multiple of B, of which chain c is about haplotype c % B. All fill arrays that the caller made. Places looked
-up in inner loops are unsigned: numba wraps signed ones round where they are negative, which takes as long as reading.
+Shapes: B haplotypes, T typed sites, K neighbours; N typed sites from ``first`` to ``last``, around the core; C chains,
+a multiple of B, of which chain c is about haplotype c % B. All fill arrays that the caller made. Places looked up in
+inner loops are unsigned: numba wraps signed ones round where they are negative, which takes as long as reading.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numba
 import numpy as np
-import torch
 
-_MOST_THREADS: int = numba.get_num_threads()
-_compiled: Any = numba.njit(parallel=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})
+from embrag_ds.ops import threads
 
 
-def use_torch_threads() -> None:
-    """Compiled loops know nothing of torch's setting; several ranks on a machine rely on it."""
-    numba.set_num_threads(min(_MOST_THREADS, torch.get_num_threads()))
-
-
-@_compiled
+@threads.parallel_loop
 def mismatches(alleles, place, ids, tokens, count, out):
     """out [B, T, K]: where haplotype ``ids`` [B, K] differs from ``tokens`` [B, T] at row ``place`` [B, T] of
     ``alleles`` [T', H]; False from a row's ``count`` [B] on."""
@@ -39,7 +30,7 @@ def mismatches(alleles, place, ids, tokens, count, out):
                 differs[:] = False
 
 
-@_compiled
+@threads.parallel_loop
 def add_rows(rows, total):
     """Add rows uint8 [B, R, C] to total int32 [B, C]."""
     for b in numba.prange(len(rows)):
@@ -48,7 +39,7 @@ def add_rows(rows, total):
                 total[b, c] += rows[b, r, c]
 
 
-@_compiled
+@threads.parallel_loop
 def forward_backward(mismatch, likelihood, switch, prior, first, last, posterior):
     """Fill posterior [C, N, K]; ``likelihood`` [C, T] is that of ``mismatch`` [B, T, K], ``prior`` [B, K] sums to 1
     over K.
@@ -100,7 +91,7 @@ def forward_backward(mismatch, likelihood, switch, prior, first, last, posterior
             stay, jump = (np.float32(1) - switch[c, t]) / total, switch[c, t]
 
 
-@_compiled
+@threads.parallel_loop
 def adjoint(
     mismatch,
     likelihood,
@@ -212,7 +203,7 @@ def adjoint(
             switch_slope[c, t] += moved if t > 0 else zero
 
 
-@_compiled
+@threads.parallel_loop
 def match_lengths(mismatch, position, bounds, first, last, lengths):
     """Fill lengths [B, N, K]; ``bounds`` [B, 2] are the positions of a row's first and last typed site."""
     queries, sites, neighbours = mismatch.shape
@@ -232,167 +223,3 @@ def match_lengths(mismatch, position, bounds, first, last, lengths):
             if t < last:
                 for k in range(neighbours):
                     lengths[b, t - first, k] = max(bound[k] - lengths[b, t - first, k], np.float32(0))
-
-
-@_compiled
-def list_carriers(alleles, start, who):
-    """Fill ``who`` from ``start`` [L + 1] on with the columns of alleles [L, H] that are 1, where there is room."""
-    for site in numba.prange(len(alleles)):
-        place = start[site]
-        if place < start[site + 1]:
-            for haplotype in range(alleles.shape[1]):
-                if alleles[site, haplotype]:
-                    who[place] = haplotype
-                    place += 1
-
-
-@_compiled
-def list_neighbours(alleles, listed, start, who, ids, offset, members):
-    """Fill members [B, n], and offset [B, L + 1] where each site's begin, with the places in a row of ids [B, K] whose
-    alleles [L, H] are 1; where ``listed`` [L], those are in ``who`` from ``start`` [L + 1] on."""
-    for b in numba.prange(len(ids)):
-        place = np.full(alleles.shape[1], -1, dtype=np.int32)
-        own, found = ids[b].astype(np.uint32), members[b]
-        for k in range(len(own)):
-            place[own[k]] = k
-        count = np.uint64(0)
-        for site in range(len(alleles)):
-            offset[b, site] = count
-            if listed[site]:
-                for number in range(start[site], start[site + 1]):
-                    k = place[who[number]]
-                    found[count] = k
-                    count += np.uint64(k >= 0)
-            else:
-                row = alleles[site]
-                for k in range(len(own)):
-                    found[count] = k
-                    count += np.uint64(row[own[k]])
-        offset[b, len(alleles)] = count
-
-
-@_compiled
-def mix(posterior, offset, members, left, right, share, dosage):
-    """Fill dosage [B, L] with the interpolated posterior [B, N, K] of a site's ``members``."""
-    for b in numba.prange(len(dosage)):
-        carriers = members[b]
-        for site in range(dosage.shape[1]):
-            before, after = posterior[b, left[b, site]], posterior[b, right[b, site]]
-            at_left, at_right = np.float32(0), np.float32(0)
-            for number in range(offset[b, site], offset[b, site + 1]):
-                k = carriers[number]
-                at_left += before[k]
-                at_right += after[k]
-            dosage[b, site] = at_left + share[b, site] * (at_right - at_left)
-
-
-@_compiled
-def mix_adjoint(gradient, offset, members, left, right, share, slope):
-    """Add to slope [B, N, K] what :func:`mix` hands back of ``gradient`` [B, L]."""
-    for b in numba.prange(len(gradient)):
-        carriers = members[b]
-        for site in range(gradient.shape[1]):
-            before, after = slope[b, left[b, site]], slope[b, right[b, site]]
-            at_right = share[b, site] * gradient[b, site]
-            at_left = gradient[b, site] - at_right
-            for number in range(offset[b, site], offset[b, site + 1]):
-                k = carriers[number]
-                before[k] += at_left
-                after[k] += at_right
-
-
-@_compiled
-def number_sequences(alleles, bounds, sequence, words, count):
-    """Number what haplotypes carry in block g of alleles [L, H], the sites from bounds[g] to bounds[g + 1] (64 at
-    most): sequence [G, H]; words [G, H] spell the first ``count`` [G], site by site from the lowest bit on."""
-    for g in numba.prange(len(count)):
-        spelt = np.zeros(alleles.shape[1], dtype=np.uint64)
-        for site in range(bounds[g], bounds[g + 1]):
-            place = np.uint64(site - bounds[g])
-            for haplotype in range(len(spelt)):
-                spelt[haplotype] |= np.uint64(alleles[site, haplotype]) << place
-        number = -1
-        for haplotype in np.argsort(spelt):
-            if number < 0 or words[g, number] != spelt[haplotype]:
-                number += 1
-                words[g, number] = spelt[haplotype]
-            sequence[g, haplotype] = number
-        count[g] = number + 1
-
-
-@_compiled
-def list_sequences(words, count, bounds, start, who):
-    """Of every site the numbers of the sequences with ALT: who[start[site] : start[site + 1]]. Without room in ``who``
-    only their number, start[site + 1]."""
-    for g in numba.prange(len(count)):
-        for site in range(bounds[g], bounds[g + 1]):
-            place, found = np.uint64(site - bounds[g]), np.uint64(0)
-            for number in range(count[g]):
-                carries = (words[g, number] >> place) & np.uint64(1)
-                if len(who) and carries:
-                    who[start[site] + found] = number
-                found += carries
-            if len(who) == 0:
-                start[site + 1] = found
-
-
-@_compiled
-def mix_sequences(posterior, ids, sequence, count, bounds, start, who, left, right, share, dosage):
-    """:func:`mix` by sequences: a neighbour's weight goes to what it carries between two typed sites, and from there
-    to every site."""
-    for b in numba.prange(len(dosage)):
-        own = ids[b].astype(np.uint32)
-        before = np.empty(count.max(), dtype=np.float32)
-        after = np.empty_like(before)
-        for g in range(len(count)):
-            number = sequence[g]
-            begin = bounds[g]
-            while begin < bounds[g + 1]:
-                at_left, at_right = left[b, begin], right[b, begin]
-                end = begin + 1
-                while end < bounds[g + 1] and left[b, end] == at_left and right[b, end] == at_right:
-                    end += 1
-                before[: count[g]] = np.float32(0)
-                after[: count[g]] = np.float32(0)
-                first, second = posterior[b, at_left], posterior[b, at_right]
-                for k in range(len(own)):
-                    n = number[own[k]]
-                    before[n] += first[k]
-                    after[n] += second[k]
-                for site in range(begin, end):
-                    one, other = np.float32(0), np.float32(0)
-                    for place in range(start[site], start[site + 1]):
-                        one += before[who[place]]
-                        other += after[who[place]]
-                    dosage[b, site] = one + share[b, site] * (other - one)
-                begin = end
-
-
-@_compiled
-def mix_sequences_adjoint(gradient, ids, sequence, count, bounds, start, who, left, right, share, slope):
-    """Add to slope [B, N, K] what :func:`mix_sequences` hands back of ``gradient`` [B, L]."""
-    for b in numba.prange(len(gradient)):
-        own = ids[b].astype(np.uint32)
-        before = np.empty(count.max(), dtype=np.float32)
-        after = np.empty_like(before)
-        for g in range(len(count)):
-            number = sequence[g]
-            begin = bounds[g]
-            while begin < bounds[g + 1]:
-                at_left, at_right = left[b, begin], right[b, begin]
-                before[: count[g]] = np.float32(0)
-                after[: count[g]] = np.float32(0)
-                end = begin
-                while end < bounds[g + 1] and left[b, end] == at_left and right[b, end] == at_right:
-                    of_right = share[b, end] * gradient[b, end]
-                    of_left = gradient[b, end] - of_right
-                    for place in range(start[end], start[end + 1]):
-                        before[who[place]] += of_left
-                        after[who[place]] += of_right
-                    end += 1
-                first, second = slope[b, at_left], slope[b, at_right]
-                for k in range(len(own)):
-                    n = number[own[k]]
-                    first[k] += before[n]
-                    second[k] += after[n]
-                begin = end

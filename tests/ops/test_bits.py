@@ -1,0 +1,26 @@
+"""Packing of alleles, against numpy's."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embrag_ds.ops.bits import pack, pack_host, unpack, unpack_host
+
+
+@given(seed=st.integers(0, 2**32), rows=st.integers(0, 5), count=st.integers(1, 40))
+def test_packing_is_numpys_and_undone_by_unpacking(seed: int, rows: int, count: int) -> None:
+    alleles = np.random.default_rng(seed).integers(0, 2, (rows, count), dtype=np.uint8)
+    packed = pack(torch.from_numpy(alleles))
+    assert np.array_equal(packed.numpy(), np.packbits(alleles, axis=1, bitorder="little"))
+    assert torch.equal(unpack(packed, count), torch.from_numpy(alleles))
+
+
+@given(data=st.data(), rows=st.integers(0, 5), count=st.integers(1, 40))
+def test_a_range_of_haplotypes_is_unpacked_alone(data: st.DataObject, rows: int, count: int) -> None:
+    first = data.draw(st.integers(0, count))
+    last = data.draw(st.integers(first, count))
+    alleles = np.random.default_rng(rows).integers(0, 2, (rows, count), dtype=np.uint8)
+    assert np.array_equal(unpack_host(pack_host(alleles), first, last), alleles[:, first:last])
