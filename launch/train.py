@@ -17,7 +17,7 @@ from embrag_ds.engine.profile import PROFILES, Profile
 from embrag_ds.engine.trainer import Trainer
 from embrag_ds.errors import UserError
 from embrag_ds.launching import run_main
-from embrag_ds.retrieval.timeline import NO_TIMELINE
+from embrag_ds.runtime.timeline import NO_TIMELINE
 
 
 def parse_arguments() -> argparse.Namespace:

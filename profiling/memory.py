@@ -25,13 +25,13 @@ import torch
 from embrag_ds.config import load_config
 from embrag_ds.engine.initialize import World, start_world
 from embrag_ds.engine.inputs import PanelFiles, open_inputs_on_all_ranks
-from embrag_ds.engine.nvml import DeviceSampler
 from embrag_ds.engine.profile import PROFILES, Profile
 from embrag_ds.engine.record import device_name
 from embrag_ds.engine.trainer import Trainer
 from embrag_ds.errors import UserError
 from embrag_ds.launching import run_main
-from embrag_ds.retrieval.timeline import NO_TIMELINE, Timeline
+from embrag_ds.runtime.device_sampler import DeviceSampler
+from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
 
 RESAMPLES = 2000
 

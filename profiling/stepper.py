@@ -27,9 +27,9 @@ from machine import peak_resident_bytes, synchronise
 from embrag_ds.config import load_config
 from embrag_ds.engine.initialize import World, start_world
 from embrag_ds.engine.inputs import PanelFiles, open_inputs
-from embrag_ds.engine.nvml import DeviceSampler
 from embrag_ds.engine.trainer import Trainer
-from embrag_ds.retrieval.timeline import Span, Timeline
+from embrag_ds.runtime.device_sampler import DeviceSampler
+from embrag_ds.runtime.timeline import Span, Timeline
 
 _SAMPLE_EVERY_S = 0.02
 # Large blocks come from the system and go back to it at once, so that resident memory is what tensors hold.

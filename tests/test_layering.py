@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-LAYERS = ("ops", "data", "retrieval", "model", "engine", "launch")
+LAYERS = ("ops", "runtime", "data", "retrieval", "model", "engine", "launch")
 # Third-party packages that have a home: no other layer may import them.
 HOMES = {"pysam": ("data/vcf.py",), "deepspeed": ("engine/",), "faiss": ("retrieval/",), "cupy": ("ops/",)}
 LAZY = ("faiss", "cupy")
@@ -86,7 +86,7 @@ def _inner_fault(layer: str, imported: str) -> str | None:
     if imported == "launching":
         return None if layer == "launch" else "for entry points only"
     if layer == "config":
-        return None if imported in LAYERS[1:4] else "config may know the settings of data, retrieval and model only"
+        return None if imported in LAYERS[2:5] else "config may know the settings of data, retrieval and model only"
     if layer not in LAYERS:
         return "modules of the top level stand below all layers"
     return None if LAYERS.index(imported) <= LAYERS.index(layer) else f"{layer} is below {imported}"

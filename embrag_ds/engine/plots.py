@@ -10,7 +10,7 @@ import numpy as np
 
 from embrag_ds.engine import metrics
 from embrag_ds.engine.report import Report
-from embrag_ds.retrieval.timeline import PHASES, Span
+from embrag_ds.runtime.timeline import PHASES, Span
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

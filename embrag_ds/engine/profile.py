@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from embrag_ds.engine.initialize import World
-from embrag_ds.engine.nvml import DeviceSampler
 from embrag_ds.engine.record import device_name, package_versions
 from embrag_ds.errors import UserError
 from embrag_ds.retrieval.packed import GIB
-from embrag_ds.retrieval.timeline import Timeline
+from embrag_ds.runtime.device_sampler import DeviceSampler
+from embrag_ds.runtime.timeline import Timeline
 
 PROFILES = ("nvml", "snapshot")
 SNAPSHOT_FILE = "memory-snapshot.pickle"

@@ -21,7 +21,7 @@ from embrag_ds.retrieval.schedule import Generation, RefreshSchedule
 from embrag_ds.retrieval.search import Search, make_search
 from embrag_ds.retrieval.settings import RetrievalConfig
 from embrag_ds.retrieval.store import DenseStore, FactoredStore, Store
-from embrag_ds.retrieval.timeline import NO_TIMELINE, Timeline
+from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
 
 
 def window_encoder(embedding: HaplotypeEmbedding, data: WindowedPanel, device: torch.device) -> Encoder:

@@ -36,7 +36,7 @@ from embrag_ds.model.losses import Losses, imputation_loss
 from embrag_ds.ops.li_stephens import copying_backend
 from embrag_ds.retrieval.collate import Batch, receive
 from embrag_ds.retrieval.prefetch import Prefetcher
-from embrag_ds.retrieval.timeline import NO_TIMELINE, Timeline
+from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
 
 MODEL_FILE = "model.safetensors"
 _LONGEST_SILENCE_S = 10.0

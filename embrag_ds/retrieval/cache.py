@@ -22,8 +22,8 @@ from torch import Tensor
 from embrag_ds.data.tokens import ALT, REF
 from embrag_ds.data.windows import Window
 from embrag_ds.retrieval.schedule import Generation, RefreshSchedule
-from embrag_ds.retrieval.streams import SideStream, host_buffer, mark_current
-from embrag_ds.retrieval.timeline import NO_TIMELINE, Timeline
+from embrag_ds.runtime.streams import SideStream, host_buffer, mark_current
+from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
 
 ALLELES = 2
 Encoder = Callable[[int, Tensor], Tensor]

@@ -23,8 +23,8 @@ from embrag_ds.retrieval.cache import ReferenceSource, WindowCode
 from embrag_ds.retrieval.frequency import frequencies_without
 from embrag_ds.retrieval.packed import PackedReference
 from embrag_ds.retrieval.store import Query, Store
-from embrag_ds.retrieval.streams import SideStream, Staging, hand_over
-from embrag_ds.retrieval.timeline import NO_TIMELINE, Timeline
+from embrag_ds.runtime.streams import SideStream, Staging, hand_over
+from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
 
 
 @dataclass(frozen=True)

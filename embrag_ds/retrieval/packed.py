@@ -13,7 +13,7 @@ from torch import Tensor
 
 from embrag_ds.data.dataset import WindowedPanel
 from embrag_ds.ops.bits import unpack, unpack_host
-from embrag_ds.retrieval.streams import Staging
+from embrag_ds.runtime.streams import Staging
 
 GIB = 1 << 30
 _COPY_ROWS = 1 << 16

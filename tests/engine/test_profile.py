@@ -14,11 +14,11 @@ import torch
 from embrag_ds.config import RunConfig
 from embrag_ds.engine.initialize import World
 from embrag_ds.engine.inputs import PanelInputs
-from embrag_ds.engine.nvml import DeviceSampler
 from embrag_ds.engine.profile import SNAPSHOT_FILE, Profile
 from embrag_ds.engine.trainer import Trainer
 from embrag_ds.errors import UserError
-from embrag_ds.retrieval.timeline import NO_TIMELINE, PHASES, Timeline
+from embrag_ds.runtime.device_sampler import DeviceSampler
+from embrag_ds.runtime.timeline import NO_TIMELINE, PHASES, Timeline
 
 Metrics = Callable[..., list[dict[str, Any]]]
 Train = Callable[..., None]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from embrag_ds.retrieval.packed import PackedReference
-from embrag_ds.retrieval.streams import Staging
+from embrag_ds.runtime.streams import Staging
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embrag_ds.retrieval.timeline import NO_TIMELINE, Timeline
+from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
 
 _ALIGNMENT = 256
 

@@ -14,9 +14,9 @@ import pynvml
 import pytest
 import torch
 
-from embrag_ds.engine import nvml
-from embrag_ds.engine.nvml import DeviceSampler
 from embrag_ds.errors import UserError
+from embrag_ds.runtime import device_sampler
+from embrag_ds.runtime.device_sampler import DeviceSampler
 
 CPU = torch.device("cpu")
 SECOND = torch.device("cuda", 1)
@@ -83,7 +83,7 @@ class FakeNvml:
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
     """A machine with GPUs, as far as the sampler can see."""
     fake = FakeNvml()
-    monkeypatch.setattr(nvml, "pynvml", fake)
+    monkeypatch.setattr(device_sampler, "pynvml", fake)
     uuids = {0: "aaaa", 1: "cccc"}
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuids[device.index], name="Fake")
@@ -109,7 +109,7 @@ def test_it_reads_the_gpu_that_torch_means(fake: FakeNvml) -> None:
     assert (one.gpu_percent, one.power_w, one.sm_mhz, one.memory_mhz) == (82, 300.502, 1900, 2600)
     assert (one.pcie_rx_kb_per_s, one.pcie_tx_kb_per_s) == (1234, 56)
     assert (one.allocated_bytes, one.reserved_bytes, one.peak_allocated_bytes) == (3, 4, 9)
-    assert set(sampler.columns()) == {"seconds", *sampler.peaks()} == set(nvml.Sample.__dataclass_fields__)
+    assert set(sampler.columns()) == {"seconds", *sampler.peaks()} == set(device_sampler.Sample.__dataclass_fields__)
 
 
 def test_a_mig_slice_has_a_uuid_of_its_own(fake: FakeNvml) -> None:
@@ -190,10 +190,10 @@ def test_process_memory_and_cpu_are_those_of_the_process() -> None:
 
 
 def test_a_long_run_keeps_few_samples_and_all_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvml, "MOST_SAMPLES", 10)
+    monkeypatch.setattr(device_sampler, "MOST_SAMPLES", 10)
     sampler = DeviceSampler(CPU)
     for number in range(100):
-        sampler._keep(nvml.Sample(float(number), 1 + (number == 77), None))
+        sampler._keep(device_sampler.Sample(float(number), 1 + (number == 77), None))
     assert len(sampler.samples) <= 10
     seconds = sampler.columns()["seconds"]
     assert seconds[0] == 0 and seconds[-1] > 80 and len({b - a for a, b in itertools.pairwise(seconds)}) == 1
