@@ -32,12 +32,12 @@ from embrag_ds.data.dataset import Samples, WindowedPanel, exclusion_table, read
 from embrag_ds.engine.checkpoint import ExportedModel, read_export
 from embrag_ds.engine.inputs import PanelFiles, PanelInputs, open_inputs, windowed
 from embrag_ds.engine.metrics import BIN_NAMES, AggregateR2
-from embrag_ds.engine.reference import Reference
 from embrag_ds.engine.trainer import MODEL_FILE
 from embrag_ds.errors import UserError
 from embrag_ds.launching import run_main
 from embrag_ds.model.imputer import Imputer, Prediction
 from embrag_ds.retrieval.collate import RetrievalCollator
+from embrag_ds.retrieval.reference import Reference
 from embrag_ds.retrieval.search import TorchSearch, barred
 
 CPU = torch.device("cpu")

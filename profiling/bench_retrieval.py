@@ -34,12 +34,13 @@ from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.tokens import MASK
 from embrag_ds.data.windows import make_windows
 from embrag_ds.engine.record import device_name
-from embrag_ds.engine.reference import Reference
 from embrag_ds.model.embedding import HaplotypeEmbedding
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.model.losses import imputation_loss
-from embrag_ds.retrieval.collate import Batch, site_tensors
+from embrag_ds.retrieval.batch import Batch
+from embrag_ds.retrieval.collate import site_tensors
 from embrag_ds.retrieval.prefetch import Prefetcher
+from embrag_ds.retrieval.reference import Reference
 from embrag_ds.retrieval.schedule import RefreshConfig
 from embrag_ds.retrieval.settings import RetrievalConfig
 

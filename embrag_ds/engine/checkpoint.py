@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from embrag_ds.config import EmbragConfig, parse_embrag
 from embrag_ds.engine.initialize import World
-from embrag_ds.engine.reference import Reference
 from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import ModelConfig
+from embrag_ds.retrieval.reference import Reference
 
 EXPORT_FORMAT = 2
 PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained" / "model.safetensors"

@@ -25,12 +25,12 @@ from embrag_ds.data.vcf_output import ImputedVcfWriter
 from embrag_ds.data.windows import blend_weights, uncovered
 from embrag_ds.engine.checkpoint import ExportedModel
 from embrag_ds.engine.inputs import PanelInputs, skipped_records, windowed
-from embrag_ds.engine.reference import Reference
 from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.ops.bits import unpack_host
-from embrag_ds.retrieval.collate import Batch
+from embrag_ds.retrieval.batch import Batch
 from embrag_ds.retrieval.prefetch import Prefetcher
+from embrag_ds.retrieval.reference import Reference
 
 _AHEAD = 1
 _TIMES_AS_LONG = 4

@@ -15,7 +15,7 @@ import torch
 from embrag_ds.engine.initialize import World
 from embrag_ds.engine.record import device_name, package_versions
 from embrag_ds.errors import UserError
-from embrag_ds.retrieval.packed import GIB
+from embrag_ds.retrieval.device_panel import GIB
 from embrag_ds.runtime.device_sampler import DeviceSampler
 from embrag_ds.runtime.timeline import Timeline
 

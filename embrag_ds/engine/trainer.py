@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed
 
@@ -28,14 +29,15 @@ from embrag_ds.engine.initialize import World, adapt_to_machine, initialize_engi
 from embrag_ds.engine.inputs import PanelInputs, skipped_records, windowed
 from embrag_ds.engine.metrics import DISJOINT_BINS
 from embrag_ds.engine.record import RunRecord
-from embrag_ds.engine.reference import Reference
 from embrag_ds.engine.validation import MaskScores, Validator
 from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.model.losses import Losses, imputation_loss
 from embrag_ds.ops.li_stephens import copying_backend
-from embrag_ds.retrieval.collate import Batch, receive
+from embrag_ds.retrieval.batch import Batch
+from embrag_ds.retrieval.collate import receive
 from embrag_ds.retrieval.prefetch import Prefetcher
+from embrag_ds.retrieval.reference import Reference
 from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
 
 MODEL_FILE = "model.safetensors"
@@ -123,6 +125,7 @@ class Trainer:
             exclusions,
             self.sampler.steps_per_epoch,
             timeline,
+            gather=deepspeed.zero.GatheredParameters,
         )
         # One for the thread that prefetches, one for validation.
         self.collate = self.reference.collator(micro_batch, slots=self.reference.prefetch + 2)

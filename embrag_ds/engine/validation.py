@@ -16,7 +16,7 @@ from embrag_ds.engine.initialize import World
 from embrag_ds.engine.metrics import AggregateR2, Calibration
 from embrag_ds.model.imputer import Prediction
 from embrag_ds.model.losses import genotype_log_probabilities
-from embrag_ds.retrieval.collate import Batch
+from embrag_ds.retrieval.batch import Batch
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from embrag_ds.data.tokens import ALT, REF, VOCAB
-from embrag_ds.retrieval.collate import SiteTensors
+from embrag_ds.retrieval.batch import SiteTensors
 
 _FREQUENCY_OCTAVES = 6
 _SHORTEST_CM, _LONGEST_CM, _WAVELENGTHS = 0.01, 20.0, 12
@@ -52,6 +52,7 @@ class HaplotypeEmbedding(nn.Module):
 
     def __init__(self, dims: int):
         super().__init__()
+        self.dims = dims
         self.token = nn.Embedding(VOCAB, dims)
         self.effect = nn.Embedding(VOCAB, dims)
         self.frequency = nn.Linear(FREQUENCY_FEATURES, dims)
@@ -68,6 +69,10 @@ class HaplotypeEmbedding(nn.Module):
         site = self.frequency(frequency) + self.position(position)
         modulation = self.modulation(torch.cat([frequency, position], dim=-1))
         return self.token(tokens) + modulation * self.effect(tokens) + site
+
+    def twin(self) -> HaplotypeEmbedding:
+        """A layer of the same shape with weights of its own."""
+        return HaplotypeEmbedding(self.dims)
 
     def codebook(self, sites: SiteTensors) -> Tensor:
         """C [L, V, D]: every token embedded at every site of a window."""

@@ -15,7 +15,7 @@ from embrag_ds.model.fusion import GatedFusion
 from embrag_ds.model.pooling import CopyingPooling, DistancePooling, Pooled, mixed_embedding, pooled_embedding
 from embrag_ds.model.recompute import computed_again
 from embrag_ds.model.transformer import Transformer
-from embrag_ds.retrieval.collate import Batch, SiteTensors
+from embrag_ds.retrieval.batch import Batch, SiteTensors
 
 POOLINGS: dict[str, type[nn.Module]] = {"rare_variant": DistancePooling, "copying": CopyingPooling}
 """How a fusion weighs the neighbours; to add one, copy :class:`DistancePooling` and name it here."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from embrag_ds.data.tokens import ALT, REF
 from embrag_ds.ops.dosage import Places, interpolated
 from embrag_ds.ops.li_stephens import copying_posterior, count_true, match_lengths
-from embrag_ds.retrieval.collate import Batch, Retrieved
+from embrag_ds.retrieval.batch import Batch, Retrieved
 
 _LEAST = 1e-6
 _LEAST_REST = 1e-4

@@ -7,8 +7,7 @@ batch's generation, search, fetch. It runs in the rank's own process, never in a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from dataclasses import fields, is_dataclass, replace
 
 import numpy as np
 import torch
@@ -17,86 +16,15 @@ from torch import Tensor
 from embrag_ds.data.dataset import Samples, WindowedPanel
 from embrag_ds.data.tokens import MASK
 from embrag_ds.errors import UserError
-from embrag_ds.ops.dosage import Neighbours, WindowAlleles
+from embrag_ds.ops.dosage import WindowAlleles
 from embrag_ds.ops.li_stephens import mismatches
-from embrag_ds.retrieval.cache import ReferenceSource, WindowCode
+from embrag_ds.retrieval.batch import Batch, Retrieved, SiteTensors
+from embrag_ds.retrieval.codebooks import ReferenceSource, WindowCode
+from embrag_ds.retrieval.device_panel import PackedReference
 from embrag_ds.retrieval.frequency import frequencies_without
-from embrag_ds.retrieval.packed import PackedReference
 from embrag_ds.retrieval.store import Query, Store
 from embrag_ds.runtime.streams import SideStream, Staging, hand_over
 from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
-
-
-@dataclass(frozen=True)
-class SiteTensors:
-    """:class:`~embrag_ds.data.dataset.SiteFeatures` as tensors, float32.
-
-    ``position`` [L] in cM, ``frequency`` [L] as the embedding layer sees it.
-    """
-
-    position: Tensor
-    frequency: Tensor
-
-
-@dataclass(frozen=True)
-class Retrieved:
-    """What was retrieved for a batch; here L counts the core's sites.
-
-    ``ids`` int64 [B, K] number haplotypes of the reference set, nearest first; ``alleles`` are theirs,
-    ``mismatch`` bool [B, T, K] says where they differ from what the query shows (in the order of
-    :attr:`Batch.typed`; False in its filled-up part), ``population`` int64 [B, K] names their populations.
-    ``codebook`` [L, 2, D] encodes them, unless the encoding is ``live`` (None: the model's own). ``embeddings``
-    [B, K, L, D] come only from the dense store. ``tokens`` int64 [B, k, L], only in mode ``token``, are the alleles
-    of those that go through the transformer. ``generation`` and ``snapshot_step`` say how old the encoding is.
-    """
-
-    ids: Tensor
-    alleles: Neighbours
-    mismatch: Tensor
-    population: Tensor
-    codebook: Tensor | None
-    embeddings: Tensor | None
-    tokens: Tensor | None
-    generation: int
-    snapshot_step: int
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A micro-batch on the device. ``core`` is the place of the predicted sites within the window.
-
-    In the core: ``tokens`` int64 [B, L] is what the query shows, ``hidden`` bool [B, L] where it hides,
-    ``alleles`` int64 [B, L] the truth (meaningless at the hidden sites of people to be imputed). ``frequency``
-    [B, L] and ``population_frequency`` [B, P, L], float32, are those of ALT among the people whom the query may
-    retrieve (see :mod:`embrag_ds.retrieval.frequency`); ``scored`` bool [B, L] are the hidden sites with as many
-    copies left among them as the rarest site of the panel has. At the others the loss does not count: such a
-    site would not be in a panel without the query, so that it is here says that the query has the allele.
-    ``good_turing`` float32 [B, L] is what the panel's spectrum adds to the log-odds of ALT
-    (:attr:`embrag_ds.data.panel.ReferenceSet.good_turing_odds`).
-
-    In the whole window: ``sites`` has the features of its sites, ``typed`` int64 [B, T] lists the sites each
-    query shows, in order, ``typed_count`` int64 [B] says how many they are; the rest of a row repeats
-    the window's last site; ``near`` are the places in those rows of all typed sites that lie in the core or next to it.
-    ``retrieved`` is None in mode ``none``. ``bytes_moved`` counts what went from host to
-    device for it. ``ready`` marks, on a CUDA device, the end of what builds the batch (:func:`receive`).
-    """
-
-    window: int
-    core: slice
-    tokens: Tensor
-    hidden: Tensor
-    alleles: Tensor
-    scored: Tensor
-    frequency: Tensor
-    population_frequency: Tensor
-    good_turing: Tensor
-    typed: Tensor
-    typed_count: Tensor
-    near: slice
-    sites: SiteTensors
-    retrieved: Retrieved | None
-    bytes_moved: int
-    ready: Any
 
 
 class RetrievalCollator:

@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from embrag_ds.retrieval.collate import Batch, receive
+from embrag_ds.retrieval.batch import Batch
+from embrag_ds.retrieval.collate import receive
 
 _LOOK_EVERY_S = 0.5
 

@@ -26,7 +26,8 @@ from embrag_ds.engine.inputs import PanelFiles, PanelInputs, open_inputs
 from embrag_ds.engine.trainer import MODEL_FILE, Trainer
 from embrag_ds.errors import UserError
 from embrag_ds.model.losses import imputation_loss
-from embrag_ds.retrieval.collate import Batch, SiteTensors, site_tensors
+from embrag_ds.retrieval.batch import Batch, SiteTensors
+from embrag_ds.retrieval.collate import site_tensors
 
 Metrics = Callable[..., list[dict[str, Any]]]
 KeptBytes = Callable[[Callable[[], torch.Tensor]], int]

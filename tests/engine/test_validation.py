@@ -17,7 +17,7 @@ from embrag_ds.engine.metrics import bin_members
 from embrag_ds.engine.trainer import Trainer
 from embrag_ds.engine.validation import MaskScores, Validator
 from embrag_ds.model.imputer import Prediction
-from embrag_ds.retrieval.collate import Batch
+from embrag_ds.retrieval.batch import Batch
 
 MakeTrainer = Callable[..., Trainer]
 

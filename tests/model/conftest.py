@@ -15,10 +15,10 @@ from embrag_ds.data.dataset import Samples, WindowedPanel, exclusion_table
 from embrag_ds.data.panel import Panel, Populations, ReferenceSet
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.windows import make_windows
-from embrag_ds.engine.reference import Reference
 from embrag_ds.model.embedding import HaplotypeEmbedding
 from embrag_ds.model.imputer import Imputer, ModelConfig
-from embrag_ds.retrieval.collate import Batch
+from embrag_ds.retrieval.batch import Batch
+from embrag_ds.retrieval.reference import Reference
 from embrag_ds.retrieval.settings import RetrievalConfig
 
 CPU = torch.device("cpu")

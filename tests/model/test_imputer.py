@@ -13,8 +13,9 @@ from embrag_ds.model.embedding import HaplotypeEmbedding, gather_embeddings
 from embrag_ds.model.imputer import Imputer, ModelConfig
 from embrag_ds.model.losses import LossConfig, Losses, imputation_loss
 from embrag_ds.ops.dosage import Alleles, Carriers, Sequences
-from embrag_ds.retrieval.cache import site_weights
-from embrag_ds.retrieval.collate import Batch, site_tensors
+from embrag_ds.retrieval.batch import Batch
+from embrag_ds.retrieval.codebooks import site_weights
+from embrag_ds.retrieval.collate import site_tensors
 
 FUSIONS = pytest.mark.parametrize("fusion", ["copying", "rare_variant"])
 MODES = pytest.mark.parametrize("mode", ["none", "token", "factored", "dense", "live"])

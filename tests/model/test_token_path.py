@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from embrag_ds.data.tokens import MASK
-from embrag_ds.engine.reference import Reference
+from embrag_ds.retrieval.reference import Reference
 from embrag_ds.retrieval.settings import RetrievalConfig
 
 

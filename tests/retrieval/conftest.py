@@ -16,13 +16,15 @@ from embrag_ds.data.panel import Panel, Populations, ReferenceSet
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.tokens import MASK, VOCAB
 from embrag_ds.data.windows import make_windows
-from embrag_ds.retrieval.cache import Encoder, ReferenceCache
-from embrag_ds.retrieval.collate import Batch, RetrievalCollator
-from embrag_ds.retrieval.packed import PackedReference
+from embrag_ds.retrieval.batch import Batch
+from embrag_ds.retrieval.codebooks import Encoder, ReferenceCache
+from embrag_ds.retrieval.collate import RetrievalCollator
+from embrag_ds.retrieval.dense import DenseStore
+from embrag_ds.retrieval.device_panel import PackedReference
 from embrag_ds.retrieval.schedule import Generation, RefreshSchedule
 from embrag_ds.retrieval.search import make_search
 from embrag_ds.retrieval.settings import LocalRetrieval
-from embrag_ds.retrieval.store import DenseStore, FactoredStore, Query, Store
+from embrag_ds.retrieval.store import FactoredStore, Query, Store
 
 CPU = torch.device("cpu")
 WAYS = (("factored", "torch"), ("factored", "faiss-cpu"), ("dense", "torch"))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from embrag_ds.engine.reference import Reference
 from embrag_ds.model.embedding import HaplotypeEmbedding
+from embrag_ds.retrieval.reference import Reference
 from embrag_ds.retrieval.schedule import RefreshConfig
 from embrag_ds.retrieval.settings import RetrievalConfig
 from embrag_ds.runtime.timeline import Timeline

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from embrag_ds.engine.reference import Reference
 from embrag_ds.model.embedding import HaplotypeEmbedding
-from embrag_ds.retrieval.cache import ReferenceCache
-from embrag_ds.retrieval.collate import Batch, RetrievalCollator
-from embrag_ds.retrieval.packed import PackedReference
+from embrag_ds.retrieval.batch import Batch
+from embrag_ds.retrieval.codebooks import ReferenceCache
+from embrag_ds.retrieval.collate import RetrievalCollator
+from embrag_ds.retrieval.device_panel import PackedReference
 from embrag_ds.retrieval.prefetch import Prefetcher
+from embrag_ds.retrieval.reference import Reference
 from embrag_ds.retrieval.schedule import RefreshConfig, RefreshSchedule
 from embrag_ds.retrieval.search import TorchSearch
 from embrag_ds.retrieval.settings import RetrievalConfig

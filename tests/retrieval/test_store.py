@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from embrag_ds.data.tokens import MASK
 from embrag_ds.errors import UserError
 from embrag_ds.model.embedding import HaplotypeEmbedding, gather_embeddings
-from embrag_ds.retrieval.cache import encode_window, site_weights
+from embrag_ds.retrieval.codebooks import encode_window, site_weights
 from embrag_ds.retrieval.collate import site_tensors
+from embrag_ds.retrieval.dense import DenseStore
 from embrag_ds.retrieval.schedule import Generation
 from embrag_ds.retrieval.search import FaissCpuSearch, TorchSearch, barred, make_search
-from embrag_ds.retrieval.store import DenseStore, Query
+from embrag_ds.retrieval.store import Query
 
 CPU = torch.device("cpu")
 FIRST = Generation(0, 0, 0)

@@ -3,28 +3,57 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
-import deepspeed
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from embrag_ds.data.dataset import WindowedPanel
-from embrag_ds.model.embedding import HaplotypeEmbedding
-from embrag_ds.retrieval.cache import Encoder, LiveReference, ReferenceCache, ReferenceSource, TokenReference
+from embrag_ds.retrieval.batch import SiteTensors
+from embrag_ds.retrieval.codebooks import Encoder, LiveReference, ReferenceCache, ReferenceSource, TokenReference
 from embrag_ds.retrieval.collate import RetrievalCollator, site_tensors
-from embrag_ds.retrieval.packed import GIB, PackedReference
+from embrag_ds.retrieval.dense import DenseStore
+from embrag_ds.retrieval.device_panel import GIB, PackedReference
 from embrag_ds.retrieval.schedule import Generation, RefreshSchedule
 from embrag_ds.retrieval.search import Search, make_search
 from embrag_ds.retrieval.settings import RetrievalConfig
-from embrag_ds.retrieval.store import DenseStore, FactoredStore, Store
+from embrag_ds.retrieval.store import FactoredStore, Store
 from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
 
+Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+"""A context in which these parameters are whole: a sharded run gathers them (collective)."""
 
-def window_encoder(embedding: HaplotypeEmbedding, data: WindowedPanel, device: torch.device) -> Encoder:
+
+class EmbeddingLayer(Protocol):
+    """The network's embedding layer, a :class:`torch.nn.Module`, as retrieval knows it."""
+
+    dims: int
+
+    def __call__(self, tokens: Tensor, sites: SiteTensors) -> Tensor:
+        """Embeddings [R, L, D] of ``tokens`` int64 [R, L]."""
+        ...
+
+    def twin(self) -> EmbeddingLayer:
+        """A layer of the same shape with weights of its own."""
+        ...
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> EmbeddingLayer: ...
+
+    def requires_grad_(self, requires_grad: bool) -> EmbeddingLayer: ...
+
+    def parameters(self) -> Iterable[nn.Parameter]: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> Any: ...
+
+
+def window_encoder(embedding: EmbeddingLayer, data: WindowedPanel, device: torch.device) -> Encoder:
     """``embedding`` as the callable that retrieval knows: (window, tokens) -> embeddings."""
 
     @torch.no_grad()
@@ -45,15 +74,18 @@ class Reference:
         self,
         settings: RetrievalConfig,
         data: WindowedPanel,
-        embedding: HaplotypeEmbedding,
+        embedding: EmbeddingLayer,
         device: torch.device,
         exclusions: np.ndarray,
         steps_per_epoch: int = 1,
         timeline: Timeline = NO_TIMELINE,
+        gather: Gather = lambda parameters: nullcontext(),
     ):
+        """``gather`` makes the layer's parameters whole while a snapshot of them is taken."""
         self._settings = settings
         self._data = data
         self._live_embedding = embedding
+        self._gather = gather
         self._device = device
         self._exclusions = exclusions
         encodes = settings.mode == "embedding"
@@ -63,7 +95,7 @@ class Reference:
         self.schedule = RefreshSchedule(settings.refresh if refreshes else None, steps_per_epoch)
         self.prefetch = 0 if self._live else settings.prefetch
         self.cache: ReferenceCache | None = None
-        self._snapshots: dict[int, HaplotypeEmbedding] = {}
+        self._snapshots: dict[int, EmbeddingLayer] = {}
         self._panel = PackedReference(data, device, settings.device_budget_gb)
         self._dense: DenseStore | None = None
         self._source: ReferenceSource | None = None
@@ -71,16 +103,15 @@ class Reference:
             self._source = TokenReference(data.windows, device)
         if not encodes:
             return
-        width = embedding.token.embedding_dim
         if settings.store == "dense":
-            self._dense = DenseStore(data, width, settings.dense_budget_gb, device, 2 if refreshes else 1)
+            self._dense = DenseStore(data, embedding.dims, settings.dense_budget_gb, device, 2 if refreshes else 1)
         if self._live:
             self._source = LiveReference(window_encoder(embedding, data, device), data.windows, device)
         else:
-            dtype = embedding.token.weight.dtype
+            dtype = next(iter(embedding.parameters())).dtype
             asynchronous = refreshes and settings.refresh.asynchronous
             self._source = self.cache = ReferenceCache(
-                data.windows, width, dtype, device, self.schedule, asynchronous, timeline
+                data.windows, embedding.dims, dtype, device, self.schedule, asynchronous, timeline
             )
 
     def __str__(self) -> str:
@@ -120,15 +151,15 @@ class Reference:
         if generation is None or generation.number in self._snapshots:
             return
         weights = list(self._live_embedding.parameters())
-        with deepspeed.zero.GatheredParameters(weights):
+        with self._gather(weights):
             state = {name: value.detach().clone() for name, value in self._live_embedding.state_dict().items()}
         self._encode(state, generation)
 
     def _encode(self, state: dict[str, Tensor], generation: Generation) -> None:
         assert self.cache is not None
         kind = next(iter(state.values())).dtype
-        snapshot = HaplotypeEmbedding(self._live_embedding.token.embedding_dim).to(self._device, kind)
-        snapshot.requires_grad_(False).load_state_dict(state)
+        snapshot = self._live_embedding.twin().to(self._device, kind).requires_grad_(False)
+        snapshot.load_state_dict(state)
         self._snapshots.pop(generation.number - 2, None)
         self._snapshots[generation.number] = snapshot
         encoder = window_encoder(snapshot, self._data, self._device)
@@ -192,5 +223,5 @@ class Reference:
             self.cache.close()
 
 
-def _on_cpu(snapshot: HaplotypeEmbedding) -> dict[str, Tensor]:
+def _on_cpu(snapshot: EmbeddingLayer) -> dict[str, Tensor]:
     return {name: value.cpu() for name, value in copy.deepcopy(snapshot.state_dict()).items()}

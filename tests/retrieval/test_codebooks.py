@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from embrag_ds.data.dataset import exclusion_table
-from embrag_ds.engine.reference import Reference
 from embrag_ds.errors import UserError
 from embrag_ds.model.embedding import HaplotypeEmbedding
-from embrag_ds.retrieval.cache import LiveReference, ReferenceCache
-from embrag_ds.retrieval.collate import Batch, site_tensors
+from embrag_ds.retrieval.batch import Batch
+from embrag_ds.retrieval.codebooks import LiveReference, ReferenceCache
+from embrag_ds.retrieval.collate import site_tensors
+from embrag_ds.retrieval.reference import Reference
 from embrag_ds.retrieval.schedule import Generation, RefreshConfig, RefreshSchedule
 from embrag_ds.retrieval.settings import RetrievalConfig
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from embrag_ds.retrieval.packed import PackedReference
+from embrag_ds.retrieval.device_panel import PackedReference
 from embrag_ds.runtime.streams import Staging
 
 CPU = torch.device("cpu")
