@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -27,18 +29,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from embrag_ds.cli.command import run_command
 from embrag_ds.config import EmbragConfig
 from embrag_ds.data.dataset import Samples, WindowedPanel, exclusion_table, read_manifest, split_people
-from embrag_ds.engine.checkpoint import ExportedModel, read_export
-from embrag_ds.engine.inputs import PanelFiles, PanelInputs, open_inputs, windowed
-from embrag_ds.engine.metrics import BIN_NAMES, AggregateR2
-from embrag_ds.engine.trainer import MODEL_FILE
+from embrag_ds.data.inputs import PanelFiles, PanelInputs, open_inputs, windowed
 from embrag_ds.errors import UserError
-from embrag_ds.launching import run_main
+from embrag_ds.evaluation.metrics import BIN_NAMES, AggregateR2
+from embrag_ds.export import MODEL_FILE, ExportedModel, read_export
 from embrag_ds.model.imputer import Imputer, Prediction
 from embrag_ds.retrieval.collate import RetrievalCollator
 from embrag_ds.retrieval.reference import Reference
 from embrag_ds.retrieval.search import TorchSearch, barred
+
+logger = logging.getLogger("embrag_ds.profiling.ablation")
 
 CPU = torch.device("cpu")
 BLOCK = 25
@@ -120,7 +123,7 @@ def score(rows: dict[str, Row], data: WindowedPanel, people: np.ndarray, typed: 
                 dosage = row.dosage(samples)[scored]
                 tallies[name].add(truth.reshape(-1, 1), dosage.reshape(-1, 1), np.repeat(frequency, truth.shape[1]))
         if time.monotonic() - spoken > 10:
-            print(f"  window {window.index + 1}/{len(data.windows)}", flush=True)
+            logger.info("  window %d/%d", window.index + 1, len(data.windows))
             spoken = time.monotonic()
     return {name: tally.result() for name, tally in tallies.items()}
 
@@ -180,13 +183,13 @@ def main() -> None:
     result = {}
     for each in options.typed:
         name, _, path = each.partition("=")
-        print(f"{name}: {len(people)} held-out people", flush=True)
+        logger.info("%s: %d held-out people", name, len(people))
         found = result[name] = score(rows, data, people, read_manifest(Path(path), inputs.panel), options.stride)
-        print(f"| {name} | {' | '.join(BIN_NAMES)} |")
+        sys.stdout.write(f"| {name} | {' | '.join(BIN_NAMES)} |\n")
         for row, values in found.items():
-            print(f"| {row} | {' | '.join(f'{values[bin_name]:.4f}' for bin_name in BIN_NAMES)} |", flush=True)
+            sys.stdout.write(f"| {row} | {' | '.join(f'{values[bin_name]:.4f}' for bin_name in BIN_NAMES)} |\n")
     options.json.write_text(json.dumps({"people": len(people), "r2": result}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_command(main)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import statistics
@@ -27,13 +28,15 @@ from pathlib import Path
 import torch
 from machine import peak_resident_bytes
 
+from embrag_ds.cli.command import run_command
 from embrag_ds.data.dataset import DataConfig
+from embrag_ds.data.inputs import default_data
 from embrag_ds.data.vcf import PhasedVcf
-from embrag_ds.engine.inputs import default_data
-from embrag_ds.engine.peers import PEERS, check_ended_well, installed, plink_map
-from embrag_ds.engine.record import device_name
 from embrag_ds.errors import UserError
-from embrag_ds.launching import run_main
+from embrag_ds.evaluation.external_tools import TOOLS, check_ended_well, installed, plink_map
+from embrag_ds.training.run_record import device_name
+
+logger = logging.getLogger("embrag_ds.profiling.bench_impute")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -102,12 +105,12 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Cost]:
         cost = costs.setdefault(name, Cost([]))
         cost.seconds.append(meter.seconds)
         cost.peak_gb = max(cost.peak_gb, meter.peak_gb)
-        print(f"{name}: {meter.seconds:.1f} s, {meter.peak_gb:.2f} GB", flush=True)
+        logger.info("%s: %.1f s, %.2f GB", name, meter.seconds, meter.peak_gb)
 
     for _ in range(options.rounds):
         for name in installed():
             meter = Meter()
-            PEERS[name](options.panel, options.target, genetic_map, folder, options.threads, meter.run)
+            TOOLS[name](options.panel, options.target, genetic_map, folder, options.threads, meter.run)
             note(name, meter)
         for device in devices:
             shutil.rmtree(folder / "cache", ignore_errors=True)
@@ -144,11 +147,11 @@ def main() -> None:
             }
             for name, cost in costs.items()
         },
-        "missing": [name for name in PEERS if name not in costs],
+        "missing": [name for name in TOOLS if name not in costs],
     }
     options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result["tools"], indent=2))
+    sys.stdout.write(json.dumps(result["tools"], indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_command(main)

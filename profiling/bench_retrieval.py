@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import statistics
 import sys
 import time
@@ -27,13 +28,13 @@ import torch
 from machine import synchronise
 from torch import Tensor
 
+from embrag_ds.cli.command import run_command
 from embrag_ds.config import RunConfig, load_config
 from embrag_ds.data.dataset import Samples, WindowedPanel
 from embrag_ds.data.panel import Panel, Populations, ReferenceSet
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.tokens import MASK
 from embrag_ds.data.windows import make_windows
-from embrag_ds.engine.record import device_name
 from embrag_ds.model.embedding import HaplotypeEmbedding
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.model.losses import imputation_loss
@@ -43,6 +44,9 @@ from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.reference import Reference
 from embrag_ds.retrieval.schedule import RefreshConfig
 from embrag_ds.retrieval.settings import RetrievalConfig
+from embrag_ds.training.run_record import device_name
+
+logger = logging.getLogger("embrag_ds.profiling.bench_retrieval")
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
@@ -292,7 +296,7 @@ def bench_training(config: RunConfig, bench: Bench) -> dict[str, Any]:
 
 def progress(text: str) -> None:
     """Say how far it is."""
-    print(text, file=sys.stderr, flush=True)
+    logger.info(text)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -336,7 +340,7 @@ def main() -> None:
         **bench_training(load_config(options.deepspeed_config), bench),
         "scaling": bench_scaling(options.haplotypes, bench),
     }
-    print(json.dumps(result, indent=2))
+    sys.stdout.write(json.dumps(result, indent=2) + "\n")
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if options.plot:
@@ -344,4 +348,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

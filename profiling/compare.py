@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import statistics
 import sys
 import time
@@ -28,12 +29,14 @@ from arithmetic import matrix_rate, step_flops
 from compare_report import Measured, draw, markdown
 from stepper import Block, Built, Recipe, Stepper, alternating
 
+from embrag_ds.cli.command import run_command
 from embrag_ds.config import RunConfig, load_config
-from embrag_ds.engine.initialize import adapt_to_machine
-from embrag_ds.engine.inputs import PanelFiles
-from embrag_ds.engine.record import device_name, package_versions
+from embrag_ds.data.inputs import PanelFiles
 from embrag_ds.errors import UserError
-from embrag_ds.launching import run_main
+from embrag_ds.training.distributed import adapt_to_machine
+from embrag_ds.training.run_record import device_name, package_versions
+
+logger = logging.getLogger("embrag_ds.profiling.compare")
 
 ROOT = Path(__file__).resolve().parent.parent
 GB = 1e9
@@ -97,10 +100,6 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def largest(cost: Callable[[int], int | None], budget: float, most: int) -> int:
     """The most people up to ``most`` whose ``cost`` in bytes is known and within ``budget`` (0: not even one's).
 
@@ -145,7 +144,7 @@ def largest_batch(recipe: Recipe, name: str, budget: float, most: int) -> int:
         block = stepper.steps(2)
         stepper.close()
         used = "out of memory" if block is None else f"{block.peak_bytes / GB:.2f} GB"
-        say(f"  {name}: {people} people, {used}")
+        logger.info(f"  {name}: {people} people, {used}")
         return None if block is None else block.peak_bytes
 
     return largest(cost, budget, most)
@@ -192,11 +191,11 @@ def time_variants(recipes: dict[str, Recipe], options: argparse.Namespace) -> Ti
     built = {}
     for name, stepper in steppers.items():
         built[name] = stepper.build(options.people)
-        say(f"{name}: built in {built[name].seconds:.1f} s")
+        logger.info(f"{name}: built in {built[name].seconds:.1f} s")
         stepper.steps(2)  # warm-up
     began = time.monotonic()
     blocks = alternating(steppers, options.rounds, options.steps)
-    say(f"{options.rounds} rounds of {options.steps} steps each: {time.monotonic() - began:.0f} s")
+    logger.info(f"{options.rounds} rounds of {options.steps} steps each: {time.monotonic() - began:.0f} s")
     measured = {name: measure(name, steppers[name], blocks[name], built[name]) for name in steppers}
     for stepper in steppers.values():
         stepper.close()
@@ -213,7 +212,7 @@ def largest_batches(recipes: dict[str, Recipe], options: argparse.Namespace, dev
         name = variant + suffix
         recipe = replace(recipes[variant], overrides=(*recipes[variant].overrides, *more))
         found[name] = largest_batch(recipe, name, budget, options.most_people)
-        say(f"{name}: at most {found[name]} people")
+        logger.info(f"{name}: at most {found[name]} people")
     return found
 
 
@@ -235,7 +234,7 @@ def main() -> None:
     settings, _ = adapt_to_machine(config.deepspeed)
     dtype = torch.bfloat16 if settings.get("bf16", {}).get("enabled") else torch.float32
     ceiling = matrix_rate(device, dtype, 8192 if device.type == "cuda" else 2048)
-    say(f"matrix products of {dtype}: {ceiling / 1e12:.3g} TFLOP/s")
+    logger.info(f"matrix products of {dtype}: {ceiling / 1e12:.3g} TFLOP/s")
     timed = None if options.only == "largest" else time_variants(recipes, options)
     batches = {} if options.only == "time" else largest_batches(recipes, options, device)
     result = {
@@ -265,7 +264,7 @@ def main() -> None:
     (options.out / "compare.md").write_text(table, encoding="utf-8")
     if measured:
         draw(measured, result, options.out / "compare.png")
-    print(table)
+    sys.stdout.write(f"{table}\n")
 
 
 def compared_times(timed: Timed | None, config: RunConfig, people: int, ceiling: float) -> dict[str, float | None]:
@@ -309,4 +308,4 @@ def shapes(config: RunConfig, options: argparse.Namespace) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_command(main)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,16 +23,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from embrag_ds.cli.command import run_command
 from embrag_ds.config import load_config
-from embrag_ds.engine.initialize import World, start_world
-from embrag_ds.engine.inputs import PanelFiles, open_inputs_on_all_ranks
-from embrag_ds.engine.profile import PROFILES, Profile
-from embrag_ds.engine.record import device_name
-from embrag_ds.engine.trainer import Trainer
+from embrag_ds.data.inputs import PanelFiles
 from embrag_ds.errors import UserError
-from embrag_ds.launching import run_main
 from embrag_ds.runtime.device_sampler import DeviceSampler
 from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
+from embrag_ds.training.distributed import DistributedContext, open_inputs_on_all_ranks, start_distributed
+from embrag_ds.training.profile import PROFILES, Profile
+from embrag_ds.training.run_record import device_name
+from embrag_ds.training.trainer import Trainer
+
+logger = logging.getLogger("embrag_ds.profiling.memory")
 
 RESAMPLES = 2000
 
@@ -108,7 +111,9 @@ def paired_ratio(seconds: list[float]) -> Ratio:
     return Ratio(float(np.median(ratios)), (float(low), float(high)), len(ratios))
 
 
-def measure_overhead(trainer: Trainer, timeline: Alternating, block: int, world: World, out: Path) -> None:
+def measure_overhead(
+    trainer: Trainer, timeline: Alternating, block: int, distributed: DistributedContext, out: Path
+) -> None:
     try:
         trainer.run()
     finally:
@@ -118,7 +123,7 @@ def measure_overhead(trainer: Trainer, timeline: Alternating, block: int, world:
         "cpu": paired_ratio([each.cpu_s for each in timeline.blocks]),
     }
     result = {
-        "device": device_name(world.device),
+        "device": device_name(distributed.device),
         "date": time.strftime("%Y-%m-%d"),
         "ratio": {name: asdict(ratio) for name, ratio in ratios.items()},
         "block_micro_batches": block,
@@ -126,7 +131,7 @@ def measure_overhead(trainer: Trainer, timeline: Alternating, block: int, world:
     }
     (out / "overhead.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     for name, ratio in ratios.items():
-        world.say(
+        logger.info(
             f"with profiling, {name} time is {ratio.median:.4f} of that without ({ratio.interval[0]:.4f} to "
             f"{ratio.interval[1]:.4f}; {ratio.blocks} blocks of {block} micro-batches beside their neighbours)"
         )
@@ -157,23 +162,23 @@ def main() -> None:
     config = load_config(options.deepspeed_config, [*options.set, f"embrag.train.max_steps={steps}", *quiet])
     if options.overhead and steps < 4 * options.block:
         raise UserError(f"--overhead: {steps} steps are too few for blocks of {options.block}; give 4 blocks or more")
-    world = start_world()
-    profile = Profile(options.profile, options.out, world)
+    distributed = start_distributed()
+    profile = Profile(options.profile, options.out, distributed)
     files = PanelFiles(options.panel, options.map, options.samples)
-    inputs = open_inputs_on_all_ranks(files, config.embrag.data, world)
+    inputs = open_inputs_on_all_ranks(files, config.embrag.data, distributed)
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        run_dir = Path(world.agree(folder)) / "run"
+        run_dir = Path(distributed.agree(folder)) / "run"
         if options.overhead:
-            alternating = Alternating(world.device, options.block)
-            trainer = Trainer(config, inputs, run_dir, world, resume=False, timeline=alternating)
-            measure_overhead(trainer, alternating, options.block, world, options.out)
+            alternating = Alternating(distributed.device, options.block)
+            trainer = Trainer(config, inputs, run_dir, distributed, resume=False, timeline=alternating)
+            measure_overhead(trainer, alternating, options.block, distributed, options.out)
         else:
             with profile as timeline:
-                Trainer(config, inputs, run_dir, world, resume=False, timeline=timeline).run()
-        world.barrier()
-    world.close()
+                Trainer(config, inputs, run_dir, distributed, resume=False, timeline=timeline).run()
+        distributed.barrier()
+    distributed.close()
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_command(main)

@@ -25,11 +25,11 @@ import torch
 from machine import peak_resident_bytes, synchronise
 
 from embrag_ds.config import load_config
-from embrag_ds.engine.initialize import World, start_world
-from embrag_ds.engine.inputs import PanelFiles, open_inputs
-from embrag_ds.engine.trainer import Trainer
+from embrag_ds.data.inputs import PanelFiles, open_inputs
 from embrag_ds.runtime.device_sampler import DeviceSampler
 from embrag_ds.runtime.timeline import Span, Timeline
+from embrag_ds.training.distributed import DistributedContext, start_distributed
+from embrag_ds.training.trainer import Trainer
 
 _SAMPLE_EVERY_S = 0.02
 # Large blocks come from the system and go back to it at once, so that resident memory is what tensors hold.
@@ -145,9 +145,9 @@ class _Run:
     def __init__(self, recipe: Recipe, folder: Path):
         self._recipe = recipe
         self._folder = folder
-        self._world: World = start_world()
+        self._distributed: DistributedContext = start_distributed()
         self._inputs = open_inputs(recipe.files, load_config(recipe.config, recipe.overrides).embrag.data)
-        self._before = _held(self._world.device)
+        self._before = _held(self._distributed.device)
         self._trainer: Trainer | None = None
         self._batches: Any = None
 
@@ -169,12 +169,12 @@ class _Run:
         config = load_config(self._recipe.config, overrides)
         began = time.perf_counter()
         run_dir = self._folder / "run"
-        timeline = Timeline(self._world.device)
-        trainer = Trainer(config, self._inputs, run_dir, self._world, resume=False, timeline=timeline)
+        timeline = Timeline(self._distributed.device)
+        trainer = Trainer(config, self._inputs, run_dir, self._distributed, resume=False, timeline=timeline)
         cache = trainer.reference.cache
         if cache is not None:
             cache.code(0, 0)  # waits until it is encoded
-        synchronise(self._world.device)
+        synchronise(self._distributed.device)
         seconds = time.perf_counter() - began
         self._trainer = trainer
         self._batches = trainer.batches()
@@ -188,7 +188,7 @@ class _Run:
 
     def steps(self, count: int) -> Block | None:
         assert self._trainer is not None
-        device = self._world.device
+        device = self._distributed.device
         _give_back(device)
         before = _held(device)
         _reset_peak(device)
@@ -207,11 +207,11 @@ class _Run:
 
     def watch(self, count: int) -> MemoryCurve:
         assert self._trainer is not None
-        with DeviceSampler(self._world.device, _SAMPLE_EVERY_S) as sampler:
+        with DeviceSampler(self._distributed.device, _SAMPLE_EVERY_S) as sampler:
             for _ in range(count):
                 self._trainer.step(self._batches, self._interval)
-            synchronise(self._world.device)
-        on_gpu = self._world.device.type == "cuda"
+            synchronise(self._distributed.device)
+        on_gpu = self._distributed.device.type == "cuda"
         held = [each.allocated_bytes if on_gpu else each.host_bytes for each in sampler.samples]
         return MemoryCurve(
             seconds=tuple(each.seconds for each in sampler.samples),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 
+from embrag_ds.config import RunConfig, load_config
 from embrag_ds.data.dataset import DataConfig
+from embrag_ds.data.inputs import PanelFiles, PanelInputs, open_inputs
 from embrag_ds.data.simulate import DefaultData, SimulationSettings, simulate_default
-from embrag_ds.engine.initialize import World, start_world
-from embrag_ds.engine.inputs import PanelFiles, PanelInputs, open_inputs
+from embrag_ds.training.distributed import DistributedContext, start_distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_DATA = ROOT.parent / "shared" / "data" / "kgp_chr20"
@@ -76,13 +79,13 @@ def kept_bytes() -> KeptBytes:
 
 
 @pytest.fixture(scope="session")
-def world() -> Iterator[World]:
+def distributed() -> Iterator[DistributedContext]:
     """A process group of one, in this process: what ``deepspeed`` would start."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     before = {name: os.environ.pop(name) for name in names if name in os.environ}
-    world = start_world()
-    yield world
-    world.close()
+    distributed = start_distributed()
+    yield distributed
+    distributed.close()
     for name in names:
         os.environ.pop(name, None)
     os.environ.update(before)
@@ -106,3 +109,40 @@ def inputs(simulated: DefaultData, cache_dir: Path) -> PanelInputs:
     """The simulated panel, opened."""
     files = PanelFiles(simulated.panel, simulated.genetic_map, simulated.samples)
     return open_inputs(files, DataConfig(cache_dir=str(cache_dir)), progress=False)
+
+
+TINY: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 6,
+    "gradient_accumulation_steps": 1,
+    "gradient_clipping": 1.0,
+    "steps_per_print": 1_000_000_000,
+    "optimizer": {"type": "AdamW", "params": {"lr": 0.003, "torch_adam": True}},
+    "scheduler": {
+        "type": "WarmupCosineLR",
+        "params": {"total_num_steps": 40, "warmup_num_steps": 3, "warmup_type": "linear"},
+    },
+    "zero_optimization": {"stage": 1},
+    "embrag": {
+        "seed": 5,
+        "data": {"window_sites": 64, "overlap_sites": 16, "flank_sites": 32, "validation_people": 6},
+        "masking": {"curriculum_steps": 10, "array_spacing_bp": [1000, 3000]},
+        "retrieval": {"encoding": "fixed", "k": 16},
+        "model": {"dims": 16, "layers": 1, "heads": 2, "dropout": 0.1},
+        "train": {"max_steps": 6, "log_every": 1, "eval_every": 1000, "checkpoint_every": 1000},
+        "validation": {"windows": 2, "people": 6},
+    },
+}
+
+MakeConfig = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, cache_dir: Path) -> MakeConfig:
+    """The tiny run's configuration with ``dotted.key=value`` overrides."""
+
+    def make(*overrides: str) -> RunConfig:
+        path = tmp_path / "tiny.json"
+        path.write_text(json.dumps(TINY), encoding="utf-8")
+        return load_config(path, [f"embrag.data.cache_dir={cache_dir}", *overrides])
+
+    return make

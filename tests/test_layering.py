@@ -1,4 +1,4 @@
-"""Imports point one way: data <- retrieval <- model <- engine <- launch."""
+"""Imports point one way, rooms stay small, and every third-party package with a home stays there."""
 
 from __future__ import annotations
 
@@ -6,17 +6,47 @@ import ast
 import shutil
 import sys
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-LAYERS = ("ops", "runtime", "data", "retrieval", "model", "engine", "launch")
-# Third-party packages that have a home: no other layer may import them.
-HOMES = {"pysam": ("data/vcf.py",), "deepspeed": ("engine/",), "faiss": ("retrieval/",), "cupy": ("ops/",)}
+SHARED = ("errors", "settings", "files", "seeds", "logs")
+"""Modules of the package's top level that every room may use."""
+ROOMS: dict[str, tuple[str, ...]] = {
+    "ops": (),
+    "runtime": (),
+    "data": ("ops",),
+    "evaluation": ("data",),
+    "retrieval": ("ops", "runtime", "data"),
+    "model": ("ops", "data", "retrieval"),
+    "config": ("data", "retrieval", "model"),
+    "export": ("config", "model"),
+    "imputation": ("ops", "runtime", "data", "retrieval", "model", "config", "export"),
+    "training": ("ops", "runtime", "data", "evaluation", "retrieval", "model", "config", "export"),
+    "cli": ("runtime", "data", "evaluation", "config", "export", "imputation", "training"),
+    "launch": ("cli",),
+}
+"""What each room, or module of the top level, may import of ours beside itself and SHARED."""
+NARROW = {"model": {"retrieval": ("retrieval.batch",)}}
+"""Where only some modules of a room may be imported: a network sees the records of a batch, and no more."""
+HOMES = {
+    "pysam": ("data/vcf.py",),
+    "msprime": ("data/simulate.py",),
+    "deepspeed": ("training/",),
+    "faiss": ("retrieval/",),
+    "cupy": ("ops/",),
+    "numba": ("ops/",),
+    "pynvml": ("runtime/device_sampler.py",),
+    "matplotlib": ("evaluation/plots.py", "training/profile_plot.py"),
+    "hjson": ("config.py",),
+}
+"""Third-party packages that nothing else may import."""
 LAZY = ("faiss", "cupy")
+NUMPY_ONLY = ("data", "evaluation")
+"""Rooms without torch."""
 MODEL_SEES_TENSORS_ONLY = {"torch", "embrag_ds"} | set(sys.stdlib_module_names)
-SHARED = ("errors",)
-"""Modules of the package's top level that every layer may use; ``launching`` belongs to the entry points."""
+MOST_MODULES = 14
 
 
 @dataclass(frozen=True)
@@ -42,63 +72,92 @@ def imports_of(source: Path) -> list[Import]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{source}: relative import"
             module = node.module or ""
-            # ``from embrag_ds.engine import metrics`` names a module as well as ``import`` would.
+            # ``from embrag_ds.evaluation import metrics`` names a module as well as ``import`` would.
             found += [Import(f"{module}.{alias.name}", id(node) not in inner) for alias in node.names]
     return found
 
 
-def layer_of(place: str) -> str:
-    """Layer of a file ("engine/trainer.py") or top-level module ("config")."""
+def sources(root: Path) -> dict[str, Path]:
+    """Python files of the package and the entry points, by place: "training/trainer.py", "launch/train.py"."""
+    files = {path.relative_to(root / "embrag_ds").as_posix(): path for path in (root / "embrag_ds").rglob("*.py")}
+    return files | {f"launch/{path.name}": path for path in (root / "launch").glob("*.py")}
+
+
+def room_of(place: str) -> str:
+    """Room of a file ("training/trainer.py") or module of the top level ("config.py")."""
     return place.split("/")[0].removesuffix(".py")
 
 
 def violations(root: Path) -> list[str]:
     """What breaks the rules in the source tree at ``root``."""
-    files = {path.relative_to(root / "embrag_ds").as_posix(): path for path in (root / "embrag_ds").rglob("*.py")}
-    files |= {f"launch/{path.name}": path for path in (root / "launch").glob("*.py")}
     faults = []
-    for place, path in sorted(files.items()):
-        layer = layer_of(place)
+    for place, path in sorted(sources(root).items()):
         for each in imports_of(path):
-            parts = each.module.split(".")
-            package = parts[0]
-            if package == "embrag_ds":
-                fault = _inner_fault(layer, parts[1] if len(parts) > 1 else "")
-            elif package in HOMES and not any(place.startswith(home) for home in HOMES[package]):
-                fault = f"only {', '.join(HOMES[package])} may import {package}"
-            elif package in LAZY and each.top_level:
-                fault = f"{package} must be imported inside functions"
-            elif layer == "model" and package not in MODEL_SEES_TENSORS_ONLY:
-                fault = "the model sees tensors only"
-            else:
-                continue
+            fault = _fault(place, each)
             if fault:
                 faults.append(f"{place}: {each.module}: {fault}")
     return faults
 
 
-def _inner_fault(layer: str, imported: str) -> str | None:
-    """Why ``layer`` must not import ``embrag_ds.<imported>``, or None."""
-    if imported in SHARED or not (imported in LAYERS or imported in ("config", "launching")):
+def _fault(place: str, imported: Import) -> str | None:
+    """Why the file at ``place`` must not import it, or None."""
+    room, package = room_of(place), imported.module.split(".")[0]
+    if package == "embrag_ds":
+        return _inner_fault(room, imported.module.removeprefix("embrag_ds").lstrip("."))
+    if package in HOMES and not any(place.startswith(home) for home in HOMES[package]):
+        return f"only {', '.join(HOMES[package])} may import {package}"
+    if package in LAZY and imported.top_level:
+        return f"{package} must be imported inside functions"
+    if room == "model" and package not in MODEL_SEES_TENSORS_ONLY:
+        return "the model sees tensors only"
+    if room in NUMPY_ONLY and package == "torch":
+        return f"{room} is numpy only"
+    return None
+
+
+def _inner_fault(room: str, imported: str) -> str | None:
+    """Why ``room`` must not import ``embrag_ds.<imported>``, or None."""
+    target = imported.split(".")[0]
+    if target in SHARED or target == room or target not in ROOMS:
         return None
-    if imported == "config":
-        return None if layer in ("engine", "launch") else "the configuration is for engine and launch"
-    if imported == "launching":
-        return None if layer == "launch" else "for entry points only"
-    if layer == "config":
-        return None if imported in LAYERS[2:5] else "config may know the settings of data, retrieval and model only"
-    if layer not in LAYERS:
-        return "modules of the top level stand below all layers"
-    return None if LAYERS.index(imported) <= LAYERS.index(layer) else f"{layer} is below {imported}"
+    if room not in ROOMS:
+        return "modules of the top level stand below all rooms"
+    if target not in ROOMS[room]:
+        return f"{room} may import {', '.join(ROOMS[room]) or 'nothing of ours'}"
+    narrow = NARROW.get(room, {}).get(target)
+    if narrow and not any(f"{imported}.".startswith(f"{each}.") for each in narrow):
+        return f"{room} may import only {', '.join(narrow)} of {target}"
+    return None
 
 
 def test_imports_point_one_way(root: Path) -> None:
     assert violations(root) == []
 
 
-def test_config_takes_only_settings_from_the_layers(root: Path) -> None:
+def test_rooms_and_modules_have_no_circle(root: Path) -> None:
+    TopologicalSorter(ROOMS).prepare()
+    files = sources(root)
+    modules = {f"embrag_ds.{place.removesuffix('.py').replace('/', '.')}" for place in files}
+    graph = {}
+    for place, path in files.items():
+        named = [each.module for each in imports_of(path)]
+        known = {each for each in named if each in modules} | {each.rpartition(".")[0] for each in named} & modules
+        graph[f"embrag_ds.{place.removesuffix('.py').replace('/', '.')}"] = known
+    TopologicalSorter(graph).prepare()
+
+
+def test_no_room_is_crowded_and_no_file_long(root: Path) -> None:
+    files = sources(root)
+    rooms = {room_of(place) for place in files if "/" in place}
+    counts = {room: sum(p.startswith(f"{room}/") and not p.endswith("__init__.py") for p in files) for room in rooms}
+    assert {room: count for room, count in counts.items() if count > MOST_MODULES} == {}
+    lengths = {place: len(path.read_text(encoding="utf-8").splitlines()) for place, path in files.items()}
+    assert {place: length for place, length in lengths.items() if length > 400} == {}
+
+
+def test_config_takes_only_settings_from_the_rooms(root: Path) -> None:
     taken = [each.module for each in imports_of(root / "embrag_ds" / "config.py") if "embrag_ds." in each.module]
-    names = [module.split(".")[-1] for module in taken if module.split(".")[1] in LAYERS]
+    names = [module.split(".")[-1] for module in taken if module.split(".")[1] in ROOMS]
     assert names and all(name.endswith("Config") for name in names)
 
 
@@ -106,16 +165,23 @@ def test_entry_points_are_thin(root: Path) -> None:
     scripts = sorted((root / "launch").glob("*.py"))
     assert {script.name for script in scripts} >= {"train.py", "impute.py", "evaluate.py"}
     lengths = {script.name: len(script.read_text(encoding="utf-8").splitlines()) for script in scripts}
-    assert {name: lines for name, lines in lengths.items() if lines >= 100} == {}
+    assert {name: lines for name, lines in lengths.items() if lines >= 12} == {}
 
 
 @pytest.mark.parametrize(
     ("place", "statement"),
     [
+        ("embrag_ds/ops/bits.py", "from embrag_ds.data.tokens import REF"),
+        ("embrag_ds/ops/dosage.py", "import cupy"),
+        ("embrag_ds/runtime/streams.py", "from embrag_ds.data.panel import Panel"),
         ("embrag_ds/data/panel.py", "from embrag_ds.retrieval.settings import RetrievalConfig"),
-        ("embrag_ds/data/panel.py", "import embrag_ds.engine.metrics"),
+        ("embrag_ds/data/panel.py", "import embrag_ds.evaluation.metrics"),
+        ("embrag_ds/data/panel.py", "import torch"),
         ("embrag_ds/data/panel.py", "from embrag_ds import model"),
         ("embrag_ds/data/panel.py", "def late():\n    from embrag_ds.model import imputer"),
+        ("embrag_ds/data/sites.py", "from pysam import VariantFile"),
+        ("embrag_ds/evaluation/report.py", "from embrag_ds.retrieval.search import Search"),
+        ("embrag_ds/evaluation/report.py", "def late():\n    import torch"),
         ("embrag_ds/retrieval/store.py", "from embrag_ds.config import TrainConfig"),
         ("embrag_ds/retrieval/store.py", "from embrag_ds.model.embedding import HaplotypeEmbedding"),
         ("embrag_ds/retrieval/store.py", "import faiss"),
@@ -123,12 +189,16 @@ def test_entry_points_are_thin(root: Path) -> None:
         ("embrag_ds/retrieval/store.py", "def late():\n    import deepspeed"),
         ("embrag_ds/model/imputer.py", "import numpy as np"),
         ("embrag_ds/model/imputer.py", "def late():\n    import faiss"),
-        ("embrag_ds/engine/trainer.py", "from embrag_ds.launching import run_main"),
-        ("embrag_ds/engine/trainer.py", "import pysam"),
-        ("embrag_ds/data/sites.py", "from pysam import VariantFile"),
-        ("embrag_ds/config.py", "from embrag_ds.engine.trainer import Trainer"),
+        ("embrag_ds/model/imputer.py", "from embrag_ds.retrieval.collate import RetrievalCollator"),
+        ("embrag_ds/imputation/impute.py", "import deepspeed"),
+        ("embrag_ds/imputation/impute.py", "from embrag_ds.training.trainer import Trainer"),
+        ("embrag_ds/export.py", "def late():\n    import deepspeed"),
+        ("embrag_ds/training/trainer.py", "from embrag_ds.cli import train"),
+        ("embrag_ds/training/trainer.py", "import pysam"),
+        ("embrag_ds/config.py", "from embrag_ds.training.trainer import Trainer"),
         ("embrag_ds/errors.py", "from embrag_ds.data.tokens import REF"),
         ("launch/train.py", "from deepspeed.utils import logger"),
+        ("launch/train.py", "from embrag_ds.training.trainer import Trainer"),
     ],
 )
 def test_a_planted_violation_is_found(root: Path, tmp_path: Path, place: str, statement: str) -> None:

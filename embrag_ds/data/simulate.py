@@ -70,6 +70,17 @@ class SimulationSettings:
     cm_per_mb: float = 1.0
     demography: str = "out-of-africa"
 
+    def __post_init__(self) -> None:
+        for name in ("length_bp", "panel_people", "target_people", "typed_spacing_bp"):
+            if getattr(self, name) < 3:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 3")
+        if self.switch_errors_per_mb < 0:
+            raise UserError("--switch-errors-per-mb must not be negative")
+        if not 0 <= self.missed_calls < 1:
+            raise UserError("--missed-calls must lie in [0, 1)")
+        if self.cm_per_mb <= 0:
+            raise UserError("--cm-per-mb must be positive")
+
     @property
     def populations(self) -> tuple[str, ...]:
         """Names of the sampled populations."""

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from embrag_ds.data.simulate import DefaultData
-from embrag_ds.engine.peers import PEERS, installed
+from embrag_ds.evaluation.external_tools import TOOLS, installed
 
 
 def test_it_measures_time_and_memory_of_every_tool(root: Path, simulated: DefaultData, tmp_path: Path) -> None:
@@ -21,7 +21,7 @@ def test_it_measures_time_and_memory_of_every_tool(root: Path, simulated: Defaul
     written = json.loads(out.read_text())
     ours = {f"embrag_ds cpu{how}" for how in ("", ", panel packed", ", panel packed, without transformer")}
     assert set(written["tools"]) == {*installed(), *ours}
-    assert written["missing"] == [name for name in PEERS if name not in installed()]
+    assert written["missing"] == [name for name in TOOLS if name not in installed()]
     assert written["shape"]["people"] == 9 and written["shape"]["panel_people"] == 60
     for name, cost in written["tools"].items():
         # A peer is done with so little before its memory is looked at twice.

@@ -75,9 +75,9 @@ def test_it_runs_from_the_command_line(root: Path, simulated: DefaultData, tmp_p
     if overhead:
         written = json.loads((out / "overhead.json").read_text())
         assert written["ratio"]["wall"]["median"] > 0 and len(written["blocks"]) == 7
-        assert "with profiling, cpu time is " in done.stdout and "3 blocks of 1 micro-batches" in done.stdout
+        assert "with profiling, cpu time is " in done.stderr and "3 blocks of 1 micro-batches" in done.stderr
         assert {path.name for path in out.iterdir()} == {"overhead.json"}
     else:
         assert json.loads((out / "profile.json").read_text())["micro_batches"] == 8
-        assert "Profile of 8 micro-batches" in done.stdout
+        assert "Profile of 8 micro-batches" in done.stderr
         assert {path.name for path in out.iterdir()} == {"profile.json", "profile.png"}

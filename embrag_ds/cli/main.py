@@ -1,0 +1,64 @@
+"""``embrag``: one command for training, imputing, evaluating and simulating."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from embrag_ds import __version__
+from embrag_ds.cli import evaluate, impute, simulate, train
+from embrag_ds.cli.command import run_command
+
+COMMANDS = {"train": train, "impute": impute, "evaluate": evaluate, "simulate": simulate}
+Run = Callable[[argparse.Namespace], None]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of ``embrag`` and its commands."""
+    parser = argparse.ArgumentParser(
+        prog="embrag",
+        description="Genotype imputation with retrieval from a reference panel.",
+        epilog="embrag COMMAND --help describes a command, with examples.",
+    )
+    _add_version(parser)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        _add_command(commands.add_parser(name, help=command.DESCRIPTION, **_texts(name)), name)
+    return parser
+
+
+def main(command: str | None = None, arguments: Sequence[str] | None = None) -> None:
+    """Run ``embrag``, or one ``command`` of it under the name of a script of its own."""
+    if command is None:
+        parser = make_parser()
+    else:
+        parser = argparse.ArgumentParser(**_texts(command))
+        _add_command(parser, command)
+    options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
+    run: Run = options.run
+    run_command(lambda: run(options), options.verbose, options.debug)
+
+
+def _texts(name: str) -> dict[str, Any]:
+    command = COMMANDS[name]
+    return {
+        "description": command.DESCRIPTION,
+        "epilog": f"examples:\n{command.EXAMPLES}",
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+
+
+def _add_command(parser: argparse.ArgumentParser, name: str) -> None:
+    command = COMMANDS[name]
+    command.add_arguments(parser)
+    parser.set_defaults(run=command.run)
+    general = parser.add_argument_group("general")
+    general.add_argument("-v", "--verbose", action="store_true", help="say more")
+    general.add_argument("--debug", action="store_true", help="show the traceback of a fault")
+    _add_version(general)
+
+
+def _add_version(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    parser.add_argument("--version", action="version", version=f"embrag_ds {__version__}")

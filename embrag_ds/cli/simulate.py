@@ -1,0 +1,48 @@
+"""``embrag simulate``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import fields
+from pathlib import Path
+
+from embrag_ds.data.simulate import POPULATIONS, SimulationSettings, simulate_default
+
+logger = logging.getLogger(__name__)
+
+DESCRIPTION = "Simulate a panel, targets with their truth, a map and a sample table."
+EXAMPLES = """\
+  embrag simulate --out DIR
+      a panel of 750 samples and 60 targets on 1 Mb
+  embrag simulate --out DIR --demography american-admixture --switch-errors-per-mb 0.5 --missed-calls 0.01
+      four populations, with errors of phasing and calling
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    default = SimulationSettings()
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder, or one made by this")
+    parser.add_argument("--length-bp", type=int, default=default.length_bp, help="region (%(default)s)")
+    parser.add_argument("--panel-people", type=int, default=default.panel_people, help="(%(default)s)")
+    parser.add_argument("--target-people", type=int, default=default.target_people, help="(%(default)s)")
+    parser.add_argument("--typed-spacing-bp", type=int, default=default.typed_spacing_bp, help="array (%(default)s)")
+    parser.add_argument("--switch-errors-per-mb", type=float, default=0.0, help="phasing errors a person (0)")
+    parser.add_argument("--missed-calls", type=float, default=0.0, help="share of minor alleles not called (0)")
+    parser.add_argument(
+        "--call-set-copies",
+        type=int,
+        default=default.call_set_copies,
+        help="minor alleles in panel and targets that a site needs (%(default)s)",
+    )
+    parser.add_argument("--cm-per-mb", type=float, default=default.cm_per_mb, help="recombination (%(default)s)")
+    parser.add_argument("--demography", choices=POPULATIONS, default=default.demography, help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=default.seed)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Simulate as the options say."""
+    arguments = {field.name: getattr(options, field.name) for field in fields(SimulationSettings)}
+    data = simulate_default(options.out, SimulationSettings(**arguments))
+    logger.info("panel %s, target %s, truth %s, map %s", data.panel, data.target, data.truth, data.genetic_map)

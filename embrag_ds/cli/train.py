@@ -1,0 +1,63 @@
+"""``embrag train``, on one rank; several are started by ``deepspeed launch/train.py``, with the same options."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+from embrag_ds.data.inputs import PanelFiles
+from embrag_ds.errors import UserError
+
+DESCRIPTION = "Train a model on a phased reference panel."
+EXAMPLES = """\
+  embrag train --deepspeed_config v18
+      the production model on the simulated default panel, one rank
+  deepspeed launch/train.py --deepspeed_config ds_configs/v18.json --panel PANEL.vcf.gz --map MAP
+      your own panel, on every GPU of this machine
+  embrag train --deepspeed_config v18_cpu --panel PANEL.vcf.gz --run-dir runs/mine --resume
+      go on from the newest checkpoint
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--deepspeed_config", required=True, metavar="JSON", help="settings: a file, or the name of a shipped one (v18)"
+    )
+    run.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. embrag.model.dims=128; repeatable"
+    )
+    run.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<config>-<date>-<time>")
+    run.add_argument("--max-steps", type=int, metavar="N", help="stop at step N (the schedule stays)")
+    run.add_argument("--resume", action="store_true", help="continue the run in --run-dir (default: the newest)")
+    run.add_argument("--init-from", type=Path, metavar="FILE", help="start from the weights of a model.safetensors")
+    run.add_argument(
+        "--profile", choices=("nvml", "snapshot"), help="measure time and memory; snapshot: allocations, too (CUDA)"
+    )
+    run.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
+    data = parser.add_argument_group("data (default: a panel simulated on first use)")
+    data.add_argument("--panel", type=Path, metavar="VCF", help="phased, indexed .vcf.gz or .bcf")
+    data.add_argument("--map", type=Path, help="genetic map, PLINK or SHAPEIT/Eagle format (default: 1 cM/Mb)")
+    data.add_argument("--samples", type=Path, metavar="TSV", help="sample and population, one sample a line")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train as the options say."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError("training needs DeepSpeed, which is not installed; pip install 'embrag_ds[train]'")
+    from embrag_ds.training.run import train
+
+    overrides = list(options.set)
+    if options.max_steps is not None:
+        overrides.append(f"embrag.train.max_steps={options.max_steps}")
+    train(
+        options.deepspeed_config,
+        PanelFiles(options.panel, options.map, options.samples),
+        overrides=overrides,
+        run_dir=options.run_dir,
+        resume=options.resume,
+        init_from=options.init_from,
+        profile=options.profile,
+    )

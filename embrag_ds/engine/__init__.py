@@ -1,1 +1,0 @@
-"""DeepSpeed training, evaluation and imputation (imports everything below it)."""

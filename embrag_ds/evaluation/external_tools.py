@@ -1,0 +1,89 @@
+"""Beagle and minimac4 on the same panel and targets, with their default settings."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from embrag_ds.data.genetic_map import GeneticMap
+from embrag_ds.data.vcf import PhasedVcf
+from embrag_ds.errors import UserError
+
+logger = logging.getLogger(__name__)
+Run = Callable[[Sequence[str | Path], Path], None]
+"""Runs a command, its output going to a log file, and raises UserError if it fails."""
+
+
+def run_logged(command: Sequence[str | Path], log: Path) -> None:
+    """Run a command with its output in ``log``."""
+    with log.open("wb") as out:
+        code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False).returncode
+    check_ended_well(command, code, log)
+
+
+def check_ended_well(command: Sequence[str | Path], code: int, log: Path) -> None:
+    """Raise :class:`UserError` with the last line of ``log`` unless ``code`` is 0."""
+    if code:
+        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        raise UserError(f"{command[0]} ended with {code} ({' '.join(last)}); see {log}")
+
+
+def beagle(panel: Path, target: Path, genetic_map: Path | None, folder: Path, threads: int, run: Run) -> Path:
+    """Impute with Beagle 5 (Browning et al. 2018) and return the file it wrote."""
+    given = [f"map={genetic_map}"] if genetic_map else []
+    arguments = [
+        f"ref={panel}",
+        f"gt={target}",
+        f"out={folder / 'beagle'}",
+        "gp=true",
+        "ap=true",
+        f"nthreads={threads}",
+    ]
+    run(["beagle", *arguments, *given], folder / "beagle.out")
+    return folder / "beagle.vcf.gz"
+
+
+def minimac4(panel: Path, target: Path, genetic_map: Path | None, folder: Path, threads: int, run: Run) -> Path:
+    """Impute with minimac4 (Das et al. 2016), the panel's conversion included, and return the file it wrote."""
+    out, converted = folder / "minimac4.vcf.gz", folder / "panel.msav"
+    run(["minimac4", "--compress-reference", panel, "-o", converted], folder / "minimac4-panel.out")
+    given: list[str | Path] = ["--map", genetic_map] if genetic_map else []
+    how = ["-f", "GT,DS,HDS,GP", "-O", "vcf.gz", "-t", str(threads)]
+    run(["minimac4", converted, target, "-o", out, *how, *given], folder / "minimac4.out")
+    return out
+
+
+TOOLS = {"beagle": beagle, "minimac4": minimac4}
+
+
+def installed() -> list[str]:
+    """The tools whose programs are there."""
+    return [name for name in TOOLS if shutil.which(name)]
+
+
+def plink_map(genetic_map: Path, panel: Path, folder: Path) -> Path:
+    """A genetic map as both tools read it, with the panel's contig names."""
+    path = folder / "genetic.map"
+    with PhasedVcf(panel) as vcf:
+        GeneticMap.read(genetic_map).write_plink(path, vcf.contigs)
+    return path
+
+
+def impute_with_tools(
+    panel: Path, target: Path, genetic_map: Path | None, folder: Path, threads: int
+) -> dict[str, Path]:
+    """Impute with every installed tool into ``folder``; {name: file}. Raises :class:`UserError` if there is none."""
+    names = installed()
+    if not names:
+        raise UserError("--run-tools: neither beagle nor minimac4 is installed (apt-get install beagle minimac4)")
+    folder.mkdir(parents=True, exist_ok=True)
+    if genetic_map is not None:
+        genetic_map = plink_map(genetic_map, panel, folder)
+    files = {}
+    for name in names:
+        logger.info("imputing with %s (output in %s)", name, folder)
+        files[name] = TOOLS[name](panel, target, genetic_map, folder, threads, run_logged)
+    return files

@@ -1,0 +1,60 @@
+"""Plots of an evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from embrag_ds.evaluation import metrics
+from embrag_ds.evaluation.report import Report
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+
+def plot_report(report: Report, folder: Path) -> list[Path]:
+    """Write ``r2.png`` (aggregate r2 against MAF, with intervals) and ``calibration.png`` into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [_plot_r2(report, folder / "r2.png"), _plot_calibration(report, folder / "calibration.png")]
+
+
+def _plot_r2(report: Report, path: Path) -> Path:
+    bins = metrics.DISJOINT_BINS
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for number, (tool, scores) in enumerate(report.tools.items()):
+        place = np.arange(len(bins)) + 0.08 * (number - (len(report.tools) - 1) / 2)
+        value = np.array([scores.aggregate_r2[name] for name in bins])
+        limits = np.array([scores.aggregate_r2_interval[name] for name in bins]).T
+        spread = np.clip([value - limits[0], limits[1] - value], 0, None)
+        axes.errorbar(place, value, yerr=spread if report.bootstrap else None, marker="o", capsize=3, label=tool)
+    axes.set_xticks(range(len(bins)), bins)
+    axes.set(xlabel="minor-allele frequency in the panel", ylabel="aggregate dosage r2")
+    axes.set_title(f"{report.people} people, {report.sites['all']} sites; bars: 95 % over people")
+    return _save(figure, axes, path)
+
+
+def _plot_calibration(report: Report, path: Path) -> Path:
+    figure, both = pyplot.subplots(1, 2, figsize=(10, 4.8), sharey=True)
+    for axes, title, curve in (
+        (both[0], "all genotypes", "calibration_curve"),
+        (both[1], "called carriers of an allele below 1 % MAF", "rare_calibration_curve"),
+    ):
+        axes.plot([0.33, 1], [0.33, 1], color="grey", linewidth=0.8)
+        for tool, scores in report.tools.items():
+            said, right, _ = np.array(getattr(scores, curve)).reshape(-1, 3).T
+            if len(said):
+                axes.plot(said, right, marker="o", label=tool)
+        axes.set(xlabel="probability of the called genotype", title=title)
+    both[0].set_ylabel("share called correctly")
+    return _save(figure, both[1], path)
+
+
+def _save(figure: pyplot.Figure, axes: pyplot.Axes, path: Path) -> Path:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path

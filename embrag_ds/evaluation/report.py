@@ -1,0 +1,189 @@
+"""What an evaluation found, as tables and as JSON."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from embrag_ds.evaluation import metrics
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one tool reached. A dict has one value for each of ``metrics.MAF_BINS``, by name.
+
+    ``aggregate_r2_interval`` is a 95 % bootstrap interval over people. ``calibration_error``, of all genotypes
+    and of called carriers of an allele below 1 % MAF, is None for a tool without genotype probabilities; the curves are
+    (mean probability, share right, genotypes). ``dr2_correlation`` (its DR2 against the true per-site r2)
+    is None for a tool without DR2.
+    """
+
+    aggregate_r2: dict[str, float]
+    aggregate_r2_interval: dict[str, tuple[float, float]]
+    site_r2: dict[str, float]
+    concordance: dict[str, float]
+    non_reference_concordance: dict[str, float]
+    iqs: dict[str, float]
+    calibration_error: float | None
+    rare_calibration_error: float | None
+    calibration_curve: list[tuple[float, float, int]]
+    rare_calibration_curve: list[tuple[float, float, int]]
+    dr2_correlation: dict[str, float] | None
+    populations: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Aggregate r2 of tool ``a`` minus that of ``b``, with a 95 % interval paired over the same resamples."""
+
+    a: str
+    b: str
+    difference: dict[str, float]
+    interval: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table of a report."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything :func:`evaluate` measured.
+
+    ``sites`` counts the scored sites by bin; ``sites_without_truth_variance`` those of them that
+    the per-site r2 leaves out; ``iqs_from`` says what every tool's IQS was computed from;
+    ``populations`` has the number of people of each.
+    """
+
+    files: dict[str, str]
+    people: int
+    sites: dict[str, int]
+    sites_without_truth_variance: dict[str, int]
+    iqs_from: str
+    typed_sites: int
+    bootstrap: int
+    seed: int
+    populations: dict[str, int]
+    tools: dict[str, Scores]
+    differences: list[Difference]
+
+    def sections(self) -> list[Section]:
+        """The report as tables of text."""
+        header = ["", *metrics.BIN_NAMES]
+        counts = ["sites", *(str(self.sites[name]) for name in metrics.BIN_NAMES)]
+        sections = [
+            Section(
+                f"Aggregate dosage r2 by panel minor-allele frequency, {self.people} people",
+                header,
+                [counts, *([tool, *_row(scores.aggregate_r2)] for tool, scores in self.tools.items())],
+            )
+        ]
+        if self.bootstrap:
+            resampled = f"over {self.bootstrap} bootstrap resamples of people"
+            intervals = [[tool, *_interval_row(s.aggregate_r2_interval)] for tool, s in self.tools.items()]
+            sections.append(Section(f"95 % interval {resampled}", header, intervals))
+        if self.bootstrap and self.differences:
+            rows = [[f"{each.a} - {each.b}", *_interval_row(each.interval)] for each in self.differences]
+            sections.append(Section(f"95 % interval of the paired difference {resampled}", header, rows))
+        sections.append(self._other_measures())
+        for population, people in self.populations.items():
+            rows = [[tool, *_row(scores.populations[population])] for tool, scores in self.tools.items()]
+            sections.append(Section(f"Aggregate dosage r2, {population}, {people} people", header, rows))
+        return sections
+
+    def _other_measures(self) -> Section:
+        header = [
+            "",
+            "mean site r2",
+            "concordance",
+            "non-ref concordance",
+            "IQS",
+            "ECE",
+            "ECE of rare carriers",
+            "DR2 correlation",
+            "DR2 correlation, <1 %",
+        ]
+        rows = []
+        for tool, scores in self.tools.items():
+            measures = (scores.site_r2, scores.concordance, scores.non_reference_concordance, scores.iqs)
+            estimated = scores.dr2_correlation or {}
+            rows.append(
+                [
+                    tool,
+                    *(_number(measure["all"]) for measure in measures),
+                    _number(scores.calibration_error),
+                    _number(scores.rare_calibration_error),
+                    *(_number(estimated.get(each)) for each in ("all", "all <1 %")),
+                ]
+            )
+        left_out = self.sites_without_truth_variance["all"]
+        return Section(
+            f"Other measures, all sites (site r2 without {left_out} where the truth is constant; IQS from "
+            f"{self.iqs_from}; rare carriers: called carriers of an allele below 1 % MAF)",
+            header,
+            rows,
+        )
+
+    def table(self) -> str:
+        """Plain text with aligned columns."""
+        return "\n\n".join(_text_table(section) for section in self.sections()) + "\n"
+
+    def markdown(self) -> str:
+        """The same tables in Markdown."""
+        return "\n\n".join(_markdown_table(section) for section in self.sections()) + "\n"
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, in types that ``json`` writes; undefined numbers are None."""
+        result = _plain(vars(self))
+        assert isinstance(result, dict)
+        return result
+
+
+def _number(value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:.4f}"
+
+
+def _row(values: dict[str, float]) -> list[str]:
+    return [_number(values[name]) for name in metrics.BIN_NAMES]
+
+
+def _interval_row(limits: dict[str, tuple[float, float]]) -> list[str]:
+    return [" to ".join(_number(limit) for limit in limits[name]) for name in metrics.BIN_NAMES]
+
+
+def _text_table(section: Section) -> str:
+    lines = [section.header, *section.rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(section.header))]
+    text = [section.title]
+    for line in lines:
+        cells = [line[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        text.append("  ".join(cells).rstrip())
+    return "\n".join(text)
+
+
+def _markdown_table(section: Section) -> str:
+    ruler = ["---", *("---:" for _ in section.header[1:])]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (section.header, ruler, *section.rows)]
+    return "\n".join([f"**{section.title}**", "", *lines])
+
+
+def _plain(value: object) -> object:
+    """Dataclasses as dicts, tuples as lists, NaN as None."""
+    if isinstance(value, Scores | Difference):
+        return _plain(vars(value))
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return value

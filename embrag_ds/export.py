@@ -1,0 +1,77 @@
+"""The exported model: one safetensors file, which is all that imputation needs.
+
+It holds the network's weights, the snapshot of the embedding layer that encodes reference panels (encodings ``fixed``
+and ``refresh``), and our half of the configuration.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from embrag_ds.config import EmbragConfig, parse_embrag
+from embrag_ds.errors import UserError
+from embrag_ds.model.imputer import ModelConfig
+
+EXPORT_FORMAT = 2
+MODEL_FILE = "model.safetensors"
+PRETRAINED = Path(__file__).resolve().parent / "pretrained" / MODEL_FILE
+"""The model that comes with the package; how it was trained is in docs/results.md."""
+_HEADER = "embrag_ds"
+_SNAPSHOT = "snapshot."
+_WEIGHTLESS: dict[str, Any] = {"dropout": 0.0, "good_turing": False}
+
+
+def write_export(
+    path: Path, weights: dict[str, Tensor], snapshot: dict[str, Tensor] | None, config: EmbragConfig
+) -> None:
+    """Write an export; it appears complete or not at all."""
+    tensors = dict(weights)
+    if snapshot is not None:
+        tensors |= {_SNAPSHOT + name: value.contiguous() for name, value in snapshot.items()}
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.touch()  # with the user's usual permissions, which save_file would not give
+    mode = temporary.stat().st_mode
+    # One entry: safetensors writes several in random order, and equal models should be equal files.
+    header = {"format": EXPORT_FORMAT, "embrag": asdict(config)}
+    save_file(tensors, temporary, {_HEADER: json.dumps(header)})
+    temporary.chmod(mode)
+    temporary.replace(path)
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """An export read back: weights in fp32; ``snapshot`` is None when the model encodes references live."""
+
+    config: EmbragConfig
+    weights: dict[str, Tensor]
+    snapshot: dict[str, Tensor] | None
+
+
+def read_export(path: Path) -> ExportedModel:
+    """Read what :func:`write_export` wrote."""
+    try:
+        with safe_open(path, framework="pt") as stored:
+            header = json.loads((stored.metadata() or {}).get(_HEADER, "{}"))
+            tensors = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as fault:
+        raise UserError(f"{path}: cannot read the model: {fault}; name a model.safetensors of a run folder") from fault
+    if header.get("format") != EXPORT_FORMAT:
+        raise UserError(f"{path}: not a model written by launch/train.py (or by another version of it)")
+    config = parse_embrag(header["embrag"], str(path))
+    snapshot = {name.removeprefix(_SNAPSHOT): value for name, value in tensors.items() if name.startswith(_SNAPSHOT)}
+    weights = {name: value for name, value in tensors.items() if not name.startswith(_SNAPSHOT)}
+    return ExportedModel(config, weights, snapshot or None)
+
+
+def start_from(model: nn.Module, settings: ModelConfig, export: ExportedModel, path: Path) -> None:
+    """Give ``model`` an export's weights; its network must be the same, but for what has no weights."""
+    if replace(export.config.model, **_WEIGHTLESS) != replace(settings, **_WEIGHTLESS):
+        raise UserError(f"--init-from {path}: its network is {export.config.model}; set embrag.model to that")
+    model.load_state_dict(export.weights)

@@ -1,0 +1,228 @@
+"""Imputation: phased targets typed at some sites in, every panel site out.
+
+Windows are computed one after another and blended over their overlap; sites are written as soon as no
+later window can change them, so memory holds two windows of the targets, whatever the chromosome; the rest of
+them, typed sites only, is packed on disk.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import embrag_ds
+from embrag_ds.data.dataset import DataConfig, Samples, WindowedPanel, exclusion_table
+from embrag_ds.data.inputs import (
+    PanelFiles,
+    PanelInputs,
+    cache_directory,
+    default_data,
+    open_inputs,
+    skipped_records,
+    windowed,
+)
+from embrag_ds.data.panel import Panel, open_panel
+from embrag_ds.data.sites import Harmonised, harmonise
+from embrag_ds.data.tokens import REF
+from embrag_ds.data.vcf_output import ImputedVcfWriter
+from embrag_ds.data.windows import blend_weights, uncovered
+from embrag_ds.errors import UserError
+from embrag_ds.export import PRETRAINED, ExportedModel, read_export
+from embrag_ds.model.imputer import Imputer
+from embrag_ds.ops.bits import unpack_host
+from embrag_ds.retrieval.batch import Batch
+from embrag_ds.retrieval.prefetch import Prefetcher
+from embrag_ds.retrieval.reference import Reference
+
+logger = logging.getLogger(__name__)
+
+_AHEAD = 1
+_TIMES_AS_LONG = 4
+_MOST_CORE_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Target people at the panel's sites, of which ``typed`` bool [S] they were typed at.
+
+    Their alleles stay packed where they are, on disk as a rule; ``match`` says which panel site each of their sites is.
+    """
+
+    samples: tuple[str, ...]
+    typed: np.ndarray
+    packed: np.ndarray
+    match: Harmonised
+
+    def alleles(self, span: slice, people: slice) -> np.ndarray:
+        """Alleles of some people at the panel's sites ``span``, uint8 [2N, L], REF where they were not typed."""
+        first, last = np.searchsorted(self.match.panel_index, [span.start, span.stop])
+        typed = unpack_host(self.packed[self.match.target_index[first:last]], 2 * people.start, 2 * people.stop)
+        found = np.full((typed.shape[1], span.stop - span.start), REF, dtype=np.uint8)
+        found[:, self.match.panel_index[first:last] - span.start] = (typed ^ self.match.swapped[first:last, None]).T
+        return found
+
+
+def harmonise_targets(target: Panel, target_path: Path, inputs: PanelInputs, allow_overlap: bool) -> Targets:
+    """Bring the targets, packed, to the panel's site table, once; nothing filters sites afterwards."""
+    panel = inputs.panel
+    shared = sorted(set(target.samples) & set(panel.samples))
+    if shared and not allow_overlap:
+        raise UserError(
+            f"{target_path}: {len(shared)} samples are also in the panel {panel.path}, the first is {shared[0]}; "
+            "remove them from one of the two, or add --allow-overlap (they then never retrieve themselves)"
+        )
+    match = harmonise(target.sites, panel.sites, str(target_path), str(panel.path))
+    logger.info("target %s: %d people; %s", target_path, len(target.samples), match.report())
+    if skipped := skipped_records(target.skipped):
+        logger.info("%s: %s", target_path, skipped)
+    typed = np.zeros(len(panel.sites), dtype=bool)
+    typed[match.panel_index] = True
+    return Targets(target.samples, typed, target.packed, match)
+
+
+def _with_longer_windows(settings: DataConfig, haplotypes: int) -> DataConfig:
+    """Longer cores, for the same flanks are retrieved from and copied along for each; retrieval and copying do not ask
+    how long a core is, as the transformer does. The alleles of the panel's ``haplotypes`` in a core are in memory."""
+    most = max(settings.window_sites, _MOST_CORE_BYTES // haplotypes)
+    return replace(settings, window_sites=min(_TIMES_AS_LONG * settings.window_sites, most))
+
+
+class Imputation:
+    """An exported model applied to a panel: one window and one block of people at a time."""
+
+    def __init__(
+        self, model: ExportedModel, inputs: PanelInputs, device: torch.device, block: int, transformer: bool = True
+    ):
+        """``block`` people at a time; ``transformer``: :meth:`embrag_ds.model.imputer.Imputer.forward`. Without it
+        windows are longer."""
+        config = model.config
+        everybody = np.arange(len(inputs.panel.samples))
+        settings = config.data if transformer else _with_longer_windows(config.data, 2 * len(everybody))
+        self.data: WindowedPanel = windowed(inputs, settings, everybody)
+        left_out = uncovered(self.data.windows, len(inputs.panel.sites))
+        if left_out:
+            raise UserError(
+                f"{config.data.windows_file}: {left_out} panel sites lie in no window; imputation needs all"
+            )
+        self._device = device
+        self._block = block
+        self._transformer = transformer
+        self._samples = inputs.panel.samples
+        self._network = Imputer(config.model)
+        self._network.load_state_dict(model.weights)
+        self._network.to(device).eval()
+        exclusions = exclusion_table(inputs.panel.samples, None)
+        self._reference = Reference(config.retrieval, self.data, self._network.embedding, device, exclusions)
+        if model.snapshot is not None:
+            self._reference.restore(model.snapshot)
+        self._collate = self._reference.collator(block, slots=_AHEAD + 2)
+
+    def windows(self, targets: Targets) -> Iterator[tuple[int, np.ndarray]]:
+        """(window, ALT probability of every target haplotype in its core, float32 [2N, L]), in order.
+
+        While the network works on one block of people, retrieval works on the next.
+        """
+        number = {sample: code for code, sample in enumerate(self._samples)}
+        people = np.array([number.get(sample, -1) for sample in targets.samples], dtype=np.int64)
+        starts = range(0, len(people), self._block)
+
+        def build(block: int) -> Batch:
+            index, place = divmod(block, len(starts))
+            window = self.data.windows[index]
+            span = slice(window.start, window.stop)
+            group = people[starts[place] :][: self._block]
+            samples = Samples(
+                window=window.index,
+                people=group,
+                alleles=targets.alleles(span, slice(starts[place], starts[place] + len(group))),
+                hidden=np.repeat(~targets.typed[span][None], len(group), axis=0),
+            )
+            return self._collate(samples, step=0)
+
+        with closing(Prefetcher(build, 0, len(self.data.windows) * len(starts), _AHEAD)) as batches:
+            for window in self.data.windows:
+                yield window.index, np.concatenate([self._probability(batches.next()) for _ in starts])
+
+    @torch.no_grad()
+    def _probability(self, batch: Batch) -> np.ndarray:
+        return self._network(batch, self._transformer).logits.sigmoid().cpu().numpy()
+
+
+def impute_to_vcf(imputation: Imputation, targets: Targets, out: Path) -> None:
+    """Impute every window, blend the overlaps, and write a bgzipped, indexed VCF."""
+    windows = imputation.data.windows
+    sites = imputation.data.reference.panel.sites
+    weights = blend_weights(windows)
+    source = f"embrag_ds {embrag_ds.__version__}"
+    pending = np.zeros((2 * len(targets.samples), 0), dtype=np.float32)
+    written = 0
+    spoken = time.monotonic()
+    with ImputedVcfWriter(out, sites, targets.samples, source) as writer:
+        for number, probability in imputation.windows(targets):
+            window = windows[number]
+            # ``pending`` holds the blended part of the windows so far, from site ``written`` on.
+            grown = np.zeros((len(pending), window.core_stop - written), dtype=np.float32)
+            grown[:, : pending.shape[1]] = pending
+            grown[:, window.core_start - written :] += probability * weights[number].astype(np.float32)
+            last = number + 1 == len(windows)
+            settled = window.core_stop if last else windows[number + 1].core_start
+            span = slice(written, settled)
+            everybody = slice(0, len(targets.samples))
+            writer.write(written, grown[:, : settled - written], targets.typed[span], targets.alleles(span, everybody))
+            pending = grown[:, settled - written :]
+            written = settled
+            if time.monotonic() - spoken > 2 or last:
+                logger.info("imputed window %d/%d, %d/%d sites", number + 1, len(windows), written, len(sites))
+                spoken = time.monotonic()
+
+
+def impute(
+    files: PanelFiles,
+    target: Path | None,
+    out: Path,
+    *,
+    model: Path = PRETRAINED,
+    people_per_batch: int = 32,
+    transformer: bool = True,
+    allow_overlap: bool = False,
+    device: str | None = None,
+) -> None:
+    """Impute every panel site of the people in ``target`` into ``out``, a bgzipped VCF with its index.
+
+    ``model`` is an exported model. Without a panel and a target those of the default data set are taken.
+    ``people_per_batch`` trades memory for speed; ``transformer``: :meth:`embrag_ds.model.imputer.Imputer.forward`;
+    ``allow_overlap``: targets may also be in the panel. ``device`` is a CUDA device by default, where there is one.
+    Raises :class:`UserError`.
+    """
+    if people_per_batch < 1:
+        raise UserError("--people-per-batch must be at least 1")
+    where = _device(device)
+    began = time.monotonic()
+    exported = read_export(model)
+    logger.info("model %s", model)
+    if (files.panel is None) != (target is None):
+        raise UserError("--panel and --target go together")
+    target = target or default_data(exported.config.data).target
+    inputs = open_inputs(files, exported.config.data)
+    panel = inputs.panel
+    logger.info("panel %s: %d people, %d sites", panel.path, len(panel.samples), len(panel.sites))
+    with tempfile.TemporaryDirectory(dir=cache_directory(exported.config.data)) as scratch:
+        targets = harmonise_targets(open_panel(target, Path(scratch)), target, inputs, allow_overlap)
+        imputation = Imputation(exported, inputs, where, people_per_batch, transformer)
+        impute_to_vcf(imputation, targets, out)
+    logger.info("%s: %d people in %.0f s", out, len(targets.samples), time.monotonic() - began)
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as fault:
+        raise UserError(f"--device {name}: no such device; use cpu or cuda") from fault

@@ -1,0 +1,101 @@
+"""Log lines: every module has a logger of its name; commands decide here where the lines go.
+
+Progress and remarks go to stderr, so that stdout holds a command's result alone. Of several ranks the first one
+speaks; the others are heard from ``WARNING`` on, by their number.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging.handlers import MemoryHandler
+from pathlib import Path
+
+PACKAGE = "embrag_ds"
+_MOST_HELD = 10_000
+
+
+class RankFilter(logging.Filter):
+    """Lets everything of rank 0 pass, and of any other rank what is at least a warning."""
+
+    def __init__(self, rank: int):
+        super().__init__()
+        self.rank = rank
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self.rank == 0 or record.levelno >= logging.WARNING
+
+
+class _Terminal(logging.Formatter):
+    """Remarks as they are, warnings and errors by their name, ranks other than the first by their number."""
+
+    def __init__(self, rank: int):
+        super().__init__("%(message)s")
+        self._speaker = f"rank {rank}: " if rank else ""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return f"{self._speaker}{level}{super().format(record)}"
+
+
+def rank_of_process() -> int:
+    """This process's rank, as a launcher set it; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextmanager
+def on_terminal(verbose: bool = False) -> Iterator[None]:
+    """Write the package's log lines to stderr meanwhile, debugging ones too if ``verbose``."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Terminal(rank_of_process()))
+    handler.addFilter(RankFilter(rank_of_process()))
+    with _attached(handler, logging.DEBUG if verbose else logging.INFO):
+        yield
+
+
+class RunLog(MemoryHandler):
+    """Keeps log lines until it is told which file they belong in, and then writes them there as they come."""
+
+    def __init__(self) -> None:
+        super().__init__(_MOST_HELD, flushOnClose=False)
+
+    def write_to(self, path: Path) -> None:
+        """Append to ``path`` what was kept, and what follows."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(path, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self.setTarget(file)
+        self.flush()
+
+    def shouldFlush(self, record: logging.LogRecord) -> bool:
+        return self.target is not None
+
+    def close(self) -> None:
+        if self.target is not None:
+            self.target.close()
+        super().close()
+
+
+@contextmanager
+def kept_for_run() -> Iterator[RunLog]:
+    """Keep the package's log lines meanwhile, debugging ones too."""
+    run_log = RunLog()
+    with _attached(run_log, logging.DEBUG):
+        yield run_log
+
+
+@contextmanager
+def _attached(handler: logging.Handler, level: int) -> Iterator[None]:
+    handler.setLevel(level)
+    package = logging.getLogger(PACKAGE)
+    before = package.level
+    package.setLevel(min(level, before) if before else level)
+    package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(before)
+        handler.close()

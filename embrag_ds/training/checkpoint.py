@@ -1,0 +1,122 @@
+"""DeepSpeed checkpoints with the full state of a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from embrag_ds.config import EmbragConfig
+from embrag_ds.errors import UserError
+from embrag_ds.retrieval.reference import Reference
+from embrag_ds.training.distributed import DistributedContext
+
+_AGREED = "agreed.json"
+_SPEED_ONLY = ("backend", "prefetch", "device_budget_gb", "dense_budget_gb")
+
+
+@dataclass
+class TrainState:
+    """All that must survive a restart beside weights, optimiser and scheduler.
+
+    Sampler position, masks, curriculum and random numbers are functions of ``step``.
+    """
+
+    step: int = 0
+    best_score: float = float("-inf")
+    validations_since_best: int = 0
+
+
+def save_checkpoint(
+    directory: Path,
+    engine: deepspeed.DeepSpeedEngine,
+    state: TrainState,
+    reference: Reference,
+    config: EmbragConfig,
+    keep: int,
+    distributed: DistributedContext,
+) -> None:
+    """Save under ``directory/step<N>`` (collective) and drop all but the newest ``keep``."""
+    client = {
+        "state": asdict(state),
+        "reference": reference.state_dict(state.step),
+        "config": asdict(config),
+        "batches": _batches(engine, distributed),
+    }
+    if distributed.is_main:
+        directory.mkdir(parents=True, exist_ok=True)
+        agreed = {"config": client["config"], "batches": client["batches"]}
+        (directory / _AGREED).write_text(json.dumps(agreed), encoding="utf-8")
+    engine.save_checkpoint(str(directory), tag=f"step{state.step}", client_state=client)
+    if distributed.is_main:
+        steps = sorted(int(path.name[4:]) for path in directory.glob("step*") if path.name[4:].isdigit())
+        for step in steps[:-keep]:
+            shutil.rmtree(directory / f"step{step}")
+    distributed.barrier()
+
+
+def load_checkpoint(
+    directory: Path,
+    engine: deepspeed.DeepSpeedEngine,
+    reference: Reference,
+    config: EmbragConfig,
+    distributed: DistributedContext,
+) -> TrainState:
+    """Restore the newest checkpoint (collective); settings that change the sequence of batches must agree."""
+    if not (directory / "latest").exists():
+        raise UserError(f"{directory}: no checkpoint to resume from; start without --resume")
+    # Before the weights: they would not fit another network.
+    agreed = json.loads((directory / _AGREED).read_text(encoding="utf-8"))
+    _check_compatible(agreed, config, _batches(engine, distributed), directory)
+    _, client = engine.load_checkpoint(str(directory))
+    reference.load_state_dict(client["reference"])
+    return TrainState(**client["state"])
+
+
+def _batches(engine: deepspeed.DeepSpeedEngine, distributed: DistributedContext) -> dict[str, int]:
+    return {
+        "ranks": distributed.ranks,
+        "train_micro_batch_size_per_gpu": engine.train_micro_batch_size_per_gpu(),
+        "gradient_accumulation_steps": engine.gradient_accumulation_steps(),
+    }
+
+
+def _check_compatible(client: dict[str, Any], config: EmbragConfig, batches: dict[str, int], directory: Path) -> None:
+    for name, now_is in batches.items():
+        if client["batches"][name] != now_is:
+            raise UserError(
+                f"{directory}: {name} differs from the checkpoint's ({now_is} for {client['batches'][name]}), so the "
+                "run would not continue; restore it, or start a new run folder"
+            )
+    now, then = (_deciding(each) for each in (asdict(config), client["config"]))
+    for section in ("seed", "data", "masking", "retrieval", "model", "loss"):
+        if json.dumps(now[section]) != json.dumps(then[section]):
+            raise UserError(
+                f"{directory}: embrag.{section} differs from the checkpoint's, so the run would not continue; "
+                "restore it, or start a new run folder"
+            )
+
+
+def _deciding(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings without those of retrieval that say how fast something is done, not what."""
+    retrieval = {name: value for name, value in config["retrieval"].items() if name not in _SPEED_ONLY}
+    refresh = {name: value for name, value in retrieval["refresh"].items() if name != "asynchronous"}
+    return {**config, "retrieval": {**retrieval, "refresh": refresh}}
+
+
+def gathered_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
+    """The network's weights on the CPU, whole under every ZeRO stage (collective)."""
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        return {name: value.detach().cpu().clone() for name, value in engine.module.state_dict().items()}
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make the step's random numbers (dropout) a function of (seed, step, rank)."""
+    mixed = torch.Generator().manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+    torch.manual_seed(int(torch.randint(0, 2**62, (1,), generator=mixed)))

@@ -1,0 +1,52 @@
+"""What DeepSpeed says in our ranks: held back from its import on, and written to the run's log.
+
+DeepSpeed's logger writes to stdout, and begins while it is being imported. Importing this module, which
+:mod:`embrag_ds.training` does before any other of its own, takes that logger over.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+
+from embrag_ds.logs import RunLog
+
+_said = io.StringIO()
+with redirect_stdout(_said):
+    from deepspeed.utils import logger
+
+_held = RunLog()
+for _handler in list(logger.handlers):
+    logger.removeHandler(_handler)
+logger.addHandler(_held)
+for _line in _said.getvalue().splitlines():
+    logger.warning(_line)
+
+
+@contextmanager
+def written_to(handler: logging.Handler) -> Iterator[None]:
+    """Hand ``handler`` what was said so far, and what is said meanwhile."""
+    for record in _held.buffer:
+        handler.handle(record)
+    _held.buffer.clear()
+    logger.removeHandler(_held)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.addHandler(_held)
+
+
+@contextmanager
+def prints_logged() -> Iterator[None]:
+    """Log what is printed meanwhile: DeepSpeed prints some of its remarks."""
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            yield
+    finally:
+        for line in printed.getvalue().splitlines():
+            logger.info(line)

@@ -1,0 +1,140 @@
+"""Starting a run: the process group, what the machine needs of DeepSpeed's settings, and the engine."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfigError
+from pydantic import ValidationError
+
+from embrag_ds.data.dataset import DataConfig
+from embrag_ds.data.inputs import PanelFiles, PanelInputs, open_inputs
+from embrag_ds.errors import UserError
+from embrag_ds.model.imputer import Imputer
+from embrag_ds.training import deepspeed_log
+
+
+@dataclass(frozen=True)
+class DistributedContext:
+    """This process among its ranks, and its device."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def own_file(self, name: str) -> str:
+        """Name of a file that every rank writes: ``name`` itself on rank 0, ``run-rank1.log`` for ``run.log`` on 1."""
+        stem, dot, suffix = name.rpartition(".")
+        return name if self.is_main else f"{stem}-rank{self.rank}{dot}{suffix}"
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        torch.distributed.barrier()
+
+    def agree(self, text: str) -> str:
+        """Rank 0's text, on every rank."""
+        texts = [text]
+        torch.distributed.broadcast_object_list(texts, src=0)
+        return texts[0]
+
+    def close(self) -> None:
+        """Leave the process group."""
+        torch.distributed.destroy_process_group()
+
+
+def start_distributed() -> DistributedContext:
+    """Join the process group the ``deepspeed`` launcher set up, or a group of one without it."""
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(_free_port())
+    if _on_cpu():
+        # An optional shared-memory all-reduce that takes minutes and a compiler to build.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+    device = torch.device(get_accelerator().device_name(int(os.environ["LOCAL_RANK"])))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return DistributedContext(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def open_inputs_on_all_ranks(files: PanelFiles, settings: DataConfig, distributed: DistributedContext) -> PanelInputs:
+    """:func:`open_inputs` (collective): rank 0 fills the caches, the others find them filled."""
+    if distributed.is_main:
+        open_inputs(files, settings)
+    distributed.barrier()
+    return open_inputs(files, settings, progress=False)
+
+
+def adapt_to_machine(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """DeepSpeed's settings as this machine can run them, and a line for each thing changed.
+
+    Only CPU runs are touched: DeepSpeed's own Adam and the bf16 of a production file are for GPUs.
+    """
+    if not _on_cpu():
+        return settings, []
+    settings = copy.deepcopy(settings)
+    notes: list[str] = []
+    kind = settings.get("optimizer", {}).get("type", "")
+    parameters = settings.setdefault("optimizer", {}).setdefault("params", {})
+    if kind.lower() in ("adam", "adamw") and not parameters.get("torch_adam"):
+        parameters["torch_adam"] = True
+        notes.append("CPU: torch's AdamW instead of DeepSpeed's")
+    if settings.get("fp16", {}).get("enabled"):
+        raise UserError("fp16.enabled: DeepSpeed has no fp16 on a CPU; use bf16 or a GPU")
+    for section in ("bf16", "torch_autocast"):
+        if settings.get(section, {}).get("enabled") and not _cpu_has_bf16():
+            settings[section]["enabled"] = False
+            notes.append(f"CPU without bf16 instructions: {section} is off, computing in fp32")
+    return settings, notes
+
+
+def initialize_engine(
+    model: Imputer, settings: dict[str, Any], compiled: bool = False, recompute_projections: bool = False
+) -> deepspeed.DeepSpeedEngine:
+    """``deepspeed.initialize`` on our model; DeepSpeed's complaints about settings become UserErrors.
+
+    With the section ``activation_checkpointing`` the first ``number_checkpoints`` blocks of the transformer (null: all)
+    keep their input only and are computed again in the backward pass; the others do their projections
+    again with ``recompute_projections``. ``compiled`` compiles each block.
+    """
+    model.transformer.recompute_projections = recompute_projections
+    if compiled:
+        for block in model.transformer.blocks:
+            block.compile(dynamic=True)  # windows differ in length
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        if "activation_checkpointing" in settings:
+            deepspeed.checkpointing.configure(None, deepspeed_config=settings)
+            model.transformer.recompute = deepspeed.checkpointing.checkpoint
+            model.transformer.recomputed = settings["activation_checkpointing"].get("number_checkpoints")
+        with deepspeed_log.prints_logged():
+            engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=settings)
+    except (DeepSpeedConfigError, ValidationError, AssertionError, ValueError, TypeError) as fault:
+        raise UserError(f"DeepSpeed refuses its settings: {' '.join(str(fault).split())}") from fault
+    return engine
+
+
+def _on_cpu() -> bool:
+    return get_accelerator().device_name() == "cpu"
+
+
+def _cpu_has_bf16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

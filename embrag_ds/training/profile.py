@@ -1,0 +1,144 @@
+"""``--profile``: a run's timeline and samples of its machine, as a report in the run folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from embrag_ds.errors import UserError
+from embrag_ds.retrieval.device_panel import GIB
+from embrag_ds.runtime.device_sampler import DeviceSampler
+from embrag_ds.runtime.timeline import Timeline
+from embrag_ds.training.distributed import DistributedContext
+from embrag_ds.training.run_record import device_name, package_versions
+
+logger = logging.getLogger(__name__)
+
+PROFILES = ("nvml", "snapshot")
+SNAPSHOT_FILE = "memory-snapshot.pickle"
+
+_HISTORY_ENTRIES = 100_000  # some KB each
+_PEAKS = (
+    ("host_bytes", "process memory", 1 / GIB, "GiB"),
+    ("cpu_percent", "CPU", 1, "%"),
+    ("process_bytes", "GPU memory of this process", 1 / GIB, "GiB"),
+    ("device_bytes", "GPU memory of all", 1 / GIB, "GiB"),
+    ("peak_allocated_bytes", "in tensors", 1 / GIB, "GiB"),
+    ("reserved_bytes", "reserved by torch", 1 / GIB, "GiB"),
+    ("gpu_percent", "GPU", 1, "%"),
+    ("power_w", "power", 1, "W"),
+)
+
+
+class Profile:
+    """Measures what happens inside ``with`` and then writes ``profile.json`` and ``profile.png`` into ``folder``.
+
+    ``with`` gives the timeline to hand to what is measured. Kind ``snapshot`` adds the history of torch's allocator,
+    ``memory-snapshot.pickle``. Every rank writes its own (``profile-rank1.json``, ...), rank 0 prints a table. What
+    fails inside leaves its report, too.
+    """
+
+    timeline: Timeline
+    _sampler: DeviceSampler
+
+    def __init__(self, kind: str, folder: Path, distributed: DistributedContext):
+        """``kind`` is one of :data:`PROFILES`. Raises a UserError for a snapshot without CUDA."""
+        self._snapshot = kind == "snapshot"
+        if self._snapshot and distributed.device.type != "cuda":
+            raise UserError("--profile snapshot: the history of torch's allocator needs a CUDA device")
+        self._folder = folder
+        self._distributed = distributed
+
+    def __enter__(self) -> Timeline:
+        self._sampler = DeviceSampler(self._distributed.device)
+        self.timeline = Timeline(self._distributed.device)
+        self._sampler.start(self.timeline.began)
+        if self._snapshot:
+            torch.cuda.memory._record_memory_history(max_entries=_HISTORY_ENTRIES)
+        return self.timeline
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if fault is None:
+            self._close()
+            return
+        try:
+            self._close()
+        except Exception as another:  # the failure of what was measured is the one to raise
+            logger.error("the profile failed: %r", another)
+
+    def _close(self) -> None:
+        try:
+            self._sampler.stop()
+        finally:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if self._snapshot:
+                self._dump_snapshot()
+            if self._distributed.device.type == "cuda":
+                torch.cuda.synchronize(self._distributed.device)
+            self._write()
+
+    def _dump_snapshot(self) -> None:
+        path = self._folder / SNAPSHOT_FILE
+        torch.cuda.memory._dump_snapshot(str(path.with_name(self._distributed.own_file(path.name))))
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _write(self) -> None:
+        # Here, because a run without a profile need not load matplotlib.
+        from embrag_ds.training.profile_plot import plot_profile
+
+        report = self.report()
+        path = self._folder / self._distributed.own_file("profile.json")
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        plot = plot_profile(report, self.timeline.spans(), path.with_suffix(".png"))
+        for line in table(report):
+            logger.info(line)
+        logger.info(f"written to {path} and {plot.name}")
+
+    def report(self) -> dict[str, Any]:
+        """What was measured: header, peaks, phases and samples (field by field), as JSON has it."""
+        totals = self.timeline.totals()
+        micro_batches = sum(total.count for total in totals if total.name == "step")
+        phases = []
+        for total in totals:
+            mean_ms = total.total_ms / total.kept
+            share = mean_ms * total.count / micro_batches if micro_batches else None
+            phases.append({**asdict(total), "ms_per_micro_batch": share})
+        return {
+            "header": {
+                "source": self._sampler.source,
+                "device": device_name(self._distributed.device),
+                "rank": self._distributed.rank,
+                "ranks": self._distributed.ranks,
+                "python": platform.python_version(),
+                "packages": package_versions(),
+            },
+            "micro_batches": micro_batches,
+            "peaks": self._sampler.peaks(),
+            "phases": phases,
+            "samples": self._sampler.columns(),
+        }
+
+
+def table(report: dict[str, Any]) -> list[str]:
+    """A report in lines of text: source, a row per phase, peaks."""
+    header = report["header"]
+    lines = [f"Profile of {report['micro_batches']} micro-batches on {header['device']}; {header['source']}"]
+    lines.append(f"{'phase':10}{'thread':22}{'stream':16}{'count':>7}{'median ms':>12}{'ms a micro-batch':>19}")
+    for each in report["phases"]:
+        share = each["ms_per_micro_batch"]
+        lines.append(
+            f"{each['name']:10}{each['thread']:22}{each['stream']:16}{each['count']:7d}{each['median_ms']:12.3f}"
+            f"{'-' if share is None else format(share, '.3f'):>19}"
+        )
+    peaks = report["peaks"]
+    said = [f"{label} {peaks[name] * scale:.4g} {unit}" for name, label, scale, unit in _PEAKS if name in peaks]
+    return [*lines, f"peaks: {', '.join(said)}"]

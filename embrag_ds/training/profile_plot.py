@@ -1,0 +1,67 @@
+"""The plot of a profile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from embrag_ds.runtime.timeline import PHASES, Span
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+_MEMORY = {
+    "host_bytes": "process",
+    "process_bytes": "GPU, this process",
+    "device_bytes": "GPU, all",
+    "allocated_bytes": "in tensors",
+    "reserved_bytes": "reserved by torch",
+}
+_STEPS_SHOWN = 5
+
+
+def plot_profile(report: dict[str, Any], spans: list[Span], path: Path) -> Path:
+    """Memory over time, and below it the phases of a few steps, a row for each thread."""
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(9, 6.5))
+    samples = report["samples"]
+    for name, label in _MEMORY.items():
+        if name in samples:
+            gib = [np.nan if value is None else value / (1 << 30) for value in samples[name]]
+            above.plot(samples["seconds"], gib, label=label)
+    above.set(xlabel="seconds", ylabel="memory, GiB", ylim=(0, None))
+    above.set_title(f"{report['header']['device']}\n{report['header']['source']}", fontsize="small")
+    _draw_spans(below, _few_steps(spans))
+    if above.get_legend_handles_labels()[0]:
+        above.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def _few_steps(spans: list[Span]) -> list[Span]:
+    """Those of a few steps shortly before the last, for which nothing is built ahead any more."""
+    starts = [span.start_s for span in spans if span.name == "forward"][-2 * _STEPS_SHOWN :]
+    since = starts[0] if starts else 0.0
+    until = starts[_STEPS_SHOWN] if len(starts) > _STEPS_SHOWN else np.inf
+    return [span for span in spans if span.stop_s >= since and span.start_s < until]
+
+
+def _draw_spans(axes: pyplot.Axes, spans: list[Span]) -> None:
+    rows = sorted({(span.thread, span.stream) for span in spans})
+    for number, phase in enumerate(PHASES):
+        shown = [span for span in spans if span.name == phase]
+        # What is part of a collate is drawn into its bar.
+        height = 0.35 if phase in ("search", "h2d") else 0.7
+        for span in shown:
+            row = rows.index((span.thread, span.stream))
+            lasting = (span.start_s, span.stop_s - span.start_s)
+            label = phase if span is shown[0] else None
+            axes.broken_barh([lasting], (row - height / 2, height), color=f"C{number}", label=label)
+    axes.set_yticks(range(len(rows)), [f"{thread}\n{stream}" for thread, stream in rows])
+    axes.set(xlabel="seconds")
+    if spans:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))

@@ -1,0 +1,118 @@
+"""The run folder: resolved configuration, versions, metrics as JSON lines, and DeepSpeed's monitors."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from embrag_ds.config import RunConfig
+from embrag_ds.training.distributed import DistributedContext
+
+_PACKAGES = ("embrag_ds", "torch", "deepspeed", "numpy", "pysam", "faiss-cpu", "faiss-gpu", "safetensors")
+
+
+class RunRecord:
+    """Writes a run's metrics; only the main rank touches files, the monitors take care of themselves."""
+
+    def __init__(self, directory: Path, distributed: DistributedContext):
+        self._path = directory / "metrics.jsonl"
+        self._distributed = distributed
+        self._started = time.monotonic()
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines beyond ``step``, which a resumed run writes again."""
+        if self._distributed.is_main and self._path.exists():
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+            self._path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+
+    def describe(self, config: RunConfig, engine: deepspeed.DeepSpeedEngine, inputs: dict[str, Any]) -> None:
+        """Write ``config.json`` (the effective settings) and ``versions.json``."""
+        if not self._distributed.is_main:
+            return
+        directory = self._path.parent
+        directory.mkdir(parents=True, exist_ok=True)
+        versions = {
+            "command": sys.argv,
+            "python": platform.python_version(),
+            "packages": package_versions(),
+            "git": _git_revision(),
+            "device": device_name(self._distributed.device),
+            "ranks": self._distributed.ranks,
+            "micro_batch_people": engine.train_micro_batch_size_per_gpu(),
+            "global_batch_people": engine.train_batch_size(),
+            **inputs,
+        }
+        (directory / "config.json").write_text(json.dumps(config.as_dict(), indent=2) + "\n", encoding="utf-8")
+        (directory / "versions.json").write_text(json.dumps(versions, indent=2) + "\n", encoding="utf-8")
+
+    def write(self, kind: str, step: int, values: dict[str, Any], engine: deepspeed.DeepSpeedEngine) -> None:
+        """Append one JSON line and hand the numbers to whatever monitors the DeepSpeed settings enable."""
+        if self._distributed.is_main:
+            line = {"kind": kind, "step": step, "seconds": time.monotonic() - self._started, **values}
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(_finite(line)) + "\n")
+        if engine.monitor.enabled:
+            events = [(f"{kind}/{name}", value, step) for name, value in _flat(values) if math.isfinite(value)]
+            engine.monitor.write_events(events)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    numbers: list[tuple[str, float]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            numbers += _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
+            numbers.append((prefix + name, float(value)))
+    return numbers
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: an undefined number is null."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of what a run's numbers depend on; None for what is not installed."""
+    return {name: _version(name) for name in _PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """Revision of the source tree, with ``-dirty`` when it has changes; None outside a checkout."""
+    source = Path(__file__).resolve().parents[2]
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(source), "describe", "--always", "--dirty", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return None
+    return found.stdout.strip() or None
+
+
+def device_name(device: torch.device) -> str:
+    """What a run's numbers were measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,340 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed
+
+from embrag_ds.config import RunConfig
+from embrag_ds.data.dataset import Samples, TrainingSampler, exclusion_table, split_people
+from embrag_ds.data.inputs import PanelInputs, skipped_records, windowed
+from embrag_ds.errors import UserError
+from embrag_ds.evaluation.metrics import DISJOINT_BINS
+from embrag_ds.export import MODEL_FILE, read_export, start_from, write_export
+from embrag_ds.model.imputer import Imputer
+from embrag_ds.model.losses import Losses, imputation_loss
+from embrag_ds.ops.li_stephens import copying_backend
+from embrag_ds.retrieval.batch import Batch
+from embrag_ds.retrieval.collate import receive
+from embrag_ds.retrieval.prefetch import Prefetcher
+from embrag_ds.retrieval.reference import Reference
+from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
+from embrag_ds.training.checkpoint import TrainState, gathered_state, load_checkpoint, save_checkpoint, seed_step
+from embrag_ds.training.distributed import DistributedContext, adapt_to_machine, initialize_engine
+from embrag_ds.training.run_record import RunRecord
+from embrag_ds.training.validation import MaskScores, Validator
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_SILENCE_S = 10.0
+
+
+@dataclass
+class Interval:
+    """What is summed between two log lines; losses stay on the device until one is written."""
+
+    losses: torch.Tensor
+    micro_batches: int = 0
+    people: int = 0
+    skipped_before: int = 0
+    waited_before: float = 0.0
+    bytes_moved: int = 0
+    started: float = field(default_factory=time.monotonic)
+    spoken: float = field(default_factory=time.monotonic)
+
+    def silent_for(self) -> float:
+        """Seconds since anything was said about progress."""
+        return time.monotonic() - self.spoken
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out of the interval what is done meanwhile."""
+        began = time.monotonic()
+        yield
+        self.started += time.monotonic() - began
+
+
+class Trainer:
+    """Trains an :class:`Imputer` on a panel: build, then :meth:`run`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        inputs: PanelInputs,
+        run_dir: Path,
+        distributed: DistributedContext,
+        resume: bool,
+        init_from: Path | None = None,
+        timeline: Timeline = NO_TIMELINE,
+    ):
+        """``init_from`` is an exported model whose weights training starts from; ``timeline`` measures the steps."""
+        self.config = config
+        self.embrag = config.embrag
+        self.distributed = distributed
+        self.run_dir = run_dir
+        self.timeline = timeline
+        settings, notes = adapt_to_machine(config.deepspeed)
+        for note in notes:
+            logger.info(note)
+        self.accumulation = settings.get("gradient_accumulation_steps", 1)
+
+        people, held_out = split_people(len(inputs.panel.samples), self.embrag.data.validation_people, self.embrag.seed)
+        data = windowed(inputs, self.embrag.data, people, self.embrag.masking.array_manifest)
+        micro_batch = settings["train_micro_batch_size_per_gpu"]
+        self.sampler = TrainingSampler(
+            data,
+            self.embrag.masking,
+            self.embrag.seed,
+            micro_batch,
+            distributed.rank,
+            distributed.ranks,
+            self.accumulation,
+            self.embrag.augmentation,
+        )
+        relatives = self.embrag.retrieval.relatives
+        exclusions = exclusion_table(inputs.panel.samples, Path(relatives) if relatives else None)
+
+        torch.manual_seed(self.embrag.seed)
+        model = Imputer(self.embrag.model)
+        if init_from is not None:
+            start_from(model, self.embrag.model, read_export(init_from), init_from)
+        _freeze(model, self.embrag.train.frozen)
+        self.engine = initialize_engine(
+            model, settings, self.embrag.train.compile, self.embrag.train.recompute_projections
+        )
+        self.reference = Reference(
+            self.embrag.retrieval,
+            data,
+            self.engine.module.embedding,
+            distributed.device,
+            exclusions,
+            self.sampler.steps_per_epoch,
+            timeline,
+            gather=deepspeed.zero.GatheredParameters,
+        )
+        # One for the thread that prefetches, one for validation.
+        self.collate = self.reference.collator(micro_batch, slots=self.reference.prefetch + 2)
+        self._validation_collate = self.reference.collator(micro_batch)
+        self.validator = Validator(data, self.embrag.validation, held_out, micro_batch, distributed)
+        self.record = RunRecord(run_dir, distributed)
+        self.state = TrainState()
+        if resume:
+            self.state = load_checkpoint(run_dir / "checkpoints", self.engine, self.reference, self.embrag, distributed)
+        else:
+            self.reference.begin_refresh(0)
+
+        effective = RunConfig(self.embrag, settings)
+        if resume:
+            self.record.forget_after(self.state.step)
+        self.record.describe(
+            effective, self.engine, {"panel": str(inputs.panel.path), "init_from": init_from and str(init_from)}
+        )
+        logger.info(self._summary(inputs, len(people), len(held_out)))
+
+    def run(self) -> None:
+        """Train to ``max_steps``, or until validation has not improved for ``patience`` rounds."""
+        train = self.embrag.train
+        batches = self.batches()
+        try:
+            interval = self.new_interval(batches)
+            while self.state.step < train.max_steps and not self._out_of_patience():
+                self.step(batches, interval)
+                last = self.state.step == train.max_steps
+                if self.state.step % train.log_every == 0 or last:
+                    self._log(batches, interval)
+                    interval = self.new_interval(batches)
+                elif interval.silent_for() > _LONGEST_SILENCE_S:
+                    interval.spoken = time.monotonic()
+                    logger.info(f"step {self.state.step}/{train.max_steps}")
+                if self.state.step % train.eval_every == 0:
+                    with interval.paused(), self.timeline.paused():
+                        self._validate()
+                if self.state.step % train.checkpoint_every == 0 or last or self._out_of_patience():
+                    with interval.paused():
+                        self._save()
+            self._close()
+        finally:
+            self.reference.close()
+            batches.close()
+
+    def batches(self) -> Prefetcher:
+        """The run's remaining micro-batches, each under the generation of its step."""
+
+        def build(number: int) -> Batch:
+            return self.collate(self.sampler.samples(number), number // self.accumulation)
+
+        first, stop = (step * self.accumulation for step in (self.state.step, self.embrag.train.max_steps))
+        return Prefetcher(build, first, stop, self.reference.prefetch)
+
+    def step(self, batches: Prefetcher, interval: Interval) -> None:
+        """One optimiser step: ``accumulation`` micro-batches of one window each, summed up in ``interval``.
+
+        A refresh that is due before it is begun.
+        """
+        self.reference.begin_refresh(self.state.step)
+        self.engine.train()
+        seed_step(self.embrag.seed, self.state.step, self.distributed.rank)
+        for _ in range(self.accumulation):
+            batch = batches.next()
+            with self.timeline.phase("forward"):
+                prediction = self.engine(batch)
+                losses = imputation_loss(
+                    prediction.logits, batch.alleles, batch.scored, batch.sites.frequency[batch.core], self.embrag.loss
+                )
+            with self.timeline.phase("backward"):
+                self.engine.backward(losses.total)
+            with self.timeline.phase("step"):
+                self.engine.step()
+            interval.losses += _stacked(losses)
+            interval.micro_batches += 1
+            interval.people += len(batch.tokens) // 2
+            interval.bytes_moved += batch.bytes_moved
+        self.state.step += 1
+
+    def new_interval(self, batches: Prefetcher) -> Interval:
+        """Sums that begin now."""
+        return Interval(
+            losses=torch.zeros(3, device=self.distributed.device),
+            skipped_before=self.engine.skipped_steps,
+            waited_before=batches.waited_seconds,
+        )
+
+    def _log(self, batches: Prefetcher, interval: Interval) -> None:
+        torch.distributed.all_reduce(interval.losses)
+        total, haplotype, genotype = (interval.losses / (interval.micro_batches * self.distributed.ranks)).tolist()
+        if not math.isfinite(total):
+            raise UserError(f"step {self.state.step}: the loss is {total}; lower the learning rate")
+        seconds = time.monotonic() - interval.started
+        steps = interval.micro_batches // self.accumulation
+        skipped = self.engine.skipped_steps - interval.skipped_before
+        if skipped == steps:
+            raise UserError(
+                f"step {self.state.step}: no gradient since the last log line was finite; lower the learning rate"
+            )
+        norm = self.engine.get_global_grad_norm()
+        waited = batches.waited_seconds - interval.waited_before
+        values: dict[str, Any] = {
+            "loss": total,
+            "haplotype_loss": haplotype,
+            "genotype_loss": genotype,
+            "learning_rate": self.engine.get_lr()[0],
+            "skipped_steps": skipped,
+            "gradient_norm": None if norm is None else float(norm),
+            "people_per_second": interval.people * self.distributed.ranks / seconds,
+            "step_ms": 1000 * seconds / steps,
+            "retrieval_wait_ms": 1000 * waited / steps,
+            "retrieval_wait_share": waited / seconds,
+            "bytes_moved": interval.bytes_moved / steps,
+            **self.reference.age(self.state.step - 1),
+        }
+        self.record.write("train", self.state.step, values, self.engine)
+        left = (self.embrag.train.max_steps - self.state.step) * seconds / steps
+        age = f"generation {values['generation']} (staleness {values['staleness']})  " if "generation" in values else ""
+        logger.info(
+            f"step {self.state.step}/{self.embrag.train.max_steps}  loss {total:.4f}  "
+            f"{values['people_per_second']:.0f} people/s  retrieval wait {100 * values['retrieval_wait_share']:.0f} %  "
+            f"{age}{_clock(left)} left"
+        )
+
+    def _validate(self) -> None:
+        self.engine.eval()
+        logger.info(f"validating on {self.validator}")
+        scores = self.validator.scores(self.engine, self.validation_batch)
+        values = {name: asdict(score) for name, score in scores.items()}
+        score = _selection_score(scores)
+        improved = score > self.state.best_score
+        self.state.validations_since_best = 0 if improved else self.state.validations_since_best + 1
+        if improved:
+            self.state.best_score = score
+            self._export()
+        self.record.write("validation", self.state.step, {**values, "score": score}, self.engine)
+        for name, each in scores.items():
+            logger.info(
+                f"  validation {name}: r2 {each.r2['all']:.4f} (below 1 % MAF {each.r2['all <1 %']:.4f}), "
+                f"retrieval alone {each.prior_r2['all']:.4f} ({each.prior_r2['all <1 %']:.4f}), "
+                f"accuracy {each.accuracy:.4f}, calibration error {each.calibration_error:.4f}"
+            )
+
+    def validation_batch(self, samples: Samples) -> Batch:
+        """``samples`` under the generation last trained with."""
+        return receive(self._validation_collate(samples, max(self.state.step - 1, 0)))
+
+    def _save(self) -> None:
+        keep = self.embrag.train.keep_checkpoints
+        directory = self.run_dir / "checkpoints"
+        save_checkpoint(directory, self.engine, self.state, self.reference, self.embrag, keep, self.distributed)
+
+    def _close(self) -> None:
+        """Say how it ended; a run too short for a validation leaves the model of its last step."""
+        if self._out_of_patience():
+            logger.info(f"stopped early: no better score in {self.state.validations_since_best} validations")
+        which = f"of the best validation ({self.state.best_score:.4f})"
+        if not math.isfinite(self.state.best_score):
+            self._export()
+            which = "of the last step (no validation was due)"
+        logger.info(f"model {which}: {self.run_dir / MODEL_FILE}")
+
+    def _export(self) -> None:
+        weights = gathered_state(self.engine)
+        snapshot = self.reference.snapshot_weights(self.state.step)
+        if self.distributed.is_main:
+            write_export(self.run_dir / MODEL_FILE, weights, snapshot, self.embrag)
+
+    def _out_of_patience(self) -> bool:
+        patience = self.embrag.train.patience
+        return patience is not None and self.state.validations_since_best >= patience
+
+    def _summary(self, inputs: PanelInputs, people: int, held_out: int) -> str:
+        parameters = sum(getattr(each, "ds_numel", each.numel()) for each in self.engine.module.parameters())
+        panel = inputs.panel
+        return (
+            f"panel {panel.path}: {len(panel.sites)} sites, {len(self.sampler.data)} windows, {people} people to train "
+            f"on, {held_out} held out, {len(inputs.populations.names)} populations"
+            + (f"; {skipped}" if (skipped := skipped_records(panel.skipped)) else "")
+            + "\n"
+            f"model: {parameters / 1e6:.2f} M parameters on {self.distributed.ranks} x {self.distributed.device.type}, "
+            f"{self.engine.train_batch_size()} people a step, {self.sampler.steps_per_epoch} steps an epoch; "
+            f"retrieval {self.reference}, {self.collate.backend}, k {self.collate.k}; "
+            f"copying {copying_backend(self.distributed.device)}; "
+            f"{self.reference.memory([self.collate, self._validation_collate])}; "
+            f"run folder {self.run_dir}"
+        )
+
+
+def _freeze(model: Imputer, parts: tuple[str, ...]) -> None:
+    known = [name for name, _ in model.named_children()]
+    for part in parts:
+        if part not in known:
+            raise UserError(f"embrag.train.frozen: the network has no part {part!r}; it has {', '.join(known)}")
+        model.get_submodule(part).requires_grad_(False)
+
+
+def _selection_score(scores: dict[str, MaskScores]) -> float:
+    """What early stopping and the export look at: mean aggregate r2 over MAF bins and array masks."""
+    values = [
+        score.r2[name]
+        for mask, score in scores.items()
+        if mask.startswith("array")
+        for name in DISJOINT_BINS
+        if math.isfinite(score.r2[name])
+    ]
+    return sum(values) / len(values) if values else float("-inf")
+
+
+def _stacked(losses: Losses) -> torch.Tensor:
+    return torch.stack([losses.total, losses.haplotype, losses.genotype]).detach()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"

@@ -1,0 +1,146 @@
+"""Validation on frozen masks: held-out people, the same windows and masks in every run of a panel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed
+
+from embrag_ds.config import ValidationConfig
+from embrag_ds.data.dataset import Samples, WindowedPanel
+from embrag_ds.data.masking import VALIDATION_MASKS, validation_mask
+from embrag_ds.evaluation.metrics import AggregateR2, Calibration
+from embrag_ds.model.imputer import Prediction
+from embrag_ds.model.losses import genotype_log_probabilities
+from embrag_ds.retrieval.batch import Batch
+from embrag_ds.training.distributed import DistributedContext
+
+
+@dataclass(frozen=True)
+class MaskScores:
+    """Scores under one mask set, over its hidden genotypes.
+
+    ``r2`` and ``prior_r2`` are aggregate dosage r2 by MAF bin, of the model and of retrieval alone (the
+    residual left out); ``accuracy`` is the share of right genotype calls, ``calibration_error`` the
+    expected calibration error of the called genotype's probability.
+    """
+
+    r2: dict[str, float]
+    prior_r2: dict[str, float]
+    accuracy: float
+    calibration_error: float
+
+
+class Validator:
+    """Scores a model on the held-out people."""
+
+    def __init__(
+        self,
+        data: WindowedPanel,
+        settings: ValidationConfig,
+        people: np.ndarray,
+        block: int,
+        distributed: DistributedContext,
+    ):
+        """``people`` are panel indices outside the reference set; ``block`` people go through at once."""
+        self._data = data
+        self._people = people[: settings.people]
+        self._block = block
+        self._distributed = distributed
+        chosen = np.linspace(0, len(data) - 1, min(settings.windows, len(data))).round().astype(int)
+        self._tasks = [(mask, int(window)) for mask in range(len(VALIDATION_MASKS)) for window in chosen]
+
+    def __str__(self) -> str:
+        windows = len(self._tasks) // len(VALIDATION_MASKS)
+        return f"{len(self._people)} held-out people, {windows} windows, {len(VALIDATION_MASKS)} frozen mask sets"
+
+    def scores(
+        self, predict: Callable[[Batch], Prediction], collate: Callable[[Samples], Batch]
+    ) -> dict[str, MaskScores]:
+        """Scores by mask set; every rank does a share, every rank gets the whole.
+
+        All ranks call ``predict`` equally often, which ZeRO-3 needs: a rank without a task repeats one.
+        """
+        tallies = [_Tally() for _ in VALIDATION_MASKS]
+        rounds = -(-len(self._tasks) // self._distributed.ranks)
+        for place in range(self._distributed.rank, rounds * self._distributed.ranks, self._distributed.ranks):
+            mask, window = self._tasks[place % len(self._tasks)]
+            measured = self._measure(mask, window, predict, collate)
+            if place < len(self._tasks):
+                tallies[mask].add(measured)
+        return {
+            mask.name: tally.reduce(self._distributed) for mask, tally in zip(VALIDATION_MASKS, tallies, strict=True)
+        }
+
+    def _measure(
+        self,
+        mask: int,
+        window: int,
+        predict: Callable[[Batch], Prediction],
+        collate: Callable[[Samples], Batch],
+    ) -> _Measured:
+        hidden = validation_mask(VALIDATION_MASKS[mask], self._data.mask_sites(window), window)
+        alleles = self._data.people_alleles(window, self._people)
+        probabilities: list[np.ndarray] = []
+        dosages: list[np.ndarray] = []
+        for start in range(0, len(self._people), self._block):
+            people = self._people[start : start + self._block]
+            rows = slice(2 * start, 2 * (start + len(people)))
+            masks = np.repeat(hidden[None], len(people), axis=0)
+            with torch.no_grad():
+                prediction = predict(collate(Samples(window, people, alleles[rows], masks)))
+            probabilities.append(genotype_log_probabilities(prediction.logits).exp().cpu().numpy())
+            dosages.append(prediction.prior.sigmoid().unflatten(0, (-1, 2)).sum(1).cpu().numpy())
+        core, sites = self._data.windows[window].core, self._data.windows[window].core_sites
+        reference = self._data.reference
+        scored = hidden[core] & reference.listed[sites]
+        return _Measured(
+            truth=(alleles[0::2] + alleles[1::2]).T[core][scored],
+            probabilities=np.concatenate(probabilities).transpose(1, 0, 2)[scored],
+            prior=np.concatenate(dosages).T[scored],
+            frequency=reference.allele_frequency[sites][scored],
+        )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Hidden sites of a window: ``truth`` [n, N], ``probabilities`` [n, N, 3], ``prior`` [n, N]."""
+
+    truth: np.ndarray
+    probabilities: np.ndarray
+    prior: np.ndarray
+    frequency: np.ndarray
+
+
+class _Tally:
+    """Sums of a mask set that add up over windows and ranks."""
+
+    def __init__(self) -> None:
+        self.model = AggregateR2(1)
+        self.prior = AggregateR2(1)
+        self.calibration = Calibration()
+        self.right = np.zeros(2)
+
+    def add(self, measured: _Measured) -> None:
+        truth, probabilities = measured.truth, measured.probabilities
+        dosage = probabilities[..., 1] + 2 * probabilities[..., 2]
+        # One pooled "person": validation reports no intervals over people.
+        for tally, values in ((self.model, dosage), (self.prior, measured.prior)):
+            tally.add(truth.reshape(-1, 1), values.reshape(-1, 1), np.repeat(measured.frequency, truth.shape[1]))
+        self.calibration.add(truth, probabilities)
+        self.right += ((probabilities.argmax(-1) == truth).sum(), truth.size)
+
+    def reduce(self, distributed: DistributedContext) -> MaskScores:
+        for array in (self.model.moments, self.prior.moments, self.calibration.sums, self.right):
+            total = torch.from_numpy(array).to(distributed.device)
+            torch.distributed.all_reduce(total)
+            array[...] = total.cpu().numpy()
+        return MaskScores(
+            r2=self.model.result(),
+            prior_r2=self.prior.result(),
+            accuracy=float(self.right[0] / max(self.right[1], 1)),
+            calibration_error=self.calibration.result(),
+        )

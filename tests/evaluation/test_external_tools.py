@@ -1,0 +1,78 @@
+"""Running Beagle and minimac4: what they are called with, and what happens where they are missing or fail."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embrag_ds.data.genetic_map import GeneticMap
+from embrag_ds.data.simulate import DefaultData
+from embrag_ds.data.vcf_dosages import read_dosages
+from embrag_ds.errors import UserError
+from embrag_ds.evaluation.external_tools import TOOLS, impute_with_tools
+
+# Notes how it was called; writes the panel under the name its options ask for.
+STAND_IN = {
+    "beagle": 'for word in "$@"; do case $word in out=*) cp "$PANEL" "${word#out=}.vcf.gz";; esac; done',
+    "minimac4": 'while [ $# -gt 1 ]; do [ "$1" = -o ] && cp "$PANEL" "$2"; shift; done',
+}
+
+
+@pytest.fixture
+def programs(tmp_path: Path, simulated: DefaultData, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of stand-ins that is all of PATH but the shell."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, body in STAND_IN.items():
+        script = folder / name
+        script.write_text(f'#!/bin/sh\necho "{name} $@" >> {tmp_path}/calls\n{body}\n', encoding="utf-8")
+        script.chmod(0o755)
+    monkeypatch.setenv("PANEL", str(simulated.panel))
+    monkeypatch.setenv("PATH", f"{folder}:/bin:/usr/bin")
+    return folder
+
+
+def test_every_peer_gets_panel_target_and_map(programs: Path, tmp_path: Path, simulated: DefaultData) -> None:
+    found = impute_with_tools(simulated.panel, simulated.target, simulated.genetic_map, tmp_path / "work", 3)
+    assert list(found) == ["beagle", "minimac4"]
+    assert all(path.read_bytes() == simulated.panel.read_bytes() for path in found.values())
+    beagle, converted, minimac = (tmp_path / "calls").read_text(encoding="utf-8").splitlines()
+    genetic_map = tmp_path / "work" / "genetic.map"
+    for word in (f"ref={simulated.panel}", f"gt={simulated.target}", f"map={genetic_map}", "gp=true", "nthreads=3"):
+        assert word in beagle.split()
+    assert converted.split()[1:3] == ["--compress-reference", str(simulated.panel)]
+    assert minimac.split()[1:3] == [converted.split()[-1], str(simulated.target)]
+    assert f"--map {genetic_map}" in minimac and "-t 3" in minimac
+    bp = np.linspace(1000, 2_000_000, 7)
+    written, given = (GeneticMap.read(path)._interpolate("1", bp) for path in (genetic_map, simulated.genetic_map))
+    assert written == pytest.approx(given, abs=1e-7)
+
+
+def test_a_missing_program_is_left_out_and_none_is_an_error(
+    programs: Path, tmp_path: Path, simulated: DefaultData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", f"{programs}")
+    (programs / "beagle").unlink()
+    assert [name for name in TOOLS if shutil.which(name)] == ["minimac4"]
+    (programs / "minimac4").unlink()
+    with pytest.raises(UserError, match="neither beagle nor minimac4 is installed"):
+        impute_with_tools(simulated.panel, simulated.target, None, tmp_path / "work", 1)
+
+
+def test_a_program_that_fails_is_an_error_with_its_last_line(
+    programs: Path, tmp_path: Path, simulated: DefaultData
+) -> None:
+    (programs / "beagle").write_text("#!/bin/sh\necho starting\necho no memory >&2\nexit 3\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"beagle ended with 3 \(no memory\); see .*beagle\.out"):
+        impute_with_tools(simulated.panel, simulated.target, None, tmp_path / "work", 1)
+
+
+@pytest.mark.skipif(not all(map(shutil.which, TOOLS)), reason="beagle and minimac4 are not installed")
+def test_the_real_programs_impute(tmp_path: Path, simulated: DefaultData) -> None:
+    found = impute_with_tools(simulated.panel, simulated.target, simulated.genetic_map, tmp_path, 1)
+    for path in found.values():
+        dosages = read_dosages(path)
+        assert dosages.gp is not None and dosages.dr2 is not None and len(dosages.sites) > 0

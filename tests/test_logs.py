@@ -1,0 +1,52 @@
+"""Where log lines go: the terminal, the run's log, and whose they are."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from embrag_ds import logs
+
+LOGGER = logging.getLogger("embrag_ds.somewhere")
+
+
+@pytest.mark.parametrize(
+    ("rank", "verbose", "expected"),
+    [
+        ("0", False, ["a remark", "warning: careful"]),
+        ("0", True, ["a detail", "a remark", "warning: careful"]),
+        ("3", True, ["rank 3: warning: careful"]),
+    ],
+)
+def test_the_first_rank_speaks_and_the_others_warn(
+    rank: str, verbose: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    with logs.on_terminal(verbose):
+        LOGGER.debug("a detail")
+        LOGGER.info("a remark")
+        LOGGER.warning("careful")
+    LOGGER.info("too late")
+    streams = capsys.readouterr()
+    assert streams.err.splitlines() == expected and streams.out == ""
+
+
+def test_a_run_log_has_what_was_said_before_it_had_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "run.log"
+    with logs.kept_for_run() as run_log:
+        LOGGER.debug("before")
+        assert not path.parent.exists()
+        run_log.write_to(path)
+        LOGGER.info("after")
+        said = path.read_text().splitlines()
+        assert [line.split("embrag_ds.somewhere: ")[1] for line in said] == ["before", "after"]
+    LOGGER.warning("too late")
+    assert path.read_text().splitlines() == said
+
+
+def test_a_run_log_without_a_file_leaves_none(tmp_path: Path) -> None:
+    with logs.kept_for_run():
+        LOGGER.info("lost")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,121 @@
+"""The export: all that imputation needs, in one file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from embrag_ds.errors import UserError
+from embrag_ds.export import MODEL_FILE, ExportedModel, read_export
+from embrag_ds.model.imputer import Imputer
+from embrag_ds.training.checkpoint import gathered_state, seed_step
+from embrag_ds.training.trainer import Trainer
+
+MakeTrainer = Callable[..., Trainer]
+ZERO_3 = ["zero_optimization.stage=3", "zero_optimization.stage3_param_persistence_threshold=0"]
+SHORT = ["embrag.train.max_steps=5", "optimizer.params.lr=0.02"]
+# The learning rate is 0 in the first two steps: the second generation is the first that differs.
+REFRESH = ["embrag.retrieval.encoding=refresh", 'embrag.retrieval.refresh={"every_steps": 3, "lag_steps": 1}']
+
+
+def rebuilt(model: ExportedModel) -> Imputer:
+    network = Imputer(model.config.model)
+    network.load_state_dict(model.weights)
+    return network.eval()
+
+
+def predicted(network: Callable, trainer: Trainer) -> Tensor:
+    trainer.engine.eval()
+    with torch.no_grad():
+        return network(trainer.validation_batch(trainer.sampler.samples(3))).logits
+
+
+@pytest.mark.parametrize("stage", [["zero_optimization.stage=1"], ZERO_3], ids=["stage 1", "stage 3"])
+@pytest.mark.parametrize("encoding", [REFRESH, ["embrag.retrieval.encoding=live"]], ids=["refresh", "live"])
+def test_an_export_predicts_what_the_trainer_predicts(
+    make_trainer: MakeTrainer, tmp_path: Path, encoding: list[str], stage: list[str]
+) -> None:
+    trainer = make_trainer("run", *SHORT, *encoding, *stage)
+    trainer.run()
+    model = read_export(tmp_path / "run" / MODEL_FILE)
+    assert model.config == trainer.embrag
+    torch.testing.assert_close(
+        predicted(rebuilt(model), trainer), predicted(trainer.engine, trainer), rtol=0, atol=1e-6
+    )
+    assert all(value.dtype == torch.float32 for value in model.weights.values())
+
+
+def test_the_snapshot_is_that_of_the_last_generation(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    for name, encoding in (("refresh", REFRESH), ("fixed", ["embrag.retrieval.encoding=fixed"])):
+        trainer = make_trainer(name, *SHORT, *encoding)
+        state = {key: value.clone() for key, value in trainer.engine.module.embedding.state_dict().items()}
+        trainer.run()
+        model = read_export(tmp_path / name / MODEL_FILE)
+        used = trainer.reference.snapshot_weights(trainer.state.step)
+        assert model.snapshot is not None and used is not None
+        assert all(torch.equal(value, used[key]) for key, value in model.snapshot.items())
+        first = all(torch.equal(value, state[key]) for key, value in model.snapshot.items())
+        now = all(torch.equal(value, model.weights[f"embedding.{key}"]) for key, value in model.snapshot.items())
+        assert (first, now) == (name == "fixed", False)
+    live = make_trainer("live", *SHORT, "embrag.retrieval.encoding=live")
+    live.run()
+    assert read_export(tmp_path / "live" / MODEL_FILE).snapshot is None
+
+
+def test_zero_3_exports_the_whole_of_every_parameter(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    for name, stage in (("one", []), ("three", ZERO_3)):
+        make_trainer(name, *SHORT, *REFRESH, *stage).run()
+    one, three = (read_export(tmp_path / name / MODEL_FILE) for name in ("one", "three"))
+    assert one.weights.keys() == three.weights.keys()
+    for name, value in one.weights.items():
+        torch.testing.assert_close(three.weights[name], value, rtol=1e-3, atol=1e-3, msg=name)
+    assert one.snapshot is not None and three.snapshot is not None
+    assert {k: v.shape for k, v in one.snapshot.items()} == {k: v.shape for k, v in three.snapshot.items()}
+
+
+def test_gathered_weights_are_copies(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("run")
+    state = gathered_state(trainer.engine)
+    before = state["head.bias"].clone()
+    with torch.no_grad():
+        trainer.engine.module.head.bias.add_(1)
+    assert torch.equal(state["head.bias"], before)
+
+
+def test_what_is_not_an_export_is_refused(tmp_path: Path) -> None:
+    missing, text, foreign = (
+        tmp_path / name for name in ("none.safetensors", "text.safetensors", "foreign.safetensors")
+    )
+    text.write_text("weights, perhaps")
+    save_file({"weight": torch.zeros(2)}, foreign)
+    for path, complaint in (
+        (missing, "cannot read"),
+        (text, "cannot read"),
+        (tmp_path, "cannot read"),
+        (foreign, "not a model"),
+    ):
+        with pytest.raises(UserError) as caught:
+            read_export(path)
+        assert str(path) in str(caught.value) and complaint in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_export_of_another_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "old.safetensors"
+    save_file({"weight": torch.zeros(2)}, path, {"format": "embrag_ds 0", "embrag": "{}"})
+    with pytest.raises(UserError, match="another version"):
+        read_export(path)
+
+
+def test_random_numbers_are_a_function_of_seed_step_and_rank() -> None:
+    drawn = {}
+    for seed, step, rank in [(1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0), (1, 65_537, 0)]:
+        seed_step(seed, step, rank)
+        drawn[seed, step, rank] = torch.rand(4)
+    seed_step(1, 0, 0)
+    assert torch.equal(torch.rand(4), drawn[1, 0, 0])
+    assert len({tuple(each.tolist()) for each in drawn.values()}) == len(drawn)
