@@ -22,8 +22,8 @@ from typing import Any, Literal
 import hjson
 
 from embrag_ds.data.augmentation import AugmentationConfig
-from embrag_ds.data.dataset import DataConfig
 from embrag_ds.data.masking import MaskingConfig
+from embrag_ds.data.windows import DataConfig
 from embrag_ds.errors import UserError, require
 from embrag_ds.model.imputer import ModelConfig
 from embrag_ds.model.losses import LossConfig

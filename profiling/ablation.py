@@ -31,8 +31,9 @@ from torch import Tensor
 
 from embrag_ds.cli.command import run_command
 from embrag_ds.config import EmbragConfig
-from embrag_ds.data.dataset import Samples, WindowedPanel, exclusion_table, read_manifest, split_people
 from embrag_ds.data.inputs import PanelFiles, PanelInputs, open_inputs, windowed
+from embrag_ds.data.sampler import Samples, exclusion_table, read_manifest, split_people
+from embrag_ds.data.windows import WindowedPanel
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation.metrics import BIN_NAMES, AggregateR2
 from embrag_ds.export import MODEL_FILE, ExportedModel, read_export

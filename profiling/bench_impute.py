@@ -29,9 +29,9 @@ import torch
 from machine import peak_resident_bytes
 
 from embrag_ds.cli.command import run_command
-from embrag_ds.data.dataset import DataConfig
 from embrag_ds.data.inputs import default_data
 from embrag_ds.data.vcf import PhasedVcf
+from embrag_ds.data.windows import DataConfig
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation.external_tools import TOOLS, check_ended_well, installed, plink_map
 from embrag_ds.training.run_record import device_name

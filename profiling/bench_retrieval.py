@@ -30,11 +30,11 @@ from torch import Tensor
 
 from embrag_ds.cli.command import run_command
 from embrag_ds.config import RunConfig, load_config
-from embrag_ds.data.dataset import Samples, WindowedPanel
 from embrag_ds.data.panel import Panel, Populations, ReferenceSet
+from embrag_ds.data.sampler import Samples
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.tokens import MASK
-from embrag_ds.data.windows import make_windows
+from embrag_ds.data.windows import WindowedPanel, make_windows
 from embrag_ds.model.embedding import HaplotypeEmbedding
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.model.losses import imputation_loss

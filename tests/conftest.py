@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from embrag_ds.config import RunConfig, load_config
-from embrag_ds.data.dataset import DataConfig
 from embrag_ds.data.inputs import PanelFiles, PanelInputs, open_inputs
 from embrag_ds.data.simulate import DefaultData, SimulationSettings, simulate_default
+from embrag_ds.data.windows import DataConfig
 from embrag_ds.training.distributed import DistributedContext, start_distributed
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -62,8 +62,8 @@ def named(imputed: list[str]) -> dict[str, str | Path]:
 
 def run(options: argparse.Namespace) -> None:
     """Evaluate as the options say."""
-    from embrag_ds.data.dataset import DataConfig
     from embrag_ds.data.inputs import default_data
+    from embrag_ds.data.windows import DataConfig
     from embrag_ds.evaluation.external_tools import impute_with_tools
     from embrag_ds.evaluation.plots import plot_report
     from embrag_ds.evaluation.score import evaluate

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from embrag_ds.data.sites import SiteTable
-from embrag_ds.data.text import read_lines
 from embrag_ds.errors import UserError
+from embrag_ds.files import read_lines
 
 _CONTIG_NAMES = {"chr", "chrom", "chromosome"}
 _POS_NAMES = {"pos", "position", "bp"}

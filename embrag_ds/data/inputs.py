@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from embrag_ds.data.dataset import DataConfig, WindowedPanel, read_manifest
 from embrag_ds.data.genetic_map import GeneticMap
 from embrag_ds.data.panel import (
     Panel,
@@ -18,7 +17,9 @@ from embrag_ds.data.panel import (
     open_panel,
     read_populations,
 )
+from embrag_ds.data.sampler import read_manifest
 from embrag_ds.data.simulate import DefaultData, SimulationSettings, simulate_default
+from embrag_ds.data.windows import DataConfig, WindowedPanel
 from embrag_ds.errors import UserError
 
 

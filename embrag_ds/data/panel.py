@@ -31,9 +31,9 @@ import numpy as np
 from tqdm import tqdm
 
 from embrag_ds.data.sites import SiteTable
-from embrag_ds.data.text import read_lines
 from embrag_ds.data.vcf import PhasedVcf
 from embrag_ds.errors import UserError
+from embrag_ds.files import read_lines
 from embrag_ds.ops.bits import pack_host, unpack_host
 
 FORMAT = 1

@@ -1,4 +1,7 @@
-"""Windows: stretches of consecutive sites on one contig, the unit of retrieval and of a micro-batch."""
+"""Windows: stretches of consecutive sites on one contig, the unit of retrieval and of a micro-batch.
+
+A :class:`WindowedPanel` is a reference set cut into them.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from embrag_ds.data.masking import MaskSites
+from embrag_ds.data.panel import FEW, RARE, Panel, ReferenceSet
 from embrag_ds.data.sites import SiteTable
-from embrag_ds.data.text import read_lines
-from embrag_ds.errors import UserError
+from embrag_ds.errors import UserError, require
+from embrag_ds.files import read_lines
 
 
 @dataclass(frozen=True)
@@ -121,3 +126,100 @@ def blend_weights(windows: list[Window]) -> list[np.ndarray]:
         weights[left.index][-shared:] = 1 - ramp
         weights[right.index][:shared] = ramp
     return weights
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Windows and people."""
+
+    window_sites: int = 1024
+    """Sites a window predicts (a contig's windows are made equally long, so this is the upper bound)."""
+    overlap_sites: int = 128
+    """Sites shared by consecutive windows; imputed values are blended across them."""
+    flank_sites: int = 1024
+    """Sites on either side that retrieval looks at, too."""
+    windows_file: str | None = None
+    """Take windows from this file (``contig start end``, 1-based inclusive) instead."""
+    validation_people: int = 48
+    """People of the panel held out of training for validation (at most a tenth of the panel)."""
+    cache_dir: str | None = None
+    """Where packed panels and the default data set are kept; default ``$XDG_CACHE_HOME/embrag_ds``."""
+
+    def __post_init__(self) -> None:
+        require(self.window_sites >= 2, "data.window_sites", "must be at least 2")
+        require(
+            0 <= self.overlap_sites <= self.window_sites // 3,
+            "data.overlap_sites",
+            f"must lie between 0 and a third of window_sites ({self.window_sites // 3})",
+        )
+        require(self.flank_sites >= 0, "data.flank_sites", "must not be negative")
+        require(self.validation_people >= 1, "data.validation_people", "must be at least 1")
+
+    def windows(self, panel: Panel) -> list[Window]:
+        """The panel's windows under these settings."""
+        if self.windows_file is not None:
+            return read_windows(Path(self.windows_file), panel.sites, self.flank_sites)
+        return make_windows(panel.sites, self.window_sites, self.overlap_sites, self.flank_sites)
+
+
+@dataclass(frozen=True)
+class SiteFeatures:
+    """What the network knows of a window's sites, all float32 on the CPU.
+
+    ``position`` [L] is in cM from the core's centre; ``frequency`` [L] is the ALT frequency over the reference
+    set, no nearer to 0 or 1 than a frequency that one person more or less does not show in (see
+    :mod:`embrag_ds.retrieval.frequency`); ``counts`` [P, L] are the copies of ALT in every population.
+    """
+
+    position: np.ndarray
+    frequency: np.ndarray
+    counts: np.ndarray
+
+
+class WindowedPanel:
+    """A reference set cut into windows: the alleles, features and mask view of each."""
+
+    def __init__(
+        self,
+        reference: ReferenceSet,
+        windows: list[Window],
+        position_cm: np.ndarray,
+        manifest: np.ndarray | None = None,
+    ):
+        """``position_cm`` [S] in cM; ``manifest`` [S] bool marks the sites of an array."""
+        self.reference = reference
+        self.windows = windows
+        self.position_cm = position_cm
+        self.manifest = manifest
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def features(self, window: int) -> SiteFeatures:
+        """Site features of a window."""
+        span = slice(self.windows[window].start, self.windows[window].stop)
+        position = self.position_cm[span]
+        core = position[self.windows[window].core]
+        centre = (core[0] + core[-1]) / 2
+        rare = min(0.5, max(RARE, FEW / len(self.reference)))
+        return SiteFeatures(
+            (position - centre).astype(np.float32),
+            self.reference.allele_frequency[span].clip(rare, 1 - rare),
+            np.ascontiguousarray(self.reference.population_counts[:, span]),
+        )
+
+    def mask_sites(self, window: int) -> MaskSites:
+        """What masking looks at in a window."""
+        span = slice(self.windows[window].start, self.windows[window].stop)
+        frequency = self.reference.allele_frequency[span]
+        manifest = None if self.manifest is None else self.manifest[span]
+        return MaskSites(self.reference.panel.sites.pos[span], np.minimum(frequency, 1 - frequency), manifest)
+
+    def people_alleles(self, window: int, people: np.ndarray) -> np.ndarray:
+        """Alleles of panel people in a window, uint8 [B, L]."""
+        rows = (2 * people[:, None] + np.arange(2)).reshape(-1)
+        return self.reference.panel.alleles(self.windows[window].start, self.windows[window].stop, rows)
+
+    def reference_alleles(self, window: int) -> np.ndarray:
+        """Alleles of the reference haplotypes in a window, uint8 [H, L]."""
+        return self.reference.alleles(self.windows[window].start, self.windows[window].stop)

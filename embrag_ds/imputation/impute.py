@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 import embrag_ds
-from embrag_ds.data.dataset import DataConfig, Samples, WindowedPanel, exclusion_table
 from embrag_ds.data.inputs import (
     PanelFiles,
     PanelInputs,
@@ -30,10 +29,11 @@ from embrag_ds.data.inputs import (
     windowed,
 )
 from embrag_ds.data.panel import Panel, open_panel
+from embrag_ds.data.sampler import Samples, exclusion_table
 from embrag_ds.data.sites import Harmonised, harmonise
 from embrag_ds.data.tokens import REF
 from embrag_ds.data.vcf_output import ImputedVcfWriter
-from embrag_ds.data.windows import blend_weights, uncovered
+from embrag_ds.data.windows import DataConfig, WindowedPanel, blend_weights, uncovered
 from embrag_ds.errors import UserError
 from embrag_ds.export import PRETRAINED, ExportedModel, read_export
 from embrag_ds.model.imputer import Imputer

@@ -12,7 +12,7 @@ from embrag_ds.ops.dosage import Neighbours
 
 @dataclass(frozen=True)
 class SiteTensors:
-    """:class:`~embrag_ds.data.dataset.SiteFeatures` as tensors, float32.
+    """:class:`~embrag_ds.data.windows.SiteFeatures` as tensors, float32.
 
     ``position`` [L] in cM, ``frequency`` [L] as the embedding layer sees it.
     """

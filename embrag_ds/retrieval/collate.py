@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embrag_ds.data.dataset import Samples, WindowedPanel
+from embrag_ds.data.sampler import Samples
 from embrag_ds.data.tokens import MASK
+from embrag_ds.data.windows import WindowedPanel
 from embrag_ds.errors import UserError
 from embrag_ds.ops.dosage import WindowAlleles
 from embrag_ds.ops.li_stephens import mismatches
@@ -28,7 +29,7 @@ from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
 
 
 class RetrievalCollator:
-    """Turns :class:`~embrag_ds.data.dataset.Samples` into a :class:`Batch`.
+    """Turns :class:`~embrag_ds.data.sampler.Samples` into a :class:`Batch`.
 
     Copies and search run on a side stream; the batch is handed to the stream that is current when it is
     *received* (:func:`receive`), which on a CPU, or without a thread in between, changes nothing. An instance

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embrag_ds.data.dataset import WindowedPanel
 from embrag_ds.data.tokens import MASK
+from embrag_ds.data.windows import WindowedPanel
 from embrag_ds.errors import UserError
 from embrag_ds.retrieval.codebooks import Encoder, WindowCode
 from embrag_ds.retrieval.device_panel import GIB

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embrag_ds.data.dataset import WindowedPanel
+from embrag_ds.data.windows import WindowedPanel
 from embrag_ds.ops.bits import unpack, unpack_host
 from embrag_ds.runtime.streams import Staging
 

@@ -5,7 +5,7 @@ with two copies a carrier would see one copy among its neighbours where anybody 
 the network learned from it would not hold for people who are not in the panel. So where a frequency is rare it
 is counted without those whom the query must not retrieve. Where it is common the plain one stays, and the
 embedding layer, which serves all queries alike, sees rare ones only as "rare"
-(:meth:`embrag_ds.data.dataset.WindowedPanel.features`): no two numbers before the network differ by the
+(:meth:`embrag_ds.data.windows.WindowedPanel.features`): no two numbers before the network differ by the
 query's own allele.
 """
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embrag_ds.data.dataset import WindowedPanel
+from embrag_ds.data.windows import WindowedPanel
 from embrag_ds.retrieval.batch import SiteTensors
 from embrag_ds.retrieval.codebooks import Encoder, LiveReference, ReferenceCache, ReferenceSource, TokenReference
 from embrag_ds.retrieval.collate import RetrievalCollator, site_tensors

@@ -15,8 +15,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfigError
 from pydantic import ValidationError
 
-from embrag_ds.data.dataset import DataConfig
 from embrag_ds.data.inputs import PanelFiles, PanelInputs, open_inputs
+from embrag_ds.data.windows import DataConfig
 from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.training import deepspeed_log

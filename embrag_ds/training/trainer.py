@@ -16,8 +16,8 @@ import torch
 import torch.distributed
 
 from embrag_ds.config import RunConfig
-from embrag_ds.data.dataset import Samples, TrainingSampler, exclusion_table, split_people
 from embrag_ds.data.inputs import PanelInputs, skipped_records, windowed
+from embrag_ds.data.sampler import Samples, TrainingSampler, exclusion_table, split_people
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation.metrics import DISJOINT_BINS
 from embrag_ds.export import MODEL_FILE, read_export, start_from, write_export

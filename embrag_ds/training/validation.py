@@ -10,8 +10,9 @@ import torch
 import torch.distributed
 
 from embrag_ds.config import ValidationConfig
-from embrag_ds.data.dataset import Samples, WindowedPanel
 from embrag_ds.data.masking import VALIDATION_MASKS, validation_mask
+from embrag_ds.data.sampler import Samples
+from embrag_ds.data.windows import WindowedPanel
 from embrag_ds.evaluation.metrics import AggregateR2, Calibration
 from embrag_ds.model.imputer import Prediction
 from embrag_ds.model.losses import genotype_log_probabilities

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from embrag_ds.data import inputs, simulate
-from embrag_ds.data.dataset import DataConfig
 from embrag_ds.data.inputs import default_data
 from embrag_ds.data.simulate import SimulationSettings
+from embrag_ds.data.windows import DataConfig
 
 
 def test_runs_that_start_at_once_make_the_default_data_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

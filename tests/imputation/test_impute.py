@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from embrag_ds.config import RunConfig, parse_config
-from embrag_ds.data.dataset import DataConfig
 from embrag_ds.data.inputs import PanelFiles, PanelInputs, open_inputs
 from embrag_ds.data.panel import Panel
 from embrag_ds.data.simulate import DefaultData
@@ -24,6 +23,7 @@ from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.vcf import PhasedData, read_phased
 from embrag_ds.data.vcf_dosages import read_dosages
 from embrag_ds.data.vcf_output import write_phased
+from embrag_ds.data.windows import DataConfig
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation.metrics import AggregateR2
 from embrag_ds.export import MODEL_FILE, ExportedModel, read_export

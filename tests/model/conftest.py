@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from embrag_ds.data.dataset import Samples, WindowedPanel, exclusion_table
 from embrag_ds.data.panel import Panel, Populations, ReferenceSet
+from embrag_ds.data.sampler import Samples, exclusion_table
 from embrag_ds.data.sites import SiteTable
-from embrag_ds.data.windows import make_windows
+from embrag_ds.data.windows import WindowedPanel, make_windows
 from embrag_ds.model.embedding import HaplotypeEmbedding
 from embrag_ds.model.imputer import Imputer, ModelConfig
 from embrag_ds.retrieval.batch import Batch

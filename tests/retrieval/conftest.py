@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from embrag_ds.data.dataset import Samples, WindowedPanel, exclusion_table
 from embrag_ds.data.panel import Panel, Populations, ReferenceSet
+from embrag_ds.data.sampler import Samples, exclusion_table
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.tokens import MASK, VOCAB
-from embrag_ds.data.windows import make_windows
+from embrag_ds.data.windows import WindowedPanel, make_windows
 from embrag_ds.retrieval.batch import Batch
 from embrag_ds.retrieval.codebooks import Encoder, ReferenceCache
 from embrag_ds.retrieval.collate import RetrievalCollator

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from embrag_ds.data.dataset import exclusion_table
+from embrag_ds.data.sampler import exclusion_table
 from embrag_ds.errors import UserError
 from embrag_ds.model.embedding import HaplotypeEmbedding
 from embrag_ds.retrieval.batch import Batch

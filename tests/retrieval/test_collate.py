@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from embrag_ds.data.dataset import Samples
+from embrag_ds.data.sampler import Samples
 from embrag_ds.data.tokens import MASK
 from embrag_ds.errors import UserError
 from embrag_ds.ops.dosage import Carriers, Sequences

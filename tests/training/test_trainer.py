@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from embrag_ds.config import RunConfig, load_config
-from embrag_ds.data.dataset import Samples
 from embrag_ds.data.inputs import PanelFiles, PanelInputs, open_inputs
+from embrag_ds.data.sampler import Samples
 from embrag_ds.errors import UserError
 from embrag_ds.export import MODEL_FILE, read_export
 from embrag_ds.model.losses import imputation_loss

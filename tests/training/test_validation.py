@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from embrag_ds.config import ValidationConfig
-from embrag_ds.data.dataset import Samples
 from embrag_ds.data.masking import VALIDATION_MASKS
+from embrag_ds.data.sampler import Samples
 from embrag_ds.evaluation.metrics import bin_members
 from embrag_ds.model.imputer import Prediction
 from embrag_ds.retrieval.batch import Batch

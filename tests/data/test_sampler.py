@@ -11,19 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embrag_ds.data.dataset import (
-    DataConfig,
-    Samples,
-    TrainingSampler,
-    WindowedPanel,
-    exclusion_table,
-    read_manifest,
-    split_people,
-)
 from embrag_ds.data.masking import MaskingConfig, training_masks
 from embrag_ds.data.panel import Panel, Populations, ReferenceSet
+from embrag_ds.data.sampler import Samples, TrainingSampler, exclusion_table, read_manifest, split_people
 from embrag_ds.data.sites import SiteTable
-from embrag_ds.data.windows import make_windows
+from embrag_ds.data.windows import DataConfig, WindowedPanel, make_windows
 from embrag_ds.errors import UserError
 
 
