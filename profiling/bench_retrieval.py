@@ -243,7 +243,7 @@ class TrainingLoop:
         batch = self.batches.next()
         prediction = self.model(batch)
         imputation_loss(
-            prediction.logits, batch.alleles, batch.scored, batch.sites.frequency[batch.core], self.loss_settings
+            prediction.logits, batch.core.alleles, batch.core.scored, batch.core.sites.frequency, self.loss_settings
         ).total.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

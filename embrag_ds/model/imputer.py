@@ -15,7 +15,7 @@ from embrag_ds.model.fusion import GatedFusion
 from embrag_ds.model.pooling import CopyingPooling, DistancePooling, Pooled, mixed_embedding, pooled_embedding
 from embrag_ds.model.recompute import computed_again
 from embrag_ds.model.transformer import Transformer
-from embrag_ds.retrieval.batch import Batch, SiteTensors
+from embrag_ds.retrieval.batch import Batch
 
 POOLINGS: dict[str, type[nn.Module]] = {"rare_variant": DistancePooling, "copying": CopyingPooling}
 """How a fusion weighs the neighbours; to add one, copy :class:`DistancePooling` and name it here."""
@@ -86,43 +86,42 @@ class Imputer(nn.Module):
         """
         pooled = None
         # Without retrieval the frequency itself stands in for the reference haplotypes.
-        dosage = expected = batch.frequency
+        dosage = expected = batch.core.frequency
         if batch.retrieved is not None:
             # Probabilities are multiplied along the whole window: not in bf16.
-            with torch.autocast(batch.tokens.device.type, enabled=False):
-                weight = computed_again(self.embedding.site_weights, batch.sites)
+            with torch.autocast(batch.core.tokens.device.type, enabled=False):
+                weight = computed_again(self.embedding.site_weights, batch.window.sites)
                 pooled = self.pooling(batch, batch.retrieved, weight / weight.mean())
             dosage = pooled.dosage
-            expected = (pooled.ancestry * batch.population_frequency).sum(1)
+            expected = (pooled.ancestry * batch.core.population_frequency).sum(1)
         share = torch.sigmoid(self.background.float())
         prior = torch.logit((1 - share) * dosage + share * expected, eps=1e-5)
         if self.good_turing:
-            prior = prior + batch.good_turing
+            prior = prior + batch.core.good_turing
         residual = torch.zeros_like(prior)
         if transformer:
             residual = self.head(self._hidden(batch, pooled, expected))[..., 0].float()
         if self.confidence is not None and pooled is not None and pooled.evidence is not None:
-            residual = residual + self.confidence(prior, pooled.evidence, batch.frequency)
+            residual = residual + self.confidence(prior, pooled.evidence, batch.core.frequency)
         return Prediction(prior + residual, prior)
 
     def _hidden(self, batch: Batch, pooled: Pooled | None, expected: Tensor) -> Tensor:
         """What the head reads, [B, L, D]."""
         retrieved = batch.retrieved
-        sites = SiteTensors(batch.sites.position[batch.core], batch.sites.frequency[batch.core])
-        position = sites.position
-        codebook = self.embedding.codebook(sites)
+        position = batch.core.sites.position
+        codebook = self.embedding.codebook(batch.core.sites)
         if retrieved is not None and retrieved.tokens is not None:
-            embedded = gather_embeddings(codebook, torch.cat([batch.tokens[:, None], retrieved.tokens], dim=1))
+            embedded = gather_embeddings(codebook, torch.cat([batch.core.tokens[:, None], retrieved.tokens], dim=1))
             passed = self.transformer(embedded.flatten(0, 1), position).unflatten(0, embedded.shape[:2])
             reference = passed[:, 1:].mean(1)
-            return computed_again(self.fusion, passed[:, 0], reference, batch.frequency, expected)
+            return computed_again(self.fusion, passed[:, 0], reference, batch.core.frequency, expected)
 
         def fused() -> Tensor:
-            query = gather_embeddings(codebook, batch.tokens)
+            query = gather_embeddings(codebook, batch.core.tokens)
             if retrieved is None or pooled is None:
-                reference = mixed_embedding(codebook, batch.frequency)
+                reference = mixed_embedding(codebook, batch.core.frequency)
             else:
                 reference = pooled_embedding(pooled, retrieved, codebook)
-            return self.fusion(query, reference.to(query.dtype), batch.frequency, expected)
+            return self.fusion(query, reference.to(query.dtype), batch.core.frequency, expected)
 
         return self.transformer(computed_again(fused), position)

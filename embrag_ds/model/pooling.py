@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from embrag_ds.data.tokens import ALT, REF
-from embrag_ds.ops.dosage import Places, interpolated
+from embrag_ds.ops.dosage import Places, alt_share, expected_allele, interpolated
 from embrag_ds.ops.li_stephens import copying_posterior, count_true, match_lengths
 from embrag_ds.retrieval.batch import Batch, Retrieved
 
@@ -73,15 +73,15 @@ class DistancePooling(nn.Module):
 
     def forward(self, batch: Batch, retrieved: Retrieved, site_weight: Tensor) -> Pooled:
         """``site_weight`` [L], mean 1: what disagreement at a site counts."""
-        distance = (retrieved.mismatch * site_weight[batch.typed][..., None]).sum(1)
+        distance = (retrieved.mismatch * site_weight[batch.window.typed][..., None]).sum(1)
         weights = torch.softmax(-self.log_strength.float().exp() * distance, dim=1)
         # The same weights at every site: a posterior at one place, on either side of every site.
-        posterior, nowhere = weights[:, None], torch.zeros_like(batch.tokens)
-        everywhere = Places(nowhere, nowhere, torch.zeros_like(batch.frequency))
+        posterior, nowhere = weights[:, None], torch.zeros_like(batch.core.tokens)
+        everywhere = Places(nowhere, nowhere, torch.zeros_like(batch.core.frequency))
         ancestry = posterior @ _membership(batch, retrieved)
-        sites = batch.tokens.shape[1]
+        sites = batch.core.tokens.shape[1]
         return Pooled(
-            dosage=retrieved.alleles.dosage(posterior, everywhere),
+            dosage=expected_allele(retrieved.alleles, posterior, everywhere),
             ancestry=ancestry.mT.expand(-1, -1, sites),
             weights=None if retrieved.embeddings is None else posterior.mT.expand(-1, -1, sites),
             evidence=None,
@@ -124,12 +124,12 @@ class CopyingPooling(nn.Module):
 
     def forward(self, batch: Batch, retrieved: Retrieved, site_weight: Tensor) -> Pooled:
         """``site_weight`` [L], mean 1: what disagreement at a site counts."""
-        position = batch.sites.position[batch.typed]
+        position = batch.window.sites.position[batch.window.typed]
         gap = torch.diff(position, dim=1, prepend=position[:, :1])
-        length = (batch.sites.position[-1] - batch.sites.position[0]).clamp_min(1e-6)
-        density = batch.typed_count.clamp_min(1) / (length * self._TYPICAL_DENSITY)
+        length = (batch.window.sites.position[-1] - batch.window.sites.position[0]).clamp_min(1e-6)
+        density = batch.window.typed_count.clamp_min(1) / (length * self._TYPICAL_DENSITY)
         rates, penalties = (self._power(each, density) for each in (self.rate, self.penalty))
-        cost = site_weight[batch.typed]
+        cost = site_weight[batch.window.typed]
         prior = self._switch_prior(batch, retrieved)
         # Both mosaics at once: chain c is about haplotype c % B.
         posterior = copying_posterior(
@@ -137,12 +137,12 @@ class CopyingPooling(nn.Module):
             (penalties.T[..., None] * cost).flatten(0, 1),
             -torch.expm1(-rates.T[..., None] * gap).flatten(0, 1),
             prior,
-            batch.near,
+            batch.window.near,
         )
         slow, fast = posterior.unflatten(0, (2, -1))
         between = _flanking(batch)
-        by_slow, by_fast = (retrieved.alleles.dosage(each, between) for each in (slow, fast))
-        share = self._share_of_slow(batch.frequency)
+        by_slow, by_fast = (expected_allele(retrieved.alleles, each, between) for each in (slow, fast))
+        share = self._share_of_slow(batch.core.frequency)
         weights = None
         if retrieved.embeddings is not None:
             spread_fast, spread_slow = (interpolated(each, between) for each in (fast, slow))
@@ -163,7 +163,7 @@ class CopyingPooling(nn.Module):
 
     def _switch_prior(self, batch: Batch, retrieved: Retrieved) -> Tensor:
         """Probability of every neighbour at a switch, float32 [B, K]."""
-        differs = count_true(retrieved.mismatch) * (100 / batch.typed_count.clamp_min(1))[:, None]
+        differs = count_true(retrieved.mismatch) * (100 / batch.window.typed_count.clamp_min(1))[:, None]
         return torch.softmax(-self.closeness.float() * self._GAIN * differs, dim=-1)
 
     def _share_of_slow(self, frequency: Tensor) -> Tensor:
@@ -184,19 +184,19 @@ def _evidence(
     between: Places,
     density: Tensor,
 ) -> Evidence:
-    lengths = match_lengths(retrieved.mismatch, position, batch.typed_count, batch.near).mul_(posterior)
-    of_alt = retrieved.alleles.dosage(lengths, between)
+    lengths = match_lengths(retrieved.mismatch, position, batch.window.typed_count, batch.window.near).mul_(posterior)
+    of_alt = expected_allele(retrieved.alleles, lengths, between)
     spread = torch.special.entr(posterior).sum(-1) / math.log(max(2, posterior.shape[-1]))
     overall = interpolated(torch.stack([lengths.sum(-1), spread], dim=-1), between)
-    sites = batch.sites.position[batch.core]
-    before, after = (position[:, batch.near].gather(1, place) for place in (between.left, between.right))
+    sites = batch.core.sites.position
+    before, after = (position[:, batch.window.near].gather(1, place) for place in (between.left, between.right))
     return Evidence(
         alt_length=of_alt / dosage.clamp_min(_LEAST),
         ref_length=torch.where(
             1 - dosage > _LEAST_REST, (overall[:, 0] - of_alt).clamp_min(0) / (1 - dosage).clamp_min(_LEAST_REST), 0.0
         ),
         uncertainty=overall[:, 1],
-        share=retrieved.alleles.share(),
+        share=alt_share(retrieved.alleles),
         nearest=torch.minimum((sites - before).abs(), (after - sites).abs()),
         gap=(after - before).abs(),
         density=density[:, None].expand_as(dosage),
@@ -207,27 +207,27 @@ def _evidence(
 def _membership(batch: Batch, retrieved: Retrieved) -> Tensor:
     """1 where a neighbour belongs to a population, float32 [B, K, P]."""
     # Not one_hot, which looks at the values first.
-    populations = torch.arange(batch.population_frequency.shape[1], device=retrieved.population.device)
+    populations = torch.arange(batch.core.population_frequency.shape[1], device=retrieved.population.device)
     return (retrieved.population[..., None] == populations).float()
 
 
 def _flanking(batch: Batch) -> Places:
     """The typed sites on either side of every site of the core.
 
-    The sites are places in the part ``batch.near`` of a row of ``batch.typed``; beyond the first and the last
-    typed site both sides are the same.
+    The sites are places in the part ``batch.window.near`` of a row of ``batch.window.typed``; beyond the first and the
+    last typed site both sides are the same.
     """
-    sites = torch.arange(batch.core.start, batch.core.stop, device=batch.typed.device)
+    sites = torch.arange(batch.window.core.start, batch.window.core.stop, device=batch.window.typed.device)
     # The filled-up part of a row repeats the last site, so rows stay sorted.
-    right = torch.searchsorted(batch.typed, sites.expand(len(batch.typed), -1).contiguous())
-    last = (batch.typed_count - 1).clamp_min(0)[:, None]
+    right = torch.searchsorted(batch.window.typed, sites.expand(len(batch.window.typed), -1).contiguous())
+    last = (batch.window.typed_count - 1).clamp_min(0)[:, None]
     left = (right - 1).clamp_min(0).minimum(last)
     right = right.minimum(last)
-    position = batch.sites.position
-    start = position[batch.typed.gather(1, left)]
-    between = position[batch.typed.gather(1, right)] - start
+    position = batch.window.sites.position
+    start = position[batch.window.typed.gather(1, left)]
+    between = position[batch.window.typed.gather(1, right)] - start
     share = torch.where(between > 0, (position[sites] - start) / between.clamp_min(1e-12), 0.0)
-    return Places(left - batch.near.start, right - batch.near.start, share.clamp(0, 1))
+    return Places(left - batch.window.near.start, right - batch.window.near.start, share.clamp(0, 1))
 
 
 def pooled_embedding(pooled: Pooled, retrieved: Retrieved, own: Tensor) -> Tensor:

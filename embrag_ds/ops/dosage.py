@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,47 +43,20 @@ def interpolated(posterior: Tensor, places: Places) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Alleles:
+class DenseAlleles:
     """All of them: ``all`` uint8 [B, K, L]."""
 
     all: Tensor
-
-    def dosage(self, posterior: Tensor, places: Places) -> Tensor:
-        """Expected allele of the copied haplotype, float32 [B, L]; ``posterior`` [B, N, K]. Differentiable in it."""
-        if posterior.is_cuda and cuda.available():
-            return CudaDosage.apply(posterior, self.all, places.left, places.right, places.share)
-        return (interpolated(posterior, places) * self.all).sum(1)
-
-    def share(self) -> Tensor:
-        """How many of the neighbours carry ALT, float32 [B, L]."""
-        return self.all.sum(1, dtype=torch.int32) / self.all.shape[1]
-
-    def dense(self) -> Tensor:
-        """uint8 [B, K, L]."""
-        return self.all
 
 
 @dataclass(frozen=True)
 class Carriers:
     """Who carries ALT: row b's carriers of site l, numbers below ``k``, are ``members`` int32 [B, n] from
-    ``offset`` int32 [B, L + 1] at l to that at l + 1. The same as :class:`Alleles`, on a CPU."""
+    ``offset`` int32 [B, L + 1] at l to that at l + 1. The same as :class:`DenseAlleles`, on a CPU."""
 
     offset: Tensor
     members: Tensor
     k: int
-    loops: ClassVar = (dosage_numba.mix, dosage_numba.mix_adjoint)
-
-    def dosage(self, posterior: Tensor, places: Places) -> Tensor:
-        return _ListedDosage.apply(posterior, self, places)
-
-    def share(self) -> Tensor:
-        return torch.diff(self.offset, dim=1) / self.k
-
-    def dense(self) -> Tensor:
-        found = np.zeros((len(self.offset), self.k, self.offset.shape[1] - 1), dtype=np.uint8)
-        for row, (offset, members) in enumerate(zip(self.offset.numpy(), self.members.numpy(), strict=True)):
-            found[row, members[: offset[-1]], np.repeat(np.arange(found.shape[2]), np.diff(offset))] = 1
-        return torch.from_numpy(found)
 
     @property
     def lists(self) -> tuple[np.ndarray, ...]:
@@ -93,35 +66,62 @@ class Carriers:
 
 @dataclass(frozen=True)
 class Sequences:
-    """What the neighbours ``ids`` int64 [B, K] carry in each of ``blocks``. The same as :class:`Alleles`, on a CPU."""
+    """What the neighbours ``ids`` int64 [B, K] carry in each of ``blocks``. The same as :class:`DenseAlleles`, on a
+    CPU."""
 
     ids: Tensor
     blocks: Blocks
-    loops: ClassVar = (dosage_numba.mix_sequences, dosage_numba.mix_sequences_adjoint)
-
-    def dosage(self, posterior: Tensor, places: Places) -> Tensor:
-        return _ListedDosage.apply(posterior, self, places)
-
-    def share(self) -> Tensor:
-        shape = len(self.ids), len(self.blocks.start) - 1
-        nowhere = torch.zeros(shape, dtype=torch.int64)
-        equal = torch.full((len(self.ids), 1, self.ids.shape[1]), 1 / self.ids.shape[1])
-        return self.dosage(equal, Places(nowhere, nowhere, torch.zeros(shape)))
-
-    def dense(self) -> Tensor:
-        found = [
-            words[sequence[self.ids.numpy()]][..., None] >> np.arange(stop - first, dtype=np.uint64)
-            for words, sequence, (first, stop) in zip(
-                self.blocks.words, self.blocks.sequence, pairwise(self.blocks.bounds), strict=True
-            )
-        ]
-        return torch.from_numpy((np.concatenate(found, axis=-1) & np.uint64(1)).astype(np.uint8))
 
     @property
     def lists(self) -> tuple[np.ndarray, ...]:
         """As the compiled loops take them."""
         blocks = self.blocks
         return self.ids.numpy(), blocks.sequence, blocks.count, blocks.bounds, blocks.start, blocks.who
+
+
+Neighbours = DenseAlleles | Carriers | Sequences
+
+
+def expected_allele(neighbours: Neighbours, posterior: Tensor, places: Places) -> Tensor:
+    """Expected allele of the copied haplotype, float32 [B, L]; ``posterior`` [B, N, K]. Differentiable in it."""
+    if not isinstance(neighbours, DenseAlleles):
+        return _ListedDosage.apply(posterior, neighbours, places)
+    if posterior.is_cuda and cuda.available():
+        return CudaDosage.apply(posterior, neighbours.all, places.left, places.right, places.share)
+    return (interpolated(posterior, places) * neighbours.all).sum(1)
+
+
+def alt_share(neighbours: Neighbours) -> Tensor:
+    """How many of the neighbours carry ALT, float32 [B, L]."""
+    if isinstance(neighbours, DenseAlleles):
+        return neighbours.all.sum(1, dtype=torch.int32) / neighbours.all.shape[1]
+    if isinstance(neighbours, Carriers):
+        return torch.diff(neighbours.offset, dim=1) / neighbours.k
+    ids = neighbours.ids
+    shape = len(ids), len(neighbours.blocks.start) - 1
+    nowhere = torch.zeros(shape, dtype=torch.int64)
+    equal = torch.full((len(ids), 1, ids.shape[1]), 1 / ids.shape[1])
+    return expected_allele(neighbours, equal, Places(nowhere, nowhere, torch.zeros(shape)))
+
+
+def dense_alleles(neighbours: Neighbours) -> Tensor:
+    """All of their alleles, uint8 [B, K, L]."""
+    if isinstance(neighbours, DenseAlleles):
+        return neighbours.all
+    if isinstance(neighbours, Sequences):
+        blocks, ids = neighbours.blocks, neighbours.ids.numpy()
+        spelt = [
+            words[sequence[ids]][..., None] >> np.arange(stop - first, dtype=np.uint64)
+            for words, sequence, (first, stop) in zip(
+                blocks.words, blocks.sequence, pairwise(blocks.bounds), strict=True
+            )
+        ]
+        return torch.from_numpy((np.concatenate(spelt, axis=-1) & np.uint64(1)).astype(np.uint8))
+    offsets, lists = neighbours.offset.numpy(), neighbours.members.numpy()
+    found = np.zeros((len(offsets), neighbours.k, offsets.shape[1] - 1), dtype=np.uint8)
+    for row, (offset, members) in enumerate(zip(offsets, lists, strict=True)):
+        found[row, members[: offset[-1]], np.repeat(np.arange(found.shape[2]), np.diff(offset))] = 1
+    return torch.from_numpy(found)
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class _ListedDosage(torch.autograd.Function):
         between = [each.contiguous().numpy() for each in (places.left, places.right, places.share.detach())]
         ctx.arguments = [*neighbours.lists, *between]
         ctx.shape = posterior.shape
-        mix, ctx.adjoint = neighbours.loops
+        mix, ctx.adjoint = _LOOPS[type(neighbours)]
         dosage = np.empty(places.share.shape, dtype=np.float32)
         mix(posterior.detach().contiguous().numpy(), *ctx.arguments, dosage)
         return torch.from_numpy(dosage)
@@ -176,7 +176,10 @@ class _ListedDosage(torch.autograd.Function):
         return torch.from_numpy(slope), None, None
 
 
-Neighbours = Alleles | Carriers | Sequences
+_LOOPS: dict[type, tuple[Any, Any]] = {
+    Carriers: (dosage_numba.mix, dosage_numba.mix_adjoint),
+    Sequences: (dosage_numba.mix_sequences, dosage_numba.mix_sequences_adjoint),
+}
 
 
 class WindowAlleles:
@@ -198,7 +201,7 @@ class WindowAlleles:
         None where every row has its own.
         """
         if self._by_site is None:
-            return Alleles(self.by_haplotype[ids])
+            return DenseAlleles(self.by_haplotype[ids])
         if cuts is not None and len(self._by_site) >= _LEAST_RUN * len(cuts):
             if self._blocks is None or self._blocks[0] != cuts.tobytes():
                 self._blocks = cuts.tobytes(), Blocks.made(self._by_site, cuts)

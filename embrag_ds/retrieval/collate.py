@@ -19,7 +19,7 @@ from embrag_ds.data.windows import WindowedPanel
 from embrag_ds.errors import UserError
 from embrag_ds.ops.dosage import WindowAlleles
 from embrag_ds.ops.li_stephens import mismatches
-from embrag_ds.retrieval.batch import Batch, Retrieved, SiteTensors
+from embrag_ds.retrieval.batch import Batch, CoreFrame, Retrieved, SiteTensors, WindowFrame
 from embrag_ds.retrieval.codebooks import ReferenceSource, WindowCode
 from embrag_ds.retrieval.device_panel import PackedReference
 from embrag_ds.retrieval.frequency import frequencies_without
@@ -124,9 +124,17 @@ class RetrievalCollator:
         good_turing = self._turing[frequencies.copies.long().clamp_max(len(self._turing) - 1)]
         good_turing = torch.where(frequencies.overall > 0.5, -good_turing, good_turing)
         listed = frequencies.copies >= self._data.reference.panel.fewest_copies
-        batch = Batch(
-            window=samples.window,
+        sites = SiteTensors(put(features.position), put(features.frequency))
+        frame = WindowFrame(
+            number=samples.window,
             core=window.core,
+            sites=sites,
+            typed=put(typed).repeat_interleave(2, dim=0),
+            typed_count=put(count).repeat_interleave(2, dim=0),
+            near=_near(samples.hidden, window.core),
+        )
+        core = CoreFrame(
+            sites=SiteTensors(sites.position[window.core], sites.frequency[window.core]),
             tokens=tokens[:, window.core],
             hidden=hidden[:, window.core],
             alleles=alleles[:, window.core],
@@ -134,14 +142,8 @@ class RetrievalCollator:
             frequency=frequencies.overall.repeat_interleave(2, dim=0),
             population_frequency=frequencies.population.repeat_interleave(2, dim=0),
             good_turing=good_turing.repeat_interleave(2, dim=0),
-            typed=put(typed).repeat_interleave(2, dim=0),
-            typed_count=put(count).repeat_interleave(2, dim=0),
-            near=_near(samples.hidden, window.core),
-            sites=SiteTensors(put(features.position), put(features.frequency)),
-            retrieved=None,
-            bytes_moved=0,
-            ready=None,
         )
+        retrieved, fetched = None, 0
         if self._store is not None and self._source is not None:
             # Found on the CPU: on a GPU the size of the result would force a synchronisation.
             shown = np.flatnonzero(~samples.hidden.all(0))
@@ -158,11 +160,10 @@ class RetrievalCollator:
             )
             code = self._source.code(samples.window, step)
             cuts = _common_cuts(samples.hidden[:, window.core])
-            retrieved = self._retrieve(query, batch, code, self._store, reference, cuts)
+            retrieved = self._retrieve(query, frame, code, self._store, reference, cuts)
             fetched = 0 if code.codebook is None else code.codebook.nbytes + code.weights.nbytes
-            batch = replace(batch, retrieved=retrieved, bytes_moved=fetched)
         self.staging.end()
-        return batch
+        return Batch(core, frame, retrieved, bytes_moved=fetched, ready=None)
 
     def _core_alleles(self, window: int) -> WindowAlleles:
         """Of the core; blocks of people to be imputed come window by window."""
@@ -176,7 +177,7 @@ class RetrievalCollator:
     def _retrieve(
         self,
         query: Query,
-        batch: Batch,
+        frame: WindowFrame,
         code: WindowCode,
         store: Store,
         reference: WindowAlleles,
@@ -185,12 +186,12 @@ class RetrievalCollator:
         with self._timeline.phase("search"):
             ids = store.search(query, code, self.k)
         # Where each typed site lies among the shown ones; what fills a row up lies anywhere.
-        place = torch.searchsorted(query.shown_on_device, batch.typed).clamp_max_(len(query.shown) - 1)
-        shown = query.tokens.gather(1, batch.typed)
+        place = torch.searchsorted(query.shown_on_device, frame.typed).clamp_max_(len(query.shown) - 1)
+        shown = query.tokens.gather(1, frame.typed)
         return Retrieved(
             ids=ids,
             alleles=reference.of(ids, cuts),
-            mismatch=mismatches(query.alleles, place, ids, shown, batch.typed_count),
+            mismatch=mismatches(query.alleles, place, ids, shown, frame.typed_count),
             population=self._population_of[ids],
             codebook=None if self._live else code.codebook,
             embeddings=store.embeddings(query.window, ids, code.generation),

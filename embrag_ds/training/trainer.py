@@ -189,7 +189,11 @@ class Trainer:
             with self.timeline.phase("forward"):
                 prediction = self.engine(batch)
                 losses = imputation_loss(
-                    prediction.logits, batch.alleles, batch.scored, batch.sites.frequency[batch.core], self.embrag.loss
+                    prediction.logits,
+                    batch.core.alleles,
+                    batch.core.scored,
+                    batch.core.sites.frequency,
+                    self.embrag.loss,
                 )
             with self.timeline.phase("backward"):
                 self.engine.backward(losses.total)
@@ -197,7 +201,7 @@ class Trainer:
                 self.engine.step()
             interval.losses += _stacked(losses)
             interval.micro_batches += 1
-            interval.people += len(batch.tokens) // 2
+            interval.people += len(batch.core.tokens) // 2
             interval.bytes_moved += batch.bytes_moved
         self.state.step += 1
 

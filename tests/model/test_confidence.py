@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from embrag_ds.model import confidence
 from embrag_ds.model.confidence import ConfidenceHead
 from embrag_ds.model.pooling import Evidence
+from embrag_ds.ops.dosage import dense_alleles
 from embrag_ds.ops.li_stephens import match_lengths
 
 
@@ -53,7 +54,7 @@ def test_the_evidence_is_what_its_docstring_says(build) -> None:
     collate = world.collator(network.embedding, k=8, mode="dense")
     batch = collate(world.batch_of(1, [0, 1], world.hidden(1, 2, 1, 0.8)))
     found = batch.retrieved
-    even = torch.ones(len(batch.sites.position))
+    even = torch.ones(len(batch.window.sites.position))
     network.pooling.slow.data[0] = -100.0
     fast = network.pooling(batch, found, even)
     network.pooling.slow.data[0] = 100.0  # the slow mosaic alone, which the evidence is about
@@ -61,15 +62,15 @@ def test_the_evidence_is_what_its_docstring_says(build) -> None:
     apart = torch.logit(pooled.dosage, eps=1e-4) - torch.logit(fast.dosage, eps=1e-4)
     torch.testing.assert_close(pooled.evidence.disagreement, apart, rtol=1e-3, atol=1e-3)
     assert float(apart.detach().abs().max()) > 0.1
-    position, evidence = batch.sites.position, pooled.evidence
+    position, evidence = batch.window.sites.position, pooled.evidence
     checked = 0
-    lengths = match_lengths(found.mismatch, position[batch.typed], batch.typed_count)
+    lengths = match_lengths(found.mismatch, position[batch.window.typed], batch.window.typed_count)
     for row in range(4):
-        typed = batch.typed[row, : int(batch.typed_count[row])]
-        for place, site in enumerate(range(batch.core.start, batch.core.stop)):
+        typed = batch.window.typed[row, : int(batch.window.typed_count[row])]
+        for place, site in enumerate(range(batch.window.core.start, batch.window.core.stop)):
             left = typed[typed < site].max() if (typed < site).any() else typed.min()
             right = typed[typed >= site].min() if (typed >= site).any() else typed.max()
-            carriers = found.alleles.dense()[row, :, place].float()
+            carriers = dense_alleles(found.alleles)[row, :, place].float()
             assert float(evidence.share[row, place]) == pytest.approx(float(carriers.mean()))
             assert float(evidence.gap[row, place]) == pytest.approx(
                 abs(float(position[right] - position[left])), abs=1e-5

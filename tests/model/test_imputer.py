@@ -12,7 +12,7 @@ from embrag_ds.errors import UserError
 from embrag_ds.model.embedding import HaplotypeEmbedding, gather_embeddings
 from embrag_ds.model.imputer import Imputer, ModelConfig
 from embrag_ds.model.losses import LossConfig, Losses, imputation_loss
-from embrag_ds.ops.dosage import Alleles, Carriers, Sequences
+from embrag_ds.ops.dosage import Carriers, DenseAlleles, Sequences, dense_alleles
 from embrag_ds.retrieval.batch import Batch
 from embrag_ds.retrieval.codebooks import site_weights
 from embrag_ds.retrieval.collate import site_tensors
@@ -22,8 +22,8 @@ MODES = pytest.mark.parametrize("mode", ["none", "token", "factored", "dense", "
 
 
 def loss_of(network: Imputer, batch: Batch) -> Losses:
-    frequency = batch.sites.frequency[batch.core]
-    return imputation_loss(network(batch).logits, batch.alleles, batch.scored, frequency, LossConfig())
+    frequency = batch.core.sites.frequency
+    return imputation_loss(network(batch).logits, batch.core.alleles, batch.core.scored, frequency, LossConfig())
 
 
 def predict(network, batch):
@@ -43,7 +43,7 @@ def test_the_truth_at_hidden_sites_changes_no_prediction(build, fusion: str, mod
         samples = world.batch_of(window, [0, 3, 7], world.hidden(window, 3, window))
         lying = samples.alleles ^ np.repeat(samples.hidden, 2, axis=0)
         one, two = collate(samples), collate(replace(samples, alleles=lying))
-        assert not torch.equal(one.alleles, two.alleles)
+        assert not torch.equal(one.core.alleles, two.core.alleles)
         first, second = predict(network, one), predict(network, two)
         assert torch.equal(first.logits, second.logits) and torch.equal(first.prior, second.prior)
 
@@ -61,7 +61,7 @@ def test_people_typed_at_the_same_few_sites_are_pooled_by_sequence(build) -> Non
     batches = [collate(world.batch_of(0, [0, 3, 7], hidden)) for hidden in (few, own, many)]
     alleles = [batch.retrieved.alleles for batch in batches]
     assert [type(each) for each in alleles] == [Sequences, Carriers, Carriers]
-    table = replace(batches[0].retrieved, alleles=Alleles(alleles[0].dense()))
+    table = replace(batches[0].retrieved, alleles=DenseAlleles(dense_alleles(alleles[0])))
     mine, other = (predict(network, batch) for batch in (batches[0], replace(batches[0], retrieved=table)))
     torch.testing.assert_close(mine.logits.sigmoid(), other.logits.sigmoid(), atol=1e-4, rtol=0)
 
@@ -71,10 +71,10 @@ def test_the_panels_spectrum_moves_the_prior_where_it_is_asked_for(build) -> Non
     with_it, without = build.imputer(good_turing=True), build.imputer()
     samples = world.batch_of(1, [0, 3, 7], world.hidden(1, 3, 1))
     batch = world.collator(without.embedding)(samples)
-    batch = replace(batch, good_turing=torch.randn_like(batch.good_turing))
+    batch = replace(batch, core=replace(batch.core, good_turing=torch.randn_like(batch.core.good_turing)))
     moved, plain = predict(with_it, batch), predict(without, batch)
-    torch.testing.assert_close(moved.prior, plain.prior + batch.good_turing)
-    nothing = replace(batch, good_turing=torch.zeros_like(batch.good_turing))
+    torch.testing.assert_close(moved.prior, plain.prior + batch.core.good_turing)
+    nothing = replace(batch, core=replace(batch.core, good_turing=torch.zeros_like(batch.core.good_turing)))
     assert torch.equal(predict(without, nothing).logits, plain.logits)
 
 
@@ -99,7 +99,7 @@ def test_an_untrained_network_predicts_its_prior(build, fusion: str, mode: str) 
     batch = world.collator(network.embedding, mode=mode)(world.batch_of(1, [0, 3], world.hidden(1, 2, 1)))
     found = predict(network, batch)
     assert torch.equal(found.logits, found.prior)
-    assert found.logits.shape == batch.tokens.shape and found.logits.dtype == torch.float32
+    assert found.logits.shape == batch.core.tokens.shape and found.logits.dtype == torch.float32
 
 
 def test_without_retrieval_the_prior_is_the_allele_frequency(build) -> None:
@@ -117,12 +117,12 @@ def test_the_prior_mixes_copied_dosage_and_the_frequency_of_the_neighbours_popul
     network = build.imputer(fusion=fusion)
     batch = world.collator(network.embedding)(world.batch_of(1, [0, 3], world.hidden(1, 2, 1)))
     with torch.no_grad():
-        weight = network.embedding.codebook(batch.sites)
+        weight = network.embedding.codebook(batch.window.sites)
         weight = ((weight[:, 1] - weight[:, 0]) ** 2).sum(-1)
         pooled = network.pooling(batch, batch.retrieved, weight / weight.mean())
     share = float(torch.sigmoid(network.background.detach()))
     found = predict(network, batch).prior.sigmoid()
-    frequency = batch.population_frequency
+    frequency = batch.core.population_frequency
     for row in range(4):
         for site in range(found.shape[1]):
             expected = sum(float(pooled.ancestry[row, p, site]) * float(frequency[row, p, site]) for p in range(3))

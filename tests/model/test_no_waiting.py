@@ -44,8 +44,10 @@ def test_forward_loss_and_backward_ask_for_no_value(build, monkeypatch, mode: st
     batch = world.collator(network.embedding, mode=mode)(world.batch_of(1, [0, 4, 9], world.hidden(1, 3, 1)))
     with Waits() as waits:
         logits = network(batch).logits
-        frequency = batch.sites.frequency[batch.core]
-        imputation_loss(logits, batch.alleles, batch.scored, frequency, LossConfig(rarity=0.5)).total.backward()
+        frequency = batch.core.sites.frequency
+        imputation_loss(
+            logits, batch.core.alleles, batch.core.scored, frequency, LossConfig(rarity=0.5)
+        ).total.backward()
     assert not waits.seen
 
 

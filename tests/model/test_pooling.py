@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import embrag_ds.model.pooling as pooling_module
 from embrag_ds.model.embedding import gather_embeddings
 from embrag_ds.model.pooling import CopyingPooling, DistancePooling, mixed_embedding, pooled_embedding
+from embrag_ds.ops.dosage import dense_alleles
 
 POOLINGS = pytest.mark.parametrize("kind", [CopyingPooling, DistancePooling])
 
@@ -67,8 +68,8 @@ def slow_weights(rate: float, penalty: float, weight: np.ndarray, samples, batch
     """
     ids, truth, hidden = batch.retrieved.ids[row].tolist(), samples.alleles[row], samples.hidden[row // 2]
     typed = [site for site in range(len(truth)) if not hidden[site]]
-    position = batch.sites.position.double().numpy()
-    core = position[batch.core]
+    position = batch.window.sites.position.double().numpy()
+    core = position[batch.window.core]
     if not typed:
         return np.full((len(ids), len(core)), 1 / len(ids))
     emission = np.array([[np.exp(-penalty * weight[s] * (panel[i, s] != truth[s])) for i in ids] for s in typed])
@@ -103,13 +104,13 @@ def test_copying_weights_equal_the_slow_model_interpolated_in_centimorgans(
         original = pooling_module.copying_posterior
         patch.setattr(pooling_module, "copying_posterior", lambda *given: (passed.append(given), original(*given))[1])
         found = pooling(batch, batch.retrieved, weight).weights.numpy()
-        share = pooling._share_of_slow(batch.frequency).numpy()
+        share = pooling._share_of_slow(batch.core.frequency).numpy()
     panel = world.data.reference_alleles(window)
     ((_, costs, all_switches, prior, near),) = passed
-    assert near == batch.near
+    assert near == batch.window.near
     rows = 2 * len(people)
     for row in range(rows):
-        typed = batch.typed[row, : int(batch.typed_count[row])]
+        typed = batch.window.typed[row, : int(batch.window.typed_count[row])]
         by_chain = []
         for cost, switch in zip(costs.split(rows), all_switches.split(rows), strict=True):
             rate, penalty = 0.0, 0.0
@@ -118,7 +119,7 @@ def test_copying_weights_equal_the_slow_model_interpolated_in_centimorgans(
                 penalty = float(penalties.mean())
                 assert torch.allclose(penalties, torch.full_like(penalties, penalty), rtol=1e-4) and penalty > 0
             if len(typed) > 1:
-                gaps = torch.diff(batch.sites.position[typed].double())
+                gaps = torch.diff(batch.window.sites.position[typed].double())
                 switches = switch[row, 1 : len(typed)].double()
                 clearest = int((switches - 0.5).abs().argmin())
                 rate = float(-torch.log1p(-switches[clearest]) / gaps[clearest])
@@ -138,7 +139,7 @@ def test_a_switch_prefers_neighbours_with_fewer_mismatches_and_a_rare_site_the_s
         prior = pooling._switch_prior(batch, batch.retrieved)
         share = pooling._share_of_slow(torch.tensor([[1e-4, 1e-3, 0.1, 0.9, 0.9999]]))[0]
     for row in range(4):
-        count = int(batch.typed_count[row])
+        count = int(batch.window.typed_count[row])
         percent = 100 * batch.retrieved.mismatch[row, :count].float().mean(0).double()
         expected = torch.exp(-0.07 * percent)
         assert torch.allclose(prior[row].double(), expected / expected.sum(), rtol=1e-4)
@@ -156,7 +157,7 @@ def test_outside_the_typed_sites_the_nearest_typed_site_decides(build) -> None:
     assert torch.equal(weights[..., :12], weights[..., 12:13].expand(-1, -1, 12))
     assert torch.equal(weights[..., 30:], weights[..., 29:30].expand(-1, -1, 10))
     # Between two typed sites: the convex combination by genetic distance.
-    position = batch.sites.position
+    position = batch.window.sites.position
     share = (position[16] - position[12]) / (position[20] - position[12])
     between = (1 - share) * weights[..., 12] + share * weights[..., 20]
     assert torch.allclose(weights[..., 16], between, atol=1e-6)
@@ -175,7 +176,7 @@ def test_filled_up_rows_do_not_change_what_a_person_gets(build, kind, mode: str,
         pooled = kind()(together, together.retrieved, weight)
         for person in range(3):
             alone = collate(world.batch_of(1, [person], hidden[person : person + 1]))
-            assert alone.typed.shape[1] < together.typed.shape[1] or person == 1
+            assert alone.window.typed.shape[1] < together.window.typed.shape[1] or person == 1
             own = kind()(alone, alone.retrieved, weight)
             for name in ("dosage", "ancestry", "weights"):
                 if mode == "dense" or name != "weights":
@@ -192,7 +193,7 @@ def test_a_query_that_shows_nothing_weighs_all_neighbours_alike(build, kind) -> 
     with torch.no_grad():
         pooled = kind()(batch, batch.retrieved, torch.ones(len(world.data.windows[1])))
     weights = pooled.weights
-    assert torch.allclose(pooled.dosage[:2], batch.retrieved.alleles.dense()[:2].float().mean(1), atol=1e-6)
+    assert torch.allclose(pooled.dosage[:2], dense_alleles(batch.retrieved.alleles)[:2].float().mean(1), atol=1e-6)
     assert torch.allclose(weights[:2], torch.full_like(weights[:2], 0.2), atol=1e-6)
     assert not torch.allclose(weights[2:], torch.full_like(weights[2:], 0.2), atol=1e-2)
 
@@ -227,7 +228,7 @@ def test_dosage_and_ancestry_are_the_alleles_and_populations_of_the_weights(buil
     found = batch.retrieved
     with torch.no_grad():
         pooled = slow_alone(kind())(batch, found, torch.ones(len(world.data.windows[1])))
-    alleles = found.alleles.dense()
+    alleles = dense_alleles(found.alleles)
     sites = alleles.shape[2]
     assert pooled.weights.shape == (4, 5, sites)
     assert torch.allclose(pooled.weights.sum(1), torch.ones(4, sites), atol=1e-5)
@@ -254,7 +255,7 @@ def test_the_pooled_embedding_from_the_codebook_is_the_sum_over_neighbours(build
     }
     assert pooled["factored"].weights is None
     found = batches["dense"].retrieved
-    rows = gather_embeddings(found.codebook, found.alleles.dense().long())
+    rows = gather_embeddings(found.codebook, dense_alleles(found.alleles).long())
     explicit = sum(pooled["dense"].weights[:, place, :, None] * rows[:, place] for place in range(5))
     for mode, batch in batches.items():
         assert (batch.retrieved.embeddings is not None) == (mode == "dense")

@@ -54,7 +54,7 @@ def test_the_network_keeps_little_around_its_transformer(
     for part in (network.head, network.confidence.layers[-1]):
         torch.nn.init.normal_(part.weight)  # they start at 0, and hand nothing back
     batch = world.collator(network.embedding, mode=mode)(world.batch_of(1, [0, 3, 7], world.hidden(1, 3, 1)))
-    size = 4 * batch.tokens.numel() * 64  # [B, L, D]
+    size = 4 * batch.core.tokens.numel() * 64  # [B, L, D]
 
     def measured() -> tuple[int, list[Tensor]]:
         kept = kept_bytes(lambda: network(batch).logits)

@@ -50,25 +50,27 @@ def test_every_haplotype_goes_through_the_transformer_alone_and_is_fused_after_i
     batch = token_collator(world, network.embedding, k=6, token_k=token_k)(
         world.batch_of(1, [0, 4], world.hidden(1, 2, 1))
     )
-    core = batch.core
-    sites = replace(batch.sites, position=batch.sites.position[core], frequency=batch.sites.frequency[core])
+    core = batch.window.core
+    sites = replace(
+        batch.window.sites, position=batch.window.sites.position[core], frequency=batch.window.sites.frequency[core]
+    )
     with torch.no_grad():
         prediction = network(batch)
         confidence = torch.zeros_like(prediction.prior)
-        weight = network.embedding.site_weights(batch.sites)
+        weight = network.embedding.site_weights(batch.window.sites)
         pooled = network.pooling(batch, batch.retrieved, weight / weight.mean())
-        expected = (pooled.ancestry * batch.population_frequency).sum(1)
+        expected = (pooled.ancestry * batch.core.population_frequency).sum(1)
         if network.confidence is not None:
-            confidence = network.confidence(prediction.prior, pooled.evidence, batch.frequency)
+            confidence = network.confidence(prediction.prior, pooled.evidence, batch.core.frequency)
 
         def passed(tokens: torch.Tensor) -> torch.Tensor:
             return network.transformer(network.embedding(tokens[None], sites), sites.position)
 
         for row in range(4):
-            query = passed(batch.tokens[row])
+            query = passed(batch.core.tokens[row])
             references = torch.stack([passed(tokens) for tokens in batch.retrieved.tokens[row]]).mean(0)
             one = slice(row, row + 1)
-            hidden = network.fusion(query, references, batch.frequency[one], expected[one])
+            hidden = network.fusion(query, references, batch.core.frequency[one], expected[one])
             logits = prediction.prior[one] + network.head(hidden)[..., 0] + confidence[one]
             assert torch.allclose(prediction.logits[one], logits, atol=1e-4)
 
@@ -120,5 +122,5 @@ def test_neighbours_add_no_tensor_of_their_number_times_width_to_v18(build, fusi
 def test_what_the_query_hides_is_masked_and_references_are_whole(build) -> None:
     world = build(3)
     batch = token_collator(world, build.imputer().embedding, k=4)(world.batch_of(0, [1], world.hidden(0, 1, 1)))
-    assert (batch.tokens == MASK).any()
+    assert (batch.core.tokens == MASK).any()
     assert int(batch.retrieved.tokens.max()) < MASK

@@ -7,13 +7,16 @@ import pytest
 import torch
 
 from embrag_ds.ops.dosage import (
-    Alleles,
     Blocks,
     Carriers,
+    DenseAlleles,
     Neighbours,
     Places,
     Sequences,
     WindowAlleles,
+    alt_share,
+    dense_alleles,
+    expected_allele,
     interpolated,
 )
 
@@ -22,7 +25,7 @@ CUTS = np.array([3, 20, 21, 60])
 
 
 def case(seed: int, k: int, queries: int = 3):
-    """Alleles [L, H] from absent to fixed, the neighbours of ``queries``, and a posterior with its places."""
+    """DenseAlleles [L, H] from absent to fixed, the neighbours of ``queries``, and a posterior with its places."""
     rng = np.random.default_rng(seed)
     maker = torch.Generator().manual_seed(seed)
     frequency = np.linspace(0, 1, SITES)
@@ -44,7 +47,7 @@ def all_ways(alleles: torch.Tensor, ids: torch.Tensor) -> tuple[Neighbours, ...]
     carriers, sequences = window.of(ids), window.of(ids, CUTS)
     long = Sequences(ids, Blocks.made(alleles.numpy(), np.empty(0, dtype=np.int64)))
     assert isinstance(carriers, Carriers) and isinstance(sequences, Sequences)
-    return Alleles(alleles.T.contiguous()[ids]), carriers, sequences, long
+    return DenseAlleles(alleles.T.contiguous()[ids]), carriers, sequences, long
 
 
 @pytest.mark.parametrize("k", [1, 7, HAPLOTYPES])
@@ -53,15 +56,15 @@ def test_all_say_what_the_neighbours_carry(seed: int, k: int) -> None:
     alleles, ids, *_ = case(seed, k)
     expected = torch.tensor([[[int(alleles[site, which]) for site in range(SITES)] for which in row] for row in ids])
     for found in all_ways(alleles, ids):
-        assert torch.equal(found.dense().long(), expected)
-        torch.testing.assert_close(found.share(), expected.float().mean(1))
+        assert torch.equal(dense_alleles(found).long(), expected)
+        torch.testing.assert_close(alt_share(found), expected.float().mean(1))
 
 
 @pytest.mark.parametrize("k", [1, 7, HAPLOTYPES])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_dosage_is_a_plain_sum(seed: int, k: int) -> None:
     alleles, ids, posterior, places = case(seed, k)
-    dosages = [each.dosage(posterior, places) for each in all_ways(alleles, ids)]
+    dosages = [expected_allele(each, posterior, places) for each in all_ways(alleles, ids)]
     weights = interpolated(posterior, places)
     for query in range(len(ids)):
         for site in range(SITES):
@@ -80,7 +83,7 @@ def test_slopes_of_all_are_those_of_autograd() -> None:
     slopes = []
     for found in all_ways(alleles, ids):
         leaf = posterior.clone().requires_grad_()
-        (found.dosage(leaf, places) * torch.arange(SITES)).sum().backward()
+        (expected_allele(found, leaf, places) * torch.arange(SITES)).sum().backward()
         assert leaf.grad is not None
         slopes.append(leaf.grad)
     for slope in slopes[1:]:
@@ -92,7 +95,7 @@ def test_a_window_serves_queries_with_any_number_of_neighbours() -> None:
     window = WindowAlleles(alleles)
     for k in (3, HAPLOTYPES, 3):
         for cuts in (None, CUTS, CUTS[:2], np.empty(0, dtype=np.int64)):
-            assert torch.equal(window.of(ids[:, :k], cuts).dense(), Alleles(alleles.T[ids[:, :k]]).dense())
+            assert torch.equal(dense_alleles(window.of(ids[:, :k], cuts)), alleles.T[ids[:, :k]])
 
 
 def test_blocks_are_cut_and_end_with_the_word() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from embrag_ds.ops import dosage_cuda
-from embrag_ds.ops.dosage import Alleles, Places, interpolated
+from embrag_ds.ops.dosage import DenseAlleles, Places, expected_allele, interpolated
 from embrag_ds.ops.dosage_cuda import SOURCE, CudaDosage
 
 HOST = r"""
@@ -19,17 +19,17 @@ HOST = r"""
 struct Place { int x; };
 static Place blockIdx, blockDim, threadIdx;
 %s
-typedef const unsigned char* Alleles;
+typedef const unsigned char* DenseAlleles;
 typedef const float* In;
 typedef const long long* At;
 #define EVERYBODY blockDim.x = threads; \
     for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) \
         for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x)
-extern "C" void dosage(int blocks, int threads, Alleles a, In p, At l, At r, In s, float* o,
+extern "C" void dosage(int blocks, int threads, DenseAlleles a, In p, At l, At r, In s, float* o,
                        int t, int N, int K, int L) {
     EVERYBODY copied_dosage(a, p, l, r, s, o, t, N, K, L);
 }
-extern "C" void adjoint(int blocks, int threads, Alleles a, In g, At l, At r, In s, float* o,
+extern "C" void adjoint(int blocks, int threads, DenseAlleles a, In g, At l, At r, In s, float* o,
                         int t, int N, int K, int L) {
     EVERYBODY copied_dosage_adjoint(a, g, l, r, s, o, t, N, K, L);
 }
@@ -98,7 +98,7 @@ def test_what_launches_them_hands_over_what_they_take(
     alleles, posterior, places = random_case(passed, passed, neighbours, sites)
     leaves, gradient = [posterior.clone().requires_grad_() for _ in range(2)], torch.randn(3, sites)
     found = CudaDosage.apply(leaves[0], alleles, places.left, places.right, places.share)
-    expected = Alleles(alleles).dosage(leaves[1], places)
+    expected = expected_allele(DenseAlleles(alleles), leaves[1], places)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     for dosage in (found, expected):
         (dosage * gradient).sum().backward()
@@ -113,7 +113,7 @@ def test_on_the_gpu_they_are_torchs(passed: int, neighbours: int, sites: int) ->
     for device in ("cpu", "cuda"):
         leaf = posterior.detach().clone().to(device).requires_grad_()
         between = Places(*(each.to(device) for each in (places.left, places.right, places.share)))
-        dosage = Alleles(alleles.to(device)).dosage(leaf, between)
+        dosage = expected_allele(DenseAlleles(alleles.to(device)), leaf, between)
         (dosage * gradient.to(device)).sum().backward()
         assert leaf.grad is not None
         found.append((dosage.detach().cpu(), leaf.grad.cpu()))

@@ -11,6 +11,7 @@ import torch
 from embrag_ds.data.sampler import exclusion_table
 from embrag_ds.errors import UserError
 from embrag_ds.model.embedding import HaplotypeEmbedding
+from embrag_ds.ops.dosage import dense_alleles
 from embrag_ds.retrieval.batch import Batch
 from embrag_ds.retrieval.codebooks import LiveReference, ReferenceCache
 from embrag_ds.retrieval.collate import site_tensors
@@ -109,7 +110,7 @@ def test_a_batch_carries_the_snapshot_its_step_prescribes(
         assert retrieved.snapshot_step == current[0]
         assert torch.equal(retrieved.codebook, said[current[0]])
         if store == "dense":
-            rows = said[current[0]][torch.arange(len(retrieved.codebook)), retrieved.alleles.dense().long()]
+            rows = said[current[0]][torch.arange(len(retrieved.codebook)), dense_alleles(retrieved.alleles).long()]
             assert torch.equal(retrieved.embeddings, rows)
         age = {"generation": retrieved.generation, "staleness": step - current[0], "refreshes_skipped": skipped}
         assert reference.age(step) == age

@@ -17,7 +17,7 @@ from torch import Tensor
 from embrag_ds.data.sampler import Samples
 from embrag_ds.data.tokens import MASK
 from embrag_ds.errors import UserError
-from embrag_ds.ops.dosage import Carriers, Sequences
+from embrag_ds.ops.dosage import Carriers, Sequences, dense_alleles
 
 WAY = pytest.mark.parametrize("way", range(3), ids=["factored-torch", "factored-faiss", "dense"])
 
@@ -25,7 +25,7 @@ WAY = pytest.mark.parametrize("way", range(3), ids=["factored-torch", "factored-
 def leaves(value: Any, name: str = "batch") -> Iterator[tuple[str, Any]]:
     """Every tensor and plain value of a batch, with its path."""
     if isinstance(value, Carriers | Sequences):
-        yield name, value.dense()  # beyond the last carrier, or sequence, the lists hold anything
+        yield name, dense_alleles(value)  # beyond the last carrier, or sequence, the lists hold anything
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             yield from leaves(getattr(value, field.name), f"{name}.{field.name}")
@@ -112,8 +112,8 @@ def test_the_truth_at_hidden_sites_reaches_nothing_but_the_truth_itself(build, w
         assert not np.array_equal(lying, samples.alleles)
         one, two = collate(samples), collate(dataclasses.replace(samples, alleles=lying))
         for (name, first), (_, second) in zip(leaves(one), leaves(two), strict=True):
-            if name == "batch.alleles":
-                assert torch.equal(first == second, ~one.hidden)
+            if name == "batch.core.alleles":
+                assert torch.equal(first == second, ~one.core.hidden)
             else:
                 assert equal(first, second), name
 
@@ -129,27 +129,27 @@ def test_a_batch_holds_what_its_docstring_says(build, way: int) -> None:
         samples = world.batch_of(number, people, world.hidden(number, 2, number))
         batch, length = collate(samples), len(window)
         found = batch.retrieved
-        assert (batch.window, batch.core) == (number, window.core)
+        assert (batch.window.number, batch.window.core) == (number, window.core)
         for row in range(4):
             truth = alleles[window.start : window.stop, 2 * people[row // 2] + row % 2]
             hidden = samples.hidden[row // 2]
             shown = [site for site in range(length) if not hidden[site]]
             tokens = [MASK if hidden[site] else int(truth[site]) for site in range(length)]
-            assert batch.tokens[row].tolist() == tokens[window.core]
-            assert batch.hidden[row].tolist() == hidden.tolist()[window.core]
-            assert batch.alleles[row].tolist() == truth.tolist()[window.core]
-            assert int(batch.typed_count[row]) == len(shown)
-            filling = batch.typed.shape[1] - len(shown)
-            assert batch.typed[row].tolist() == shown + [length - 1] * filling
+            assert batch.core.tokens[row].tolist() == tokens[window.core]
+            assert batch.core.hidden[row].tolist() == hidden.tolist()[window.core]
+            assert batch.core.alleles[row].tolist() == truth.tolist()[window.core]
+            assert int(batch.window.typed_count[row]) == len(shown)
+            filling = batch.window.typed.shape[1] - len(shown)
+            assert batch.window.typed[row].tolist() == shown + [length - 1] * filling
             for place, haplotype in enumerate(found.ids[row].tolist()):
                 reference = alleles[window.start : window.stop, haplotype]
-                assert found.alleles.dense()[row, place].tolist() == reference.tolist()[window.core]
+                assert dense_alleles(found.alleles)[row, place].tolist() == reference.tolist()[window.core]
                 mismatch = [bool(reference[site] != truth[site]) for site in shown]
                 assert found.mismatch[row, :, place].tolist() == mismatch + [False] * filling
                 assert int(found.population[row, place]) == haplotype // 2 % 3
-        assert batch.typed.shape[1] == int(batch.typed_count.max())
+        assert batch.window.typed.shape[1] == int(batch.window.typed_count.max())
         assert torch.equal(found.codebook, embedding.codebooks[number][window.core, :2])
-        assert batch.sites.position.shape == batch.sites.frequency.shape == (length,)
+        assert batch.window.sites.position.shape == batch.window.sites.frequency.shape == (length,)
 
 
 @WAY
@@ -159,7 +159,7 @@ def test_neighbours_come_nearest_first(build, way: int) -> None:
     samples = world.batch_of(0, [0, 1], world.hidden(0, 2, 1))
     batch = world.collator(embedding, *build.ways[way], 20)(samples)
     weight = ((embedding.codebooks[0][:, 1] - embedding.codebooks[0][:, 0]) ** 2).sum(-1)
-    distance = (batch.retrieved.mismatch * weight[batch.typed][..., None]).sum(1)
+    distance = (batch.retrieved.mismatch * weight[batch.window.typed][..., None]).sum(1)
     assert (torch.diff(distance, dim=1) > -1e-3).all()
     assert float(distance.min()) < float(distance.max())
 

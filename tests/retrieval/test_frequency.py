@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -53,16 +52,16 @@ def test_frequencies_are_counted_without_those_who_must_not_be_retrieved(
         without = barred[row // 2] & set(reference)
         for place, site in enumerate(range(window.core_start, window.core_stop)):
             overall = plain(alleles, of, reference, without, site)
-            assert float(batch.frequency[row, place]) == pytest.approx(overall, abs=1e-6)
+            assert float(batch.core.frequency[row, place]) == pytest.approx(overall, abs=1e-6)
             for population in range(3):
                 members = [person for person in reference if of[person] == population]
                 expected = plain(alleles, of, members, without, site)
                 left = set(members) - without
-                found = float(batch.population_frequency[row, population, place])
+                found = float(batch.core.population_frequency[row, population, place])
                 assert found == pytest.approx(expected if left else overall, abs=1e-6)
             left_copies = [int(alleles[site, 2 * p + i]) for p in reference if p not in without for i in range(2)]
             listed = min(sum(left_copies), len(left_copies) - sum(left_copies)) >= fewest
-            assert bool(batch.scored[row, place]) == (bool(batch.hidden[row, place]) and listed)
+            assert bool(batch.core.scored[row, place]) == (bool(batch.core.hidden[row, place]) and listed)
 
 
 @WAY
@@ -88,9 +87,12 @@ def test_a_rare_allele_of_the_querys_own_shows_nowhere(build, way: int, populati
         world = build(panel, reference=range(people), populations=of)
         batches.append(world.collator(world.embedding(), *build.ways[way], 5)(world.batch_of(0, asked, hidden)))
     one, two = batches
-    assert not torch.equal(one.alleles, two.alleles)
+    assert not torch.equal(one.core.alleles, two.core.alleles)
     for (name, first), (_, second) in zip(leaves(one), leaves(two), strict=True):
-        if name in ("batch.alleles", "batch.good_turing"):  # the latter rests on counts over all sites of the panel
+        if name in (
+            "batch.core.alleles",
+            "batch.core.good_turing",
+        ):  # the latter rests on counts over all sites of the panel
             continue
         same = torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
         assert same, name
@@ -124,14 +126,14 @@ def test_good_turing_odds_are_of_alt_and_of_the_copies_left(build) -> None:
     batch = world.collator(world.embedding(), "factored", "torch", 5)(
         world.batch_of(0, [0, 50], np.ones((2, 40), dtype=bool))
     )
-    core = range(batch.core.start, batch.core.stop)
+    core = range(batch.window.core.start, batch.window.core.stop)
     for person, row in ((0, 0), (50, 2)):
         for place, site in enumerate(core):
             left = 3 + site % 2 - (person == 0 and site == 1)
             expected = odds[left] if left >= 3 else 0.0
             of_alt = -expected if site % 5 == 0 else expected
-            assert float(batch.good_turing[row, place]) == pytest.approx(float(of_alt))
-    assert batch.good_turing.abs().max() > 0.1
+            assert float(batch.core.good_turing[row, place]) == pytest.approx(float(of_alt))
+    assert batch.core.good_turing.abs().max() > 0.1
 
 
 def test_what_the_loss_leaves_out_is_what_the_panel_would_not_list(build) -> None:
@@ -145,5 +147,5 @@ def test_what_the_loss_leaves_out_is_what_the_panel_would_not_list(build) -> Non
     batch = world.collator(world.embedding(), "factored", "torch", 5)(world.batch_of(0, [0, 1, 2, 3], everything))
     assert world.data.reference.panel.fewest_copies == 2
     # People 0 and 1 carry the allele of the second site; of the third's three copies any one may go.
-    assert batch.scored[0::2].tolist() == [[True, False, True]] * 2 + [[True, True, True]] * 2
-    assert dataclasses.replace(batch).frequency[0, 2] == pytest.approx(3 / 58)
+    assert batch.core.scored[0::2].tolist() == [[True, False, True]] * 2 + [[True, True, True]] * 2
+    assert batch.core.frequency[0, 2] == pytest.approx(3 / 58)

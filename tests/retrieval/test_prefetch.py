@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from embrag_ds.model.embedding import HaplotypeEmbedding
+from embrag_ds.ops.dosage import alt_share
 from embrag_ds.retrieval.batch import Batch
 from embrag_ds.retrieval.codebooks import ReferenceCache
 from embrag_ds.retrieval.collate import RetrievalCollator
@@ -40,7 +41,7 @@ def test_prefetched_batches_are_those_built_on_demand(world, depth: int) -> None
     ahead, on_demand = (Prefetcher(builder(world), 3, 40, each) for each in (depth, 0))  # a collator serves one thread
     for _ in range(3, 40):
         one, two = ahead.next(), on_demand.next()
-        assert torch.equal(one.tokens, two.tokens) and torch.equal(one.retrieved.ids, two.retrieved.ids)
+        assert torch.equal(one.core.tokens, two.core.tokens) and torch.equal(one.retrieved.ids, two.retrieved.ids)
     assert on_demand.waited_seconds > 0
     ahead.close()
 
@@ -155,7 +156,9 @@ def test_side_streams_on_the_gpu_build_the_batches_of_the_cpu(build, budget: flo
             if device.type == "cuda":
                 busy = (busy @ busy).clamp_(0, 1)
             assert batch.retrieved is not None and batch.retrieved.codebook is not None
-            seen.append((batch.tokens.cpu(), batch.retrieved.alleles.share().cpu(), batch.retrieved.codebook.cpu()))
+            seen.append(
+                (batch.core.tokens.cpu(), alt_share(batch.retrieved.alleles).cpu(), batch.retrieved.codebook.cpu())
+            )
             for parameter in embedding.parameters():
                 parameter.mul_(0.99)
         batches.close()

@@ -146,7 +146,7 @@ def test_hidden_sites_never_change_ids_or_distances(build, way: int) -> None:
     for truth in (alleles, flipped):
         again = build(truth, reference=range(4, 12))
         batch = again.collator(again.embedding(), *build.ways[way], 6)(again.batch_of(0, range(4), hidden))
-        query = again.query(0, batch.tokens, np.arange(50), torch.zeros(8, 16, dtype=torch.bool))
+        query = again.query(0, batch.core.tokens, np.arange(50), torch.zeros(8, 16, dtype=torch.bool))
         found.append((batch.retrieved.ids, build.search(again, again.embedding(), query, build.ways[way], 6)))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1].ids, found[1][1].ids)

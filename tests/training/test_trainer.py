@@ -224,7 +224,7 @@ def test_generation_and_staleness_are_those_of_the_batches(
         if batch.retrieved.codebook is None:
             continue  # live: the model's own
         assert (batch.retrieved.generation, step - batch.retrieved.snapshot_step) == (generation(step), age(step))
-        expected = said[step - age(step), batch.window][batch.core, :2]
+        expected = said[step - age(step), batch.window.number][batch.window.core, :2]
         torch.testing.assert_close(batch.retrieved.codebook, expected, rtol=0, atol=0)
     assert not torch.equal(said[0, 0], said[8, 0])
 
@@ -325,7 +325,7 @@ def test_without_retrieval_it_trains_from_frequencies(make_trainer: MakeTrainer,
     trainer = make_trainer("none", "embrag.retrieval.mode=none")
     batch = trainer.validation_batch(trainer.sampler.samples(0))
     assert batch.retrieved is None
-    expected = torch.logit(batch.frequency, eps=1e-5)
+    expected = torch.logit(batch.core.frequency, eps=1e-5)
     torch.testing.assert_close(predicted(trainer, batch).prior, expected)
     trainer.run()
     assert len(metrics_of("none")) == 6 and np.isfinite(losses(metrics_of("none"))).all()
@@ -361,8 +361,10 @@ def test_training_lowers_the_loss_on_other_masks(make_trainer: MakeTrainer) -> N
         for micro_batch in range(1000, 1012):
             batch = trainer.validation_batch(trainer.sampler.samples(micro_batch))
             logits = predicted(trainer, batch).logits
-            frequency = batch.sites.frequency[batch.core]
-            total += float(imputation_loss(logits, batch.alleles, batch.scored, frequency, trainer.embrag.loss).total)
+            frequency = batch.core.sites.frequency
+            total += float(
+                imputation_loss(logits, batch.core.alleles, batch.core.scored, frequency, trainer.embrag.loss).total
+            )
         return total
 
     before = loss()

@@ -63,19 +63,19 @@ def test_scores_are_those_of_the_hidden_genotypes(trainer: Trainer) -> None:
         return trainer.validation_batch(samples)
 
     def predict(batch: Batch) -> Prediction:
-        noise = torch.randn(batch.alleles.shape, generator=torch.Generator().manual_seed(len(calls)))
-        logits = 3.0 * batch.alleles - 1.5 + 2 * noise
-        prior = 3.0 * batch.alleles - 1.5 + 3 * noise
+        noise = torch.randn(batch.core.alleles.shape, generator=torch.Generator().manual_seed(len(calls)))
+        logits = 3.0 * batch.core.alleles - 1.5 + 2 * noise
+        prior = 3.0 * batch.core.alleles - 1.5 + 3 * noise
         mask = (len(calls) - 1) // (2 * 3)  # two blocks of people, three windows
-        core = trainer.sampler.data.windows[batch.window].core_sites
+        core = trainer.sampler.data.windows[batch.window.number].core_sites
         frequency = trainer.sampler.data.reference.allele_frequency[core]
         listed = trainer.sampler.data.reference.minor_copies[core] >= fewest
-        for person in range(len(batch.alleles) // 2):
-            for site in range(batch.alleles.shape[1]):
-                if batch.hidden[2 * person, site] and listed[site]:
+        for person in range(len(batch.core.alleles) // 2):
+            for site in range(batch.core.alleles.shape[1]):
+                if batch.core.hidden[2 * person, site] and listed[site]:
                     pair = slice(2 * person, 2 * person + 2)
                     p, q = logits[pair, site].sigmoid().tolist()
-                    truth = int(batch.alleles[pair, site].sum())
+                    truth = int(batch.core.alleles[pair, site].sum())
                     best = int(np.argmax([(1 - p) * (1 - q), p * (1 - q) + q * (1 - p), p * q]))
                     copied = float(prior[pair, site].sigmoid().sum())
                     rows[mask].append((truth, p + q, copied, float(frequency[site]), float(best == truth)))
