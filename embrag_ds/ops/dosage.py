@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embrag_ds.ops import cuda, dosage_numba, threads
+from embrag_ds.ops import cuda, dosage_numba
 from embrag_ds.ops.dosage_cuda import CudaDosage
 
 _WORD = 64
@@ -147,7 +147,6 @@ class Blocks:
         shape = len(bounds) - 1, by_site.shape[1]
         sequence, words = np.empty(shape, dtype=np.uint32), np.empty(shape, dtype=np.uint64)
         count = np.empty(shape[0], dtype=np.int64)
-        threads.use_torch_threads()
         start = np.zeros(len(by_site) + 1, dtype=np.uint64)
         dosage_numba.number_sequences(by_site, bounds, sequence, words, count, start[1:])
         start = start.cumsum(dtype=np.uint64)
@@ -159,7 +158,6 @@ class Blocks:
 class _ListedDosage(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, posterior: Tensor, neighbours: Carriers | Sequences, places: Places) -> Tensor:
-        threads.use_torch_threads()
         between = [each.contiguous().numpy() for each in (places.left, places.right, places.share.detach())]
         ctx.arguments = [*neighbours.lists, *between]
         ctx.shape = posterior.shape
@@ -170,7 +168,6 @@ class _ListedDosage(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        threads.use_torch_threads()
         slope = np.zeros(ctx.shape, dtype=np.float32)
         ctx.adjoint(gradients[0].float().contiguous().numpy(), *ctx.arguments, slope)
         return torch.from_numpy(slope), None, None
@@ -213,7 +210,6 @@ class WindowAlleles:
         # As many as there can be, and one to write to in vain; what is never written to takes no memory.
         members = np.empty((len(ids), lists.most + 1), dtype=np.int32)
         of_window = (self._by_site, lists.listed, lists.start, lists.who.view(np.uint32))
-        threads.use_torch_threads()
         dosage_numba.list_neighbours(*of_window, ids.contiguous().numpy(), offset, members)
         return Carriers(torch.from_numpy(offset), torch.from_numpy(members), lists.k)
 
@@ -236,6 +232,5 @@ class _Lists:
         listed = copies <= k
         start = np.concatenate([[0], np.where(listed, copies, 0).cumsum()])
         who = np.empty(start[-1], dtype=np.int32)
-        threads.use_torch_threads()
         dosage_numba.list_carriers(by_site, start, who)
         return cls(k, listed, start, who, int(np.minimum(copies, k).sum()))

@@ -10,10 +10,10 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from embrag_ds.ops import threads
+from embrag_ds.ops.threads import ParallelLoop
 
 
-@threads.parallel_loop
+@ParallelLoop
 def list_carriers(alleles, start, who):
     """Fill ``who`` from ``start`` [L + 1] on with the columns of alleles [L, H] that are 1, where there is room."""
     for site in numba.prange(len(alleles)):
@@ -25,7 +25,7 @@ def list_carriers(alleles, start, who):
                     place += 1
 
 
-@threads.parallel_loop
+@ParallelLoop
 def list_neighbours(alleles, listed, start, who, ids, offset, members):
     """Fill members [B, n], and offset [B, L + 1] where each site's begin, with the places in a row of ids [B, K] whose
     alleles [L, H] are 1; where ``listed`` [L], those are in ``who`` from ``start`` [L + 1] on."""
@@ -50,7 +50,7 @@ def list_neighbours(alleles, listed, start, who, ids, offset, members):
         offset[b, len(alleles)] = count
 
 
-@threads.parallel_loop
+@ParallelLoop
 def mix(posterior, offset, members, left, right, share, dosage):
     """Fill dosage [B, L] with the interpolated posterior [B, N, K] of a site's ``members``."""
     for b in numba.prange(len(dosage)):
@@ -65,7 +65,7 @@ def mix(posterior, offset, members, left, right, share, dosage):
             dosage[b, site] = at_left + share[b, site] * (at_right - at_left)
 
 
-@threads.parallel_loop
+@ParallelLoop
 def mix_adjoint(gradient, offset, members, left, right, share, slope):
     """Add to slope [B, N, K] what :func:`mix` hands back of ``gradient`` [B, L]."""
     for b in numba.prange(len(gradient)):
@@ -80,7 +80,7 @@ def mix_adjoint(gradient, offset, members, left, right, share, slope):
                 after[k] += at_right
 
 
-@threads.parallel_loop
+@ParallelLoop
 def number_sequences(alleles, bounds, sequence, words, count, carrying):
     """Number what haplotypes carry in block g of alleles [L, H], the sites from bounds[g] to bounds[g + 1] (64 at
     most): sequence [G, H]; words [G, H] spell the first ``count`` [G], site by site from the lowest bit on, and
@@ -105,7 +105,7 @@ def number_sequences(alleles, bounds, sequence, words, count, carrying):
                 carrying[site] += (word >> place) & np.uint64(1)
 
 
-@threads.parallel_loop
+@ParallelLoop
 def list_sequences(words, count, bounds, start, who):
     """Fill ``who`` from ``start`` [L + 1] on with the numbers of the sequences that have ALT at a site."""
     for g in numba.prange(len(count)):
@@ -126,7 +126,7 @@ def run_end(left, right, begin, stop):
     return end
 
 
-@threads.parallel_loop
+@ParallelLoop
 def mix_sequences(posterior, ids, sequence, count, bounds, start, who, left, right, share, dosage):
     """:func:`mix` by sequences: a neighbour's weight goes to what it carries between two typed sites, and from there
     to every site."""
@@ -155,7 +155,7 @@ def mix_sequences(posterior, ids, sequence, count, bounds, start, who, left, rig
                 begin = end
 
 
-@threads.parallel_loop
+@ParallelLoop
 def mix_sequences_adjoint(gradient, ids, sequence, count, bounds, start, who, left, right, share, slope):
     """Add to slope [B, N, K] what :func:`mix_sequences` hands back of ``gradient`` [B, L]."""
     for b in numba.prange(len(gradient)):

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embrag_ds.ops import cuda, li_stephens_numba, threads
+from embrag_ds.ops import cuda, li_stephens_numba
 from embrag_ds.ops.li_stephens_cuda import CudaPosterior, cuda_match_lengths
 
 # Both far enough from the smallest float32 that no sum over neighbours is 0, whatever the evidence: not where
@@ -38,7 +38,6 @@ def mismatches(alleles: Tensor, place: Tensor, ids: Tensor, tokens: Tensor, coun
     """
     if alleles.device.type == "cpu":
         out = np.empty((*place.shape, ids.shape[1]), dtype=np.bool_)
-        threads.use_torch_threads()
         li_stephens_numba.mismatches(*(each.contiguous().numpy() for each in (alleles, place, ids, tokens, count)), out)
         return torch.from_numpy(out)
     valid = torch.arange(place.shape[1], device=ids.device) < count[:, None]
@@ -50,7 +49,6 @@ def count_true(rows: Tensor) -> Tensor:
     if rows.device.type != "cpu":
         return rows.sum(1, dtype=torch.int32)
     total = np.zeros((rows.shape[0], rows.shape[2]), dtype=np.int32)
-    threads.use_torch_threads()
     li_stephens_numba.add_rows(rows.contiguous().view(torch.uint8).numpy(), total)
     return torch.from_numpy(total)
 
@@ -117,7 +115,6 @@ class _CompiledPosterior(torch.autograd.Function):
     def forward(
         ctx: Any, mismatch: Tensor, cost: Tensor, switch: Tensor, prior: Tensor, first: int, last: int
     ) -> Tensor:
-        threads.use_torch_threads()
         arguments = (*_arguments(mismatch, cost, switch, prior), first, last)
         posterior = np.empty((len(cost), last - first, mismatch.shape[2]), dtype=np.float32)
         li_stephens_numba.forward_backward(*arguments, posterior)
@@ -132,7 +129,6 @@ class _CompiledPosterior(torch.autograd.Function):
         prior = ctx.arguments[3]
         prior_slope = np.zeros((len(ctx.cost), prior.shape[1]), dtype=np.float32)
         slopes = likelihood_slope, np.zeros_like(likelihood_slope), prior_slope
-        threads.use_torch_threads()
         li_stephens_numba.adjoint(*ctx.arguments, gradient.float().contiguous().numpy(), *slopes)
         # d exp(-cost) / d cost = -exp(-cost)
         cost_slope = -torch.from_numpy(likelihood_slope) * torch.exp(-ctx.cost)
@@ -155,7 +151,6 @@ def match_lengths(mismatch: Tensor, position: Tensor, count: Tensor, near: slice
     if way == "compiled":
         lengths = np.empty((len(mismatch), last - first, mismatch.shape[2]), dtype=np.float32)
         places = (each.float().contiguous().numpy() for each in (position, ends))
-        threads.use_torch_threads()
         li_stephens_numba.match_lengths(mismatch.contiguous().numpy(), *places, first, last, lengths)
         return torch.from_numpy(lengths)
     place = position.float()[..., None].expand(mismatch.shape)

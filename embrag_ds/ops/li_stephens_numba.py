@@ -10,10 +10,10 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from embrag_ds.ops import threads
+from embrag_ds.ops.threads import ParallelLoop
 
 
-@threads.parallel_loop
+@ParallelLoop
 def mismatches(alleles, place, ids, tokens, count, out):
     """out [B, T, K]: where haplotype ``ids`` [B, K] differs from ``tokens`` [B, T] at row ``place`` [B, T] of
     ``alleles`` [T', H]; False from a row's ``count`` [B] on."""
@@ -30,7 +30,7 @@ def mismatches(alleles, place, ids, tokens, count, out):
                 differs[:] = False
 
 
-@threads.parallel_loop
+@ParallelLoop
 def add_rows(rows, total):
     """Add rows uint8 [B, R, C] to total int32 [B, C]."""
     for b in numba.prange(len(rows)):
@@ -39,7 +39,7 @@ def add_rows(rows, total):
                 total[b, c] += rows[b, r, c]
 
 
-@threads.parallel_loop
+@ParallelLoop
 def forward_backward(mismatch, likelihood, switch, prior, first, last, posterior):
     """Fill posterior [C, N, K]; ``likelihood`` [C, T] is that of ``mismatch`` [B, T, K], ``prior`` [B, K] sums to 1
     over K.
@@ -91,7 +91,7 @@ def forward_backward(mismatch, likelihood, switch, prior, first, last, posterior
             stay, jump = (np.float32(1) - switch[c, t]) / total, switch[c, t]
 
 
-@threads.parallel_loop
+@ParallelLoop
 def adjoint(
     mismatch,
     likelihood,
@@ -203,7 +203,7 @@ def adjoint(
             switch_slope[c, t] += moved if t > 0 else zero
 
 
-@threads.parallel_loop
+@ParallelLoop
 def match_lengths(mismatch, position, bounds, first, last, lengths):
     """Fill lengths [B, N, K]; ``bounds`` [B, 2] are the positions of a row's first and last typed site."""
     queries, sites, neighbours = mismatch.shape

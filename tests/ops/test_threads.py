@@ -1,0 +1,52 @@
+"""Compiled loops keep to torch's number of threads, and several Python threads may run them at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COUNT = """
+import torch
+from embrag_ds.ops.li_stephens import count_true
+assert count_true(torch.ones(3, 4, 5, dtype=torch.bool)).tolist() == [[4] * 5] * 3
+import numba
+print(numba.threading_layer(), numba.get_num_threads(), torch.get_num_threads())
+"""
+TOGETHER = """
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from embrag_ds.ops.li_stephens import count_true
+rows = torch.ones(64, 400, 50, dtype=torch.bool)
+with ThreadPoolExecutor(4) as callers:
+    for total in callers.map(lambda number: count_true(rows), range(200)):
+        assert (total == 400).all()
+import numba
+print(numba.threading_layer())
+"""
+
+
+def said(root: Path, code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(root), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+def test_loops_use_the_threads_that_torch_was_given(root: Path, layer: str) -> None:
+    assert said(root, COUNT, OMP_NUM_THREADS="1", NUMBA_THREADING_LAYER=layer) == f"{layer} 1 1"
+
+
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+def test_threads_may_run_loops_at_once(root: Path, layer: str) -> None:
+    assert said(root, TOGETHER, NUMBA_THREADING_LAYER=layer) == layer
