@@ -95,11 +95,10 @@ def make_row(
 ) -> Row:
     settings = model.config.retrieval if k is None else replace(model.config.retrieval, k=k)
     network = network_of(model, trained)
-    reference = Reference(settings, data, network.embedding, CPU, exclusion_table(data.reference.panel.samples, None))
-    if model.snapshot is not None and trained:
-        reference.restore(model.snapshot)
-    else:
-        reference.begin_refresh(0)
+    exclusions = exclusion_table(data.reference.panel.samples, None)
+    snapshot = model.snapshot if trained else None
+    reference = Reference(settings, data, network.embedding, CPU, exclusions, snapshot=snapshot)
+    reference.begin_refresh(0)
     return Row(reference.collator(BLOCK, search=search), network, read, transformer)
 
 

@@ -42,7 +42,7 @@ from embrag_ds.retrieval.batch import Batch
 from embrag_ds.retrieval.collate import site_tensors
 from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.reference import Reference
-from embrag_ds.retrieval.schedule import RefreshConfig
+from embrag_ds.retrieval.schedule import Generation, RefreshConfig
 from embrag_ds.retrieval.settings import RetrievalConfig
 from embrag_ds.training.run_record import device_name
 
@@ -183,8 +183,8 @@ def bench_refresh(bench: Bench) -> dict[str, Any]:
         progress(f"encoding every haplotype, window {window + 1}/{bench.literal_windows}")
     literal = (time.perf_counter() - began) / bench.literal_windows
     reference = make_reference(data, bench.dims, encoding="fixed", k=1)
-    weights = embedding.state_dict()
-    (taken,) = alternating(lambda: reference.restore(weights), rounds=bench.rounds)
+    state = [{"generation": asdict(Generation(0, 0, 0)), "weights": embedding.state_dict()}]
+    (taken,) = alternating(lambda: reference.load_state_dict(state), rounds=bench.rounds)
     ours = taken / len(data)
     return {
         "refresh_speedup": literal / ours,

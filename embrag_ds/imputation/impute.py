@@ -120,9 +120,9 @@ class Imputation:
         self._network.load_state_dict(model.weights)
         self._network.to(device).eval()
         exclusions = exclusion_table(inputs.panel.samples, None)
-        self._reference = Reference(config.retrieval, self.data, self._network.embedding, device, exclusions)
-        if model.snapshot is not None:
-            self._reference.restore(model.snapshot)
+        self._reference = Reference(
+            config.retrieval, self.data, self._network.embedding, device, exclusions, snapshot=model.snapshot
+        )
         self._collate = self._reference.collator(block, slots=_AHEAD + 2)
 
     def windows(self, targets: Targets) -> Iterator[tuple[int, np.ndarray]]:

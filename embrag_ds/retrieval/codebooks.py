@@ -207,6 +207,25 @@ class TokenReference:
         return WindowCode(None, self._weights[: len(self._windows[window])], Generation(0, 0, 0))
 
 
+class SnapshotReference:
+    """One snapshot of the embedding layer, encoded window by window as batches come to them; nothing else is held.
+
+    For imputation, which passes over every window once. An instance serves one thread.
+    """
+
+    def __init__(self, encoder: Encoder, windows: list[Window], device: torch.device):
+        self._encoder = encoder
+        self._windows = windows
+        self._device = device
+        self._latest: tuple[int, WindowCode] | None = None
+
+    def code(self, window: int, step: int) -> WindowCode:
+        if self._latest is None or self._latest[0] != window:
+            encoded = encode_window(self._encoder, self._windows[window], self._device)
+            self._latest = window, WindowCode(*encoded, Generation(0, 0, 0))
+        return self._latest[1]
+
+
 class LiveReference:
     """The embedding layer as it is now, encoded anew for every batch (encoding ``live``)."""
 

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from embrag_ds.data.windows import WindowedPanel
 from embrag_ds.retrieval.batch import SiteTensors
-from embrag_ds.retrieval.codebooks import Encoder, LiveReference, ReferenceCache, ReferenceSource, TokenReference
+from embrag_ds.retrieval.codebooks import (
+    Encoder,
+    LiveReference,
+    ReferenceCache,
+    ReferenceSource,
+    SnapshotReference,
+    TokenReference,
+)
 from embrag_ds.retrieval.collate import RetrievalCollator, site_tensors
 from embrag_ds.retrieval.dense import DenseStore
 from embrag_ds.retrieval.device_panel import GIB, PackedReference
@@ -80,8 +87,10 @@ class Reference:
         steps_per_epoch: int = 1,
         timeline: Timeline = NO_TIMELINE,
         gather: Gather = lambda parameters: nullcontext(),
+        snapshot: dict[str, Tensor] | None = None,
     ):
-        """``gather`` makes the layer's parameters whole while a snapshot of them is taken."""
+        """``gather`` makes the layer's parameters whole while a snapshot of them is taken. With a ``snapshot`` (of an
+        exported model) the panel is encoded by that alone, window by window as they are used, and never again."""
         self._settings = settings
         self._data = data
         self._live_embedding = embedding
@@ -105,7 +114,12 @@ class Reference:
             return
         if settings.store == "dense":
             self._dense = DenseStore(data, embedding.dims, settings.dense_budget_gb, device, 2 if refreshes else 1)
-        if self._live:
+        if snapshot is not None:
+            encoder = self._encoder({name: value.to(device) for name, value in snapshot.items()})[1]
+            self._source = SnapshotReference(encoder, data.windows, device)
+            if self._dense is not None:
+                self._dense.refresh(Generation(0, 0, 0), encoder)
+        elif self._live:
             self._source = LiveReference(window_encoder(embedding, data, device), data.windows, device)
         else:
             dtype = next(iter(embedding.parameters())).dtype
@@ -157,15 +171,19 @@ class Reference:
 
     def _encode(self, state: dict[str, Tensor], generation: Generation) -> None:
         assert self.cache is not None
-        kind = next(iter(state.values())).dtype
-        snapshot = self._live_embedding.twin().to(self._device, kind).requires_grad_(False)
-        snapshot.load_state_dict(state)
+        snapshot, encoder = self._encoder(state)
         self._snapshots.pop(generation.number - 2, None)
         self._snapshots[generation.number] = snapshot
-        encoder = window_encoder(snapshot, self._data, self._device)
         store = self._dense
         finished = partial(store.refresh, generation, encoder) if store is not None else lambda: None
         self.cache.begin(generation, encoder, finished)
+
+    def _encoder(self, state: dict[str, Tensor]) -> tuple[EmbeddingLayer, Encoder]:
+        """A snapshot from its weights, and what encodes with it."""
+        kind = next(iter(state.values())).dtype
+        snapshot = self._live_embedding.twin().to(self._device, kind).requires_grad_(False)
+        snapshot.load_state_dict(state)
+        return snapshot, window_encoder(snapshot, self._data, self._device)
 
     def age(self, step: int) -> dict[str, int]:
         """What the log says of the generation used at ``step``; empty where nothing is encoded."""
@@ -211,11 +229,6 @@ class Reference:
         for each in state:
             weights = {name: value.to(self._device) for name, value in each["weights"].items()}
             self._encode(weights, Generation(**each["generation"]))
-
-    def restore(self, weights: dict[str, Tensor]) -> None:
-        """Encode the panel with an exported snapshot, as generation 0."""
-        if self.cache is not None:
-            self._encode({name: value.to(self._device) for name, value in weights.items()}, Generation(0, 0, 0))
 
     def close(self) -> None:
         """Stop encoding."""

@@ -23,13 +23,15 @@ from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.vcf import PhasedData, read_phased
 from embrag_ds.data.vcf_dosages import read_dosages
 from embrag_ds.data.vcf_output import write_phased
-from embrag_ds.data.windows import DataConfig
+from embrag_ds.data.windows import DataConfig, Window
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation.metrics import AggregateR2
 from embrag_ds.export import MODEL_FILE, ExportedModel, read_export
 from embrag_ds.imputation import impute as imputation_module
 from embrag_ds.imputation.impute import Imputation, Targets, harmonise_targets, impute_to_vcf
 from embrag_ds.model.imputer import Imputer
+from embrag_ds.retrieval import codebooks
+from embrag_ds.retrieval.codebooks import Encoder
 from embrag_ds.training.distributed import DistributedContext
 from embrag_ds.training.trainer import Trainer
 
@@ -303,6 +305,26 @@ def test_without_the_transformer_windows_are_longer_as_far_as_memory_goes(
     assert longest < max(each.core_stop - each.core_start for each in held_back) <= 2 * longest
     monkeypatch.setattr(imputation_module, "_MOST_CORE_BYTES", haplotypes)
     assert Imputation(retrieval_alone, inputs, CPU, 4, transformer=False).data.windows == short.data.windows
+
+
+def test_windows_are_encoded_as_they_come(
+    model: ExportedModel, inputs: PanelInputs, target: PhasedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoded ahead, all windows of a chromosome would take gigabytes."""
+    encoded: list[int] = []
+    encode = codebooks.encode_window
+
+    def noted(encoder: Encoder, window: Window, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        encoded.append(window.index)
+        return encode(encoder, window, device)
+
+    monkeypatch.setattr(codebooks, "encode_window", noted)
+    targets = matched(target, Path("target.vcf.gz"), inputs, False)
+    imputation = Imputation(model, inputs, CPU, 4)
+    assert encoded == []
+    for number, _ in imputation.windows(targets):
+        assert encoded == list(range(len(encoded))) and number < len(encoded) <= number + 3
+    assert encoded == list(range(len(imputation.data)))
 
 
 def test_retrieval_works_ahead_fails_aloud_and_ends_with_its_reader(
