@@ -46,7 +46,7 @@ class Evidence:
     ALT and REF (0 where hardly any carries it); ``uncertainty``: entropy of the copying probabilities over log K,
     in [0, 1]; ``share``: how many of the neighbours carry ALT; ``nearest`` and ``gap``: cM to the nearest typed site
     and between the flanking ones; ``density``: typed sites per cM; ``disagreement``: log-odds of ALT by the slow
-    mosaic less those by the fast one (the others are the slow one's).
+    copying model less those by the fast one (the others are the slow one's).
     """
 
     alt_length: Tensor
@@ -91,21 +91,21 @@ class DistancePooling(nn.Module):
 class CopyingPooling(nn.Module):
     """Posterior copying probabilities of the Li and Stephens model over the retrieved haplotypes.
 
-    Between typed sites d cM apart the mosaic switches with probability ``1 - exp(-rate d)``; a mismatch at
-    site l costs a factor ``exp(-penalty w_l)``, w_l being the embedding's weight. Rate and penalty are
-    learned, each as a power of the density of typed sites: on a sparse array a mosaic of few neighbours
-    stands for more than on a dense one. A switch prefers neighbours that resemble the query over the whole window,
-    by a learned factor per percent of typed sites that differ. Between typed sites posteriors are interpolated
-    linearly in cM (Browning et al. 2016, Am. J. Hum. Genet. 98:116). See :mod:`embrag_ds.ops.li_stephens`.
+    Recombination: between typed sites d cM apart the model chooses a neighbour anew with probability
+    ``1 - exp(-rate d)``. Mismatch: a neighbour that differs at site l loses a factor ``exp(-penalty w_l)``, w_l being
+    the embedding's weight. Both rates are learned, each as a power of the density of typed sites: on a sparse array
+    few neighbours stand for more than on a dense one. A recombination prefers neighbours that resemble the query over
+    the whole window, by a learned factor per percent of typed sites that differ. Between typed sites posteriors are
+    interpolated linearly in cM (Browning et al. 2016, Am. J. Hum. Genet. 98:116). See :mod:`embrag_ds.ops.li_stephens`.
 
-    Rare alleles are young: those who share one share a long haplotype, and the best rate for them is below that for
-    common alleles. So there are two mosaics, a slow one and a fast one; a site's dosage is a mean of theirs
-    whose weights are a learned function of its frequency.
+    Rare alleles are young: those who share one share a long haplotype, and the best recombination rate for them is
+    below that for common alleles. So there are two copying models, a slow one and a fast one; a site's dosage is a mean
+    of theirs whose weights are a learned function of its frequency.
     """
 
     gives_evidence = True
-    _INITIAL_RATES = (2.0, 5.0)  # per cM; slow, fast
-    _INITIAL_PENALTY = 5.0
+    _INITIAL_RECOMBINATION = (2.0, 5.0)  # per cM; slow, fast
+    _INITIAL_MISMATCH = 5.0
     _INITIAL_CLOSENESS = 0.07  # per percent
     _TYPICAL_DENSITY = 100.0  # typed sites per cM
     # These few parameters are stored at a tenth, so that they move ten times as fast as the weights.
@@ -113,13 +113,13 @@ class CopyingPooling(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # Of the slow and the fast mosaic: logarithms at the typical density, then exponents of the density. One
+        # Of the slow and the fast copying model: logarithms at the typical density, then exponents of the density. One
         # dimension: ZeRO-3 takes gradients of two only from a Linear.
-        rates = [math.log(rate) / self._GAIN for rate in self._INITIAL_RATES]
+        rates = [math.log(rate) / self._GAIN for rate in self._INITIAL_RECOMBINATION]
         self.rate = nn.Parameter(torch.tensor([*rates, 0.0, 0.0]))
-        self.penalty = nn.Parameter(torch.tensor([math.log(self._INITIAL_PENALTY) / self._GAIN] * 2 + [0.0, 0.0]))
+        self.penalty = nn.Parameter(torch.tensor([math.log(self._INITIAL_MISMATCH) / self._GAIN] * 2 + [0.0, 0.0]))
         self.closeness = nn.Parameter(torch.tensor([self._INITIAL_CLOSENESS / self._GAIN]))
-        # Log-odds of the slow mosaic: at a frequency of 0.1 %, and how much more for ten times that.
+        # Log-odds of the slow model: at a frequency of 0.1 %, and how much more for ten times that.
         self.slow = nn.Parameter(torch.tensor([0.0, -2.0]) / self._GAIN)
 
     def forward(self, batch: Batch, retrieved: Retrieved, site_weight: Tensor) -> Pooled:
@@ -128,14 +128,14 @@ class CopyingPooling(nn.Module):
         gap = torch.diff(position, dim=1, prepend=position[:, :1])
         length = (batch.window.sites.position[-1] - batch.window.sites.position[0]).clamp_min(1e-6)
         density = batch.window.typed_count.clamp_min(1) / (length * self._TYPICAL_DENSITY)
-        rates, penalties = (self._power(each, density) for each in (self.rate, self.penalty))
-        cost = site_weight[batch.window.typed]
-        prior = self._switch_prior(batch, retrieved)
-        # Both mosaics at once: chain c is about haplotype c % B.
+        recombination, mismatch = (self._power(each, density) for each in (self.rate, self.penalty))
+        typed_weight = site_weight[batch.window.typed]
+        prior = self._recombination_prior(batch, retrieved)
+        # Both copying models at once: chain c is about haplotype c % B.
         posterior = copying_posterior(
             retrieved.mismatch,
-            (penalties.T[..., None] * cost).flatten(0, 1),
-            -torch.expm1(-rates.T[..., None] * gap).flatten(0, 1),
+            (mismatch.T[..., None] * typed_weight).flatten(0, 1),
+            -torch.expm1(-recombination.T[..., None] * gap).flatten(0, 1),
             prior,
             batch.window.near,
         )
@@ -157,20 +157,20 @@ class CopyingPooling(nn.Module):
         )
 
     def _power(self, parameter: Tensor, density: Tensor) -> Tensor:
-        """A constant times a power of ``density`` [B], for each mosaic: float32 [B, 2]."""
+        """A constant times a power of ``density`` [B], for each copying model: float32 [B, 2]."""
         logarithm, exponent = (parameter.float() * self._GAIN).unflatten(0, (2, 2))
         return torch.exp(logarithm + exponent * density.log()[:, None])
 
-    def _switch_prior(self, batch: Batch, retrieved: Retrieved) -> Tensor:
-        """Probability of every neighbour at a switch, float32 [B, K]."""
+    def _recombination_prior(self, batch: Batch, retrieved: Retrieved) -> Tensor:
+        """Probability of every neighbour at a recombination, float32 [B, K]."""
         differs = count_true(retrieved.mismatch) * (100 / batch.window.typed_count.clamp_min(1))[:, None]
         return torch.softmax(-self.closeness.float() * self._GAIN * differs, dim=-1)
 
     def _share_of_slow(self, frequency: Tensor) -> Tensor:
-        """Weight of the slow mosaic, float32 [B, L]."""
+        """Weight of the slow copying model, float32 [B, L]."""
         maf = torch.minimum(frequency, 1 - frequency).clamp_min(1e-5)
-        level, slope = self.slow.float() * self._GAIN
-        return torch.sigmoid(level + slope * torch.log10(maf / 1e-3))
+        level, per_decade = self.slow.float() * self._GAIN
+        return torch.sigmoid(level + per_decade * torch.log10(maf / 1e-3))
 
 
 @torch.no_grad()

@@ -168,9 +168,9 @@ class _ListedDosage(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        slope = np.zeros(ctx.shape, dtype=np.float32)
-        ctx.adjoint(gradients[0].float().contiguous().numpy(), *ctx.arguments, slope)
-        return torch.from_numpy(slope), None, None
+        posterior_gradient = np.zeros(ctx.shape, dtype=np.float32)
+        ctx.adjoint(gradients[0].float().contiguous().numpy(), *ctx.arguments, posterior_gradient)
+        return torch.from_numpy(posterior_gradient), None, None
 
 
 _LOOPS: dict[type, tuple[Any, Any]] = {

@@ -1,8 +1,8 @@
 """CUDA kernels of the copied dosage: :func:`embrag_ds.ops.dosage_numba.mix` and its adjoint over all K alleles.
 
-Torch would write the posterior out for every site and neighbour, [B, K, L], and sort indices to hand slopes back. Here
-a thread has one site, or in the adjoint one neighbour, and nothing is written but the result; no two threads
-add to the same number, so that runs can be repeated. The source is plain C, so that a test can compile it for the host.
+Torch would write the posterior out for every site and neighbour, [B, K, L], and sort indices to hand gradients back.
+Here a thread has one site, or in the adjoint one neighbour, and nothing is written but the result. No two threads add
+to the same number, so that runs can be repeated. The source is plain C, so that a test can compile it for the host.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ extern "C" __global__ void copied_dosage(
 extern "C" __global__ void copied_dosage_adjoint(
     const unsigned char* alleles, const float* gradient, const long long* left, const long long* right,
     const float* share,
-    float* slope,  // [B, N, K], zero
+    float* posterior_gradient,  // [B, N, K], zero
     const int tiles, const int N, const int K, const int L)
 {
     const long long b = blockIdx.x / tiles;
     const int k = blockIdx.x % tiles * blockDim.x + threadIdx.x;
     if (k >= K) return;
     alleles += (b * K + k) * L; gradient += b * L; left += b * L; right += b * L; share += b * L;
-    slope += b * N * K + k;
+    posterior_gradient += b * N * K + k;
     float at_left = 0.f, at_right = 0.f;
     for (int site = 0; site < L; ++site) {
         const float given = alleles[site] ? gradient[site] : 0.f;
         at_left += (1.f - share[site]) * given;
         at_right += share[site] * given;
         if (site + 1 == L || left[site + 1] != left[site]) {
-            slope[left[site] * K] += at_left;
+            posterior_gradient[left[site] * K] += at_left;
             at_left = 0.f;
         }
         if (site + 1 == L || right[site + 1] != right[site]) {
-            slope[right[site] * K] += at_right;
+            posterior_gradient[right[site] * K] += at_right;
             at_right = 0.f;
         }
     }
@@ -98,8 +98,11 @@ class CudaDosage(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         alleles, *places = ctx.saved_tensors
         passed, neighbours, _ = ctx.sizes
-        slope = torch.zeros(len(alleles), passed, neighbours, device=alleles.device)
+        posterior_gradient = torch.zeros(len(alleles), passed, neighbours, device=alleles.device)
         _run(
-            "copied_dosage_adjoint", neighbours, [alleles, gradients[0].float().contiguous(), *places, slope], ctx.sizes
+            "copied_dosage_adjoint",
+            neighbours,
+            [alleles, gradients[0].float().contiguous(), *places, posterior_gradient],
+            ctx.sizes,
         )
-        return slope, None, None, None, None
+        return posterior_gradient, None, None, None, None

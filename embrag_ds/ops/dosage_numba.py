@@ -66,12 +66,12 @@ def mix(posterior, offset, members, left, right, share, dosage):
 
 
 @ParallelLoop
-def mix_adjoint(gradient, offset, members, left, right, share, slope):
-    """Add to slope [B, N, K] what :func:`mix` hands back of ``gradient`` [B, L]."""
+def mix_adjoint(gradient, offset, members, left, right, share, posterior_gradient):
+    """Add to posterior_gradient [B, N, K] what :func:`mix` hands back of ``gradient`` [B, L]."""
     for b in numba.prange(len(gradient)):
         carriers = members[b]
         for site in range(gradient.shape[1]):
-            before, after = slope[b, left[b, site]], slope[b, right[b, site]]
+            before, after = posterior_gradient[b, left[b, site]], posterior_gradient[b, right[b, site]]
             at_right = share[b, site] * gradient[b, site]
             at_left = gradient[b, site] - at_right
             for number in range(offset[b, site], offset[b, site + 1]):
@@ -156,8 +156,8 @@ def mix_sequences(posterior, ids, sequence, count, bounds, start, who, left, rig
 
 
 @ParallelLoop
-def mix_sequences_adjoint(gradient, ids, sequence, count, bounds, start, who, left, right, share, slope):
-    """Add to slope [B, N, K] what :func:`mix_sequences` hands back of ``gradient`` [B, L]."""
+def mix_sequences_adjoint(gradient, ids, sequence, count, bounds, start, who, left, right, share, posterior_gradient):
+    """Add to posterior_gradient [B, N, K] what :func:`mix_sequences` hands back of ``gradient`` [B, L]."""
     for b in numba.prange(len(gradient)):
         own = ids[b].astype(np.uint32)
         before = np.empty(count.max(), dtype=np.float32)
@@ -175,7 +175,7 @@ def mix_sequences_adjoint(gradient, ids, sequence, count, bounds, start, who, le
                     for place in range(start[site], start[site + 1]):
                         before[who[place]] += at_left
                         after[who[place]] += at_right
-                first, second = slope[b, left[b, begin]], slope[b, right[b, begin]]
+                first, second = posterior_gradient[b, left[b, begin]], posterior_gradient[b, right[b, begin]]
                 for k in range(len(own)):
                     n = number[own[k]]
                     first[k] += before[n]

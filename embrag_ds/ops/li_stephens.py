@@ -1,17 +1,18 @@
-"""Copying probabilities: the Li and Stephens model over retrieved haplotypes.
+"""The copying model of Li and Stephens over retrieved haplotypes: posterior copying probabilities, match lengths.
 
-A query haplotype is a mosaic of its K neighbours (Li & Stephens 2003, Genetics 165:2213). At a typed site
-a neighbour that differs from the query costs a factor ``exp(-cost)``; before each site the mosaic chooses anew
-with probability ``switch``, neighbour k with probability ``prior[k]``. Forward-backward gives the posterior
-probability that each neighbour is the one being copied.
+A query haplotype is an imperfect copy of its K neighbours, one at a time (Li & Stephens 2003, Genetics 165:2213).
+Mismatch: at a typed site the probability that a neighbour which differs from the query is the one copied is multiplied
+by ``exp(-mismatch_nats)``. Recombination: before each site the model chooses anew with probability
+``recombination``, neighbour k with probability ``prior[k]``. Forward-backward gives the posterior probability that
+each neighbour is the one being copied.
 
 Every pass is normalised at every site, so nothing underflows. On a CPU forward, backward and their adjoints
 are compiled loops (:mod:`embrag_ds.ops.li_stephens_numba`), on a GPU CUDA kernels
 (:mod:`embrag_ds.ops.li_stephens_cuda`), and where there is no CuPy torch operations, differentiated by autograd.
 All compute the same function.
 
-Evidence comes from all T typed sites of a window; what it says is wanted around the core only: at the N typed
-sites of ``near``.
+Evidence comes from all T typed sites of a window; posteriors are wanted around the core only, at the N typed sites of
+``near``.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from embrag_ds.ops.li_stephens_cuda import CudaPosterior, cuda_match_lengths
 
 # Both far enough from the smallest float32 that no sum over neighbours is 0, whatever the evidence: not where
 # all of them differ from the query, nor where each differs somewhere and the map says nothing recombined.
-_LARGEST_COST = 60.0
-_SMALLEST_SWITCH = 1e-8
+_MOST_MISMATCH_NATS = 60.0
+_LEAST_RECOMBINATION = 1e-8
 
 
 def mismatches(alleles: Tensor, place: Tensor, ids: Tensor, tokens: Tensor, count: Tensor) -> Tensor:
@@ -61,32 +62,35 @@ def copying_backend(device: torch.device) -> str:
 
 
 def copying_posterior(
-    mismatch: Tensor, cost: Tensor, switch: Tensor, prior: Tensor, near: slice = slice(None)
+    mismatch: Tensor, mismatch_nats: Tensor, recombination: Tensor, prior: Tensor, near: slice = slice(None)
 ) -> Tensor:
     """Posterior copying probabilities at the sites ``near``, float32 [C, N, K], summing to 1 over K.
 
-    ``mismatch`` bool [B, T, K]; ``cost`` and ``switch`` float32 [C, T], the switch at the first site being
-    ignored; ``prior`` float32 [B, K], positive, summing to 1 over K. C is B, or a multiple of it: several chains with
-    costs and switches of their own, of which chain c is about query c % B. Differentiable in all but ``mismatch``.
+    ``mismatch`` bool [B, T, K]; ``mismatch_nats`` and ``recombination`` float32 [C, T], the recombination before the
+    first site being ignored; ``prior`` float32 [B, K], positive, summing to 1 over K. C is B, or a multiple of it:
+    several chains with mismatch and recombination of their own, of which chain c is about query c % B. Differentiable
+    in all but ``mismatch``.
     """
     way = copying_backend(mismatch.device)
     if way == "torch":
-        return posterior_torch(mismatch, cost, switch, prior, near)
-    cost, switch = _bounded(cost, switch)
+        return posterior_torch(mismatch, mismatch_nats, recombination, prior, near)
+    mismatch_nats, recombination = _bounded(mismatch_nats, recombination)
     first, last, _ = near.indices(mismatch.shape[1])
     if way == "cuda kernel":
-        return CudaPosterior.apply(mismatch, torch.exp(-cost), switch, prior, first, last)
-    return _CompiledPosterior.apply(mismatch, cost, switch, prior, first, last)
+        return CudaPosterior.apply(mismatch, torch.exp(-mismatch_nats), recombination, prior, first, last)
+    return _CompiledPosterior.apply(mismatch, mismatch_nats, recombination, prior, first, last)
 
 
-def posterior_torch(mismatch: Tensor, cost: Tensor, switch: Tensor, prior: Tensor, near: slice = slice(None)) -> Tensor:
+def posterior_torch(
+    mismatch: Tensor, mismatch_nats: Tensor, recombination: Tensor, prior: Tensor, near: slice = slice(None)
+) -> Tensor:
     """:func:`copying_posterior` in plain torch operations, a step per site."""
-    cost, switch = _bounded(cost, switch)
-    chains = len(cost) // len(mismatch)
+    mismatch_nats, recombination = _bounded(mismatch_nats, recombination)
+    chains = len(mismatch_nats) // len(mismatch)
     mismatch, prior = mismatch.repeat(chains, 1, 1), prior.repeat(chains, 1)
-    emission = torch.where(mismatch, torch.exp(-cost)[..., None], 1.0).unbind(1)
-    stay = (1 - switch)[..., None].unbind(1)
-    jump = switch[..., None].unbind(1)
+    emission = torch.where(mismatch, torch.exp(-mismatch_nats)[..., None], 1.0).unbind(1)
+    stay = (1 - recombination)[..., None].unbind(1)
+    jump = recombination[..., None].unbind(1)
     first = prior * emission[0]
     forward = [first / first.sum(-1, keepdim=True)]
     for site in range(1, len(emission)):
@@ -100,40 +104,40 @@ def posterior_torch(mismatch: Tensor, cost: Tensor, switch: Tensor, prior: Tenso
     return both / both.sum(-1, keepdim=True)
 
 
-def _bounded(cost: Tensor, switch: Tensor) -> tuple[Tensor, Tensor]:
-    return cost.clamp_max(_LARGEST_COST), switch.clamp_min(_SMALLEST_SWITCH)
+def _bounded(mismatch_nats: Tensor, recombination: Tensor) -> tuple[Tensor, Tensor]:
+    return mismatch_nats.clamp_max(_MOST_MISMATCH_NATS), recombination.clamp_min(_LEAST_RECOMBINATION)
 
 
-def _arguments(mismatch: Tensor, cost: Tensor, switch: Tensor, prior: Tensor) -> list[np.ndarray]:
-    """As the compiled loops take them: the likelihood of a mismatch in place of its cost."""
-    numbers = (torch.exp(-cost.detach()), switch.detach(), prior.detach())
+def _arguments(mismatch: Tensor, mismatch_nats: Tensor, recombination: Tensor, prior: Tensor) -> list[np.ndarray]:
+    """As the compiled loops take them: the ratio exp(-nats) in place of the nats."""
+    numbers = (torch.exp(-mismatch_nats.detach()), recombination.detach(), prior.detach())
     return [mismatch.contiguous().numpy(), *(each.float().contiguous().numpy() for each in numbers)]
 
 
 class _CompiledPosterior(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, mismatch: Tensor, cost: Tensor, switch: Tensor, prior: Tensor, first: int, last: int
+        ctx: Any, mismatch: Tensor, mismatch_nats: Tensor, recombination: Tensor, prior: Tensor, first: int, last: int
     ) -> Tensor:
-        arguments = (*_arguments(mismatch, cost, switch, prior), first, last)
-        posterior = np.empty((len(cost), last - first, mismatch.shape[2]), dtype=np.float32)
+        arguments = (*_arguments(mismatch, mismatch_nats, recombination, prior), first, last)
+        posterior = np.empty((len(mismatch_nats), last - first, mismatch.shape[2]), dtype=np.float32)
         li_stephens_numba.forward_backward(*arguments, posterior)
         ctx.arguments = (*arguments, posterior)
-        ctx.cost = cost.detach()
+        ctx.mismatch_nats = mismatch_nats.detach()
         return torch.from_numpy(posterior)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, Tensor, None, None]:
         (gradient,) = gradients
-        likelihood_slope = np.zeros(ctx.cost.shape, dtype=np.float32)
+        ratio_gradient = np.zeros(ctx.mismatch_nats.shape, dtype=np.float32)
         prior = ctx.arguments[3]
-        prior_slope = np.zeros((len(ctx.cost), prior.shape[1]), dtype=np.float32)
-        slopes = likelihood_slope, np.zeros_like(likelihood_slope), prior_slope
-        li_stephens_numba.adjoint(*ctx.arguments, gradient.float().contiguous().numpy(), *slopes)
-        # d exp(-cost) / d cost = -exp(-cost)
-        cost_slope = -torch.from_numpy(likelihood_slope) * torch.exp(-ctx.cost)
-        of_queries = torch.from_numpy(prior_slope).unflatten(0, (-1, len(prior))).sum(0)
-        return None, cost_slope, torch.from_numpy(slopes[1]), of_queries, None, None
+        prior_gradient = np.zeros((len(ctx.mismatch_nats), prior.shape[1]), dtype=np.float32)
+        found_gradients = ratio_gradient, np.zeros_like(ratio_gradient), prior_gradient
+        li_stephens_numba.adjoint(*ctx.arguments, gradient.float().contiguous().numpy(), *found_gradients)
+        # d exp(-mismatch_nats) / d mismatch_nats = -exp(-mismatch_nats)
+        nats_gradient = -torch.from_numpy(ratio_gradient) * torch.exp(-ctx.mismatch_nats)
+        of_queries = torch.from_numpy(prior_gradient).unflatten(0, (-1, len(prior))).sum(0)
+        return None, nats_gradient, torch.from_numpy(found_gradients[1]), of_queries, None, None
 
 
 def match_lengths(mismatch: Tensor, position: Tensor, count: Tensor, near: slice = slice(None)) -> Tensor:

@@ -51,8 +51,8 @@ __device__ void block_sums(float (&sum)[N], float* scratch, int& turn)
 
 extern "C" __global__ void __launch_bounds__(THREADS) copying_forward_backward(
     const unsigned char* mismatch,  // [B, T, K]
-    const float* likelihood,        // [C, T], of a mismatch
-    const float* switching,         // [C, T]
+    const float* mismatch_ratio,        // [C, T], of a mismatch
+    const float* recombination,         // [C, T]
     const float* prior,             // [B, K]
     float* alpha,                   // [C, last, K]: later ones say nothing of N
     float* beta,                    // [C, T - first, K], from first on
@@ -62,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_forward_backward(
     __shared__ float scratch[SCRATCH];
     const long long c = blockIdx.x, b = c % B;
     mismatch += b * T * K; prior += b * K;
-    alpha += c * last * K; beta += c * (T - first) * K; likelihood += c * T; switching += c * T;
+    alpha += c * last * K; beta += c * (T - first) * K; mismatch_ratio += c * T; recombination += c * T;
     posterior += c * (last - first) * K;
     float weight[PER], state[PER], scale = 0.f;
     int turn = 0;
@@ -71,7 +71,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_forward_backward(
         state[i] = 0.f;
     }
     for (int t = 0; t < last; ++t) {
-        const float stay = t ? (1.f - switching[t]) * scale : 0.f, jump = t ? switching[t] : 1.f, miss = likelihood[t];
+        const float stay = t ? (1.f - recombination[t]) * scale : 0.f, jump = t ? recombination[t] : 1.f;
+        const float miss = mismatch_ratio[t];
         const long long row = (long long)t * K;
         float sum[1] = {0.f};
         EACH_NEIGHBOUR {
@@ -84,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_forward_backward(
     }
     EACH_NEIGHBOUR state[i] = 1.f;
     for (int t = T - 1; t >= first; --t) {
-        const float miss = likelihood[t];
+        const float miss = mismatch_ratio[t];
         const long long row = (long long)t * K, out = (long long)(t - first) * K;
         const bool wanted = t < last;
         float sum[2] = {0.f, 0.f}, both[PER];
@@ -99,32 +100,32 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_forward_backward(
         if (wanted) {
             EACH_NEIGHBOUR posterior[out + k] = both[i] / sum[1];
         }
-        const float stay = (1.f - switching[t]) / sum[0], jump = switching[t];
+        const float stay = (1.f - recombination[t]) / sum[0], jump = recombination[t];
         EACH_NEIGHBOUR state[i] = stay * state[i] + jump;
     }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) copying_adjoint(
-    const unsigned char* mismatch, const float* likelihood, const float* switching, const float* prior,
+    const unsigned char* mismatch, const float* mismatch_ratio, const float* recombination, const float* prior,
     const float* alpha, const float* beta, const float* posterior,
     const float* gradient,    // [C, N, K]
     float* moments,           // [C, N, 2], scratch
-    float* likelihood_slope,  // [C, T], zero, as is the next
-    float* switch_slope,      // [C, T]
-    float* prior_slope,       // [C, K]
+    float* ratio_gradient,  // [C, T], zero, as is the next
+    float* recombination_gradient,      // [C, T]
+    float* prior_gradient,       // [C, K]
     const int B, const int T, const int K, const int first, const int last)
 {
     __shared__ float scratch[SCRATCH];
     const long long c = blockIdx.x, b = c % B;
     mismatch += b * T * K; prior += b * K;
-    alpha += c * last * K; beta += c * (T - first) * K; likelihood += c * T; switching += c * T;
-    likelihood_slope += c * T; switch_slope += c * T; prior_slope += c * K;
+    alpha += c * last * K; beta += c * (T - first) * K; mismatch_ratio += c * T; recombination += c * T;
+    ratio_gradient += c * T; recombination_gradient += c * T; prior_gradient += c * K;
     posterior += c * (last - first) * K; gradient += c * (last - first) * K; moments += c * (last - first) * 2;
-    float weight[PER], weight_slope[PER], chain[PER], seen[PER];
+    float weight[PER], weight_gradient[PER], chain[PER], seen[PER];
     int turn = 0;
     EACH_NEIGHBOUR {
         weight[i] = prior[k];
-        weight_slope[i] = 0.f;
+        weight_gradient[i] = 0.f;
     }
     // d L / d (alpha beta) at a site of N is (gradient - mean) / total.
     for (int t = first; t < last; ++t) {
@@ -143,11 +144,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_adjoint(
     __syncthreads();
 #define DIRECT(t, other) ((gradient[(long long)((t) - first) * K + k] - moments[2 * ((t) - first) + 1]) \
                           * moments[2 * ((t) - first)] * (other))
-    // beta's recursion went down from T - 1; chain is the slope of beta at t - 1.
+    // beta's recursion went down from T - 1; chain is the gradient of beta at t - 1.
     EACH_NEIGHBOUR chain[i] = DIRECT(first, alpha[(long long)first * K + k]);
     float missed = 0.f, moved = 0.f;
     for (int t = first + 1; t < T; ++t) {
-        const float stay = 1.f - switching[t], miss = likelihood[t];
+        const float stay = 1.f - recombination[t], miss = mismatch_ratio[t];
         const long long row = (long long)t * K, after = (long long)(t - first) * K;
         float sum[4] = {0.f, 0.f, 0.f, missed};
         EACH_NEIGHBOUR {
@@ -159,28 +160,29 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_adjoint(
         block_sums(sum, scratch, turn);
         const float scale = stay / sum[0], weighed = sum[1] / sum[0];
         if (threadIdx.x == 0) {
-            switch_slope[t] += sum[2] - weighed;
-            likelihood_slope[t - 1] += sum[3];
+            recombination_gradient[t] += sum[2] - weighed;
+            ratio_gradient[t - 1] += sum[3];
         }
         missed = 0.f;
         EACH_NEIGHBOUR {
-            const float slope = scale * (chain[i] - weighed * weight[i]);
-            weight_slope[i] -= scale * weighed * seen[i];
-            if (mismatch[row + k]) missed += slope * beta[after + k];
-            chain[i] = slope * (mismatch[row + k] ? miss : 1.f);
+            const float state_gradient = scale * (chain[i] - weighed * weight[i]);
+            weight_gradient[i] -= scale * weighed * seen[i];
+            if (mismatch[row + k]) missed += state_gradient * beta[after + k];
+            chain[i] = state_gradient * (mismatch[row + k] ? miss : 1.f);
             if (t < last) chain[i] += DIRECT(t, alpha[row + k]);
         }
     }
     {
         float sum[1] = {missed};
         block_sums(sum, scratch, turn);
-        if (threadIdx.x == 0) likelihood_slope[T - 1] += sum[0];
+        if (threadIdx.x == 0) ratio_gradient[T - 1] += sum[0];
     }
-    // alpha's went up from 0; chain is the slope of alpha at t.
+    // alpha's went up from 0; chain is the gradient of alpha at t.
     EACH_NEIGHBOUR chain[i] = DIRECT(last - 1, beta[(long long)(last - 1 - first) * K + k]);
     missed = 0.f;
     for (int t = last - 1; t >= 0; --t) {
-        const float stay = t ? 1.f - switching[t] : 0.f, jump = t ? switching[t] : 1.f, miss = likelihood[t];
+        const float stay = t ? 1.f - recombination[t] : 0.f, jump = t ? recombination[t] : 1.f;
+        const float miss = mismatch_ratio[t];
         const long long row = (long long)t * K;
         float sum[4] = {0.f, 0.f, missed, moved};
         EACH_NEIGHBOUR {
@@ -191,26 +193,26 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_adjoint(
         block_sums(sum, scratch, turn);
         const float scale = 1.f / sum[0], mean = sum[1];
         if (threadIdx.x == 0 && t + 1 < last) {
-            likelihood_slope[t + 1] += sum[2];
-            switch_slope[t + 1] += sum[3];
+            ratio_gradient[t + 1] += sum[2];
+            recombination_gradient[t + 1] += sum[3];
         }
         missed = moved = 0.f;
         EACH_NEIGHBOUR {
-            float slope = (chain[i] - mean) * scale;
-            if (mismatch[row + k]) missed += slope * seen[i];
-            slope *= mismatch[row + k] ? miss : 1.f;
-            weight_slope[i] += jump * slope;
+            float state_gradient = (chain[i] - mean) * scale;
+            if (mismatch[row + k]) missed += state_gradient * seen[i];
+            state_gradient *= mismatch[row + k] ? miss : 1.f;
+            weight_gradient[i] += jump * state_gradient;
             if (t) {
-                moved += slope * (weight[i] - alpha[row - K + k]);
-                chain[i] = stay * slope;
+                moved += state_gradient * (weight[i] - alpha[row - K + k]);
+                chain[i] = stay * state_gradient;
                 if (t > first) chain[i] += DIRECT(t - 1, beta[(long long)(t - 1 - first) * K + k]);
             }
         }
     }
     float sum[1] = {missed};
     block_sums(sum, scratch, turn);
-    if (threadIdx.x == 0) likelihood_slope[0] += sum[0];
-    EACH_NEIGHBOUR prior_slope[k] = weight_slope[i];
+    if (threadIdx.x == 0) ratio_gradient[0] += sum[0];
+    EACH_NEIGHBOUR prior_gradient[k] = weight_gradient[i];
 }
 
 // A thread has one neighbour of one query, and nobody to wait for.
@@ -271,17 +273,20 @@ def _run(name: str, tensors: list[Tensor], first: int, last: int) -> None:
 
 
 class CudaPosterior(torch.autograd.Function):
-    """Posterior [C, N, K] of mismatch bool [B, T, K], likelihood and switch [C, T] and prior [B, K], float32."""
+    """Posterior [C, N, K] of mismatch bool [B, T, K], mismatch_ratio and recombination [C, T] and prior [B, K].
+
+    All but ``mismatch`` are float32.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, mismatch: Tensor, likelihood: Tensor, switch: Tensor, prior: Tensor, first: int, last: int
+        ctx: Any, mismatch: Tensor, mismatch_ratio: Tensor, recombination: Tensor, prior: Tensor, first: int, last: int
     ) -> Tensor:
-        numbers = [each.detach().float().contiguous() for each in (likelihood, switch, prior)]
+        numbers = [each.detach().float().contiguous() for each in (mismatch_ratio, recombination, prior)]
         given = [mismatch.contiguous().view(torch.uint8), *numbers]
         _, sites, neighbours = mismatch.shape
         alpha, beta, posterior = (
-            torch.empty(len(likelihood), length, neighbours, device=mismatch.device)
+            torch.empty(len(mismatch_ratio), length, neighbours, device=mismatch.device)
             for length in (last, sites - first, last - first)
         )
         _run("copying_forward_backward", [*given, alpha, beta, posterior], first, last)
@@ -292,12 +297,19 @@ class CudaPosterior(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, Tensor, None, None]:
         saved = list(ctx.saved_tensors)
-        likelihood, prior, posterior = saved[1], saved[3], saved[6]
+        mismatch_ratio, prior, posterior = saved[1], saved[3], saved[6]
         moments = torch.empty(*posterior.shape[:2], 2, device=posterior.device)
-        slopes = [torch.zeros_like(likelihood), torch.zeros_like(likelihood)]
-        slopes.append(prior.new_empty(len(likelihood), prior.shape[1]))
-        _run("copying_adjoint", [*saved, gradients[0].float().contiguous(), moments, *slopes], *ctx.bounds)
-        return None, slopes[0], slopes[1], slopes[2].unflatten(0, (-1, len(prior))).sum(0), None, None
+        found_gradients = [torch.zeros_like(mismatch_ratio), torch.zeros_like(mismatch_ratio)]
+        found_gradients.append(prior.new_empty(len(mismatch_ratio), prior.shape[1]))
+        _run("copying_adjoint", [*saved, gradients[0].float().contiguous(), moments, *found_gradients], *ctx.bounds)
+        return (
+            None,
+            found_gradients[0],
+            found_gradients[1],
+            found_gradients[2].unflatten(0, (-1, len(prior))).sum(0),
+            None,
+            None,
+        )
 
 
 def cuda_match_lengths(mismatch: Tensor, position: Tensor, bounds: Tensor, first: int, last: int) -> Tensor:

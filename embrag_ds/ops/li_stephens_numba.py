@@ -40,20 +40,20 @@ def add_rows(rows, total):
 
 
 @ParallelLoop
-def forward_backward(mismatch, likelihood, switch, prior, first, last, posterior):
-    """Fill posterior [C, N, K]; ``likelihood`` [C, T] is that of ``mismatch`` [B, T, K], ``prior`` [B, K] sums to 1
+def forward_backward(mismatch, mismatch_ratio, recombination, prior, first, last, posterior):
+    """Fill posterior [C, N, K]; ``mismatch_ratio`` [C, T] is that of ``mismatch`` [B, T, K], ``prior`` [B, K] sums to 1
     over K.
 
     Nothing is kept for sites that are not asked for, and what a pass is divided by at a site is
     multiplied into the next.
     """
     queries, sites, neighbours = mismatch.shape
-    for c in numba.prange(len(likelihood)):
+    for c in numba.prange(len(mismatch_ratio)):
         state = np.zeros(neighbours, dtype=np.float32)
         differs, chosen = mismatch[c % queries], prior[c % queries]
         stay, jump = np.float32(0), np.float32(1)
         for t in range(last):
-            miss = likelihood[c, t]
+            miss = mismatch_ratio[c, t]
             total = np.float32(0)
             for k in range(neighbours):
                 moved = stay * state[k] + jump * chosen[k]
@@ -63,11 +63,11 @@ def forward_backward(mismatch, likelihood, switch, prior, first, last, posterior
             if t >= first:
                 posterior[c, t - first] = state
             if t + 1 < last:
-                stay, jump = (np.float32(1) - switch[c, t + 1]) / total, switch[c, t + 1]
+                stay, jump = (np.float32(1) - recombination[c, t + 1]) / total, recombination[c, t + 1]
         state[:] = np.float32(0)
         stay, jump = np.float32(0), np.float32(1)
         for t in range(sites - 1, first - 1, -1):
-            miss = likelihood[c, t]
+            miss = mismatch_ratio[c, t]
             total = np.float32(0)
             if t < last:
                 mass = np.float32(0)
@@ -88,25 +88,24 @@ def forward_backward(mismatch, likelihood, switch, prior, first, last, posterior
                     seen *= miss if differs[t, k] else np.float32(1)
                     state[k] = seen
                     total += seen * chosen[k]
-            stay, jump = (np.float32(1) - switch[c, t]) / total, switch[c, t]
+            stay, jump = (np.float32(1) - recombination[c, t]) / total, recombination[c, t]
 
 
 @ParallelLoop
 def adjoint(
     mismatch,
-    likelihood,
-    switch,
+    mismatch_ratio,
+    recombination,
     prior,
     first,
     last,
     posterior,
     gradient,
-    likelihood_slope,
-    switch_slope,
-    prior_slope,
+    ratio_gradient,
+    recombination_gradient,
+    prior_gradient,
 ):
-    """Add d L / d likelihood, d L / d switch [C, T] and d L / d prior [C, K], given ``gradient`` = d L / d posterior
-    [C, N, K].
+    """Add the gradients of mismatch_ratio and recombination [C, T] and prior [C, K], given that of posterior [C, N, K].
 
     Reverse-mode differentiation of :func:`forward_backward`, whose passes are computed again here, a chain at a time:
     kept for all chains they would take more memory than the rest of a small network. Recursion by recursion: the
@@ -115,15 +114,15 @@ def adjoint(
     """
     queries, sites, neighbours = mismatch.shape
     one, zero = np.float32(1), np.float32(0)
-    for c in numba.prange(len(likelihood)):
+    for c in numba.prange(len(mismatch_ratio)):
         differs, chosen = mismatch[c % queries], prior[c % queries]
         # alpha sums to 1, beta to 1 when weighed by the prior and what is seen; what either was divided by.
         alpha = np.empty((last, neighbours), dtype=np.float32)
         beta = np.empty((sites - first, neighbours), dtype=np.float32)
         alpha_total, beta_total = np.empty(last, dtype=np.float32), np.empty(sites - first, dtype=np.float32)
         for t in range(last):
-            stay, jump = (one - switch[c, t], switch[c, t]) if t > 0 else (zero, one)
-            miss, total = likelihood[c, t], zero
+            stay, jump = (one - recombination[c, t], recombination[c, t]) if t > 0 else (zero, one)
+            miss, total = mismatch_ratio[c, t], zero
             before = alpha[max(t - 1, 0)]
             for k in range(neighbours):
                 moved = jump * chosen[k] + (stay * before[k] if t > 0 else zero)
@@ -136,14 +135,14 @@ def adjoint(
             alpha_total[t] = total
         beta[sites - 1 - first] = one
         for t in range(sites - 1, first, -1):
-            miss, total = likelihood[c, t], zero
+            miss, total = mismatch_ratio[c, t], zero
             for k in range(neighbours):
                 seen = beta[t - first, k] * (miss if differs[t, k] else one)
                 beta[t - 1 - first, k] = seen
                 total += seen * chosen[k]
-            scale = (one - switch[c, t]) / total
+            scale = (one - recombination[c, t]) / total
             for k in range(neighbours):
-                beta[t - 1 - first, k] = scale * beta[t - 1 - first, k] + switch[c, t]
+                beta[t - 1 - first, k] = scale * beta[t - 1 - first, k] + recombination[c, t]
             beta_total[t - first] = total
         # d L / d (alpha beta) at a site of N is (gradient - mean) / mass.
         mean, scale_of = np.empty(last - first, dtype=np.float32), np.empty(last - first, dtype=np.float32)
@@ -153,10 +152,10 @@ def adjoint(
                 mass += alpha[first + n, k] * beta[n, k]
                 weighed += gradient[c, n, k] * posterior[c, n, k]
             mean[n], scale_of[n] = weighed, one / mass
-        # The slope of beta, from site to site.
+        # The gradient of beta, from site to site.
         chain = (gradient[c, 0] - mean[0]) * scale_of[0] * alpha[first]
         for t in range(first + 1, sites):
-            stay, miss = one - switch[c, t], likelihood[c, t]
+            stay, miss = one - recombination[c, t], mismatch_ratio[c, t]
             here = beta[t - first]
             weighed, moved = zero, zero
             for k in range(neighbours):
@@ -164,28 +163,28 @@ def adjoint(
                 moved += chain[k]
             scale = one / beta_total[t - first]
             weighed *= scale
-            switch_slope[c, t] += moved - weighed
+            recombination_gradient[c, t] += moved - weighed
             missed = zero
             for k in range(neighbours):
-                slope = stay * scale * (chain[k] - weighed * chosen[k])
-                missed += slope * here[k] if differs[t, k] else zero
+                state_gradient = stay * scale * (chain[k] - weighed * chosen[k])
+                missed += state_gradient * here[k] if differs[t, k] else zero
                 factor = miss if differs[t, k] else one
-                prior_slope[c, k] -= stay * scale * weighed * here[k] * factor
-                chain[k] = slope * factor
-            likelihood_slope[c, t] += missed
+                prior_gradient[c, k] -= stay * scale * weighed * here[k] * factor
+                chain[k] = state_gradient * factor
+            ratio_gradient[c, t] += missed
             if t < last:
                 n = t - first
                 for k in range(neighbours):
                     chain[k] += (gradient[c, n, k] - mean[n]) * scale_of[n] * alpha[t, k]
-        # The slope of alpha, the other way.
+        # The gradient of alpha, the other way.
         chain[:] = zero
         for t in range(last - 1, -1, -1):
             if t >= first:
                 n = t - first
                 for k in range(neighbours):
                     chain[k] += (gradient[c, n, k] - mean[n]) * scale_of[n] * beta[n, k]
-            stay, jump = (one - switch[c, t], switch[c, t]) if t > 0 else (zero, one)
-            miss, weighed = likelihood[c, t], zero
+            stay, jump = (one - recombination[c, t], recombination[c, t]) if t > 0 else (zero, one)
+            miss, weighed = mismatch_ratio[c, t], zero
             for k in range(neighbours):
                 weighed += chain[k] * alpha[t, k]
             scale = one / alpha_total[t]
@@ -193,14 +192,14 @@ def adjoint(
             missed, moved = zero, zero
             for k in range(neighbours):
                 came = jump * chosen[k] + stay * before[k]
-                slope = (chain[k] - weighed) * scale
-                missed += slope * came if differs[t, k] else zero
-                slope *= miss if differs[t, k] else one
-                prior_slope[c, k] += jump * slope
-                moved += slope * (chosen[k] - before[k])
-                chain[k] = stay * slope
-            likelihood_slope[c, t] += missed
-            switch_slope[c, t] += moved if t > 0 else zero
+                state_gradient = (chain[k] - weighed) * scale
+                missed += state_gradient * came if differs[t, k] else zero
+                state_gradient *= miss if differs[t, k] else one
+                prior_gradient[c, k] += jump * state_gradient
+                moved += state_gradient * (chosen[k] - before[k])
+                chain[k] = stay * state_gradient
+            ratio_gradient[c, t] += missed
+            recombination_gradient[c, t] += moved if t > 0 else zero
 
 
 @ParallelLoop

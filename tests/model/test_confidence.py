@@ -57,7 +57,7 @@ def test_the_evidence_is_what_its_docstring_says(build) -> None:
     even = torch.ones(len(batch.window.sites.position))
     network.pooling.slow.data[0] = -100.0
     fast = network.pooling(batch, found, even)
-    network.pooling.slow.data[0] = 100.0  # the slow mosaic alone, which the evidence is about
+    network.pooling.slow.data[0] = 100.0  # the slow copying model alone, which the evidence is about
     pooled = network.pooling(batch, found, even)
     apart = torch.logit(pooled.dosage, eps=1e-4) - torch.logit(fast.dosage, eps=1e-4)
     torch.testing.assert_close(pooled.evidence.disagreement, apart, rtol=1e-3, atol=1e-3)

@@ -55,7 +55,7 @@ def disturb(module: torch.nn.Module) -> None:
 
 
 def slow_alone(pooling: torch.nn.Module) -> torch.nn.Module:
-    """Without the fast mosaic, where there is one: weights then change along the sites only as the slow one's do."""
+    """Without the fast copying model, where there is one: weights then change along the sites only as the slow one's do."""
     if isinstance(pooling, CopyingPooling):
         pooling.slow.data[0] = 100.0
     return pooling
@@ -131,12 +131,12 @@ def test_copying_weights_equal_the_slow_model_interpolated_in_centimorgans(
         assert np.allclose(found[row], slow, atol=5e-4), np.abs(found[row] - slow).max()
 
 
-def test_a_switch_prefers_neighbours_with_fewer_mismatches_and_a_rare_site_the_slow_mosaic(build) -> None:
+def test_a_recombination_prefers_neighbours_with_fewer_mismatches_and_a_rare_site_the_slow_model(build) -> None:
     world = build(3, outside=2)
     batch = world.collator(build.imputer().embedding)(world.batch_of(1, [0, 1], world.hidden(1, 2, 1)))
     pooling = CopyingPooling()
     with torch.no_grad():
-        prior = pooling._switch_prior(batch, batch.retrieved)
+        prior = pooling._recombination_prior(batch, batch.retrieved)
         share = pooling._share_of_slow(torch.tensor([[1e-4, 1e-3, 0.1, 0.9, 0.9999]]))[0]
     for row in range(4):
         count = int(batch.window.typed_count[row])

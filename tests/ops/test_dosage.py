@@ -78,16 +78,16 @@ def test_a_dosage_is_a_plain_sum(seed: int, k: int) -> None:
             assert [float(each[query, site]) for each in dosages] == pytest.approx([expected] * 4, abs=1e-6)
 
 
-def test_slopes_of_all_are_those_of_autograd() -> None:
+def test_gradients_of_all_are_those_of_autograd() -> None:
     alleles, ids, posterior, places = case(1, 7)
-    slopes = []
+    gradients = []
     for found in all_ways(alleles, ids):
         leaf = posterior.clone().requires_grad_()
         (expected_allele(found, leaf, places) * torch.arange(SITES)).sum().backward()
         assert leaf.grad is not None
-        slopes.append(leaf.grad)
-    for slope in slopes[1:]:
-        torch.testing.assert_close(slope, slopes[0], rtol=1e-5, atol=1e-4)
+        gradients.append(leaf.grad)
+    for each in gradients[1:]:
+        torch.testing.assert_close(each, gradients[0], rtol=1e-5, atol=1e-4)
 
 
 def test_a_window_serves_queries_with_any_number_of_neighbours() -> None:

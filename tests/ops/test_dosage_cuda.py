@@ -65,18 +65,20 @@ CASES = pytest.mark.parametrize(
 
 
 @CASES
-def test_values_and_slopes_are_torchs(kernels: Callable[..., None], passed: int, neighbours: int, sites: int) -> None:
+def test_values_and_gradients_are_torchs(
+    kernels: Callable[..., None], passed: int, neighbours: int, sites: int
+) -> None:
     alleles, posterior, places = random_case(passed, passed, neighbours, sites)
     sizes, between = (passed, neighbours, sites), [places.left, places.right, places.share]
     leaf, gradient = posterior.clone().requires_grad_(), torch.randn(3, sites)
     expected = (interpolated(leaf, places) * alleles).sum(1)
     (expected * gradient).sum().backward()
 
-    dosage, slope = torch.full((3, sites), torch.nan), torch.zeros(posterior.shape)
+    dosage, posterior_gradient = torch.full((3, sites), torch.nan), torch.zeros(posterior.shape)
     kernels("dosage", sites, [alleles, posterior, *between, dosage], *sizes)
     torch.testing.assert_close(dosage, expected.detach(), rtol=1e-5, atol=1e-6)
-    kernels("adjoint", neighbours, [alleles, gradient, *between, slope], *sizes)
-    torch.testing.assert_close(slope, leaf.grad, rtol=1e-4, atol=1e-5)
+    kernels("adjoint", neighbours, [alleles, gradient, *between, posterior_gradient], *sizes)
+    torch.testing.assert_close(posterior_gradient, leaf.grad, rtol=1e-4, atol=1e-5)
 
 
 @CASES

@@ -25,12 +25,12 @@ def some_of(seed: int, sites: int) -> slice:
 BOTH = pytest.mark.parametrize("posterior_of", [copying_posterior, posterior_torch], ids=["compiled", "torch"])
 
 
-def slow_posterior(emission: np.ndarray, switch: np.ndarray, prior: np.ndarray) -> np.ndarray:
+def slow_posterior(emission: np.ndarray, recombination: np.ndarray, prior: np.ndarray) -> np.ndarray:
     """Forward-backward [T, K] float64 of one haplotype, with the whole transition matrix written out."""
     sites, states = emission.shape
 
     def transition(site: int, source: int, to: int) -> float:
-        return (1 - switch[site]) * (source == to) + switch[site] * prior[to]
+        return (1 - recombination[site]) * (source == to) + recombination[site] * prior[to]
 
     forward = np.zeros((sites, states))
     backward = np.ones((sites, states))
@@ -53,14 +53,16 @@ def slow_posterior(emission: np.ndarray, switch: np.ndarray, prior: np.ndarray) 
 
 
 def random_case(seed: int, queries: int, sites: int, states: int, harshness: float = 5.0, chains: int = 1):
-    """mismatch [B, T, K], cost and switch [C, T], one in ten switches being zero, prior [B, K]; C / B ``chains``."""
+    """mismatch [B, T, K], mismatch_nats and recombination [C, T] (one in ten is 0), prior [B, K]; C / B ``chains``."""
     rng = np.random.default_rng(seed)
     mismatch = rng.random((queries, sites, states)) < 0.4
-    cost = harshness * rng.random((chains * queries, sites))
-    switch = rng.random((chains * queries, sites)) ** 3
-    switch[rng.random(switch.shape) < 0.1] = 0.0
+    mismatch_nats = harshness * rng.random((chains * queries, sites))
+    recombination = rng.random((chains * queries, sites)) ** 3
+    recombination[rng.random(recombination.shape) < 0.1] = 0.0
     prior = rng.dirichlet(np.ones(states), queries) * 0.9 + 0.1 / states
-    return torch.from_numpy(mismatch), *(torch.from_numpy(each).float() for each in (cost, switch, prior))
+    return torch.from_numpy(mismatch), *(
+        torch.from_numpy(each).float() for each in (mismatch_nats, recombination, prior)
+    )
 
 
 @BOTH
@@ -76,25 +78,27 @@ def random_case(seed: int, queries: int, sites: int, states: int, harshness: flo
 def test_the_posterior_equals_forward_backward_with_the_full_transition_matrix(
     posterior_of, seed: int, queries: int, sites: int, states: int, harshness: float, chains: int
 ) -> None:
-    mismatch, cost, switch, prior = random_case(seed, queries, sites, states, harshness, chains)
+    mismatch, mismatch_nats, recombination, prior = random_case(seed, queries, sites, states, harshness, chains)
     near = some_of(seed, sites)
-    found = posterior_of(mismatch, cost, switch, prior, near)
+    found = posterior_of(mismatch, mismatch_nats, recombination, prior, near)
     assert found.shape[1:] == mismatch[0, near].shape and found.dtype == torch.float32
     assert len(found) == chains * queries
     for chain in range(len(found)):
         query = chain % queries
-        emission = np.exp(-cost[chain].double().numpy()[:, None] * mismatch[query].numpy())
-        numbers = (each.double().numpy() for each in (switch[chain], prior[query]))
+        emission = np.exp(-mismatch_nats[chain].double().numpy()[:, None] * mismatch[query].numpy())
+        numbers = (each.double().numpy() for each in (recombination[chain], prior[query]))
         expected = slow_posterior(emission, *numbers)[near]
         assert np.allclose(found[chain].numpy(), expected, rtol=1e-3, atol=2e-5)
 
 
 @BOTH
 def test_the_switch_before_the_first_site_is_ignored(posterior_of) -> None:
-    mismatch, cost, switch, prior = random_case(1, 2, 6, 4)
-    other = switch.clone()
+    mismatch, mismatch_nats, recombination, prior = random_case(1, 2, 6, 4)
+    other = recombination.clone()
     other[:, 0] = 0.9
-    assert torch.equal(posterior_of(mismatch, cost, switch, prior), posterior_of(mismatch, cost, other, prior))
+    assert torch.equal(
+        posterior_of(mismatch, mismatch_nats, recombination, prior), posterior_of(mismatch, mismatch_nats, other, prior)
+    )
 
 
 @settings(deadline=None, max_examples=30)
@@ -108,13 +112,13 @@ def test_the_switch_before_the_first_site_is_ignored(posterior_of) -> None:
 def test_compiled_gradients_equal_those_of_autograd_in_double_precision(
     seed: int, queries: int, sites: int, states: int, chains: int
 ) -> None:
-    mismatch, cost, switch, prior = random_case(seed, queries, sites, states, chains=chains)
+    mismatch, mismatch_nats, recombination, prior = random_case(seed, queries, sites, states, chains=chains)
     near = some_of(seed, sites)
     shape = (chains * queries, *mismatch[0, near].shape)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     gradients = []
     for posterior_of, kind in ((copying_posterior, torch.float32), (posterior_torch, torch.float64)):
-        inputs = [each.detach().to(kind).requires_grad_() for each in (cost, switch, prior)]
+        inputs = [each.detach().to(kind).requires_grad_() for each in (mismatch_nats, recombination, prior)]
         (posterior_of(mismatch, *inputs, near) * weight.to(kind)).sum().backward()
         gradients.append([(torch.zeros_like(each) if each.grad is None else each.grad).float() for each in inputs])
     for compiled, exact in zip(*gradients, strict=True):
@@ -124,11 +128,13 @@ def test_compiled_gradients_equal_those_of_autograd_in_double_precision(
 
 @pytest.mark.parametrize("seed", range(5))
 def test_it_is_the_same_whether_or_not_gradients_are_kept(seed: int) -> None:
-    mismatch, cost, switch, prior = random_case(seed, 3, 9, 6, chains=2)
+    mismatch, mismatch_nats, recombination, prior = random_case(seed, 3, 9, 6, chains=2)
     near = some_of(seed, 9)
-    kept = copying_posterior(mismatch, cost.clone().requires_grad_(), switch, prior, near)
+    kept = copying_posterior(mismatch, mismatch_nats.clone().requires_grad_(), recombination, prior, near)
     assert kept.requires_grad
-    assert torch.allclose(copying_posterior(mismatch, cost, switch, prior, near), kept.detach(), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(
+        copying_posterior(mismatch, mismatch_nats, recombination, prior, near), kept.detach(), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_mismatches_equal_a_plain_loop() -> None:
@@ -160,45 +166,47 @@ def test_mismatches_on_the_gpu_are_those_of_the_cpu() -> None:
 @BOTH
 def test_the_posterior_stays_finite_and_normalised_over_many_sites(posterior_of) -> None:
     mismatch = torch.rand(2, 3000, 5, generator=torch.Generator().manual_seed(1)) < 0.5
-    cost, switch = torch.full((2, 3000), 6.0), torch.full((2, 3000), 1e-3)
+    mismatch_nats, recombination = torch.full((2, 3000), 6.0), torch.full((2, 3000), 1e-3)
     prior = torch.full((2, 5), 0.2)
-    posterior = posterior_of(mismatch, cost, switch, prior)
+    posterior = posterior_of(mismatch, mismatch_nats, recombination, prior)
     assert torch.allclose(posterior.sum(-1), torch.ones(2, 3000), atol=1e-4)
-    double = posterior_torch(mismatch, cost.double(), switch.double(), prior.double())
+    double = posterior_torch(mismatch, mismatch_nats.double(), recombination.double(), prior.double())
     assert torch.allclose(posterior.double(), double, atol=1e-3)
 
 
 @BOTH
 def test_sites_that_nobody_mismatches_and_nothing_follows_change_nothing(posterior_of) -> None:
     """Which is what the filled-up part of a row is."""
-    mismatch, cost, switch, prior = random_case(1, 2, 6, 4)
-    longer = [torch.cat([part, part[:, :3] * 0], dim=1) for part in (mismatch, cost, switch)]
+    mismatch, mismatch_nats, recombination, prior = random_case(1, 2, 6, 4)
+    longer = [torch.cat([part, part[:, :3] * 0], dim=1) for part in (mismatch, mismatch_nats, recombination)]
     longer[2][:, 6] = 0.7
     found = posterior_of(longer[0].bool(), *longer[1:], prior)
-    assert torch.allclose(found[:, :6], posterior_of(mismatch, cost, switch, prior), atol=1e-6)
+    assert torch.allclose(found[:, :6], posterior_of(mismatch, mismatch_nats, recombination, prior), atol=1e-6)
 
 
 @BOTH
 def test_the_posterior_is_finite_where_every_neighbour_mismatches_at_a_large_cost(posterior_of) -> None:
     """A factor that all states share cancels, however small it is."""
-    mismatch, cost, switch, prior = random_case(1, 1, 6, 4)
-    expected = posterior_of(mismatch, cost, switch, prior)
+    mismatch, mismatch_nats, recombination, prior = random_case(1, 1, 6, 4)
+    expected = posterior_of(mismatch, mismatch_nats, recombination, prior)
     mismatch = torch.cat([mismatch[:, :3], torch.ones(1, 1, 4, dtype=torch.bool), mismatch[:, 3:]], dim=1)
-    cost = torch.cat([cost[:, :3], torch.full((1, 1), 120.0), cost[:, 3:]], dim=1)
-    switch = torch.cat([switch[:, :3], torch.zeros(1, 1), switch[:, 3:]], dim=1)
-    found = posterior_of(mismatch, cost, switch, prior)
+    mismatch_nats = torch.cat([mismatch_nats[:, :3], torch.full((1, 1), 120.0), mismatch_nats[:, 3:]], dim=1)
+    recombination = torch.cat([recombination[:, :3], torch.zeros(1, 1), recombination[:, 3:]], dim=1)
+    found = posterior_of(mismatch, mismatch_nats, recombination, prior)
     assert torch.allclose(found[:, [0, 1, 2, 4, 5, 6]], expected, atol=1e-5)
 
 
 @BOTH
-@pytest.mark.parametrize("switch", [0.0, 1e-9])
+@pytest.mark.parametrize("recombination", [0.0, 1e-9])
 def test_the_posterior_is_finite_where_the_map_is_flat_and_the_evidence_contradicts_itself(
-    posterior_of, switch: float
+    posterior_of, recombination: float
 ) -> None:
     """Real maps are flat over centromeres; each neighbour mismatches in one of two stretches."""
     mismatch = torch.zeros(1, 60, 2, dtype=torch.bool)
     mismatch[:, :30, 0] = True
     mismatch[:, 30:, 1] = True
-    found = posterior_of(mismatch, torch.full((1, 60), 5.0), torch.full((1, 60), switch), torch.full((1, 2), 0.5))
+    found = posterior_of(
+        mismatch, torch.full((1, 60), 5.0), torch.full((1, 60), recombination), torch.full((1, 2), 0.5)
+    )
     assert torch.isfinite(found).all()
     assert torch.allclose(found.sum(-1), torch.ones(1, 60), atol=1e-5)

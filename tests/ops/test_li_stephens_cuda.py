@@ -88,13 +88,13 @@ def kernels(host_library: Callable[[str], ctypes.CDLL]) -> Callable[..., None]:
 
 
 def random_case(seed: int, queries: int, sites: int, states: int, chains: int = 2) -> list[np.ndarray]:
-    """mismatch [B, T, K], likelihood and switch [C, T], prior [B, K]; so many chains a query."""
+    """mismatch [B, T, K], mismatch_ratio and recombination [C, T], prior [B, K]; so many chains a query."""
     rng = np.random.default_rng(seed)
     mismatch = rng.random((queries, sites, states)) < 0.3
     shape = (chains * queries, sites)
-    likelihood, switch = np.exp(-5 * rng.random(shape)), rng.random(shape) ** 3 + 1e-6
+    mismatch_ratio, recombination = np.exp(-5 * rng.random(shape)), rng.random(shape) ** 3 + 1e-6
     prior = rng.dirichlet(np.ones(states), queries) * 0.9 + 0.1 / states
-    return [mismatch, *(each.astype(np.float32) for each in (likelihood, switch, prior))]
+    return [mismatch, *(each.astype(np.float32) for each in (mismatch_ratio, recombination, prior))]
 
 
 CASES = pytest.mark.parametrize(
@@ -104,7 +104,7 @@ CASES = pytest.mark.parametrize(
 
 
 @CASES
-def test_values_and_slopes_are_those_of_the_compiled_loops(
+def test_values_and_gradients_are_those_of_the_compiled_loops(
     kernels: Callable[..., None], queries: int, sites: int, states: int, first: int, last: int
 ) -> None:
     given = random_case(sites, queries, sites, states)
@@ -120,11 +120,13 @@ def test_values_and_slopes_are_those_of_the_compiled_loops(
 
     gradient = np.random.default_rng(1).normal(size=part).astype(np.float32)
     sizes = ((chains, sites), (chains, sites), (chains, states))
-    slopes = [[np.zeros(size, np.float32) for size in sizes] for _ in range(2)]
-    li_stephens_numba.adjoint(*given, first, last, posterior, gradient, *slopes[0])
+    found_gradients = [[np.zeros(size, np.float32) for size in sizes] for _ in range(2)]
+    li_stephens_numba.adjoint(*given, first, last, posterior, gradient, *found_gradients[0])
     moments = np.full((*part[:2], 2), np.nan, np.float32)
-    kernels("adjoint", [*as_bytes, *passes, gradient, moments, *slopes[1]], queries, sites, states, first, last)
-    for loops, kernel in zip(*slopes, strict=True):
+    kernels(
+        "adjoint", [*as_bytes, *passes, gradient, moments, *found_gradients[1]], queries, sites, states, first, last
+    )
+    for loops, kernel in zip(*found_gradients, strict=True):
         np.testing.assert_allclose(kernel, loops, rtol=1e-3, atol=1e-4 * (1 + np.abs(loops).max()))
 
 
@@ -155,11 +157,13 @@ def test_what_launches_them_hands_over_what_they_take(
     weight = torch.randn(chains * queries, last - first, states, generator=torch.Generator().manual_seed(1))
     found = []
     for by_kernel in (False, True):
-        likelihood, switch, prior = inputs = [each.clone().requires_grad_() for each in numbers]
+        mismatch_ratio, recombination, prior = inputs = [each.clone().requires_grad_() for each in numbers]
         if by_kernel:
-            posterior = CudaPosterior.apply(mismatch, likelihood, switch, prior, first, last)
+            posterior = CudaPosterior.apply(mismatch, mismatch_ratio, recombination, prior, first, last)
         else:
-            posterior = copying_posterior(mismatch, -torch.log(likelihood), switch, prior, slice(first, last))
+            posterior = copying_posterior(
+                mismatch, -torch.log(mismatch_ratio), recombination, prior, slice(first, last)
+            )
         (posterior * weight).sum().backward()
         found.append([posterior.detach(), *(each.grad for each in inputs)])
     for loops, kernel in zip(*found, strict=True):
@@ -203,11 +207,11 @@ def test_a_block_has_a_place_for_every_neighbour(neighbours: int) -> None:
 @CASES
 def test_on_the_gpu_they_are_those_of_the_cpu(queries: int, sites: int, states: int, first: int, last: int) -> None:
     assert copying_backend(torch.device("cuda", 0)) == "cuda kernel"
-    mismatch, likelihood, switch, prior = map(torch.from_numpy, random_case(sites, queries, sites, states))
-    weight = torch.randn(len(switch), last - first, states, generator=torch.Generator().manual_seed(1))
+    mismatch, mismatch_ratio, recombination, prior = map(torch.from_numpy, random_case(sites, queries, sites, states))
+    weight = torch.randn(len(recombination), last - first, states, generator=torch.Generator().manual_seed(1))
     found = []
     for device in ("cpu", "cuda"):
-        inputs = [each.to(device).requires_grad_() for each in (-torch.log(likelihood), switch, prior)]
+        inputs = [each.to(device).requires_grad_() for each in (-torch.log(mismatch_ratio), recombination, prior)]
         posterior = copying_posterior(mismatch.to(device), *inputs, slice(first, last))
         (posterior * weight.to(device)).sum().backward()
         found.append([posterior.detach().cpu(), *(each.grad.cpu() for each in inputs)])
@@ -217,6 +221,6 @@ def test_on_the_gpu_they_are_those_of_the_cpu(queries: int, sites: int, states: 
 
 @pytest.mark.gpu
 def test_a_panels_worth_on_the_gpu_equals_torch() -> None:
-    mismatch, likelihood, switch, prior = map(torch.from_numpy, random_case(1, 8, 600, 2000))
-    on_gpu = [each.cuda() for each in (mismatch, -torch.log(likelihood), switch, prior)]
+    mismatch, mismatch_ratio, recombination, prior = map(torch.from_numpy, random_case(1, 8, 600, 2000))
+    on_gpu = [each.cuda() for each in (mismatch, -torch.log(mismatch_ratio), recombination, prior)]
     torch.testing.assert_close(copying_posterior(*on_gpu), posterior_torch(*on_gpu), rtol=1e-3, atol=1e-5)
