@@ -15,7 +15,7 @@ LAYERS = ("data", "retrieval", "model", "engine", "launch")
 HOMES = {"pysam": ("data/vcf.py",), "deepspeed": ("engine/",), "faiss": ("retrieval/",), "cupy": ("retrieval/",)}
 LAZY = ("faiss", "cupy")
 MODEL_SEES_TENSORS_ONLY = {"torch", "embrag_ds"} | set(sys.stdlib_module_names)
-SHARED = ("errors",)
+SHARED = ("errors", "settings")
 """Modules of the package's top level that every layer may use; ``launching`` belongs to the entry points."""
 
 

@@ -19,9 +19,10 @@ from embrag_ds.data.panel import FEW, RARE, Panel, ReferenceSet
 from embrag_ds.data.text import read_lines
 from embrag_ds.data.windows import Window, make_windows, read_windows
 from embrag_ds.errors import UserError, require
+from embrag_ds.settings import strict_settings
 
 
-@dataclass(frozen=True)
+@strict_settings
 class DataConfig:
     """Windows and people."""
 
