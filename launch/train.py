@@ -10,7 +10,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from embrag_ds.config import load_config
+from embrag_ds.engine.deepspeed_settings import load_training_config
 from embrag_ds.engine.initialize import World, start_world
 from embrag_ds.engine.inputs import PanelFiles, open_inputs_on_all_ranks
 from embrag_ds.engine.profile import PROFILES, Profile
@@ -22,7 +22,7 @@ from embrag_ds.retrieval.timeline import NO_TIMELINE
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train Embedding RAG on a phased reference panel.")
-    parser.add_argument("--deepspeed_config", type=Path, required=True, metavar="JSON", help="the run's settings")
+    parser.add_argument("--deepspeed_config", type=Path, required=True, metavar="JSON", help="a file, or v18, v17, ...")
     parser.add_argument("--panel", type=Path, metavar="VCF", help="phased, indexed .vcf.gz or .bcf")
     parser.add_argument("--map", type=Path, help="genetic map, PLINK or SHAPEIT/Eagle format (default: 1 cM/Mb)")
     parser.add_argument("--samples", type=Path, metavar="TSV", help="sample and population, one person a line")
@@ -64,7 +64,7 @@ def main() -> None:
         overrides.append(f"embrag.train.max_steps={arguments.max_steps}")
     if arguments.resume and arguments.init_from:
         raise UserError("--resume goes on from a checkpoint, --init-from starts anew: give one of them")
-    config = load_config(arguments.deepspeed_config, overrides)
+    config = load_training_config(arguments.deepspeed_config, overrides)
     world = start_world()
     run_dir = choose_run_dir(arguments, world)
     profile = Profile(arguments.profile, run_dir, world) if arguments.profile else nullcontext(NO_TIMELINE)

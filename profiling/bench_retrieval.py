@@ -27,12 +27,13 @@ import torch
 from machine import synchronise
 from torch import Tensor
 
-from embrag_ds.config import RunConfig, load_config
+from embrag_ds.config import RunConfig
 from embrag_ds.data.dataset import Samples, WindowedPanel
 from embrag_ds.data.panel import Panel, Populations, ReferenceSet
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.tokens import MASK
 from embrag_ds.data.windows import make_windows
+from embrag_ds.engine.deepspeed_settings import load_training_config
 from embrag_ds.engine.record import device_name
 from embrag_ds.engine.reference import Reference
 from embrag_ds.model.embedding import HaplotypeEmbedding
@@ -332,7 +333,7 @@ def main() -> None:
         "shape": asdict(bench),
         **bench_collate(bench),
         **bench_refresh(bench),
-        **bench_training(load_config(options.deepspeed_config), bench),
+        **bench_training(load_training_config(options.deepspeed_config), bench),
         "scaling": bench_scaling(options.haplotypes, bench),
     }
     print(json.dumps(result, indent=2))

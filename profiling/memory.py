@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from embrag_ds.config import load_config
+from embrag_ds.engine.deepspeed_settings import load_training_config
 from embrag_ds.engine.initialize import World, start_world
 from embrag_ds.engine.inputs import PanelFiles, open_inputs_on_all_ranks
 from embrag_ds.engine.nvml import DeviceSampler
@@ -154,7 +154,7 @@ def main() -> None:
     steps = options.steps
     # No validation and no checkpoint but the last one, which goes with the temporary run folder.
     quiet = [f"embrag.train.{name}={steps + 1}" for name in ("eval_every", "checkpoint_every")]
-    config = load_config(options.deepspeed_config, [*options.set, f"embrag.train.max_steps={steps}", *quiet])
+    config = load_training_config(options.deepspeed_config, [*options.set, f"embrag.train.max_steps={steps}", *quiet])
     if options.overhead and steps < 4 * options.block:
         raise UserError(f"--overhead: {steps} steps are too few for blocks of {options.block}; give 4 blocks or more")
     world = start_world()

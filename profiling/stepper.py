@@ -24,7 +24,7 @@ import psutil
 import torch
 from machine import peak_resident_bytes, synchronise
 
-from embrag_ds.config import load_config
+from embrag_ds.engine.deepspeed_settings import load_training_config
 from embrag_ds.engine.initialize import World, start_world
 from embrag_ds.engine.inputs import PanelFiles, open_inputs
 from embrag_ds.engine.nvml import DeviceSampler
@@ -146,7 +146,7 @@ class _Run:
         self._recipe = recipe
         self._folder = folder
         self._world: World = start_world()
-        self._inputs = open_inputs(recipe.files, load_config(recipe.config, recipe.overrides).embrag.data)
+        self._inputs = open_inputs(recipe.files, load_training_config(recipe.config, recipe.overrides).embrag.data)
         self._before = _held(self._world.device)
         self._trainer: Trainer | None = None
         self._batches: Any = None
@@ -166,7 +166,7 @@ class _Run:
             "embrag.validation.windows=1",
             *(f"embrag.train.{key}={never}" for key in ("max_steps", "log_every", "eval_every", "checkpoint_every")),
         ]
-        config = load_config(self._recipe.config, overrides)
+        config = load_training_config(self._recipe.config, overrides)
         began = time.perf_counter()
         run_dir = self._folder / "run"
         timeline = Timeline(self._world.device)
