@@ -255,9 +255,11 @@ def test_a_circle_is_named(write: Write, tmp_path: Path, files: dict[str, str], 
     assert said == f"{tmp_path / 'run.json'}: extends go round in a circle: {circle}"
 
 
-def test_a_circle_through_a_link_ends_too(write: Write, tmp_path: Path) -> None:
+def test_a_circle_under_changing_names_ends_too(write: Write, tmp_path: Path) -> None:
     (tmp_path / "link.json").symlink_to(write("run.json", {"extends": "link.json"}))
     assert "in a circle" in message(lambda: read_tree(tmp_path / "run.json"))
+    path = write("below/run.json", {"extends": "../below/run.json"})
+    assert message(lambda: read_tree(path)).endswith(f"in a circle: {path} -> {path.parent / '../below/run.json'}")
 
 
 @pytest.mark.parametrize("base", [None, 3, ["base.json"], {"a": 1}])
