@@ -11,8 +11,10 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
-    package_data={"embrag_ds": ["pretrained/*.safetensors"]},
-    packages=find_packages(include=["embrag_ds", "embrag_ds.*"]),
+    package_data={"embrag_ds": ["pretrained/*.safetensors"], "embrag_ds.ds_configs": ["*.json"]},
+    packages=[*find_packages(include=["embrag_ds", "embrag_ds.*"]), "embrag_ds.ds_configs"],
+    # The configurations that come with the package keep their place at the top of the repository.
+    package_dir={"embrag_ds.ds_configs": "ds_configs"},
     install_requires=[
         "torch>=2.6",
         "deepspeed>=0.19,<0.20",
@@ -25,6 +27,7 @@ setup(
         "hjson",
         "numba>=0.61",
         "pydantic>=2",
+        "typing_extensions>=4.1",
         "matplotlib",
         "tqdm",
     ],

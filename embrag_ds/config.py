@@ -1,26 +1,21 @@
 """The run's configuration: one JSON file, DeepSpeed's keys at top level, ours under ``"embrag"``.
 
-Our section is parsed into strict frozen dataclasses: an unknown key, a wrong type or a value out of
-range is a :class:`~embrag_ds.errors.UserError` that names the key and, for a typo, the nearest valid
-one. DeepSpeed rejects unknown keys in some of its sections and passes over them silently elsewhere;
-the silent places are checked here. Batch size, precision, clipping, learning rate and ZeRO live only
-on DeepSpeed's side.
+Our section is parsed into strict frozen dataclasses (:mod:`embrag_ds.settings`). An unknown key, a wrong type or a
+value out of range is a :class:`~embrag_ds.errors.UserError` that names the key and, for a typo, the nearest valid one.
+How a file is found and what it may extend: :mod:`embrag_ds.config_files`. Of DeepSpeed's half only what this package
+reads itself is checked here, because imputing runs without DeepSpeed. Where training starts, DeepSpeed is asked about
+the rest (:mod:`embrag_ds.training.deepspeed_settings`). Batch size, precision, clipping, learning rate and ZeRO live
+only on DeepSpeed's side.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import json
-import types
-import typing
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import hjson
-
+from embrag_ds.config_files import read_tree
 from embrag_ds.data.augmentation import AugmentationConfig
 from embrag_ds.data.masking import MaskingConfig
 from embrag_ds.data.windows import DataConfig
@@ -28,9 +23,10 @@ from embrag_ds.errors import UserError, require
 from embrag_ds.model.imputer import ModelConfig
 from embrag_ds.model.losses import LossConfig
 from embrag_ds.retrieval.settings import RetrievalConfig
+from embrag_ds.settings import as_json, parse_settings, strict_settings
 
 
-@dataclass(frozen=True)
+@strict_settings
 class TrainConfig:
     """The loop. A step is one optimiser step (``gradient_accumulation_steps`` micro-batches)."""
 
@@ -55,7 +51,7 @@ class TrainConfig:
         require(self.patience is None or self.patience >= 1, "train.patience", "must be at least 1, or null")
 
 
-@dataclass(frozen=True)
+@strict_settings
 class ValidationConfig:
     """Frozen validation masks (see :data:`embrag_ds.data.masking.VALIDATION_MASKS`)."""
 
@@ -68,7 +64,7 @@ class ValidationConfig:
         require(self.windows >= 1 and self.people >= 1, "validation", "windows and people must be at least 1")
 
 
-@dataclass(frozen=True)
+@strict_settings
 class EmbragConfig:
     """The ``"embrag"`` section."""
 
@@ -95,197 +91,29 @@ class RunConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """The resolved configuration, in the shape of the file it came from."""
-        return {**self.deepspeed, "embrag": dataclasses.asdict(self.embrag)}
+        return {**self.deepspeed, "embrag": asdict(self.embrag)}
 
 
-def _keys(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-# DeepSpeed 0.19 passes over unknown keys in these places without a word.
-DEEPSPEED_KEYS: dict[str, frozenset[str]] = {
-    "": _keys(
-        """
-        activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet comms_logger
-        communication_data_type compile compression_training csv_monitor curriculum_learning
-        data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather
-        disable_python_gc dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps
-        gradient_allreduce_op gradient_clipping gradient_predivide_factor hybrid_engine log_level
-        managed_gradient_accumulation memory_breakdown nebula optimizer pipeline prescale_gradients
-        progressive_layer_drop scheduler seq_parallel_communication_data_type sparse_attention
-        sparse_gradients steps_per_print tensor_parallel tensorboard timers torch_autocast
-        train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism
-        wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer
-        zero_force_ds_cpu_optimizer zero_optimization
-        """
-    ),
-    "activation_checkpointing": _keys(
-        """
-        contiguous_memory_optimization cpu_checkpointing number_checkpoints partition_activations profile
-        synchronize_checkpoint_boundary
-        """
-    ),
-    "flops_profiler": _keys(
-        """
-        detailed enabled module_depth output_file profile_step recompute_fwd_factor top_modules
-        """
-    ),
-    "checkpoint": _keys(
-        """
-        checkpoint_serialization load_universal parallel_write tag_validation use_node_local_storage
-        writer
-        """
-    ),
-    "data_types": _keys("buffer_dtype grad_accum_dtype keep_in_fp32_modules param_dtype"),
-    "aio": _keys(
-        """
-        block_size intra_op_parallelism overlap_events queue_depth single_submit thread_count use_gds
-        """
-    ),
-    "optimizer": _keys("legacy_fusion params type"),
-    "optimizer.params": _keys(
-        """
-        adam_lr adam_w_mode amsgrad betas bias_correction coeff_beta comm_backend_name cuda_aware
-        dampening eps factor_max factor_min factor_threshold foreach fused fp32_optimizer_states freeze_step
-        local_step_clipper local_step_scaler lr max_coeff min_coeff momentum muon_lr nesterov ns_method
-        torch_adam var_freeze_step var_update_scaler weight_decay
-        """
-    ),
-    "scheduler": _keys("params type"),
-}
-
-
-def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a run's file and apply ``dotted.key=value`` overrides (values are JSON, or plain text)."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as fault:
-        raise UserError(f"{path}: cannot read the configuration: {fault.strerror}") from fault
-    try:
-        tree = hjson.loads(text, object_pairs_hook=_no_duplicates, use_decimal=False)
-    except (hjson.HjsonDecodeError, ValueError) as fault:
-        raise UserError(f"{path}: not valid JSON: {fault}") from fault
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: not a configuration: expected a JSON object, as in ds_configs/v18.json")
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(_plain(tree), str(path))
+def load_config(name: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a run's file, or a shipped configuration, and apply ``dotted.key=value`` overrides."""
+    return parse_config(*read_tree(name, overrides))
 
 
 def parse_config(tree: dict[str, Any], source: str) -> RunConfig:
     """Split and check a configuration tree; ``source`` names it in errors."""
-    ours = tree.get("embrag", {})
     theirs = {key: value for key, value in tree.items() if key != "embrag"}
-    _check_deepspeed_keys(theirs, source)
-    return RunConfig(_build(EmbragConfig, ours, "embrag", source), theirs)
+    for key in ("train_micro_batch_size_per_gpu", "optimizer"):
+        if key not in theirs:
+            raise UserError(f"{source}: {key} is missing; see ds_configs/v18.json")
+    if not isinstance(theirs["optimizer"], dict):
+        raise UserError(f"{source}: optimizer must be a section, not {as_json(theirs['optimizer'])}")
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        count = theirs.get(key, 1)
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise UserError(f"{source}: {key} must be a whole number of at least 1, not {as_json(count)}")
+    return RunConfig(parse_embrag(tree.get("embrag", {}), source), theirs)
 
 
 def parse_embrag(tree: dict[str, Any], source: str) -> EmbragConfig:
     """Parse our section alone (as an exported model carries it)."""
-    return _build(EmbragConfig, tree, "embrag", source)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in tree:
-            raise ValueError(f"key {key!r} appears twice")
-        tree[key] = value
-    return tree
-
-
-def _plain(value: Any) -> Any:
-    """hjson's ordered containers as plain ones."""
-    return json.loads(json.dumps(value))
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set {override}: write it as dotted.key=value, for example embrag.model.dims=128")
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
-    node = tree
-    *parents, last = key.split(".")
-    for name in parents:
-        node = node.setdefault(name, {})
-        if not isinstance(node, dict):
-            raise UserError(f"--set {override}: {name!r} is not a section")
-    if last in ("every_steps", "every_epochs") and parents[-1:] == ["refresh"]:
-        node.clear()  # the two exclude each other: setting one replaces the other
-    node[last] = value
-
-
-def _nearest(key: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(key.lower(), sorted(known), n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
-
-
-def _check_deepspeed_keys(tree: dict[str, Any], source: str) -> None:
-    for section, known in DEEPSPEED_KEYS.items():
-        node: Any = tree
-        for name in filter(None, section.split(".")):
-            node = node.get(name, {}) if isinstance(node, dict) else {}
-        if not isinstance(node, dict):
-            raise UserError(f"{source}: {section} must be a section")
-        for key in node:
-            if key not in known:
-                where = f"{section}.{key}" if section else key
-                offered = known if section else known | {"embrag"}
-                raise UserError(f"{source}: unknown DeepSpeed key {where}; {_nearest(key, offered)}")
-    for key in ("train_micro_batch_size_per_gpu", "optimizer"):
-        if key not in tree:
-            raise UserError(f"{source}: {key} is missing; see ds_configs/v18.json")
-    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        count = tree.get(key, 1)
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise UserError(f"{source}: {key} must be a whole number of at least 1, not {count!r}")
-
-
-def _build(kind: type, tree: Any, where: str, source: str) -> Any:
-    if not isinstance(tree, dict):
-        raise UserError(f"{source}: {where} must be a section")
-    hints = typing.get_type_hints(kind)
-    for key in tree:
-        if key not in hints:
-            raise UserError(f"{source}: unknown key {where}.{key}; {_nearest(key, hints)}")
-    values = {key: _convert(hints[key], value, f"{where}.{key}", source) for key, value in tree.items()}
-    try:
-        return kind(**values)
-    except UserError as fault:
-        raise UserError(f"{source}: {fault}") from None
-
-
-def _convert(hint: Any, value: Any, where: str, source: str) -> Any:
-    """``value`` as the annotated type; only what JSON can say and our dataclasses use."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return _build(hint, value, where, source)
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        (inner,) = (argument for argument in arguments if argument is not type(None))
-        return _convert(inner, value, where, source)
-    if origin is Literal:
-        if value not in arguments:
-            raise UserError(f"{source}: {where} is {value!r}; choose one of {', '.join(map(str, arguments))}")
-        return value
-    if origin is tuple and arguments[-1] is Ellipsis:
-        if not isinstance(value, (list, tuple)):
-            raise UserError(f"{source}: {where} must be a list")
-        return tuple(_convert(arguments[0], item, where, source) for item in value)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
-            raise UserError(f"{source}: {where} must be a list of {len(arguments)} numbers")
-        return tuple(_convert(inner, item, where, source) for inner, item in zip(arguments, value, strict=True))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise UserError(f"{source}: {where} must be a section")
-        return {str(key): _convert(arguments[1], item, f"{where}.{key}", source) for key, item in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise UserError(f"{source}: {where} must be of type {hint.__name__}, not {value!r}")
-    return value
+    return parse_settings(EmbragConfig, tree, "embrag", source)

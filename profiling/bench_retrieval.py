@@ -29,7 +29,7 @@ from machine import synchronise
 from torch import Tensor
 
 from embrag_ds.cli.command import run_command
-from embrag_ds.config import RunConfig, load_config
+from embrag_ds.config import RunConfig
 from embrag_ds.data.panel import Panel, Populations, ReferenceSet
 from embrag_ds.data.sampler import Samples
 from embrag_ds.data.sites import SiteTable
@@ -44,6 +44,7 @@ from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.reference import Reference
 from embrag_ds.retrieval.schedule import Generation, RefreshConfig
 from embrag_ds.retrieval.settings import RetrievalConfig
+from embrag_ds.training.deepspeed_settings import load_training_config
 from embrag_ds.training.run_record import device_name
 
 logger = logging.getLogger("embrag_ds.profiling.bench_retrieval")
@@ -337,7 +338,7 @@ def main() -> None:
         "shape": asdict(bench),
         **bench_collate(bench),
         **bench_refresh(bench),
-        **bench_training(load_config(options.deepspeed_config), bench),
+        **bench_training(load_training_config(options.deepspeed_config), bench),
         "scaling": bench_scaling(options.haplotypes, bench),
     }
     sys.stdout.write(json.dumps(result, indent=2) + "\n")

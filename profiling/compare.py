@@ -30,9 +30,10 @@ from compare_report import Measured, draw, markdown
 from stepper import Block, Built, Recipe, Stepper, alternating
 
 from embrag_ds.cli.command import run_command
-from embrag_ds.config import RunConfig, load_config
+from embrag_ds.config import RunConfig
 from embrag_ds.data.inputs import PanelFiles
 from embrag_ds.errors import UserError
+from embrag_ds.training.deepspeed_settings import load_training_config
 from embrag_ds.training.distributed import adapt_to_machine
 from embrag_ds.training.run_record import device_name, package_versions
 
@@ -218,7 +219,7 @@ def largest_batches(recipes: dict[str, Recipe], options: argparse.Namespace, dev
 
 def main() -> None:
     options = parse_arguments()
-    config = load_config(options.deepspeed_config, options.set)
+    config = load_training_config(options.deepspeed_config, options.set)
     if "activation_checkpointing" in config.deepspeed or config.embrag.train.recompute_projections:
         raise UserError(
             "compare.py measures with and without activation_checkpointing and embrag.train.recompute_projections "

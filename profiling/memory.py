@@ -24,11 +24,11 @@ import numpy as np
 import torch
 
 from embrag_ds.cli.command import run_command
-from embrag_ds.config import load_config
 from embrag_ds.data.inputs import PanelFiles
 from embrag_ds.errors import UserError
 from embrag_ds.runtime.device_sampler import DeviceSampler
 from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
+from embrag_ds.training.deepspeed_settings import load_training_config
 from embrag_ds.training.distributed import DistributedContext, open_inputs_on_all_ranks, start_distributed
 from embrag_ds.training.profile import PROFILES, Profile
 from embrag_ds.training.run_record import device_name
@@ -159,7 +159,7 @@ def main() -> None:
     steps = options.steps
     # No validation and no checkpoint but the last one, which goes with the temporary run folder.
     quiet = [f"embrag.train.{name}={steps + 1}" for name in ("eval_every", "checkpoint_every")]
-    config = load_config(options.deepspeed_config, [*options.set, f"embrag.train.max_steps={steps}", *quiet])
+    config = load_training_config(options.deepspeed_config, [*options.set, f"embrag.train.max_steps={steps}", *quiet])
     if options.overhead and steps < 4 * options.block:
         raise UserError(f"--overhead: {steps} steps are too few for blocks of {options.block}; give 4 blocks or more")
     distributed = start_distributed()

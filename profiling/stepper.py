@@ -24,10 +24,10 @@ import psutil
 import torch
 from machine import peak_resident_bytes, synchronise
 
-from embrag_ds.config import load_config
 from embrag_ds.data.inputs import PanelFiles, open_inputs
 from embrag_ds.runtime.device_sampler import DeviceSampler
 from embrag_ds.runtime.timeline import Span, Timeline
+from embrag_ds.training.deepspeed_settings import load_training_config
 from embrag_ds.training.distributed import DistributedContext, start_distributed
 from embrag_ds.training.trainer import Trainer
 
@@ -146,7 +146,7 @@ class _Run:
         self._recipe = recipe
         self._folder = folder
         self._distributed: DistributedContext = start_distributed()
-        self._inputs = open_inputs(recipe.files, load_config(recipe.config, recipe.overrides).embrag.data)
+        self._inputs = open_inputs(recipe.files, load_training_config(recipe.config, recipe.overrides).embrag.data)
         self._before = _held(self._distributed.device)
         self._trainer: Trainer | None = None
         self._batches: Any = None
@@ -166,7 +166,7 @@ class _Run:
             "embrag.validation.windows=1",
             *(f"embrag.train.{key}={never}" for key in ("max_steps", "log_every", "eval_every", "checkpoint_every")),
         ]
-        config = load_config(self._recipe.config, overrides)
+        config = load_training_config(self._recipe.config, overrides)
         began = time.perf_counter()
         run_dir = self._folder / "run"
         timeline = Timeline(self._distributed.device)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import pickle
+import types
 import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from deepspeed.runtime import config as deepspeed_config
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from embrag_ds.config import DEEPSPEED_KEYS, EmbragConfig, load_config, parse_config, parse_embrag
+from embrag_ds.config import EmbragConfig, load_config, parse_config, parse_embrag
+from embrag_ds.data.masking import MaskingConfig
 from embrag_ds.errors import UserError
+from embrag_ds.model.imputer import ModelConfig
+from embrag_ds.retrieval.schedule import RefreshConfig
 
 FILES = sorted((Path(__file__).resolve().parents[1] / "ds_configs").glob("*.json"))
 MINIMAL: dict[str, Any] = {"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "AdamW"}}
@@ -56,13 +61,9 @@ def write(tmp_path: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_every_file_of_ds_configs_loads_here_and_in_deepspeed(path: Path) -> None:
+def test_every_file_of_ds_configs_loads(path: Path) -> None:
     config = load_config(path)
     assert parse_config(config.as_dict(), "again") == config
-    # No process group: only the settings are read.
-    theirs = deepspeed_config.DeepSpeedConfig(copy.deepcopy(config.deepspeed))
-    assert theirs.train_micro_batch_size_per_gpu == config.deepspeed["train_micro_batch_size_per_gpu"]
-    assert theirs.optimizer_name == config.deepspeed["optimizer"]["type"].lower()
 
 
 def shipped(name: str) -> dict[str, Any]:
@@ -81,6 +82,89 @@ def test_offloading_is_v18_but_for_zero() -> None:
     assert offloaded.pop("zero_optimization")["stage"] == 3 and not offloaded.pop("zero_force_ds_cpu_optimizer")
     del v18["zero_optimization"]
     assert offloaded == v18
+
+
+def leaves(tree: dict[str, Any], name: str = "") -> dict[str, Any]:
+    """Dotted key -> value; an empty section is a value."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= leaves(value, f"{name}{key}.") if isinstance(value, dict) and value else {f"{name}{key}": value}
+    return found
+
+
+OFFLOADED = {"device": "cpu", "pin_memory": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "differing"),
+    [
+        ("v17.json", {"embrag.retrieval.mode": "token"}),
+        (
+            "v18_zero3_offload.json",
+            {
+                "zero_force_ds_cpu_optimizer": False,
+                "zero_optimization.stage": 3,
+                **{f"zero_optimization.offload_param.{key}": value for key, value in OFFLOADED.items()},
+                **{f"zero_optimization.offload_optimizer.{key}": value for key, value in OFFLOADED.items()},
+            },
+        ),
+        (
+            "v18_large_batch.json",
+            {
+                "train_micro_batch_size_per_gpu": 64,
+                "gradient_accumulation_steps": 64,
+                "zero_optimization.stage": 2,
+                "zero_optimization.overlap_comm": True,
+                "zero_optimization.contiguous_gradients": True,
+                "optimizer.params.lr": 0.0068,
+                "scheduler.params.total_num_steps": 390,
+                "scheduler.params.warmup_num_steps": 16,
+                "embrag.masking.curriculum_steps": 40,
+                "embrag.retrieval.refresh.every_steps": 20,
+                "embrag.retrieval.refresh.every_epochs": None,
+                "embrag.train.max_steps": 390,
+                "embrag.train.log_every": 1,
+                "embrag.train.eval_every": 20,
+                "embrag.train.checkpoint_every": 20,
+            },
+        ),
+    ],
+)
+def test_what_extends_v18_differs_from_it_in_this_and_nothing_else(name: str, differing: dict[str, Any]) -> None:
+    other, v18 = leaves(shipped(name)), leaves(shipped("v18.json"))
+    assert {key: value for key, value in other.items() if key not in v18 or v18[key] != value} == differing
+    assert v18.keys() <= other.keys()
+
+
+def test_v18_is_this() -> None:
+    assert {key: value for key, value in shipped("v18.json").items() if key != "embrag"} == {
+        "train_micro_batch_size_per_gpu": 32,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "steps_per_print": 1_000_000_000,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 1},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": 0.0006,
+                "betas": [0.9, 0.95],
+                "eps": 1e-8,
+                "weight_decay": 0.01,
+                "torch_adam": True,
+                "fused": True,
+            },
+        },
+        "scheduler": {
+            "type": "WarmupCosineLR",
+            "params": {
+                "total_num_steps": 50_000,
+                "warmup_num_steps": 1000,
+                "warmup_min_ratio": 0.001,
+                "warmup_type": "linear",
+            },
+        },
+    }
 
 
 def test_the_large_batch_sees_the_people_of_v18_in_fewer_steps() -> None:
@@ -115,102 +199,6 @@ def test_our_unknown_keys_are_refused_with_the_nearest_name(section: str, kind: 
         UserError, match=f"unknown key {section}.qqqqqq; known keys: .*{next(iter(kind.__annotations__))}"
     ):
         parse(f"{section}.qqqqqq", 1)
-
-
-@pytest.mark.parametrize("section", DEEPSPEED_KEYS, ids=lambda name: name or "top level")
-def test_deepspeeds_unknown_keys_are_refused_with_the_nearest_name(section: str) -> None:
-    prefix = f"{section}." if section else ""
-    for name in DEEPSPEED_KEYS[section]:
-        typo = f"{name}_"
-        with pytest.raises(UserError) as caught:
-            parse(f"{prefix}{typo}", 1)
-        assert str(caught.value) == f"run.json: unknown DeepSpeed key {prefix}{typo}; did you mean {name!r}?"
-
-
-@pytest.mark.parametrize(
-    ("typo", "meant"),
-    [
-        ("gradient_cliping", "gradient_clipping"),
-        ("zero_optimisation", "zero_optimization"),
-        ("embrg", "embrag"),
-        ("Embrag", "embrag"),
-    ],
-)
-def test_a_typo_at_top_level_is_not_passed_over(typo: str, meant: str) -> None:
-    with pytest.raises(UserError, match=f"{typo}; did you mean {meant!r}"):
-        parse(typo, {})
-
-
-class Recorder(dict):
-    """A settings section that notes which keys are asked for."""
-
-    def __init__(self, tree: dict[str, Any], name: str, asked: dict[str, set[str]]):
-        inner = {
-            key: Recorder(value, f"{name}.{key}" if name else key, asked) if isinstance(value, dict) else value
-            for key, value in tree.items()
-        }
-        super().__init__(inner)
-        self._asked = asked.setdefault(name, set())
-
-    def __getitem__(self, key: str) -> Any:
-        self._asked.add(key)
-        return super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self._asked.add(key)
-        return super().get(key, default)
-
-    def __contains__(self, key: object) -> bool:
-        self._asked.add(str(key))
-        return super().__contains__(key)
-
-    def keys(self) -> Any:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
-        return self
-
-
-@pytest.fixture(scope="module")
-def asked_by_deepspeed() -> dict[str, set[str]]:
-    """Section -> keys that DeepSpeed looks for when it reads a file with all of our silent sections in it."""
-    tree = {section: {} for section in DEEPSPEED_KEYS if section and "." not in section}
-    tree |= {"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1}
-    tree |= {"optimizer": {"type": "AdamW", "params": {}}, "scheduler": {"type": "WarmupLR", "params": {}}}
-    asked: dict[str, set[str]] = {}
-    deepspeed_config.DeepSpeedConfig(Recorder(tree, "", asked))
-    return asked
-
-
-@pytest.mark.parametrize("section", [name for name in DEEPSPEED_KEYS if name != "optimizer.params"])
-def test_the_known_keys_are_those_deepspeed_reads(asked_by_deepspeed: dict[str, set[str]], section: str) -> None:
-    removed = set(deepspeed_config._REMOVED_TOP_LEVEL_CONFIG_KEYS)
-    tpu_only = {"vocabulary_size"}  # looked at only to warn that it is not a multiple of 8
-    not_ours = {"sequence_parallel_size"}  # asked for in a running process group; our windows are not split over ranks
-    refused = removed | tpu_only | not_ours if section == "" else set()
-    assert DEEPSPEED_KEYS[section] >= asked_by_deepspeed[section] - refused
-    # Defined, but read where the thing is used.
-    elsewhere = {"aio": {"thread_count"}}
-    assert asked_by_deepspeed[section] >= DEEPSPEED_KEYS[section] - elsewhere.get(section, set())
-
-
-def test_optimizer_parameters_are_those_of_the_optimizers() -> None:
-    import inspect
-
-    import torch
-    from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
-    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
-    from deepspeed.ops.lamb import FusedLamb
-    from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
-
-    kinds = (DeepSpeedCPUAdagrad, DeepSpeedCPUAdam, FusedAdam, FusedLamb, DeepSpeedCPULion, FusedLion)
-    known = DEEPSPEED_KEYS["optimizer.params"]
-    supplied_by_deepspeed = {"self", "model_params", "params", "adamw_mode", "set_grad_none", "max_grad_norm"}
-    for kind in (*kinds, torch.optim.AdamW):
-        wanted = {name for name, each in inspect.signature(kind.__init__).parameters.items() if each.kind < 4}
-        tuning = {"maximize", "capturable", "differentiable", "fused", "eps_inside_sqrt"}
-        assert wanted - supplied_by_deepspeed - tuning <= known, kind
-    assert {deepspeed_config.TORCH_ADAM_PARAM, deepspeed_config.ADAM_W_MODE} <= known
 
 
 @pytest.mark.parametrize(
@@ -251,10 +239,10 @@ def test_the_last_set_wins_and_the_two_intervals_exclude_each_other(tmp_path: Pa
     [
         ("embrag.model.dims", "write it as dotted.key=value"),
         ("=3", "write it as dotted.key=value"),
-        ("embrag.model.dims.more=3", "'dims' is not a section"),
-        ("train_micro_batch_size_per_gpu.x=3", "'train_micro_batch_size_per_gpu' is not a section"),
+        ("embrag.model.dims.more=3", "embrag.model.dims is not a section but 32"),
+        ("train_micro_batch_size_per_gpu.x=3", "train_micro_batch_size_per_gpu is not a section but 2"),
         ("embrag.model.dimms=3", "did you mean 'dims'"),
-        ("embrag.model.dims=wide", "embrag.model.dims must be of type int, not 'wide'"),
+        ("embrag.model.dims=wide", 'embrag.model.dims must be a whole number, not "wide"'),
         ("embrag=3", "embrag must be a section"),
         ("optimizer=3", "optimizer must be a section"),
         ("embrag..dims=3", "unknown key embrag."),
@@ -320,6 +308,145 @@ def test_what_makes_no_sense_is_refused_and_the_key_named(key: str, value: Any) 
     message = str(caught.value)
     assert message.startswith("run.json: embrag.") and "\n" not in message
     assert key.split(".")[0] in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "complaint"),
+    [
+        ("seed", 1.0, "a whole number, not 1.0"),
+        ("seed", True, "a whole number, not true"),
+        ("seed", None, "a whole number, not null"),
+        ("train.patience", "never", 'a whole number, or null, not "never"'),
+        ("train.compile", 1, "true or false, not 1"),
+        ("model.dropout", True, "a number, not true"),
+        ("model.dropout", "0", 'a number, not "0"'),
+        ("masking.rare_maf", float("nan"), "a number, not NaN"),
+        ("retrieval.dense_budget_gb", float("inf"), "a number, not Infinity"),
+        ("data.cache_dir", 3, "text, or null, not 3"),
+        ("retrieval.mode", "tokens", 'one of "embedding", "token", "none", not "tokens"'),
+        ("retrieval.mode", ["token"], 'one of "embedding", "token", "none", not ["token"]'),
+        ("masking.random_rate", [0.5], "a list of 2 numbers, not [0.5]"),
+        ("masking.random_rate", [0.3, 0.5, 0.8], "a list of 2 numbers, not [0.3, 0.5, 0.8]"),
+        ("masking.random_rate", [0.3, True], "a list of 2 numbers, not [0.3, true]"),
+        ("masking.random_rate", "0.3", 'a list of 2 numbers, not "0.3"'),
+        ("masking.policies", ["array"], 'a section, not ["array"]'),
+        ("masking.policies.array", "often", 'a number, not "often"'),
+        ("retrieval.refresh.at_steps", [1, 2.5], "a list of whole numbers, or null, not [1, 2.5]"),
+        ("train.frozen", "pooling", 'a list of texts, not "pooling"'),
+        ("train.frozen", [*["pooling"] * 9, 1], f"a list of texts, not {json.dumps(['pooling'] * 9)[:60]}..."),
+        ("retrieval.refresh", [], "a section, not []"),
+        ("retrieval", None, "a section, not null"),
+        ("model", 3, "a section, not 3"),
+    ],
+)
+def test_a_wrong_type_is_said_in_words(key: str, value: Any, complaint: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(f"embrag.{key}", value)
+    assert str(caught.value) == f"run.json: embrag.{key} must be {complaint}"
+
+
+@pytest.mark.parametrize("tree", [[], [1], None, 3, "text", True])
+def test_a_section_that_is_none_is_a_users_error(tree: Any) -> None:
+    for dotted in sections():
+        with pytest.raises(UserError, match=f"^run.json: {dotted} must be a section, not "):
+            parse(dotted, tree)
+    with pytest.raises(UserError, match=r"^model\.safetensors: embrag must be a section, not "):
+        parse_embrag(tree, "model.safetensors")
+
+
+def test_an_unknown_key_is_named_before_a_wrong_value() -> None:
+    with pytest.raises(UserError, match=r"unknown key embrag\.model\.dimms; did you mean 'dims'\?"):
+        parse("embrag.model", {"layers": "many", "dimms": 8})
+
+
+def test_a_text_that_is_not_unicode_is_a_users_error() -> None:
+    with pytest.raises(UserError, match=r"^run.json: embrag: a text in it is not Unicode$"):
+        parse("embrag.data.cache_dir", "/data/\udcff")
+
+
+def fits(hint: Any, value: Any) -> bool:
+    """Whether a value as JSON has it is of the annotated type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(value is None if each is type(None) else fits(each, value) for each in arguments)
+    if origin is typing.Literal:
+        return any(type(value) is type(each) and value == each for each in arguments)
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return isinstance(value, list) and all(fits(arguments[0], each) for each in value)
+    if origin is tuple:
+        return isinstance(value, list) and len(value) == len(arguments) and all(map(fits, arguments, value))
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(arguments[1], each) for each in value.values())
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, dict)
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint
+
+
+KEYS = [
+    (f"{name}.{key}", hint) for name, kind in sections().items() for key, hint in typing.get_type_hints(kind).items()
+]
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 9),
+    st.floats(-1, 9, allow_nan=False),
+    st.sampled_from(["array", "token", "sample", "focal", "text"]),
+)
+
+
+@given(st.sampled_from(KEYS), SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.just("array"), SCALARS))
+def test_types_are_as_strict_as_their_annotations(key: tuple[str, Any], value: Any) -> None:
+    (dotted, hint), complaint = key, ""
+    try:
+        parse(dotted, value)
+    except UserError as fault:
+        complaint = str(fault)
+        assert "\n" not in complaint and complaint.startswith("run.json: ")
+    wrong = f"run.json: {dotted}" in complaint and " must be " in complaint and ", not " in complaint
+    assert wrong == (not fits(hint, value)), complaint
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "named"),
+    [
+        (ModelConfig, {"dims": "64"}, "dims\n  Input should be a valid integer"),
+        (ModelConfig, {"dims": 64.0}, "dims\n  Input should be a valid integer"),
+        (ModelConfig, {"dims": True}, "dims\n  Input should be a valid integer"),
+        (ModelConfig, {"dimms": 64}, "dimms\n  Unexpected keyword argument"),
+        (ModelConfig, {"dropout": False}, "dropout\n  Input should be a valid number"),
+        (ModelConfig, {"fusion": "copy"}, "fusion\n  Input should be 'rare_variant' or 'copying'"),
+        (MaskingConfig, {"random_rate": [0.3, 0.8]}, "random_rate\n  Input should be a valid tuple"),
+        (EmbragConfig, {"model": {"dims": 64}}, "model\n  Input should be an instance of ModelConfig"),
+    ],
+)
+def test_settings_built_in_python_are_strict_and_say_what_is_wrong(
+    kind: type, arguments: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ValidationError) as caught:
+        kind(**arguments)
+    assert str(caught.value).startswith(f"1 validation error for {kind.__name__}\n{named}")
+
+
+def test_settings_are_dataclasses_like_any_other() -> None:
+    config = EmbragConfig(model=ModelConfig(dims=64, dropout=0))
+    assert type(config.model.dropout) is float
+    again = dataclasses.replace(config, model=dataclasses.replace(config.model, layers=3))
+    assert again.model == ModelConfig(dims=64, layers=3) and config.model.layers == 12
+    assert dataclasses.asdict(again)["model"]["layers"] == 3
+    with pytest.raises(ValidationError, match="layers"):
+        dataclasses.replace(config.model, layers="3")
+    with pytest.raises(UserError, match=r"^embrag.model.layers: must be at least 1$"):
+        dataclasses.replace(config.model, layers=0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 3  # type: ignore[misc]
+    assert pickle.loads(pickle.dumps(again)) == again == copy.deepcopy(again)
+    assert {config.model: 1}[ModelConfig(dims=64)] == 1
+    for kind in sections().values():
+        if kind not in (EmbragConfig, MaskingConfig):  # the policies are a dictionary
+            one, other = (RefreshConfig(every_steps=1) if kind is RefreshConfig else kind() for _ in range(2))
+            assert hash(one) == hash(other)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1.5, "auto"])

@@ -20,7 +20,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "evaluation": ("data",),
     "retrieval": ("ops", "runtime", "data"),
     "model": ("ops", "data", "retrieval"),
-    "config": ("data", "retrieval", "model"),
+    "config_files": (),
+    "config": ("config_files", "data", "retrieval", "model"),
     "export": ("config", "model"),
     "imputation": ("ops", "runtime", "data", "retrieval", "model", "config", "export"),
     "training": ("ops", "runtime", "data", "evaluation", "retrieval", "model", "config", "export"),
@@ -39,7 +40,8 @@ HOMES = {
     "numba": ("ops/",),
     "pynvml": ("runtime/device_sampler.py",),
     "matplotlib": ("evaluation/plots.py", "training/profile_plot.py"),
-    "hjson": ("config.py",),
+    "hjson": ("config_files.py",),
+    "pydantic": ("settings.py", "training/"),
 }
 """Third-party packages that nothing else may import."""
 LAZY = ("faiss", "cupy")

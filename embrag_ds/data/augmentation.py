@@ -8,16 +8,15 @@ it is shown.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from embrag_ds.errors import require
+from embrag_ds.settings import strict_settings
 
 _AUGMENTATION = 3
 
 
-@dataclass(frozen=True)
+@strict_settings
 class AugmentationConfig:
     """Errors added to training queries; 0: none."""
 

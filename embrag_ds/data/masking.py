@@ -18,12 +18,13 @@ from typing import Literal
 import numpy as np
 
 from embrag_ds.errors import require
+from embrag_ds.settings import strict_settings
 
 Policy = Literal["array", "random", "frequency_guided"]
 _TRAINING, _VALIDATION = 0, 1
 
 
-@dataclass(frozen=True)
+@strict_settings
 class MaskingConfig:
     """What the training hides."""
 

@@ -16,6 +16,7 @@ from embrag_ds.data.panel import FEW, RARE, Panel, ReferenceSet
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.errors import UserError, require
 from embrag_ds.files import read_lines
+from embrag_ds.settings import strict_settings
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def blend_weights(windows: list[Window]) -> list[np.ndarray]:
     return weights
 
 
-@dataclass(frozen=True)
+@strict_settings
 class DataConfig:
     """Windows and people."""
 

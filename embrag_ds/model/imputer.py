@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,12 +15,13 @@ from embrag_ds.model.pooling import CopyingPooling, DistancePooling, Pooled, mix
 from embrag_ds.model.recompute import computed_again
 from embrag_ds.model.transformer import Transformer
 from embrag_ds.retrieval.batch import Batch
+from embrag_ds.settings import strict_settings
 
 POOLINGS: dict[str, type[nn.Module]] = {"rare_variant": DistancePooling, "copying": CopyingPooling}
 """How a fusion weighs the neighbours; to add one, copy :class:`DistancePooling` and name it here."""
 
 
-@dataclass(frozen=True)
+@strict_settings
 class ModelConfig:
     """The network's shape."""
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, one_hot
 
 from embrag_ds.errors import require
+from embrag_ds.settings import strict_settings
 
 
-@dataclass(frozen=True)
+@strict_settings
 class LossConfig:
     """Loss on logits, mean per masked site."""
 

@@ -14,9 +14,10 @@ from itertools import pairwise
 from threading import Lock
 
 from embrag_ds.errors import require
+from embrag_ds.settings import strict_settings
 
 
-@dataclass(frozen=True)
+@strict_settings
 class RefreshConfig:
     """When the reference cache is re-encoded under ``encoding = "refresh"``; set exactly one of the first three."""
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from embrag_ds.errors import require
 from embrag_ds.retrieval.schedule import RefreshConfig
+from embrag_ds.settings import strict_settings
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class LocalRetrieval:
         return [slice(max(0, first - context), min(shown, last + context)) for first, last in pairwise(bounds)]
 
 
-@dataclass(frozen=True)
+@strict_settings
 class RetrievalConfig:
     """Which reference haplotypes are retrieved, and how they are encoded."""
 

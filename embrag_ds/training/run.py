@@ -8,11 +8,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from embrag_ds import logs
-from embrag_ds.config import load_config
 from embrag_ds.data.inputs import PanelFiles
 from embrag_ds.errors import UserError
 from embrag_ds.runtime.timeline import NO_TIMELINE
 from embrag_ds.training import deepspeed_log
+from embrag_ds.training.deepspeed_settings import load_training_config
 from embrag_ds.training.distributed import DistributedContext, open_inputs_on_all_ranks, start_distributed
 from embrag_ds.training.profile import Profile
 from embrag_ds.training.trainer import Trainer
@@ -36,7 +36,7 @@ def train(
     """
     if resume and init_from:
         raise UserError("--resume goes on from a checkpoint, --init-from starts anew: give one of them")
-    settings = load_config(Path(config), overrides)
+    settings = load_training_config(config, overrides)
     with logs.kept_for_run() as run_log, deepspeed_log.written_to(run_log):
         distributed = start_distributed()
         folder = _choose_run_dir(run_dir, Path(config).stem, resume, distributed)

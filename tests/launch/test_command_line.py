@@ -130,6 +130,17 @@ def test_the_model_of_the_package_imputes_without_training(
     assert np.corrcoef(counts.reshape(-1), imputed.dosage.reshape(-1))[0, 1] ** 2 > 0.8
 
 
+def test_a_typo_in_deepspeeds_half_of_a_shipped_configuration_is_found_before_the_panel(
+    launch: Launch, tmp_path: Path
+) -> None:
+    options = ["--deepspeed_config=v18", f"--panel={tmp_path / 'none.vcf.gz'}", f"--run-dir={tmp_path / 'run'}"]
+    done = launch("python", "train.py", *options, "--set=gradient_cliping=1")
+    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert error.endswith("v18.json: unknown DeepSpeed key gradient_cliping; did you mean 'gradient_clipping'?")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_bad_key_stops_the_launcher_with_one_line(launch: Launch, train_options: list[str], tmp_path: Path) -> None:
     done = launch("deepspeed", "train.py", *train_options, "--run-dir", tmp_path / "run", "--set=embrag.model.dim=3")
     assert done.returncode != 0

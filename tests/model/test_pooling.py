@@ -55,7 +55,7 @@ def disturb(module: torch.nn.Module) -> None:
 
 
 def slow_alone(pooling: torch.nn.Module) -> torch.nn.Module:
-    """Without the fast copying model, where there is one: weights then change along the sites only as the slow one's do."""
+    """Without the fast copying model, where there is one: weights then change only as the slow one's do."""
     if isinstance(pooling, CopyingPooling):
         pooling.slow.data[0] = 100.0
     return pooling

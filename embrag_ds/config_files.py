@@ -1,0 +1,146 @@
+"""Configuration files as trees of JSON: where they are found, what they extend, and single keys set on top.
+
+*Names.* A configuration is the path of a file, or the bare name of one that comes with the package (``v18``). A path
+that exists wins.
+
+*Extending.* ``"extends": "v18.json"`` takes a file's settings from another one, which may extend a third. The path is
+relative to the extending file; the name of a shipped configuration will do, too. Sections are merged key by key, on
+DeepSpeed's side and on ours; numbers, texts and lists replace what is inherited, and so does ``masking.policies``,
+whose weights mean something only together. Of keys that exclude one another, setting one removes the inherited
+others. ``null`` removes a key of DeepSpeed's, which then has DeepSpeed's default. Under ``"embrag"`` it is
+a value like any other (``train.patience``: never), and refused where it means nothing.
+
+*Overrides.* ``dotted.key=value`` is a file of one key that extends the run's: what is said above holds for it.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import hjson
+
+from embrag_ds.errors import UserError
+from embrag_ds.settings import as_json
+
+EXCLUSIVE = {"embrag.retrieval.refresh": ("every_steps", "every_epochs", "at_steps")}
+"""Section -> keys of which a run has one."""
+REPLACED_WHOLE = ("embrag.masking.policies",)
+_EXTENDS = "extends"
+_PYTHON_ONLY = ("True", "False", "None")
+
+
+def read_tree(name: Path | str, overrides: Iterable[str] = ()) -> tuple[dict[str, Any], str]:
+    """The configuration called ``name`` with all it extends and the overrides, and what errors should call it."""
+    path = _find(name, Path())
+    tree, extended = _read(path, ())
+    for override in overrides:
+        tree = _merged(tree, _override(override), f"--set {override}")
+    return tree, f"{path} (extends {', '.join(map(str, extended))})" if extended else str(path)
+
+
+def shipped_configurations() -> dict[str, Path]:
+    """Name -> file of the configurations that come with the package."""
+    package = Path(str(importlib.resources.files("embrag_ds")))
+    installed = package / "ds_configs"
+    # setup.py puts the folder there; in a checkout, also one that is installed with ``-e``, it lies beside the package.
+    folder = installed if installed.is_dir() else package.parent / "ds_configs"
+    return {path.stem: path for path in sorted(folder.glob("*.json"))}
+
+
+def _find(name: Path | str, folder: Path) -> Path:
+    path = folder / name
+    if not os.path.isdir(path) and os.path.exists(path):
+        return path
+    return shipped_configurations().get(str(name), path)
+
+
+def _read(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, Any], list[Path]]:
+    """A file's tree on top of what it extends, and the files extended, nearest first."""
+    chain = (*extending, path)
+    if os.path.realpath(path) in map(os.path.realpath, extending):
+        raise UserError(f"{chain[0]}: extends go round in a circle: {' -> '.join(map(str, chain))}")
+    tree = _parse(path, f", which {extending[-1]} extends" if extending else "")
+    if _EXTENDS not in tree:
+        return tree, []
+    name = tree.pop(_EXTENDS)
+    if not isinstance(name, str):
+        raise UserError(f"{path}: extends must be the path or the name of one configuration, not {as_json(name)}")
+    base = _find(name, path.parent)
+    inherited, further = _read(base, chain)
+    return _merged(inherited, tree, str(path)), [base, *further]
+
+
+def _parse(path: Path, why: str) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as fault:
+        names = ", ".join(shipped_configurations())
+        raise UserError(
+            f"{path}: cannot read the configuration{why}: there is no such file; shipped configurations: {names}"
+        ) from fault
+    except OSError as fault:
+        raise UserError(f"{path}: cannot read the configuration{why}: {fault.strerror}") from fault
+    except UnicodeDecodeError as fault:
+        raise UserError(f"{path}: cannot read the configuration{why}: not a text file") from fault
+    try:
+        tree = hjson.loads(text, object_pairs_hook=_no_duplicates, use_decimal=False)
+    except (hjson.HjsonDecodeError, ValueError) as fault:
+        raise UserError(f"{path}: not valid JSON: {fault}") from fault
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: not a configuration: expected a JSON object, as in ds_configs/v18.json")
+    return json.loads(json.dumps(tree))  # hjson's ordered containers as plain ones
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in tree:
+            raise ValueError(f"key {key!r} appears twice")
+        tree[key] = value
+    return tree
+
+
+def _override(override: str) -> dict[str, Any]:
+    """The tree of one key that ``dotted.key=value`` stands for; values are JSON, or plain text."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError(f"--set {override}: write it as dotted.key=value, for example embrag.model.dims=128")
+    if dotted.split(".")[0] == _EXTENDS:
+        raise UserError(f"--set {override}: only a file can extend another; give --deepspeed_config the other one")
+    try:
+        value = json.loads(text, object_pairs_hook=_no_duplicates)
+    except ValueError as fault:
+        if text[:1] in ("[", "{"):
+            raise UserError(f"--set {override}: not valid JSON: {fault}") from fault
+        if text in _PYTHON_ONLY:
+            raise UserError(f"--set {override}: write true, false or null") from fault
+        value = text
+    for name in reversed(dotted.split(".")):
+        value = {name: value}
+    return value
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any], source: str, section: str = "") -> dict[str, Any]:
+    """``base`` with ``over`` on top; ``section`` is the dotted name of both, ``source`` names ``over`` in errors."""
+    result = dict(base)
+    exclusive = EXCLUSIVE.get(section, ())
+    if any(over.get(key) is not None for key in exclusive):
+        for key in exclusive:
+            result.pop(key, None)
+    for key, value in over.items():
+        place = f"{section}.{key}" if section else key
+        inherited = result.get(key)
+        if isinstance(value, dict) and place not in REPLACED_WHOLE:
+            if inherited is not None and not isinstance(inherited, dict):
+                raise UserError(f"{source}: {place} is not a section but {as_json(inherited)}")
+            result[key] = _merged(inherited or {}, value, source, place)
+        elif value is None and place.split(".")[0] != "embrag":
+            result.pop(key, None)
+        else:
+            result[key] = value
+    return result
