@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from embrag_ds.data.panel import open_panel
+from embrag_ds.data.targets import harmonise_targets
 from embrag_ds.engine.checkpoint import PRETRAINED, read_export
-from embrag_ds.engine.imputation import Imputation, harmonise_targets, impute_to_vcf
+from embrag_ds.engine.imputation import Imputation, impute_to_vcf
 from embrag_ds.engine.inputs import PanelFiles, cache_directory, default_data, open_inputs
 from embrag_ds.engine.trainer import MODEL_FILE
 from embrag_ds.errors import UserError
@@ -69,7 +70,7 @@ def main() -> None:
     say(f"panel {inputs.panel.path}: {len(inputs.panel.samples)} people, {len(inputs.panel.sites)} sites")
     with tempfile.TemporaryDirectory(dir=cache_directory(model.config.data)) as scratch:
         packed = open_panel(target_path, Path(scratch))
-        targets = harmonise_targets(packed, target_path, inputs, arguments.allow_overlap, say)
+        targets = harmonise_targets(packed, inputs.panel, arguments.allow_overlap, say)
         transformer = not arguments.without_transformer
         imputation = Imputation(model, inputs, device, arguments.people_per_batch, transformer)
         impute_to_vcf(imputation, targets, arguments.out, say)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +18,11 @@ import torch
 
 import embrag_ds
 from embrag_ds.data.dataset import DataConfig, Samples, WindowedPanel, exclusion_table
-from embrag_ds.data.panel import Panel
-from embrag_ds.data.sites import Harmonised, harmonise
-from embrag_ds.data.tokens import REF
+from embrag_ds.data.targets import Targets
 from embrag_ds.data.vcf_output import ImputedVcfWriter
 from embrag_ds.data.windows import blend_weights, uncovered
 from embrag_ds.engine.checkpoint import ExportedModel
-from embrag_ds.engine.inputs import PanelInputs, skipped_records, windowed
+from embrag_ds.engine.inputs import PanelInputs, windowed
 from embrag_ds.engine.reference import Reference
 from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import Imputer
@@ -34,50 +32,6 @@ from embrag_ds.retrieval.prefetch import Prefetcher
 _AHEAD = 1
 _TIMES_AS_LONG = 4
 _MOST_CORE_BYTES = 1 << 28
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Target people at the panel's sites, of which ``typed`` bool [S] they were typed at.
-
-    Their alleles stay packed where they are, on disk as a rule; ``match`` says which panel site each of their sites is.
-    """
-
-    samples: tuple[str, ...]
-    typed: np.ndarray
-    packed: np.ndarray
-    match: Harmonised
-
-    def alleles(self, span: slice, people: slice) -> np.ndarray:
-        """Alleles of some people at the panel's sites ``span``, uint8 [2N, L], REF where they were not typed."""
-        first, last = np.searchsorted(self.match.panel_index, [span.start, span.stop])
-        columns = slice(2 * people.start // 8, -(-2 * people.stop // 8))
-        bits = np.unpackbits(self.packed[self.match.target_index[first:last], columns], axis=1, bitorder="little")
-        begin = 2 * people.start - 8 * columns.start
-        typed = bits[:, begin : begin + 2 * (people.stop - people.start)]
-        found = np.full((typed.shape[1], span.stop - span.start), REF, dtype=np.uint8)
-        found[:, self.match.panel_index[first:last] - span.start] = (typed ^ self.match.swapped[first:last, None]).T
-        return found
-
-
-def harmonise_targets(
-    target: Panel, target_path: Path, inputs: PanelInputs, allow_overlap: bool, say: Callable[[str], None]
-) -> Targets:
-    """Bring the targets, packed, to the panel's site table, once; nothing filters sites afterwards."""
-    panel = inputs.panel
-    shared = sorted(set(target.samples) & set(panel.samples))
-    if shared and not allow_overlap:
-        raise UserError(
-            f"{target_path}: {len(shared)} samples are also in the panel {panel.path}, the first is {shared[0]}; "
-            "remove them from one of the two, or add --allow-overlap (they then never retrieve themselves)"
-        )
-    match = harmonise(target.sites, panel.sites, str(target_path), str(panel.path))
-    say(f"target {target_path}: {len(target.samples)} people; {match.report()}")
-    if skipped := skipped_records(target.skipped):
-        say(f"{target_path}: {skipped}")
-    typed = np.zeros(len(panel.sites), dtype=bool)
-    typed[match.panel_index] = True
-    return Targets(target.samples, typed, target.packed, match)
 
 
 def _with_longer_windows(settings: DataConfig, haplotypes: int) -> DataConfig:

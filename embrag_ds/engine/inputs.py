@@ -77,11 +77,6 @@ def open_inputs_on_all_ranks(files: PanelFiles, settings: DataConfig, world: Wor
     return open_inputs(files, settings, progress=False)
 
 
-def skipped_records(skipped: dict[str, int]) -> str:
-    """What reading left out, by reason; empty when nothing was."""
-    return ", ".join(f"{count} records skipped ({reason})" for reason, count in skipped.items() if count)
-
-
 def windowed(
     inputs: PanelInputs, settings: DataConfig, people: np.ndarray, manifest: str | None = None
 ) -> WindowedPanel:

@@ -15,6 +15,7 @@ import torch.distributed
 
 from embrag_ds.config import RunConfig
 from embrag_ds.data.dataset import Samples, TrainingSampler, exclusion_table, split_people
+from embrag_ds.data.panel import skipped_records
 from embrag_ds.engine.checkpoint import (
     TrainState,
     export_model,
@@ -25,7 +26,7 @@ from embrag_ds.engine.checkpoint import (
     start_from,
 )
 from embrag_ds.engine.initialize import World, adapt_to_machine, initialize_engine
-from embrag_ds.engine.inputs import PanelInputs, skipped_records, windowed
+from embrag_ds.engine.inputs import PanelInputs, windowed
 from embrag_ds.engine.metrics import DISJOINT_BINS
 from embrag_ds.engine.record import RunRecord
 from embrag_ds.engine.reference import Reference

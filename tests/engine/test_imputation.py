@@ -20,12 +20,13 @@ from embrag_ds.data.dataset import DataConfig
 from embrag_ds.data.panel import Panel
 from embrag_ds.data.simulate import DefaultData
 from embrag_ds.data.sites import SiteTable
+from embrag_ds.data.targets import Targets, harmonise_targets
 from embrag_ds.data.vcf import PhasedData, read_phased
 from embrag_ds.data.vcf_dosages import read_dosages
 from embrag_ds.data.vcf_output import write_phased
 from embrag_ds.engine import imputation as imputation_module
 from embrag_ds.engine.checkpoint import ExportedModel, read_export
-from embrag_ds.engine.imputation import Imputation, Targets, harmonise_targets, impute_to_vcf
+from embrag_ds.engine.imputation import Imputation, impute_to_vcf
 from embrag_ds.engine.initialize import World
 from embrag_ds.engine.inputs import PanelFiles, PanelInputs, open_inputs
 from embrag_ds.engine.metrics import AggregateR2
@@ -64,7 +65,7 @@ def retrieval_alone(make_config: MakeConfig) -> ExportedModel:
 def matched(target: PhasedData, path: Path, inputs: PanelInputs, overlap: bool, say: Any) -> Targets:
     packed = np.packbits(target.alleles, axis=1, bitorder="little")
     panel = Panel(path, target.sites, target.samples, packed, target.skipped)
-    return harmonise_targets(panel, path, inputs, overlap, say)
+    return harmonise_targets(panel, inputs.panel, overlap, say)
 
 
 @pytest.fixture
