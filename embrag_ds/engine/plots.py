@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
 
 from embrag_ds.engine import metrics
 from embrag_ds.engine.report import Report
-from embrag_ds.retrieval.timeline import PHASES, Span
+
+if TYPE_CHECKING:
+    from embrag_ds.retrieval.timeline import Span  # imports torch, which scoring does without
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -86,6 +88,8 @@ def _few_steps(spans: list[Span]) -> list[Span]:
 
 
 def _draw_spans(axes: pyplot.Axes, spans: list[Span]) -> None:
+    from embrag_ds.retrieval.timeline import PHASES
+
     rows = sorted({(span.thread, span.stream) for span in spans})
     for number, phase in enumerate(PHASES):
         shown = [span for span in spans if span.name == phase]

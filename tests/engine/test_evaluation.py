@@ -106,7 +106,7 @@ def score(study: dict, **arguments):
         arguments.pop("imputed", {}),
         study["panel"],
         arguments.pop("target", study["target"]),
-        **{"bootstrap": 20, **arguments},
+        **{"bootstrap": 20, "cache_dir": study["folder"] / "cache", **arguments},
     )
 
 
@@ -289,6 +289,7 @@ def test_command_line(
     arguments = [f"--{name}={study[name]}" for name in ("truth", "panel", "target")]
     outputs = [f"--json={tmp_path / 'out.json'}", f"--markdown={tmp_path / 'out.md'}", "--bootstrap=10"]
     main = launcher().main
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     ours = f"--imputed=ours={tmp_path / 'a.vcf.gz'}"
     monkeypatch.setattr("sys.argv", ["evaluate.py", *arguments, ours, "--baselines", *outputs])
     main()
@@ -302,7 +303,7 @@ def test_command_line(
 
 @pytest.mark.real
 @pytest.mark.skipif(not REAL.exists(), reason=f"no real data at {REAL}")
-def test_baselines_on_1000_genomes() -> None:
+def test_baselines_on_1000_genomes(tmp_path: Path) -> None:
     """The measure against the README's figures, and the baseline against what it gave when written.
 
     The README does not say what its nearest haplotype does with ties. The mean over all haplotypes
@@ -310,7 +311,7 @@ def test_baselines_on_1000_genomes() -> None:
     is lower.
     """
     arguments = (REAL / "truth.vcf.gz", {}, REAL / "panel.vcf.gz", REAL / "target.sparse.vcf.gz")
-    report = evaluate(*arguments, baselines=True, samples_path=REAL / "samples.tsv", bootstrap=50)
+    report = evaluate(*arguments, baselines=True, samples_path=REAL / "samples.tsv", bootstrap=50, cache_dir=tmp_path)
     logging.getLogger(__name__).info("\n%s", report.table())
     assert (report.typed_sites, report.people, report.sites["all"]) == (549, 250, 24_802 - 549)
     measured = [report.tools[NEAREST_HAPLOTYPE].aggregate_r2[name] for name in metrics.BIN_NAMES]
