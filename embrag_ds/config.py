@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from embrag_ds.config_files import read_tree
-from embrag_ds.data.augmentation import AugmentationConfig
 from embrag_ds.data.masking import MaskingConfig
+from embrag_ds.data.sampler import AugmentationConfig
 from embrag_ds.data.windows import DataConfig
 from embrag_ds.errors import UserError, require
 from embrag_ds.model.imputer import ModelConfig

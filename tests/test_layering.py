@@ -24,7 +24,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "config": ("config_files", "data", "retrieval", "model"),
     "export": ("config", "model"),
     "imputation": ("ops", "runtime", "data", "retrieval", "model", "config", "export"),
-    "training": ("ops", "runtime", "data", "evaluation", "retrieval", "model", "config", "export"),
+    "training": ("ops", "runtime", "data", "evaluation", "retrieval", "model", "config_files", "config", "export"),
     "cli": ("runtime", "data", "evaluation", "config", "export", "imputation", "training"),
     "launch": ("cli",),
 }

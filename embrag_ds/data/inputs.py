@@ -66,11 +66,6 @@ def open_inputs(files: PanelFiles, settings: DataConfig, progress: bool = True) 
     return PanelInputs(panel, read_populations(files.samples, panel.samples), genetic_map.positions(panel.sites))
 
 
-def skipped_records(skipped: dict[str, int]) -> str:
-    """What reading left out, by reason; empty when nothing was."""
-    return ", ".join(f"{count} records skipped ({reason})" for reason, count in skipped.items() if count)
-
-
 def windowed(
     inputs: PanelInputs, settings: DataConfig, people: np.ndarray, manifest: str | None = None
 ) -> WindowedPanel:

@@ -34,7 +34,7 @@ from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.vcf import PhasedVcf
 from embrag_ds.errors import UserError
 from embrag_ds.files import read_lines
-from embrag_ds.ops.bits import pack_host, unpack_host
+from embrag_ds.ops.bits import pack_host, unpack_chosen, unpack_host
 
 FORMAT = 1
 RARE = 0.01
@@ -60,17 +60,32 @@ class Panel:
         chosen = bits if haplotypes is None else bits[:, haplotypes]
         return np.ascontiguousarray(chosen.T)
 
+    def alleles_at(self, sites: np.ndarray, haplotypes: np.ndarray | None = None) -> np.ndarray:
+        """Alleles at any sites, row by row, uint8 [L, H]; all haplotypes, or those numbered."""
+        rows = self.packed[sites]
+        if haplotypes is None:
+            return unpack_host(rows, 0, 2 * len(self.samples))
+        return unpack_chosen(rows, haplotypes)
+
+    @cached_property
+    def alt_copies(self) -> np.ndarray:
+        """Copies of ALT at every site, int64 [S]. One pass over the packed alleles, a block of sites at a time."""
+        copies = np.empty(len(self.packed), dtype=np.int64)
+        for start in range(0, len(copies), _SITES_PER_READ):
+            block = self.packed[start : start + _SITES_PER_READ]
+            copies[start : start + _SITES_PER_READ] = np.bitwise_count(block).sum(1, dtype=np.int64)
+        return copies
+
     @cached_property
     def fewest_copies(self) -> int:
         """Copies of the minor allele at the rarest site: what it took to be a site of this panel."""
-        copies = np.concatenate(
-            [
-                np.bitwise_count(self.packed[start : start + _SITES_PER_READ]).sum(1, dtype=np.int64)
-                for start in range(0, len(self.packed), _SITES_PER_READ)
-            ]
-        )
-        minor = np.minimum(copies, 2 * len(self.samples) - copies)
+        minor = np.minimum(self.alt_copies, 2 * len(self.samples) - self.alt_copies)
         return int(minor[minor > 0].min(initial=2 * len(self.samples)))
+
+
+def skipped_records(skipped: dict[str, int]) -> str:
+    """What reading left out, by reason; empty when nothing was."""
+    return ", ".join(f"{count} records skipped ({reason})" for reason, count in skipped.items() if count)
 
 
 def default_cache_dir() -> Path:

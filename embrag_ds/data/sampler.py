@@ -13,12 +13,28 @@ from pathlib import Path
 
 import numpy as np
 
-from embrag_ds.data.augmentation import AugmentationConfig, augmented
 from embrag_ds.data.masking import MaskingConfig, training_masks
 from embrag_ds.data.panel import Panel
 from embrag_ds.data.windows import WindowedPanel
-from embrag_ds.errors import UserError
+from embrag_ds.errors import UserError, require
 from embrag_ds.files import read_lines
+from embrag_ds.settings import strict_settings
+
+_AUGMENTATION = 3
+
+
+@strict_settings
+class AugmentationConfig:
+    """Errors added to training queries; 0: none."""
+
+    typing_error: float = 0.0
+    """Share of shown alleles that are read wrongly."""
+    switch_errors_per_cm: float = 0.0
+    """Mean number of places, per person and cM, where the two haplotypes change sides."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.typing_error < 0.5, "augmentation.typing_error", "must lie in [0, 0.5)")
+        require(self.switch_errors_per_cm >= 0, "augmentation.switch_errors_per_cm", "must not be negative")
 
 
 @dataclass(frozen=True)
@@ -146,3 +162,35 @@ def exclusion_table(samples: Sequence[str], relatives: Path | None) -> np.ndarra
                     excluded[person].append(relative)
     width = max(map(len, excluded))
     return np.array([row + [-1] * (width - len(row)) for row in excluded], dtype=np.int64)
+
+
+def augmented(
+    settings: AugmentationConfig,
+    alleles: np.ndarray,
+    hidden: np.ndarray,
+    position_cm: np.ndarray,
+    seed: int,
+    epoch: int,
+    window: int,
+    people: np.ndarray,
+) -> np.ndarray:
+    """Errors of typing and phasing put into training queries, as targets have them and panel samples do not.
+
+    A pure function of (seed, epoch, window, sample). A wrongly typed allele is observed wrong; where it is masked the
+    truth stays. Beyond a switch error the two haplotypes of a sample have changed sides, and so has their truth:
+    what is asked for is the haplotype as it is observed. ``alleles`` uint8 [2N, L]; ``hidden`` bool [N, L],
+    ``position_cm`` [L], ``people`` [N].
+    """
+    if not (settings.typing_error or settings.switch_errors_per_cm):
+        return alleles
+    changed = alleles.copy()
+    gaps = np.diff(position_cm, prepend=position_cm[0])
+    # An odd number of exchanges between two sites is one exchange (Haldane's map function).
+    switch = -np.expm1(-2 * settings.switch_errors_per_cm * gaps) / 2
+    for row, person in enumerate(people.tolist()):
+        rng = np.random.default_rng([seed, _AUGMENTATION, epoch, window, person])
+        pair = changed[2 * row : 2 * row + 2]
+        other = np.cumsum(rng.random(len(switch)) < switch) % 2 == 1
+        pair[:, other] = pair[::-1, other]
+        pair ^= (rng.random(pair.shape) < settings.typing_error) & ~hidden[row]
+    return changed

@@ -1,28 +1,129 @@
-"""Reading imputed dosages: this package's own files, Beagle's and minimac4's."""
+"""Reading imputed dosages: this package's own files, Beagle's and minimac4's.
+
+A file is read once, in a stream, and its values lie on disk while they are used: :class:`DosageFile`.
+"""
 
 from __future__ import annotations
 
 import math
 import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from embrag_ds.data.sites import SiteTable
+from embrag_ds.data.spool import Spool
 from embrag_ds.data.vcf import BiallelicFile, VcfRow, site_table
+from embrag_ds.errors import UserError
+
+_DOSAGE, _HAPLOTYPES, _GP = slice(0, 1), slice(1, 3), slice(3, 6)
+_COLUMNS = 6
+
+
+@dataclass(frozen=True)
+class DosageFile:
+    """Imputed dosages of N people at S sites, on disk; blocks of any ``rows`` [n] (sites) are read from there.
+
+    ``dr2`` float32 [S] is the file's own estimate of r2, NaN where it gives none; ``imputed`` bool [S] marks
+    imputed sites; both are None unless the header defines their INFO key. ``has_gp`` and ``has_haplotypes`` say
+    whether every record has them. ``people`` are all or those numbered.
+    """
+
+    path: Path
+    sites: SiteTable
+    samples: tuple[str, ...]
+    has_gp: bool
+    has_haplotypes: bool
+    dr2: np.ndarray | None
+    imputed: np.ndarray | None
+    _spool: Spool
+
+    def dosage(self, rows: np.ndarray, people: np.ndarray | None = None) -> np.ndarray:
+        """ALT copies (0 to 2), float32 [n, N]."""
+        return self._spool.read(rows, _DOSAGE, people)[..., 0]
+
+    def gp(self, rows: np.ndarray, people: np.ndarray | None = None) -> np.ndarray:
+        """Genotype probabilities, float32 [n, N, 3]."""
+        return self._spool.read(rows, _GP, people)
+
+    def haplotype_dosage(self, rows: np.ndarray, people: np.ndarray | None = None) -> np.ndarray:
+        """ALT probability of each haplotype, float32 [n, 2N]; person i owns 2i and 2i + 1."""
+        return self._spool.read(rows, _HAPLOTYPES, people).reshape(len(rows), -1)
+
+
+@contextmanager
+def spool_dosages(path: str | Path, folder: Path, allow_missing: bool = False) -> Iterator[DosageFile]:
+    """Read what this package, Beagle (GT:DS:AP1:AP2:GP) or minimac4 (HDS, GT, DS, GP) wrote.
+
+    The dosage is DS; where FORMAT has no DS, the sum of AP1 and AP2 or of HDS, else GP's, else the
+    count of ALT alleles in GT, phased or not. ``dr2`` is INFO DR2 or R2, ``imputed`` the INFO flag IMP
+    or IMPUTED. No index is needed. Scratch files lie in ``folder`` until the block ends.
+
+    Memory: a page of the :class:`embrag_ds.data.spool.Spool`, the texts of its distinct columns, and the site table.
+
+    With ``allow_missing``, for a truth, a missing value (``.``, or an allele of GT that is) is NaN. Raises
+    :class:`UserError` on a damaged file, an unsorted or repeated site, a value that is missing or no number, a
+    dosage that is not from 0 to 2, and no value to derive the dosage from.
+    """
+    with BiallelicFile(path) as vcf, Spool(folder, len(vcf.samples), _COLUMNS) as spool:
+        yield _spooled(vcf, spool, allow_missing)
+
+
+def _spooled(vcf: BiallelicFile, spool: Spool, allow_missing: bool) -> DosageFile:
+    formats: dict[bytes, _DosageFields] = {}
+    has_gp, has_haplotypes = True, True
+    rows: list[VcfRow] = []
+    dr2: list[float] = []
+    imputed: list[bool] = []
+    for row in vcf.rows():
+        fields = vcf.sample_fields(row)
+        where = f"{vcf.contigs[row.contig_code]}:{row.pos}"
+        if spool.new_page_if_full():
+            formats.clear()
+        if row.format not in formats:
+            formats[row.format] = _DosageFields(row.format, spool, allow_missing)
+        parser = formats[row.format]
+        if parser.source is None:
+            raise vcf.fault(
+                where,
+                f"FORMAT {row.format.decode()} has no DS, HDS, AP1 and AP2, GP or GT",
+                "give a file with imputed dosages",
+            )
+        has_gp, has_haplotypes = has_gp and parser.has_gp, has_haplotypes and parser.has_haplotypes
+        try:
+            codes = np.fromiter(map(parser.__getitem__, fields), dtype=spool.code_type, count=len(fields))
+        except ValueError as error:
+            person = next(i for i, field in enumerate(fields) if field not in parser)
+            raise _field_fault(vcf, row, person, fields[person], error, allow_missing) from error
+        spool.append(codes)
+        info = _info_values(row.info)
+        try:
+            dr2.append(_number_or_nan(info.get("DR2", info.get("R2", "."))))
+        except ValueError as error:
+            raise vcf.fault(where, f"its INFO has an r2 that is no number ({error})", "correct the record") from error
+        imputed.append("IMP" in info or "IMPUTED" in info)
+        # The columns are large, and their content is in the spool.
+        rows.append(row._replace(info=b"", format=b"", body=b""))
+    spool.finish()
+    return DosageFile(
+        path=vcf.path,
+        sites=site_table(vcf, rows),
+        samples=vcf.samples,
+        has_gp=has_gp,
+        has_haplotypes=has_haplotypes,
+        dr2=np.array(dr2, dtype=np.float32) if vcf.info_keys & {"DR2", "R2"} else None,
+        imputed=np.array(imputed, dtype=bool) if vcf.info_keys & {"IMP", "IMPUTED"} else None,
+        _spool=spool,
+    )
 
 
 @dataclass(frozen=True)
 class Dosages:
-    """Imputed dosages of N people at S sites.
-
-    ``dosage`` float32 [S, N] is in ALT copies (0 to 2); ``gp`` float32 [S, N, 3] holds the genotype
-    probabilities; ``haplotype_dosage`` float32 [S, 2N] the ALT probability of each haplotype (person i
-    owns 2i and 2i + 1); ``dr2`` float32 [S] the file's own estimate of r2, NaN where it gives none;
-    ``imputed`` bool [S] marks imputed sites. ``gp`` and ``haplotype_dosage`` are None unless every record
-    has them, ``dr2`` and ``imputed`` unless the header defines their INFO key.
-    """
+    """A whole :class:`DosageFile` in memory, sites by people; what not every record has is None."""
 
     sites: SiteTable
     samples: tuple[str, ...]
@@ -34,111 +135,102 @@ class Dosages:
 
 
 def read_dosages(path: str | Path) -> Dosages:
-    """Read what this package, Beagle (GT:DS:AP1:AP2:GP) or minimac4 (HDS, GT, DS, GP) wrote.
-
-    The dosage is DS; where FORMAT has no DS, the sum of AP1 and AP2 or of HDS, else GP's, else the
-    count of ALT alleles in GT, phased or not. ``dr2`` is INFO DR2 or R2, ``imputed`` the INFO flag IMP
-    or IMPUTED. No index is needed. Raises :class:`UserError` on a damaged file, an unsorted or repeated
-    site, and a missing or non-numeric value or no value to derive the dosage from.
-    """
-    parsers: dict[bytes, _DosageFields] = {}
-    rows: list[VcfRow] = []
-    parser_of_row: list[_DosageFields] = []
-    codes: list[np.ndarray] = []
-    with BiallelicFile(path) as vcf:
-        for row in vcf.rows():
-            fields = vcf.sample_fields(row)
-            where = f"{vcf.contigs[row.contig_code]}:{row.pos}"
-            if row.format not in parsers:
-                if not _DOSAGE_KEYS & set(row.format.split(b":")):
-                    raise vcf.fault(
-                        where,
-                        f"FORMAT {row.format.decode()} has no DS, HDS, AP1 and AP2, GP or GT",
-                        "give a file with imputed dosages",
-                    )
-                parsers[row.format] = _DosageFields(row.format)
-            parser = parsers[row.format]
-            try:
-                codes.append(np.array([parser[field] for field in fields], dtype=np.int32))
-            except (ValueError, IndexError) as error:
-                person = next(i for i, field in enumerate(fields) if field not in parser)
-                raise vcf.fault(
-                    where,
-                    f"sample {vcf.samples[person]} has {row.format.decode()} {fields[person].decode()}, "
-                    "where a value is missing or not a number",
-                    "impute the file again or drop the record",
-                ) from error
-            parser_of_row.append(parser)
-            # The genotype columns are large and their content is in `codes`.
-            rows.append(row._replace(body=b""))
-        sites, samples, info_keys = site_table(vcf, rows), vcf.samples, vcf.info_keys
-    values = {id(parser): np.array(parser.parsed, dtype=np.float32) for parser in parsers.values()}
-    dosage = np.empty((len(rows), len(samples)), dtype=np.float32)
-    haplotypes = np.empty((len(rows), 2 * len(samples)), dtype=np.float32)
-    gp = np.empty((len(rows), len(samples), 3), dtype=np.float32)
-    for site, (parser, code) in enumerate(zip(parser_of_row, codes, strict=True)):
-        person_values = values[id(parser)][code]
-        dosage[site] = person_values[:, 0]
-        haplotypes[site] = person_values[:, 1:3].reshape(-1)
-        gp[site] = person_values[:, 3:]
-    info = [_info_values(row.info) for row in rows]
-    dr2 = [_number_or_nan(entry.get("DR2", entry.get("R2", "."))) for entry in info]
-    imputed = ["IMP" in entry or "IMPUTED" in entry for entry in info]
-    return Dosages(
-        sites=sites,
-        samples=samples,
-        dosage=dosage,
-        gp=gp if all(parser.has_gp for parser in parsers.values()) else None,
-        haplotype_dosage=haplotypes if all(parser.has_haplotypes for parser in parsers.values()) else None,
-        dr2=np.array(dr2, dtype=np.float32) if info_keys & {"DR2", "R2"} else None,
-        imputed=np.array(imputed, dtype=bool) if info_keys & {"IMP", "IMPUTED"} else None,
-    )
+    """Read a file whole, as :func:`spool_dosages` does and with its errors; for small ones."""
+    with tempfile.TemporaryDirectory() as folder, spool_dosages(path, Path(folder)) as file:
+        every = np.arange(len(file.sites))
+        return Dosages(
+            sites=file.sites,
+            samples=file.samples,
+            dosage=file.dosage(every),
+            gp=file.gp(every) if file.has_gp else None,
+            haplotype_dosage=file.haplotype_dosage(every) if file.has_haplotypes else None,
+            dr2=file.dr2,
+            imputed=file.imputed,
+        )
 
 
-_DOSAGE_KEYS = {b"DS", b"HDS", b"AP1", b"GP", b"GT"}
+class _ImpossibleDosage(ValueError):
+    pass
 
 
 class _DosageFields(dict[bytes, int]):
-    """Row numbers in ``parsed`` of the sample columns met so far under one FORMAT.
+    """Codes, in a page of the spool, of the sample columns met so far under one FORMAT.
 
     Few distinct columns make up an imputed file (most are confident), so each text is parsed once.
-    A row of ``parsed`` is (dosage, haplotype 0, haplotype 1, GP 0, GP 1, GP 2), NaN where FORMAT does
-    not say.
+    An entry is (dosage, haplotype 0, haplotype 1, GP 0, GP 1, GP 2), NaN where FORMAT does not say.
     """
 
-    def __init__(self, format_text: bytes) -> None:
+    def __init__(self, format_text: bytes, spool: Spool, allow_missing: bool) -> None:
         super().__init__()
-        self.parsed: list[tuple[float, ...]] = []
-        self._column = {key: i for i, key in enumerate(format_text.split(b":"))}
-        self.has_gp = b"GP" in self._column
-        self.has_haplotypes = b"HDS" in self._column or b"AP1" in self._column
+        self._spool = spool
+        self._allow_missing = allow_missing
+        self._place = {key: i for i, key in enumerate(format_text.split(b":"))}
+        self.has_gp = b"GP" in self._place
+        self.has_haplotypes = b"HDS" in self._place or {b"AP1", b"AP2"} <= set(self._place)
+        having = {
+            b"DS": b"DS" in self._place,
+            b"HDS": self.has_haplotypes,
+            b"GP": self.has_gp,
+            b"GT": b"GT" in self._place,
+        }
+        self.source = next((key for key, there in having.items() if there), None)
 
     def __missing__(self, text: bytes) -> int:
         parts = text.split(b":")
-        nan = float("nan")
-        haplotypes, gp = (nan, nan), (nan, nan, nan)
-        if b"HDS" in self._column:
-            first, second = parts[self._column[b"HDS"]].split(b",")
-            haplotypes = (float(first), float(second))
-        elif b"AP1" in self._column:
-            haplotypes = (float(parts[self._column[b"AP1"]]), float(parts[self._column[b"AP2"]]))
-        if self.has_gp:
-            hom_ref, het, hom_alt = parts[self._column[b"GP"]].split(b",")
-            gp = (float(hom_ref), float(het), float(hom_alt))
-        if b"DS" in self._column:
-            dosage = float(parts[self._column[b"DS"]])
+        haplotypes: tuple[float, ...] = (math.nan,) * 2
+        gp: tuple[float, ...] = (math.nan,) * 3
+        if b"HDS" in self._place:
+            haplotypes = self._numbers(parts, b"HDS", 2)
         elif self.has_haplotypes:
+            haplotypes = self._numbers(parts, b"AP1", 1) + self._numbers(parts, b"AP2", 1)
+        if self.has_gp:
+            gp = self._numbers(parts, b"GP", 3)
+        if self.source == b"DS":
+            (dosage,) = self._numbers(parts, b"DS", 1)
+        elif self.source == b"HDS":
             dosage = haplotypes[0] + haplotypes[1]
-        elif self.has_gp:
+        elif self.source == b"GP":
             dosage = gp[1] + 2 * gp[2]
         else:
-            left, right = re.split(rb"[|/]", parts[self._column[b"GT"]])
-            dosage = float(int(left) + int(right))
-        if math.isnan(dosage):
-            raise ValueError(text)
-        self.parsed.append((dosage, *haplotypes, *gp))
-        self[text] = len(self.parsed) - 1
+            dosage = self._genotype(parts)
+        if not (math.isnan(dosage) or 0 <= np.float32(dosage) <= 2):
+            raise _ImpossibleDosage(f"{dosage:g}")
+        self[text] = self._spool.add((dosage, *haplotypes, *gp))
         return self[text]
+
+    def _numbers(self, parts: list[bytes], key: bytes, count: int) -> tuple[float, ...]:
+        values = self._value(parts, key).split(b",")
+        if self._allow_missing and b"." in values:
+            return (math.nan,) * count
+        numbers = tuple(map(float, values))
+        if len(numbers) != count or not math.isfinite(sum(numbers)):
+            raise ValueError(key)
+        return numbers
+
+    def _genotype(self, parts: list[bytes]) -> float:
+        alleles = re.split(rb"[|/]", self._value(parts, b"GT"))
+        if self._allow_missing and b"." in alleles:
+            return math.nan
+        left, right = alleles
+        return float(int(left) + int(right))
+
+    def _value(self, parts: list[bytes], key: bytes) -> bytes:
+        """The text of one key; VCF leaves out trailing keys that are missing."""
+        place = self._place[key]
+        return parts[place] if place < len(parts) else b"."
+
+
+def _field_fault(
+    vcf: BiallelicFile, row: VcfRow, person: int, text: bytes, error: Exception, allow_missing: bool
+) -> UserError:
+    where = f"{vcf.contigs[row.contig_code]}:{row.pos}"
+    remedy = "correct it or drop the record" if allow_missing else "impute the file again or drop the record"
+    if isinstance(error, _ImpossibleDosage):
+        what = f"dosage {error}, which is not from 0 to 2"
+    else:
+        wrong = "not a number" if allow_missing else "missing or not a number"
+        what = f"{row.format.decode()} {text.decode()}, where a value is {wrong}"
+    return vcf.fault(where, f"sample {vcf.samples[person]} has {what}", remedy)
 
 
 def _info_values(info: bytes) -> dict[str, str]:

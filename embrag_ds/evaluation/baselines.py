@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
+from embrag_ds.data.panel import Panel
 from embrag_ds.data.tokens import ALT, REF
+
+_SCORES = 1 << 24
 
 
 def allele_frequency_dosage(panel_af: np.ndarray, people: int) -> np.ndarray:
@@ -12,43 +17,66 @@ def allele_frequency_dosage(panel_af: np.ndarray, people: int) -> np.ndarray:
     return np.repeat(2.0 * np.asarray(panel_af, dtype=np.float32)[:, None], people, axis=1)
 
 
-def nearest_haplotype_dosage(
-    panel_alleles: np.ndarray,
-    target_alleles: np.ndarray,
-    typed_index: np.ndarray,
-    block: int = 32,
-    context: int = 16,
-) -> np.ndarray:
-    """Dosage [S, N] float32 copied from the nearest panel haplotype of each stretch of one contig.
+class NearestHaplotype:
+    """Dosages copied from the nearest panel haplotype of each stretch of a contig.
 
-    ``panel_alleles`` [S, H] uint8, ``target_alleles`` [T, 2N] uint8 (missing alleles count for
-    nothing), ``typed_index`` [T] increasing rows of the panel. For each block of consecutive typed
-    sites, every target haplotype copies, at all sites of the block's stretch, the panel haplotype
-    with the smallest Hamming distance over the block and ``context`` typed sites on either side
-    (the lowest index on ties). Stretches meet half way, by site index, between the last typed
-    site of a block and the first of the next.
+    ``typed_index`` [T] are the typed sites, increasing rows of the panel; ``typed_alleles`` gives the target
+    haplotypes' alleles at some of the T by their number, uint8 [T, 2N] (missing alleles count for nothing). For
+    each block of consecutive typed sites, every target haplotype copies, at all sites of the block's stretch, the
+    panel haplotype with the smallest Hamming distance over the block and ``context`` typed sites on either side
+    (the lowest index on ties). Stretches meet half way, by site index, between the last typed site of a block and
+    the first of the next.
 
-    Peak memory beside the inputs: 4 x 2N x H bytes of scores and 4 x S x N bytes of result.
+    Memory: 64 MB of scores at most, the panel at one block's typed sites, and what is asked for.
     """
-    sites = len(panel_alleles)
-    haplotypes = target_alleles.shape[1]
-    typed = len(typed_index)
-    panel_signs = _signs(panel_alleles[typed_index])
-    target_signs = _signs(target_alleles)
-    dosage = np.empty((sites, haplotypes // 2), dtype=np.float32)
-    begin = 0
-    # A contig without a typed site is one stretch, where all haplotypes are equally near.
-    for first in range(0, max(typed, 1), block):
-        last = first + block
-        end = int(typed_index[last - 1] + typed_index[last] + 1) // 2 if last < typed else sites
-        compared = slice(max(first - context, 0), last + context)
-        # A sum of +-1 over the compared sites: exact in float32, larger where fewer alleles differ.
-        agreement = target_signs[compared].T @ panel_signs[compared]
-        nearest = agreement.argmax(axis=1)
-        copied = panel_alleles[begin:end][:, nearest]
-        dosage[begin:end] = copied[:, 0::2].astype(np.float32) + copied[:, 1::2]
-        begin = end
-    return dosage
+
+    def __init__(
+        self,
+        panel: Panel,
+        typed_index: np.ndarray,
+        typed_alleles: Callable[[slice], np.ndarray],
+        block: int = 32,
+        context: int = 16,
+    ) -> None:
+        self._panel = panel
+        self._typed_index = typed_index
+        self._typed_alleles = typed_alleles
+        self._begin: list[int] = []
+        self._compared: list[slice] = []
+        for start, stop in panel.sites.contig_runs():
+            low, high = np.searchsorted(typed_index, [start, stop]).tolist()
+            # A contig without a typed site is one stretch, where all haplotypes are equally near.
+            for first in range(low, max(high, low + 1), block):
+                before = first > low
+                self._begin.append(int(typed_index[first - 1] + typed_index[first] + 1) // 2 if before else start)
+                self._compared.append(slice(max(first - context, low), min(first + block + context, high)))
+        self._people = typed_alleles(slice(0, 0)).shape[1] // 2
+        self._latest = (-1, np.empty(0, dtype=np.int64))
+
+    def dosage(self, rows: np.ndarray) -> np.ndarray:
+        """Dosage [n, N] float32 at these rows [n] of the panel; fastest when they increase from call to call."""
+        stretch_of = np.searchsorted(self._begin, rows, side="right") - 1
+        dosage = np.empty((len(rows), self._people), dtype=np.float32)
+        for stretch in np.unique(stretch_of).tolist():
+            here = stretch_of == stretch
+            copied = self._panel.alleles_at(rows[here], self._nearest(stretch))
+            dosage[here] = copied[:, 0::2].astype(np.float32) + copied[:, 1::2]
+        return dosage
+
+    def _nearest(self, stretch: int) -> np.ndarray:
+        """Number of the nearest panel haplotype of every target haplotype, int64 [2N]."""
+        if self._latest[0] != stretch:
+            compared = self._compared[stretch]
+            panel_signs = _signs(self._panel.alleles_at(self._typed_index[compared]))
+            target_signs = _signs(self._typed_alleles(compared)).T
+            at_once = max(1, _SCORES // panel_signs.shape[1])
+            # A sum of +-1 over the compared sites: exact in float32, larger where fewer alleles differ.
+            nearest = [
+                (target_signs[first : first + at_once] @ panel_signs).argmax(axis=1)
+                for first in range(0, len(target_signs), at_once)
+            ]
+            self._latest = stretch, np.concatenate(nearest)
+        return self._latest[1]
 
 
 def _signs(alleles: np.ndarray) -> np.ndarray:

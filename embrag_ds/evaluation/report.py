@@ -57,7 +57,8 @@ class Report:
     """Everything :func:`evaluate` measured.
 
     ``sites`` counts the scored sites by bin; ``sites_without_truth_variance`` those of them that
-    the per-site r2 leaves out; ``iqs_from`` says what every tool's IQS was computed from;
+    the per-site r2 leaves out; ``missing_truth_genotypes`` counts genotypes of the scored sites that the truth
+    lacks and nothing scores; ``iqs_from`` says what every tool's IQS was computed from;
     ``populations`` has the number of people of each.
     """
 
@@ -65,6 +66,7 @@ class Report:
     people: int
     sites: dict[str, int]
     sites_without_truth_variance: dict[str, int]
+    missing_truth_genotypes: int
     iqs_from: str
     typed_sites: int
     bootstrap: int
@@ -79,7 +81,7 @@ class Report:
         counts = ["sites", *(str(self.sites[name]) for name in metrics.BIN_NAMES)]
         sections = [
             Section(
-                f"Aggregate dosage r2 by panel minor-allele frequency, {self.people} people",
+                f"Aggregate dosage r2 by panel minor-allele frequency, {self.people} people{self._missing()}",
                 header,
                 [counts, *([tool, *_row(scores.aggregate_r2)] for tool, scores in self.tools.items())],
             )
@@ -96,6 +98,12 @@ class Report:
             rows = [[tool, *_row(scores.populations[population])] for tool, scores in self.tools.items()]
             sections.append(Section(f"Aggregate dosage r2, {population}, {people} people", header, rows))
         return sections
+
+    def _missing(self) -> str:
+        if not self.missing_truth_genotypes:
+            return ""
+        genotypes = self.people * self.sites["all"]
+        return f"; {self.missing_truth_genotypes} of {genotypes} truth genotypes are missing and not scored"
 
     def _other_measures(self) -> Section:
         header = [

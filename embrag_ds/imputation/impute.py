@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,19 +25,16 @@ from embrag_ds.data.inputs import (
     cache_directory,
     default_data,
     open_inputs,
-    skipped_records,
     windowed,
 )
-from embrag_ds.data.panel import Panel, open_panel
+from embrag_ds.data.panel import open_panel
 from embrag_ds.data.sampler import Samples, exclusion_table
-from embrag_ds.data.sites import Harmonised, harmonise
-from embrag_ds.data.tokens import REF
+from embrag_ds.data.targets import Targets, harmonise_targets
 from embrag_ds.data.vcf_output import ImputedVcfWriter
 from embrag_ds.data.windows import DataConfig, WindowedPanel, blend_weights, uncovered
 from embrag_ds.errors import UserError
 from embrag_ds.export import PRETRAINED, ExportedModel, read_export
 from embrag_ds.model.imputer import Imputer
-from embrag_ds.ops.bits import unpack_host
 from embrag_ds.retrieval.batch import Batch
 from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.reference import Reference
@@ -47,45 +44,6 @@ logger = logging.getLogger(__name__)
 _AHEAD = 1
 _TIMES_AS_LONG = 4
 _MOST_CORE_BYTES = 1 << 28
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Target people at the panel's sites, of which ``typed`` bool [S] they were typed at.
-
-    Their alleles stay packed where they are, on disk as a rule; ``match`` says which panel site each of their sites is.
-    """
-
-    samples: tuple[str, ...]
-    typed: np.ndarray
-    packed: np.ndarray
-    match: Harmonised
-
-    def alleles(self, span: slice, people: slice) -> np.ndarray:
-        """Alleles of some people at the panel's sites ``span``, uint8 [2N, L], REF where they were not typed."""
-        first, last = np.searchsorted(self.match.panel_index, [span.start, span.stop])
-        typed = unpack_host(self.packed[self.match.target_index[first:last]], 2 * people.start, 2 * people.stop)
-        found = np.full((typed.shape[1], span.stop - span.start), REF, dtype=np.uint8)
-        found[:, self.match.panel_index[first:last] - span.start] = (typed ^ self.match.swapped[first:last, None]).T
-        return found
-
-
-def harmonise_targets(target: Panel, target_path: Path, inputs: PanelInputs, allow_overlap: bool) -> Targets:
-    """Bring the targets, packed, to the panel's site table, once; nothing filters sites afterwards."""
-    panel = inputs.panel
-    shared = sorted(set(target.samples) & set(panel.samples))
-    if shared and not allow_overlap:
-        raise UserError(
-            f"{target_path}: {len(shared)} samples are also in the panel {panel.path}, the first is {shared[0]}; "
-            "remove them from one of the two, or add --allow-overlap (they then never retrieve themselves)"
-        )
-    match = harmonise(target.sites, panel.sites, str(target_path), str(panel.path))
-    logger.info("target %s: %d people; %s", target_path, len(target.samples), match.report())
-    if skipped := skipped_records(target.skipped):
-        logger.info("%s: %s", target_path, skipped)
-    typed = np.zeros(len(panel.sites), dtype=bool)
-    typed[match.panel_index] = True
-    return Targets(target.samples, typed, target.packed, match)
 
 
 def _with_longer_windows(settings: DataConfig, haplotypes: int) -> DataConfig:
@@ -215,7 +173,7 @@ def impute(
     panel = inputs.panel
     logger.info("panel %s: %d people, %d sites", panel.path, len(panel.samples), len(panel.sites))
     with tempfile.TemporaryDirectory(dir=cache_directory(exported.config.data)) as scratch:
-        targets = harmonise_targets(open_panel(target, Path(scratch)), target, inputs, allow_overlap)
+        targets = harmonise_targets(open_panel(target, Path(scratch)), panel, allow_overlap)
         imputation = Imputation(exported, inputs, where, people_per_batch, transformer)
         impute_to_vcf(imputation, targets, out)
     logger.info("%s: %d people in %.0f s", out, len(targets.samples), time.monotonic() - began)

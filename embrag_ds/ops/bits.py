@@ -1,10 +1,16 @@
-"""Bit-packed alleles, eight haplotypes a byte, lowest bit first: the only packing and unpacking."""
+"""Bit-packed alleles, eight haplotypes a byte, lowest bit first: the only packing and unpacking.
+
+torch is imported where it is needed: reading and scoring files do without it.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def pack_host(alleles: np.ndarray) -> np.ndarray:
@@ -19,8 +25,15 @@ def unpack_host(packed: np.ndarray, first: int, last: int) -> np.ndarray:
     return bits[..., first - 8 * start : last - 8 * start]
 
 
+def unpack_chosen(packed: np.ndarray, haplotypes: np.ndarray) -> np.ndarray:
+    """Some haplotypes, by number int64 [n], of bits uint8 [..., W]: uint8 [..., n]. For few of many."""
+    return (packed[..., haplotypes >> 3] >> (haplotypes & 7).astype(np.uint8)) & 1
+
+
 def unpack(packed: Tensor, count: int) -> Tensor:
     """Bits uint8 [n, W], lowest first, as uint8 [n, count]."""
+    import torch
+
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     bits = (packed[..., None] >> shifts).bitwise_and_(1)
     return bits.flatten(-2)[:, :count]
@@ -28,6 +41,8 @@ def unpack(packed: Tensor, count: int) -> Tensor:
 
 def pack(alleles: Tensor) -> Tensor:
     """The inverse of :func:`unpack`: uint8 [n, H] as bits uint8 [n, ceil(H / 8)]."""
+    import torch
+
     padded = torch.nn.functional.pad(alleles, (0, -alleles.shape[1] % 8))
     places = torch.arange(8, dtype=torch.uint8, device=alleles.device)
     return (padded.unflatten(-1, (-1, 8)) << places).sum(-1, dtype=torch.uint8)

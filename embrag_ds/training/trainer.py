@@ -16,7 +16,8 @@ import torch
 import torch.distributed
 
 from embrag_ds.config import RunConfig
-from embrag_ds.data.inputs import PanelInputs, skipped_records, windowed
+from embrag_ds.data.inputs import PanelInputs, windowed
+from embrag_ds.data.panel import skipped_records
 from embrag_ds.data.sampler import Samples, TrainingSampler, exclusion_table, split_people
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation.metrics import DISJOINT_BINS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from embrag_ds.data.augmentation import AugmentationConfig, augmented
+from embrag_ds.data.sampler import AugmentationConfig, augmented
 from embrag_ds.errors import UserError
 
 

@@ -255,3 +255,18 @@ def test_errors_of_a_sample_table_name_file_and_fault(tmp_path: Path, content: b
 def test_an_absent_sample_table_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read"):
         read_populations(tmp_path / "absent.tsv", ("a",))
+
+
+@given(seed=st.integers(0, 2**32), sites=st.integers(0, 12), people=st.integers(1, 9))
+def test_copies_and_alleles_at_any_sites(seed: int, sites: int, people: int) -> None:
+    alleles = random_alleles(seed, sites, people)
+    panel = memory_panel(alleles)
+    rng = np.random.default_rng(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(panel_module, "_SITES_PER_READ", 5)
+        np.testing.assert_array_equal(panel.alt_copies, alleles.sum(axis=1))
+    chosen = rng.integers(sites, size=5) if sites else np.arange(0)
+    haplotypes = rng.integers(2 * people, size=4)
+    np.testing.assert_array_equal(panel.alleles_at(chosen), alleles[chosen])
+    np.testing.assert_array_equal(panel.alleles_at(chosen, haplotypes), alleles[chosen][:, haplotypes])
+    assert panel.alleles_at(chosen, haplotypes).dtype == np.uint8

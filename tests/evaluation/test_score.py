@@ -106,7 +106,7 @@ def score(study: dict, **arguments):
         arguments.pop("imputed", {}),
         study["panel"],
         arguments.pop("target", study["target"]),
-        **{"bootstrap": 20, **arguments},
+        **{"bootstrap": 20, "cache_dir": study["folder"] / "cache", **arguments},
     )
 
 
@@ -274,10 +274,13 @@ def test_faults_of_the_user_name_the_file(study: dict, tmp_path: Path) -> None:
         score(study, imputed={NEAREST_HAPLOTYPE: path})
 
 
-def test_command_line(study: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(
+    study: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_dosages(tmp_path / "a.vcf.gz", study["people"], range(SITES), noisy(study, 8, 0.3))
     arguments = [f"--{name}={study[name]}" for name in ("truth", "panel", "target")]
     outputs = [f"--json={tmp_path / 'out.json'}", f"--markdown={tmp_path / 'out.md'}", "--bootstrap=10"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     ours = f"--imputed=ours={tmp_path / 'a.vcf.gz'}"
     main("evaluate", [*arguments, ours, "--baselines", *outputs])
     assert capsys.readouterr().out.splitlines()[3].startswith("ours")
@@ -289,7 +292,7 @@ def test_command_line(study: dict, tmp_path: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.real
 @pytest.mark.skipif(not REAL.exists(), reason=f"no real data at {REAL}")
-def test_baselines_on_1000_genomes() -> None:
+def test_baselines_on_1000_genomes(tmp_path: Path) -> None:
     """The measure against the README's figures, and the baseline against what it gave when written.
 
     The README does not say what its nearest haplotype does with ties. The mean over all haplotypes
@@ -297,7 +300,7 @@ def test_baselines_on_1000_genomes() -> None:
     is lower.
     """
     arguments = (REAL / "truth.vcf.gz", {}, REAL / "panel.vcf.gz", REAL / "target.sparse.vcf.gz")
-    report = evaluate(*arguments, baselines=True, samples_path=REAL / "samples.tsv", bootstrap=50)
+    report = evaluate(*arguments, baselines=True, samples_path=REAL / "samples.tsv", bootstrap=50, cache_dir=tmp_path)
     logging.getLogger(__name__).info("\n%s", report.table())
     assert (report.typed_sites, report.people, report.sites["all"]) == (549, 250, 24_802 - 549)
     measured = [report.tools[NEAREST_HAPLOTYPE].aggregate_r2[name] for name in metrics.BIN_NAMES]

@@ -20,6 +20,7 @@ from embrag_ds.data.inputs import PanelFiles, PanelInputs, open_inputs
 from embrag_ds.data.panel import Panel
 from embrag_ds.data.simulate import DefaultData
 from embrag_ds.data.sites import SiteTable
+from embrag_ds.data.targets import Targets, harmonise_targets
 from embrag_ds.data.vcf import PhasedData, read_phased
 from embrag_ds.data.vcf_dosages import read_dosages
 from embrag_ds.data.vcf_output import write_phased
@@ -28,7 +29,7 @@ from embrag_ds.errors import UserError
 from embrag_ds.evaluation.metrics import AggregateR2
 from embrag_ds.export import MODEL_FILE, ExportedModel, read_export
 from embrag_ds.imputation import impute as imputation_module
-from embrag_ds.imputation.impute import Imputation, Targets, harmonise_targets, impute_to_vcf
+from embrag_ds.imputation.impute import Imputation, impute_to_vcf
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.retrieval import codebooks
 from embrag_ds.retrieval.codebooks import Encoder
@@ -62,7 +63,7 @@ def retrieval_alone(make_config: MakeConfig) -> ExportedModel:
 def matched(target: PhasedData, path: Path, inputs: PanelInputs, overlap: bool) -> Targets:
     packed = np.packbits(target.alleles, axis=1, bitorder="little")
     panel = Panel(path, target.sites, target.samples, packed, target.skipped)
-    return harmonise_targets(panel, path, inputs, overlap)
+    return harmonise_targets(panel, inputs.panel, overlap)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embrag_ds.ops.bits import pack, pack_host, unpack, unpack_host
+from embrag_ds.ops.bits import pack, pack_host, unpack, unpack_chosen, unpack_host
 
 
 @given(seed=st.integers(0, 2**32), rows=st.integers(0, 5), count=st.integers(1, 40))
@@ -24,3 +24,5 @@ def test_a_range_of_haplotypes_is_unpacked_alone(data: st.DataObject, rows: int,
     last = data.draw(st.integers(first, count))
     alleles = np.random.default_rng(rows).integers(0, 2, (rows, count), dtype=np.uint8)
     assert np.array_equal(unpack_host(pack_host(alleles), first, last), alleles[:, first:last])
+    chosen = np.array(data.draw(st.lists(st.integers(0, count - 1), max_size=5)), dtype=np.int64)
+    assert np.array_equal(unpack_chosen(pack_host(alleles), chosen), alleles[:, chosen])

@@ -1,0 +1,59 @@
+"""Target people at the panel's sites: typed at some of them, packed on disk."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+
+from embrag_ds.data.panel import Panel, skipped_records
+from embrag_ds.data.sites import Harmonised, harmonise
+from embrag_ds.data.tokens import REF
+from embrag_ds.errors import UserError
+from embrag_ds.ops.bits import unpack_host
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Target people at the panel's sites, of which ``typed`` bool [S] they were typed at.
+
+    Their alleles stay packed where they are, on disk as a rule; ``match`` says which panel site each of their sites is.
+    """
+
+    samples: tuple[str, ...]
+    typed: np.ndarray
+    packed: np.ndarray
+    match: Harmonised
+
+    def alleles(self, span: slice, people: slice) -> np.ndarray:
+        """Alleles of some people at the panel's sites ``span``, uint8 [2N, L], REF where they were not typed."""
+        first, last = np.searchsorted(self.match.panel_index, [span.start, span.stop])
+        typed = self.typed_alleles(slice(first, last), people)
+        found = np.full((typed.shape[1], span.stop - span.start), REF, dtype=np.uint8)
+        found[:, self.match.panel_index[first:last] - span.start] = typed.T
+        return found
+
+    def typed_alleles(self, sites: slice, people: slice) -> np.ndarray:
+        """Alleles of some people at some of the T typed sites, by their number, uint8 [T, 2N]."""
+        bits = unpack_host(self.packed[self.match.target_index[sites]], 2 * people.start, 2 * people.stop)
+        return bits ^ self.match.swapped[sites, None]
+
+
+def harmonise_targets(target: Panel, panel: Panel, allow_overlap: bool) -> Targets:
+    """Bring the targets, packed, to the panel's site table, once; nothing filters sites afterwards."""
+    shared = sorted(set(target.samples) & set(panel.samples))
+    if shared and not allow_overlap:
+        raise UserError(
+            f"{target.path}: {len(shared)} samples are also in the panel {panel.path}, the first is {shared[0]}; "
+            "remove them from one of the two, or add --allow-overlap (they then never retrieve themselves)"
+        )
+    match = harmonise(target.sites, panel.sites, str(target.path), str(panel.path))
+    logger.info("target %s: %d people; %s", target.path, len(target.samples), match.report())
+    if skipped := skipped_records(target.skipped):
+        logger.info("%s: %s", target.path, skipped)
+    typed = np.zeros(len(panel.sites), dtype=bool)
+    typed[match.panel_index] = True
+    return Targets(target.samples, typed, target.packed, match)

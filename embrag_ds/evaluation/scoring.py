@@ -1,0 +1,162 @@
+"""Every measure of every tool, added up over blocks of sites."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from embrag_ds.evaluation import metrics
+from embrag_ds.evaluation.report import Difference, Report, Scores
+
+logger = logging.getLogger(__name__)
+
+BLOCK_SITES = 2048
+BLOCK_GENOTYPES = 1 << 19
+"""The sites that are in memory at a time: as many as make so many genotypes, and no more than ``BLOCK_SITES``."""
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+@dataclass(frozen=True)
+class Tool:
+    """What is scored: ``dosage`` and, where it has them, genotype probabilities ``gp`` of the truth's people.
+
+    Both are asked for blocks of panel rows [n], float32 [n, N] and [n, N, 3]. ``dr2`` [S], of all scored sites, is the
+    tool's own estimate of r2, where it gives one.
+    """
+
+    dosage: Callable[[np.ndarray], np.ndarray]
+    gp: Callable[[np.ndarray], np.ndarray] | None = None
+    dr2: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What all tools are scored at: rows of the panel ``sites`` [S], their ALT frequency ``panel_af`` [S], and people.
+
+    ``truth`` gives the true dosage at panel rows [n], float32 [n, N], NaN where the genotype is missing.
+    ``populations`` says of each who belongs to it, bool [N].
+    """
+
+    sites: np.ndarray
+    panel_af: np.ndarray
+    people: int
+    truth: Callable[[np.ndarray], np.ndarray]
+    populations: Mapping[str, np.ndarray]
+
+
+def score(
+    scored: Scored, tools: Mapping[str, Tool], files: dict[str, str], typed_sites: int, bootstrap: int, seed: int
+) -> Report:
+    """Every measure of every tool. The truth and every tool are read once, in the same blocks of sites.
+
+    Memory: see :mod:`embrag_ds.evaluation.score`.
+    """
+    # One measure for all: probabilities and best guesses do not compare.
+    from_probabilities = all(tool.gp is not None for tool in tools.values())
+    sums = {name: _Sums(scored, tool, from_probabilities) for name, tool in tools.items()}
+    missing = 0
+    spoken = time.monotonic()
+    at_once = max(1, min(BLOCK_SITES, BLOCK_GENOTYPES // scored.people))
+    for start in range(0, len(scored.sites), at_once):
+        block = slice(start, start + at_once)
+        truth = scored.truth(scored.sites[block])
+        missing += int(np.isnan(truth).sum())
+        for each in sums.values():
+            each.add(block, truth)
+        if time.monotonic() - spoken > _SECONDS_BETWEEN_LINES:
+            logger.info("scored %d of %d sites", block.stop, len(scored.sites))
+            spoken = time.monotonic()
+    if missing:
+        genotypes = scored.people * len(scored.sites)
+        logger.info("%d of %d truth genotypes are missing and not scored", missing, genotypes)
+    weights = metrics.bootstrap_weights(scored.people, bootstrap, seed)
+    scores = {name: each.result(weights) for name, each in sums.items()}
+    constant = np.isnan(next(iter(sums.values())).true_r2)
+    members = metrics.bin_members(scored.panel_af)
+    return Report(
+        files=files,
+        people=scored.people,
+        sites=dict(zip(metrics.BIN_NAMES, members.sum(axis=1).tolist(), strict=True)),
+        sites_without_truth_variance=dict(
+            zip(metrics.BIN_NAMES, (members & constant).sum(axis=1).tolist(), strict=True)
+        ),
+        missing_truth_genotypes=missing,
+        iqs_from="genotype probabilities" if from_probabilities else "best guesses",
+        typed_sites=typed_sites,
+        bootstrap=bootstrap,
+        seed=seed,
+        populations={name: int(member.sum()) for name, member in scored.populations.items()},
+        tools=scores,
+        differences=_differences(scores, {name: each.aggregate.resample(weights) for name, each in sums.items()}),
+    )
+
+
+def _differences(scores: dict[str, Scores], resampled: dict[str, np.ndarray]) -> list[Difference]:
+    """Every pair of tools; ``resampled`` r2 [R, G] of each."""
+    names = list(scores)
+    return [
+        Difference(
+            a,
+            b,
+            {key: scores[a].aggregate_r2[key] - scores[b].aggregate_r2[key] for key in metrics.BIN_NAMES},
+            metrics.interval(resampled[a] - resampled[b]),
+        )
+        for number, a in enumerate(names)
+        for b in names[number + 1 :]
+    ]
+
+
+class _Sums:
+    """One tool's measures so far; ``true_r2`` [S] is its r2 at every site."""
+
+    def __init__(self, scored: Scored, tool: Tool, iqs_from_probabilities: bool) -> None:
+        self._scored = scored
+        self._tool = tool
+        self._iqs_from_probabilities = iqs_from_probabilities
+        self.aggregate = metrics.AggregateR2(scored.people)
+        self._concordance = metrics.Concordance()
+        self._calibration, self._rare_calls = metrics.Calibration(), metrics.Calibration()
+        self._rare = metrics.minor_allele_frequency(scored.panel_af) < metrics.RARE_MAF
+        self.true_r2 = np.empty(len(scored.sites))
+        self._quality = np.empty(len(scored.sites))
+
+    def add(self, block: slice, truth: np.ndarray) -> None:
+        """Take in a block of the scored sites, with its truth [n, N]."""
+        rows, panel_af = self._scored.sites[block], self._scored.panel_af[block]
+        dosage = self._tool.dosage(rows)
+        gp = None if self._tool.gp is None else self._tool.gp(rows)
+        called = metrics.best_guess(dosage, gp)
+        self.aggregate.add(truth, dosage, panel_af)
+        self._concordance.add(truth, called, panel_af)
+        self.true_r2[block] = metrics.site_r2(truth, dosage)
+        self._quality[block] = metrics.iqs(
+            truth, gp if gp is not None and self._iqs_from_probabilities else metrics.one_hot(called)
+        )
+        if gp is not None:
+            self._calibration.add(truth, gp)
+            carried = metrics.polarise(called, panel_af) > 0
+            self._rare_calls.add(truth, gp, carried & self._rare[block, None])
+
+    def result(self, weights: np.ndarray) -> Scores:
+        """The tool's scores; ``weights`` [R, N] of the resamples."""
+        overall, non_reference = self._concordance.result()
+        panel_af, dr2 = self._scored.panel_af, self._tool.dr2
+        has_gp = self._tool.gp is not None
+        return Scores(
+            aggregate_r2=self.aggregate.result(),
+            aggregate_r2_interval=metrics.interval(self.aggregate.resample(weights)),
+            site_r2=metrics.by_bin(self.true_r2, panel_af),
+            concordance=overall,
+            non_reference_concordance=non_reference,
+            iqs=metrics.by_bin(self._quality, panel_af),
+            calibration_error=self._calibration.result() if has_gp else None,
+            rare_calibration_error=self._rare_calls.result() if has_gp else None,
+            calibration_curve=self._calibration.curve(),
+            rare_calibration_curve=self._rare_calls.curve(),
+            dr2_correlation=None if dr2 is None else metrics.estimate_correlation(dr2, self.true_r2, panel_af),
+            populations={name: self.aggregate.result(member) for name, member in self._scored.populations.items()},
+        )
