@@ -118,24 +118,25 @@ class _CompiledPosterior(torch.autograd.Function):
         ctx: Any, mismatch: Tensor, cost: Tensor, switch: Tensor, prior: Tensor, first: int, last: int
     ) -> Tensor:
         compiled.use_torch_threads()
-        arguments = (*_arguments(mismatch, cost, switch, prior), first, last)
-        posterior = np.empty((len(cost), last - first, mismatch.shape[2]), dtype=np.float32)
-        compiled.forward_backward(*arguments, posterior)
-        ctx.arguments = (*arguments, posterior)
-        ctx.cost = cost.detach()
-        return torch.from_numpy(posterior)
+        posterior = torch.empty(len(cost), last - first, mismatch.shape[2], dtype=torch.float32)
+        compiled.forward_backward(*_arguments(mismatch, cost, switch, prior), first, last, posterior.numpy())
+        # Not as arrays: whoever writes to one of them before the backward pass gets autograd's error.
+        ctx.save_for_backward(mismatch, cost, switch, prior, posterior)
+        ctx.bounds = (first, last)
+        return posterior
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, Tensor, None, None]:
         (gradient,) = gradients
-        likelihood_slope = np.zeros(ctx.cost.shape, dtype=np.float32)
-        prior = ctx.arguments[3]
-        prior_slope = np.zeros((len(ctx.cost), prior.shape[1]), dtype=np.float32)
+        mismatch, cost, switch, prior, posterior = (each.detach() for each in ctx.saved_tensors)
+        likelihood_slope = np.zeros(cost.shape, dtype=np.float32)
+        prior_slope = np.zeros((len(cost), prior.shape[1]), dtype=np.float32)
         slopes = likelihood_slope, np.zeros_like(likelihood_slope), prior_slope
         compiled.use_torch_threads()
-        compiled.adjoint(*ctx.arguments, gradient.float().contiguous().numpy(), *slopes)
+        given = (*_arguments(mismatch, cost, switch, prior), *ctx.bounds, posterior.numpy())
+        compiled.adjoint(*given, gradient.float().contiguous().numpy(), *slopes)
         # d exp(-cost) / d cost = -exp(-cost)
-        cost_slope = -torch.from_numpy(likelihood_slope) * torch.exp(-ctx.cost)
+        cost_slope = -torch.from_numpy(likelihood_slope) * torch.exp(-cost)
         of_queries = torch.from_numpy(prior_slope).unflatten(0, (-1, len(prior))).sum(0)
         return None, cost_slope, torch.from_numpy(slopes[1]), of_queries, None, None
 
