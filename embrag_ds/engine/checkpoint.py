@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -186,5 +187,5 @@ def start_from(model: nn.Module, settings: ModelConfig, export: ExportedModel, p
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Make the step's random numbers (dropout) a function of (seed, step, rank)."""
-    mixed = torch.Generator().manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
-    torch.manual_seed(int(torch.randint(0, 2**62, (1,), generator=mixed)))
+    mixed = np.random.SeedSequence(seed, spawn_key=(step, rank)).generate_state(1, np.uint64)
+    torch.manual_seed(int(mixed[0]))
