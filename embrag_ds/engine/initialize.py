@@ -13,10 +13,10 @@ import deepspeed
 import torch
 import torch.distributed
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import logger as deepspeed_logger
-from pydantic import ValidationError
 
+from embrag_ds.engine.complaints import complaints
 from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import Imputer
 
@@ -106,14 +106,15 @@ def initialize_engine(
         for block in model.transformer.blocks:
             block.compile(dynamic=True)  # windows differ in length
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
+    with complaints(everything=True):
+        DeepSpeedConfig(copy.deepcopy(settings))
         if "activation_checkpointing" in settings:
             deepspeed.checkpointing.configure(None, deepspeed_config=settings)
-            model.transformer.recompute = deepspeed.checkpointing.checkpoint
-            model.transformer.recomputed = settings["activation_checkpointing"].get("number_checkpoints")
+    if "activation_checkpointing" in settings:
+        model.transformer.recompute = deepspeed.checkpointing.checkpoint
+        model.transformer.recomputed = settings["activation_checkpointing"].get("number_checkpoints")
+    with complaints(everything=False):
         engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=settings)
-    except (DeepSpeedConfigError, ValidationError, AssertionError, ValueError, TypeError) as fault:
-        raise UserError(f"DeepSpeed refuses its settings: {' '.join(str(fault).split())}") from fault
     return engine
 
 
