@@ -1,8 +1,8 @@
 """What survives a run: DeepSpeed checkpoints with the full state, and the exported model.
 
-An *export* is one safetensors file: the network's weights, the snapshot of the embedding layer that
-encodes reference panels (encodings ``fixed`` and ``refresh``), and our half of the configuration. It is
-all that imputation needs.
+An *export* is one safetensors file: the network's weights in fp32, the snapshot of the embedding layer that
+encodes reference panels (encodings ``fixed`` and ``refresh``, in training's precision), and our half of the
+configuration. It is all that imputation needs.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from embrag_ds.config import EmbragConfig, parse_embrag
 from embrag_ds.engine.initialize import World
+from embrag_ds.engine.masters import gathered_state
 from embrag_ds.engine.reference import Reference
 from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import ModelConfig
@@ -123,12 +124,6 @@ def _deciding(config: dict[str, Any]) -> dict[str, Any]:
     retrieval = {name: value for name, value in config["retrieval"].items() if name not in _SPEED_ONLY}
     refresh = {name: value for name, value in retrieval["refresh"].items() if name != "asynchronous"}
     return {**config, "retrieval": {**retrieval, "refresh": refresh}}
-
-
-def gathered_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
-    """The network's weights on the CPU, whole under every ZeRO stage (collective)."""
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-        return {name: value.detach().cpu().clone() for name, value in engine.module.state_dict().items()}
 
 
 def export_model(

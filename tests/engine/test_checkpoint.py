@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from embrag_ds.engine.checkpoint import ExportedModel, gathered_state, read_export, seed_step
+from embrag_ds.engine.checkpoint import ExportedModel, read_export, seed_step
+from embrag_ds.engine.masters import gathered_state
 from embrag_ds.engine.trainer import MODEL_FILE, Trainer
 from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import Imputer
