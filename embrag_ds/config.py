@@ -79,7 +79,7 @@ class EmbragConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, "seed", "must not be negative")
+        require(0 <= self.seed < 2**64, "seed", "must lie in [0, 2^64)")  # torch takes no more
 
 
 @dataclass(frozen=True)

@@ -261,6 +261,8 @@ def test_a_bad_set_is_one_line(tmp_path: Path, override: str, complaint: str) ->
         ("seed", 1.5),
         ("seed", True),
         ("seed", -1),
+        ("seed", 2**64),
+        ("seed", 2**80),
         ("data.window_sites", 1),
         ("data.overlap_sites", 600),
         ("data.flank_sites", -1),

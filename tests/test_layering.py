@@ -159,7 +159,7 @@ def test_no_room_is_crowded_and_no_file_long(root: Path) -> None:
 
 def test_config_takes_only_settings_from_the_rooms(root: Path) -> None:
     taken = [each.module for each in imports_of(root / "embrag_ds" / "config.py") if "embrag_ds." in each.module]
-    names = [module.split(".")[-1] for module in taken if module.split(".")[1] in ROOMS]
+    names = [module.split(".")[-1] for module in taken if (root / "embrag_ds" / module.split(".")[1]).is_dir()]
     assert names and all(name.endswith("Config") for name in names)
 
 

@@ -30,13 +30,17 @@ def rotary_angles(position: Tensor, head_dims: int) -> Tensor:
     return torch.view_as_real(torch.polar(torch.ones_like(angles), angles))
 
 
-def rotated_heads(qkv: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values [B, L, heads, head_dims] of ``qkv`` [B, L, 3, heads, head_dims], the former two
-    rotated by ``angles`` [L, head_dims / 2, 2]. ``qkv`` is overwritten."""
+def rotated_heads(qkv: Tensor, angles: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [B, L, heads, head_dims] of ``qkv`` [B * L, 3 * D], the former two rotated by ``angles``
+    [L, head_dims / 2, 2].
+
+    ``qkv`` is overwritten, and autograd is told. It should be no view: autograd copies the gradient of a view's base.
+    """
+    shape = (-1, len(angles), 3, heads, 2 * angles.shape[1])
     if torch.compiler.is_compiling():  # it fuses real operations, and knows no complex ones
-        query, key, value = qkv.unbind(2)
+        query, key, value = qkv.view(shape).unbind(2)
         return _rotate(query, angles), _rotate(key, angles), value
-    return _RotatedHeads.apply(qkv, angles)
+    return _RotatedHeads.apply(qkv, angles, shape).view(shape).unbind(2)
 
 
 def _rotate(heads: Tensor, angles: Tensor) -> Tensor:
@@ -50,18 +54,21 @@ class _RotatedHeads(torch.autograd.Function):
     """Rotates where the projection has written: nothing is copied, and the backward pass needs the angles only."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, angles: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, qkv: Tensor, angles: Tensor, shape: tuple[int, ...]) -> Tensor:
         turns = torch.view_as_complex(angles)[:, None, None]
+        ctx.mark_dirty(qkv)
         ctx.save_for_backward(turns)
-        _turn(qkv[:, :, :2], turns)
-        return qkv.unbind(2)
+        ctx.shape = shape
+        _turn(qkv.view(shape)[:, :, :2], turns)
+        return qkv
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (turns,) = ctx.saved_tensors
-        slope = torch.stack(gradients, dim=2)
-        _turn(slope[:, :, :2], turns.conj())
-        return slope, None
+        # A copy: others may hold the gradient that came in.
+        gradient = gradients[0].clone(memory_format=torch.contiguous_format)
+        _turn(gradient.view(ctx.shape)[:, :, :2], turns.conj())
+        return gradient, None, None
 
 
 def _turn(heads: Tensor, turns: Tensor) -> None:
@@ -103,10 +110,11 @@ class Block(nn.Module):
         return x + self._drop(through(gelu, self.ffn_out, through(self.ffn_norm, self.ffn_in, x)))
 
     def _attend(self, x: Tensor, angles: Tensor, recompute: bool) -> Tensor:
-        qkv = through(self.attention_norm, self.qkv, x)
+        rows = x.flatten(0, 1)  # a projection of [B, L, D] would be a view
+        qkv = through(self.attention_norm, self.qkv, rows)
         query, key, value = self._rotated(qkv, angles)
         if recompute and not torch.compiler.is_compiling():  # it has no hooks
-            source = x.detach()
+            source = rows.detach()
 
             def again() -> Tensor:
                 qkv = self.qkv(self.attention_norm(source))
@@ -121,7 +129,7 @@ class Block(nn.Module):
 
     def _rotated(self, qkv: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, heads, L, head_dims], rotated where they lie."""
-        query, key, value = rotated_heads(qkv.unflatten(-1, (3, self.heads, -1)), angles)
+        query, key, value = rotated_heads(qkv, angles, self.heads)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def _feed_forward(self, x: Tensor) -> Tensor:

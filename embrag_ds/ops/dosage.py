@@ -158,18 +158,20 @@ class Blocks:
 class _ListedDosage(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, posterior: Tensor, neighbours: Carriers | Sequences, places: Places) -> Tensor:
-        between = [each.contiguous().numpy() for each in (places.left, places.right, places.share.detach())]
-        ctx.arguments = [*neighbours.lists, *between]
+        between = [each.detach().contiguous() for each in (places.left, places.right, places.share)]
+        ctx.save_for_backward(*between)
+        ctx.lists = neighbours.lists
         ctx.shape = posterior.shape
         mix, ctx.adjoint = _LOOPS[type(neighbours)]
         dosage = np.empty(places.share.shape, dtype=np.float32)
-        mix(posterior.detach().contiguous().numpy(), *ctx.arguments, dosage)
+        mix(posterior.detach().contiguous().numpy(), *ctx.lists, *(each.numpy() for each in between), dosage)
         return torch.from_numpy(dosage)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         posterior_gradient = np.zeros(ctx.shape, dtype=np.float32)
-        ctx.adjoint(gradients[0].float().contiguous().numpy(), *ctx.arguments, posterior_gradient)
+        between = (each.numpy() for each in ctx.saved_tensors)
+        ctx.adjoint(gradients[0].float().contiguous().numpy(), *ctx.lists, *between, posterior_gradient)
         return torch.from_numpy(posterior_gradient), None, None
 
 

@@ -119,25 +119,27 @@ class _CompiledPosterior(torch.autograd.Function):
     def forward(
         ctx: Any, mismatch: Tensor, mismatch_nats: Tensor, recombination: Tensor, prior: Tensor, first: int, last: int
     ) -> Tensor:
-        arguments = (*_arguments(mismatch, mismatch_nats, recombination, prior), first, last)
-        posterior = np.empty((len(mismatch_nats), last - first, mismatch.shape[2]), dtype=np.float32)
-        li_stephens_numba.forward_backward(*arguments, posterior)
-        ctx.arguments = (*arguments, posterior)
-        ctx.mismatch_nats = mismatch_nats.detach()
-        return torch.from_numpy(posterior)
+        posterior = torch.empty(len(mismatch_nats), last - first, mismatch.shape[2], dtype=torch.float32)
+        given = _arguments(mismatch, mismatch_nats, recombination, prior)
+        li_stephens_numba.forward_backward(*given, first, last, posterior.numpy())
+        # Not as arrays: whoever writes to one of them before the backward pass gets autograd's error.
+        ctx.save_for_backward(mismatch, mismatch_nats, recombination, prior, posterior)
+        ctx.bounds = (first, last)
+        return posterior
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, Tensor, None, None]:
         (gradient,) = gradients
-        ratio_gradient = np.zeros(ctx.mismatch_nats.shape, dtype=np.float32)
-        prior = ctx.arguments[3]
-        prior_gradient = np.zeros((len(ctx.mismatch_nats), prior.shape[1]), dtype=np.float32)
-        found_gradients = ratio_gradient, np.zeros_like(ratio_gradient), prior_gradient
-        li_stephens_numba.adjoint(*ctx.arguments, gradient.float().contiguous().numpy(), *found_gradients)
+        mismatch, mismatch_nats, recombination, prior, posterior = (each.detach() for each in ctx.saved_tensors)
+        ratio_gradient = np.zeros(mismatch_nats.shape, dtype=np.float32)
+        prior_gradient = np.zeros((len(mismatch_nats), prior.shape[1]), dtype=np.float32)
+        found = ratio_gradient, np.zeros_like(ratio_gradient), prior_gradient
+        given = (*_arguments(mismatch, mismatch_nats, recombination, prior), *ctx.bounds, posterior.numpy())
+        li_stephens_numba.adjoint(*given, gradient.float().contiguous().numpy(), *found)
         # d exp(-mismatch_nats) / d mismatch_nats = -exp(-mismatch_nats)
-        nats_gradient = -torch.from_numpy(ratio_gradient) * torch.exp(-ctx.mismatch_nats)
+        nats_gradient = -torch.from_numpy(ratio_gradient) * torch.exp(-mismatch_nats)
         of_queries = torch.from_numpy(prior_gradient).unflatten(0, (-1, len(prior))).sum(0)
-        return None, nats_gradient, torch.from_numpy(found_gradients[1]), of_queries, None, None
+        return None, nats_gradient, torch.from_numpy(found[1]), of_queries, None, None
 
 
 def match_lengths(mismatch: Tensor, position: Tensor, count: Tensor, near: slice = slice(None)) -> Tensor:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
-from torch import Tensor
 
 from embrag_ds.config import EmbragConfig
 from embrag_ds.errors import UserError
@@ -110,13 +110,7 @@ def _deciding(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "retrieval": {**retrieval, "refresh": refresh}}
 
 
-def gathered_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
-    """The network's weights on the CPU, whole under every ZeRO stage (collective)."""
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-        return {name: value.detach().cpu().clone() for name, value in engine.module.state_dict().items()}
-
-
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Make the step's random numbers (dropout) a function of (seed, step, rank)."""
-    mixed = torch.Generator().manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
-    torch.manual_seed(int(torch.randint(0, 2**62, (1,), generator=mixed)))
+    mixed = np.random.SeedSequence(seed, spawn_key=(step, rank)).generate_state(1, np.uint64)
+    torch.manual_seed(int(mixed[0]))

@@ -12,14 +12,14 @@ import deepspeed
 import torch
 import torch.distributed
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.config import DeepSpeedConfigError
-from pydantic import ValidationError
+from deepspeed.runtime.config import DeepSpeedConfig
 
 from embrag_ds.data.inputs import PanelFiles, PanelInputs, open_inputs
 from embrag_ds.data.windows import DataConfig
 from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.training import deepspeed_log
+from embrag_ds.training.complaints import complaints
 
 
 @dataclass(frozen=True)
@@ -114,15 +114,15 @@ def initialize_engine(
         for block in model.transformer.blocks:
             block.compile(dynamic=True)  # windows differ in length
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
+    with complaints(everything=True):
+        DeepSpeedConfig(copy.deepcopy(settings))
         if "activation_checkpointing" in settings:
             deepspeed.checkpointing.configure(None, deepspeed_config=settings)
-            model.transformer.recompute = deepspeed.checkpointing.checkpoint
-            model.transformer.recomputed = settings["activation_checkpointing"].get("number_checkpoints")
-        with deepspeed_log.prints_logged():
-            engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=settings)
-    except (DeepSpeedConfigError, ValidationError, AssertionError, ValueError, TypeError) as fault:
-        raise UserError(f"DeepSpeed refuses its settings: {' '.join(str(fault).split())}") from fault
+    if "activation_checkpointing" in settings:
+        model.transformer.recompute = deepspeed.checkpointing.checkpoint
+        model.transformer.recomputed = settings["activation_checkpointing"].get("number_checkpoints")
+    with complaints(everything=False), deepspeed_log.prints_logged():
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=settings)
     return engine
 
 

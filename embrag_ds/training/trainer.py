@@ -30,8 +30,9 @@ from embrag_ds.retrieval.collate import receive
 from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.reference import Reference
 from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
-from embrag_ds.training.checkpoint import TrainState, gathered_state, load_checkpoint, save_checkpoint, seed_step
+from embrag_ds.training.checkpoint import TrainState, load_checkpoint, save_checkpoint, seed_step
 from embrag_ds.training.distributed import DistributedContext, adapt_to_machine, initialize_engine
+from embrag_ds.training.masters import gathered_state
 from embrag_ds.training.run_record import RunRecord
 from embrag_ds.training.validation import MaskScores, Validator
 

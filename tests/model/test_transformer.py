@@ -59,7 +59,7 @@ def test_heads_are_rotated_in_place_and_back(angles: Tensor, kind: torch.dtype) 
     leaf = torch.randn(HAPLOTYPES, SITES, 3, HEADS, DIMS // HEADS, dtype=kind)
     one, other = (leaf.clone().requires_grad_() for _ in range(2))
     written = one * 1  # a leaf must not be written to
-    turned = rotated_heads(written, angles)
+    turned = rotated_heads(written, angles, HEADS)
     assert all(each.untyped_storage().data_ptr() == written.untyped_storage().data_ptr() for each in turned)
     query, key, value = other.unbind(2)
     expected = (plainly_rotated(query, angles), plainly_rotated(key, angles), value)
@@ -69,6 +69,67 @@ def test_heads_are_rotated_in_place_and_back(angles: Tensor, kind: torch.dtype) 
     sum((each * slope).sum() for each, slope in zip(turned, slopes, strict=True)).backward()
     sum((each * slope).sum() for each, slope in zip(expected, slopes, strict=True)).backward()
     torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.fixture
+def leaf() -> Tensor:
+    return torch.randn(HAPLOTYPES * SITES, 3 * DIMS, requires_grad=True)
+
+
+def plainly_rotated_all(qkv: Tensor, angles: Tensor) -> Tensor:
+    """What ``qkv`` [B * L, 3 * D] holds after its queries and keys are rotated, written out."""
+    query, key, value = qkv.view(HAPLOTYPES, SITES, 3, HEADS, -1).unbind(2)
+    return torch.stack([plainly_rotated(query, angles), plainly_rotated(key, angles), value], dim=2).view(qkv.shape)
+
+
+def test_who_kept_what_is_rotated_is_told(leaf: Tensor, angles: Tensor) -> None:
+    """An error in place of wrong gradients; for a leaf, too, whose own values are gone."""
+    for projection in (leaf * 1, (leaf * 1).view(HAPLOTYPES, SITES, 3, HEADS, -1)):
+        square = projection.square()  # keeps the projection
+        query, _, _ = rotated_heads(projection, angles, HEADS)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            (square.sum() + query.sum()).backward()
+    with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+        rotated_heads(leaf, angles, HEADS)
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_what_is_rotated_has_the_gradients_of_what_it_is_now(leaf: Tensor, angles: Tensor, view: bool) -> None:
+    weights = torch.randn(2, *leaf.shape)
+    projection = leaf * 1
+    part = projection.view(HAPLOTYPES, SITES, 3, HEADS, -1) if view else projection
+    turned = torch.stack(rotated_heads(part, angles, HEADS), dim=2).view(leaf.shape)
+    # One use of the parts, and one of the tensor that was given.
+    (mine,) = torch.autograd.grad((turned * weights[0] + projection * weights[1]).sum(), leaf)
+    expected = plainly_rotated_all(leaf, angles)
+    torch.testing.assert_close(projection, expected)
+    (theirs,) = torch.autograd.grad((expected * weights.sum(0)).sum(), leaf)
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_gradients_that_come_in_are_left_as_they_are(leaf: Tensor, angles: Tensor) -> None:
+    projection = leaf * 1
+    rotated_heads(projection, angles, HEADS)
+    given = torch.randn(projection.shape)
+    before = given.clone()
+    (mine,) = torch.autograd.grad(projection, leaf, given)
+    assert torch.equal(given, before)
+    (theirs,) = torch.autograd.grad(plainly_rotated_all(leaf, angles), leaf, before)
+    torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("recompute_projections", [False, True])
+def test_a_block_rotates_no_view(block: Block, angles: Tensor, recompute_projections: bool) -> None:
+    """Autograd would copy the gradient of the view's base."""
+    made = block(torch.randn(HAPLOTYPES, SITES, DIMS, requires_grad=True), angles, recompute_projections)
+    seen, ahead = set(), [made.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            ahead += [each for each, _ in node.next_functions]
+    names = {each.name() for each in seen}
+    assert "_RotatedHeadsBackward" in names and "CopySlices" not in names
 
 
 @pytest.mark.parametrize("recompute_projections", [False, True])
@@ -132,7 +193,8 @@ def test_recomputed_projections_are_in_the_precision_they_were(block: Block, ang
         assert torch.equal(mine, theirs)
 
 
-def test_a_block_is_the_same_without_gradients(block: Block, angles: Tensor) -> None:
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_a_block_is_the_same_without_gradients(block: Block, angles: Tensor, without: type) -> None:
     x = torch.randn(HAPLOTYPES, SITES, DIMS)
-    with torch.no_grad():
+    with without():
         torch.testing.assert_close(block(x, angles), plain(block, x, angles), atol=1e-5, rtol=1e-5)

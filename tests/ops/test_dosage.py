@@ -90,6 +90,15 @@ def test_gradients_of_all_are_those_of_autograd() -> None:
         torch.testing.assert_close(each, gradients[0], rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("way", range(4))
+def test_who_writes_to_what_the_backward_pass_needs_is_told(way: int) -> None:
+    alleles, ids, posterior, places = case(1, 7)
+    dosage = all_ways(alleles, ids)[way].dosage(posterior.requires_grad_(), places)
+    places.share.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        dosage.sum().backward()
+
+
 def test_a_window_serves_queries_with_any_number_of_neighbours() -> None:
     alleles, ids, *_ = case(4, HAPLOTYPES)
     window = WindowAlleles(alleles)

@@ -137,6 +137,17 @@ def test_it_is_the_same_whether_or_not_gradients_are_kept(seed: int) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["mismatch", "prior", "posterior"])
+def test_who_writes_to_what_the_backward_pass_needs_is_told(name: str) -> None:
+    """An error in place of wrong gradients, as torch's own operations give it."""
+    mismatch, cost, switch, prior = random_case(1, 2, 6, 4)
+    cost, prior = cost.requires_grad_(), prior.requires_grad_() * 1
+    posterior = copying_posterior(mismatch, cost, switch, prior)
+    {"mismatch": mismatch, "prior": prior, "posterior": posterior}[name].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        posterior.square().sum().backward()
+
+
 def test_mismatches_equal_a_plain_loop() -> None:
     rng = np.random.default_rng(1)
     alleles = torch.from_numpy(rng.integers(0, 2, (7, 12), dtype=np.uint8))

@@ -13,7 +13,8 @@ from torch import Tensor
 from embrag_ds.errors import UserError
 from embrag_ds.export import MODEL_FILE, ExportedModel, read_export
 from embrag_ds.model.imputer import Imputer
-from embrag_ds.training.checkpoint import gathered_state, seed_step
+from embrag_ds.training.checkpoint import seed_step
+from embrag_ds.training.masters import gathered_state
 from embrag_ds.training.trainer import Trainer
 
 MakeTrainer = Callable[..., Trainer]
@@ -113,7 +114,10 @@ def test_an_export_of_another_version_is_refused(tmp_path: Path) -> None:
 
 def test_random_numbers_are_a_function_of_seed_step_and_rank() -> None:
     drawn = {}
-    for seed, step, rank in [(1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0), (1, 65_537, 0)]:
+    # From 281,469,838 on a product with the seed once was too large, at a later step from lower ones on.
+    large = [281_469_837, 281_469_838, 2**63 - 1, 2**63, 2**64 - 1]
+    of_large = [(seed, step, rank) for seed in large for step in (0, 10**9) for rank in (0, 1)]
+    for seed, step, rank in [(0, 0, 0), (1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0), (1, 65_537, 0), *of_large]:
         seed_step(seed, step, rank)
         drawn[seed, step, rank] = torch.rand(4)
     seed_step(1, 0, 0)

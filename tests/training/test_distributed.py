@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
+from deepspeed.runtime.zero import stage_1_and_2
 
 from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import Imputer, ModelConfig
@@ -20,6 +23,10 @@ PRODUCTION: dict[str, Any] = {
     "torch_autocast": {"enabled": True, "dtype": "bfloat16"},
     "zero_optimization": {"stage": 1},
 }
+
+
+def tiny_model() -> Imputer:
+    return Imputer(ModelConfig(dims=8, layers=1, heads=1))
 
 
 def on(monkeypatch: pytest.MonkeyPatch, cpu: bool, bf16: bool = False) -> None:
@@ -89,14 +96,80 @@ def test_fp16_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         {"optimizer": {"type": "AdamWW", "params": {"lr": 0.01}}},
         {"sparse_attention": {}},
         {"activation_checkpointing": {"contiguous_memory_optimization": True}},
+        # The parser lets these pass; the engine does not.
+        {"scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": "many"}}},
+        {"scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": [1, 2]}}},
+        {"optimizer": {"type": "AdamW", "params": {"lr": -1, "torch_adam": True}}},
+        {"optimizer": {"type": "AdamW", "params": {"lr": "low", "torch_adam": True}}},
+        {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}},
+        {"data_types": {"grad_accum_dtype": "fp33"}},
+        {"zero_optimization": {"stage": 2}, "prescale_gradients": True},
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+        {"log_level": "loud"},
+        {"tensor_parallel": {"autotp_size": "two"}},
     ],
     ids=lambda extra: ",".join(extra),
 )
 def test_deepspeeds_complaints_are_the_users(distributed: DistributedContext, extra: dict[str, Any]) -> None:
     settings, _ = adapt_to_machine({**PRODUCTION, "bf16": {"enabled": False}, **extra})
     with pytest.raises(UserError) as caught:
-        initialize_engine(Imputer(ModelConfig(dims=8, layers=1, heads=1)), settings)
+        initialize_engine(tiny_model(), settings)
     assert "\n" not in str(caught.value)
+    cause = caught.value.__cause__
+    assert cause is not None and cause.__traceback__ is not None  # what DeepSpeed said, and where
+
+
+def raising(fault: Exception, module: str) -> Callable[..., None]:
+    """A function with a bug, as if of ``module``."""
+    names: dict[str, Any] = {"__name__": module, "fault": fault}
+    exec("def raises(*_, **__):\n    raise fault", names)
+    return names["raises"]
+
+
+@pytest.mark.parametrize("kind", [TypeError, ValueError, AssertionError, RuntimeError])
+@pytest.mark.parametrize(
+    ("owner", "name", "module"),
+    [
+        (Imputer, "to", "embrag_ds.model.imputer"),
+        (deepspeed.DeepSpeedEngine, "__init__", "deepspeed.runtime.engine"),
+        (deepspeed.DeepSpeedEngine, "_configure_distributed_model", "deepspeed.runtime.engine"),
+        (deepspeed.DeepSpeedEngine, "_check_for_duplicates", "deepspeed.runtime.engine"),
+        (stage_1_and_2, "get_accelerator", "deepspeed.accelerator"),
+        # Called from where the optimizer's settings are read.
+        (torch.optim, "AdamW", "embrag_ds.model.imputer"),
+    ],
+)
+def test_a_bug_stays_what_it_is(
+    distributed: DistributedContext,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
+    module: str,
+    kind: type[Exception],
+) -> None:
+    settings, _ = adapt_to_machine({**PRODUCTION, "bf16": {"enabled": False}, "torch_autocast": {"enabled": False}})
+    model, fault = tiny_model(), kind("planted")
+    monkeypatch.setattr(owner, name, raising(fault, module))
+    with pytest.raises(kind) as caught:
+        initialize_engine(model, settings)
+    assert caught.value is fault
+    assert caught.traceback[-1].name == "raises"
+
+
+def test_an_optimizers_complaint_has_words(distributed: DistributedContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its constructor asserts without a word is about its own state."""
+
+    def constructed(words: str) -> Any:
+        names: dict[str, Any] = {"__name__": stage_1_and_2.__name__, "words": words}
+        exec("class Optimizer:\n    def __init__(self, *_, **__):\n        assert not _, words", names)
+        return names["Optimizer"]
+
+    settings, _ = adapt_to_machine({**PRODUCTION, "bf16": {"enabled": False}})
+    for words, kind in (("not supported", UserError), ("", AssertionError)):
+        monkeypatch.setattr("deepspeed.runtime.engine.DeepSpeedZeroOptimizer", constructed(words))
+        with pytest.raises(kind):
+            initialize_engine(tiny_model(), settings)
 
 
 def test_a_group_of_one(distributed: DistributedContext) -> None:

@@ -89,6 +89,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert timeless(metrics_of("cut", "validation"))[-1] == timeless(metrics_of("whole", "validation"))[-1]
 
 
+@pytest.mark.parametrize("seed", [281_469_838, 2**63, 2**64 - 1])
+def test_a_run_takes_every_seed_that_the_configuration_does(
+    make_trainer: MakeTrainer, metrics_of: Metrics, seed: int
+) -> None:
+    make_trainer("run", f"embrag.seed={seed}", "embrag.train.max_steps=2").run()
+    assert np.isfinite(losses(metrics_of("run"))).all()
+
+
 def test_a_run_killed_between_checkpoints_logs_every_step_once(
     make_trainer: MakeTrainer, metrics_of: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,68 @@
+"""Telling DeepSpeed's complaints about settings, which are the user's to mend, from bugs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from traceback import walk_tb
+
+from deepspeed.runtime.config import DeepSpeedConfigError
+from pydantic import ValidationError
+
+from embrag_ds.errors import UserError
+
+# Functions of DeepSpeed's engine that read settings and touch nothing else. Its parser lets pass what they refuse.
+_READERS = {
+    ("deepspeed.runtime.engine", "_do_sanity_check"),
+    ("deepspeed.runtime.engine", "_configure_basic_optimizer"),
+    ("deepspeed.runtime.engine", "_do_optimizer_sanity_check"),
+    ("deepspeed.runtime.engine", "_scheduler_from_config"),
+    ("deepspeed.runtime.engine", "get_data_types"),
+    ("deepspeed.runtime.zero.partition_parameters", "_validate_remote_device"),
+    ("deepspeed.runtime.zero.stage3", "_configure_tensor_swapping"),
+    ("deepspeed.utils.logging", "set_log_level_from_string"),
+}
+# Their constructors begin by refusing settings that do not go together, and go on to partition the parameters.
+_OPTIMIZERS = (
+    "deepspeed.runtime.zero.stage_1_and_2",
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.bf16_optimizer",
+)
+_THEIRS = {"deepspeed", "torch", *sys.stdlib_module_names}
+
+
+@contextmanager
+def complaints(everything: bool) -> Iterator[None]:
+    """Raise DeepSpeed's complaints about settings in this context as one line; other exceptions pass.
+
+    With ``everything`` nothing but settings is looked at there; otherwise :func:`about_settings` decides.
+
+    Raises:
+        UserError: Settings are at fault; what DeepSpeed raised is its cause.
+    """
+    try:
+        yield
+    except (DeepSpeedConfigError, ValidationError, AssertionError, ValueError, TypeError) as fault:
+        if not everything and not about_settings(fault):
+            raise
+        raise UserError(f"DeepSpeed refuses its settings: {' '.join(str(fault).split())}") from fault
+
+
+def about_settings(fault: Exception) -> bool:
+    """Whether settings are at fault for what was raised while DeepSpeed built its engine.
+
+    Type and message do not say: an assertion may be about a setting or about a parameter. So the place decides:
+
+    - anywhere below a function that reads settings, unless other code than DeepSpeed's and torch's was called there;
+    - in the constructor of one of DeepSpeed's optimizers itself, with a message. Those without are about its own state.
+    """
+    if isinstance(fault, (DeepSpeedConfigError, ValidationError)):
+        return True
+    frames = [frame for frame, _ in walk_tb(fault.__traceback__)]
+    places = [(str(frame.f_globals.get("__name__")), frame.f_code.co_name) for frame in frames]
+    for number, place in enumerate(places):
+        if place in _READERS:
+            return all(module.partition(".")[0] in _THEIRS for module, _ in places[number:])
+    module, function = places[-1]
+    return module in _OPTIMIZERS and function == "__init__" and bool(str(fault))
