@@ -57,11 +57,11 @@ class ValidationConfig:
 
     windows: int = 8
     """Validate on at most this many windows, spread evenly."""
-    people: int = 48
-    """... and this many of the held-out people."""
+    samples: int = 48
+    """... and this many of the held-out samples."""
 
     def __post_init__(self) -> None:
-        require(self.windows >= 1 and self.people >= 1, "validation", "windows and people must be at least 1")
+        require(self.windows >= 1 and self.samples >= 1, "validation", "windows and samples must be at least 1")
 
 
 @strict_settings

@@ -1,9 +1,9 @@
-"""What each part of a trained model adds, on the people its training held out.
+"""What each part of a trained model adds, on the samples its training held out.
 
     python profiling/ablation.py --run-dir RUN --panel P [--map M] [--samples S] --typed sparse=A.vcf.gz \\
         --typed dense=B.vcf.gz [--without-retrieval RUN2] --json FILE
 
-Rows, each with the same people, sites and windows:
+Rows, each with the same samples, sites and windows:
 
     no retrieval      a model trained with embrag.retrieval.mode = none (--without-retrieval)
     random            the copying model over random haplotypes instead of the nearest
@@ -32,7 +32,7 @@ from torch import Tensor
 from embrag_ds.cli.command import run_command
 from embrag_ds.config import EmbragConfig
 from embrag_ds.data.inputs import PanelFiles, PanelInputs, open_inputs, windowed
-from embrag_ds.data.sampler import Samples, exclusion_table, read_manifest, split_people
+from embrag_ds.data.sampler import QueryBatch, exclusion_table, read_manifest, split_samples
 from embrag_ds.data.windows import WindowedPanel
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation.metrics import BIN_NAMES, AggregateR2
@@ -71,9 +71,9 @@ class Row:
     transformer: bool
 
     @torch.no_grad()
-    def dosage(self, samples: Samples) -> np.ndarray:
+    def dosage(self, queries: QueryBatch) -> np.ndarray:
         """ALT dosage [n sites, N]."""
-        haplotypes = self.read(self.network(self.collate(samples, 0), self.transformer)).sigmoid()
+        haplotypes = self.read(self.network(self.collate(queries, 0), self.transformer)).sigmoid()
         return haplotypes.unflatten(0, (-1, 2)).sum(1).T.numpy()
 
 
@@ -102,25 +102,25 @@ def make_row(
     return Row(reference.collator(BLOCK, search=search), network, read, transformer)
 
 
-def score(rows: dict[str, Row], data: WindowedPanel, people: np.ndarray, typed: np.ndarray, stride: int) -> dict:
+def score(rows: dict[str, Row], data: WindowedPanel, samples: np.ndarray, typed: np.ndarray, stride: int) -> dict:
     """Aggregate r2 by MAF bin of every row, at the sites that are not ``typed`` bool [S], each counted once."""
     tallies = {name: AggregateR2(1) for name in rows}
     reference = data.reference
-    left = ~typed & reference.listed
+    left = ~typed & reference.passes_minimum_count
     spoken = time.monotonic()
     for window in data.windows[::stride]:
         core = window.core_sites
         scored = left[core].copy()
         left[core] = False
         frequency = reference.allele_frequency[core][scored]
-        for start in range(0, len(people), BLOCK):
-            group = people[start : start + BLOCK]
-            alleles = data.people_alleles(window.index, group)
-            hidden = np.repeat(~typed[None, window.start : window.stop], len(group), axis=0)
-            samples = Samples(window.index, group, alleles, hidden)
+        for start in range(0, len(samples), BLOCK):
+            group = samples[start : start + BLOCK]
+            alleles = data.samples_alleles(window.index, group)
+            masked = np.repeat(~typed[None, window.start : window.stop], len(group), axis=0)
+            queries = QueryBatch(window.index, group, alleles, masked)
             truth = (alleles[0::2] + alleles[1::2]).T[window.core][scored]
             for name, row in rows.items():
-                dosage = row.dosage(samples)[scored]
+                dosage = row.dosage(queries)[scored]
                 tallies[name].add(truth.reshape(-1, 1), dosage.reshape(-1, 1), np.repeat(frequency, truth.shape[1]))
         if time.monotonic() - spoken > 10:
             logger.info("  window %d/%d", window.index + 1, len(data.windows))
@@ -160,16 +160,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="*", default=[], help="only these")
     parser.add_argument("--stride", type=int, default=1, help="every so many windows only")
     parser.add_argument("--window-sites", type=int, help="cores of this length instead of the training's")
-    parser.add_argument("--people", type=int, help="at most so many of the held-out people")
+    parser.add_argument("--samples", type=int, help="at most so many of the held-out samples")
     parser.add_argument("--json", type=Path, required=True)
     return parser.parse_args()
 
 
 def held_out(config: EmbragConfig, inputs: PanelInputs, sites: int | None) -> tuple[WindowedPanel, np.ndarray]:
     """The panel as the training saw it, or with cores of so many ``sites``, and whom it held out."""
-    training, people = split_people(len(inputs.panel.samples), config.data.validation_people, config.seed)
+    training, samples = split_samples(len(inputs.panel.samples), config.data.validation_samples, config.seed)
     settings = replace(config.data, window_sites=sites or config.data.window_sites)
-    return windowed(inputs, settings, training), people
+    return windowed(inputs, settings, training), samples
 
 
 def main() -> None:
@@ -177,18 +177,18 @@ def main() -> None:
     model = read_export(options.run_dir / MODEL_FILE)
     without = read_export(options.without_retrieval / MODEL_FILE) if options.without_retrieval else None
     inputs = open_inputs(PanelFiles(options.panel, options.map, options.samples), model.config.data)
-    data, people = held_out(model.config, inputs, options.window_sites)
-    people = people[: options.people]
+    data, samples = held_out(model.config, inputs, options.window_sites)
+    samples = samples[: options.samples]
     rows = rows_of(model, without, data, options.rows)
     result = {}
     for each in options.typed:
         name, _, path = each.partition("=")
-        logger.info("%s: %d held-out people", name, len(people))
-        found = result[name] = score(rows, data, people, read_manifest(Path(path), inputs.panel), options.stride)
+        logger.info("%s: %d held-out samples", name, len(samples))
+        found = result[name] = score(rows, data, samples, read_manifest(Path(path), inputs.panel), options.stride)
         sys.stdout.write(f"| {name} | {' | '.join(BIN_NAMES)} |\n")
         for row, values in found.items():
             sys.stdout.write(f"| {row} | {' | '.join(f'{values[bin_name]:.4f}' for bin_name in BIN_NAMES)} |\n")
-    options.json.write_text(json.dumps({"people": len(people), "r2": result}, indent=2) + "\n", encoding="utf-8")
+    options.json.write_text(json.dumps({"samples": len(samples), "r2": result}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def main() -> None:
         default = default_data(DataConfig())
         options.panel, options.target, options.map = default.panel, default.target, default.genetic_map
     with PhasedVcf(options.target) as vcf:
-        people = len(vcf.samples)
+        samples = len(vcf.samples)
     with PhasedVcf(options.panel) as vcf:
         reference, sites = len(vcf.samples), sum(1 for _ in vcf.records())
     with tempfile.TemporaryDirectory() as folder:
@@ -138,12 +138,12 @@ def main() -> None:
         "date": date.today().isoformat(),
         "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "threads": options.threads,
-        "shape": {"panel_people": reference, "sites": sites, "people": people},
+        "shape": {"panel_samples": reference, "sites": sites, "samples": samples},
         "tools": {
             name: {
                 **asdict(cost),
                 "median_seconds": statistics.median(cost.seconds),
-                "people_x_sites_per_second": people * sites / statistics.median(cost.seconds),
+                "samples_x_sites_per_second": samples * sites / statistics.median(cost.seconds),
             }
             for name, cost in costs.items()
         },

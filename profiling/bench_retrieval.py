@@ -3,7 +3,7 @@
     python profiling/bench_retrieval.py --json FILE [--plot FILE.png]
 
 The literal form: every reference haplotype embedded and stored, [H, L, D]; a FAISS ``IndexFlatL2`` over its
-flattened rows; in the collate a loop over people with one search per haplotype; a refresh embeds every
+flattened rows; in the collate a loop over samples with one search per haplotype; a refresh embeds every
 haplotype of every window again. Ours: packed alleles, a codebook per window, one search for the batch.
 Timings that are compared alternate, after a warm-up of both; medians are reported.
 """
@@ -30,8 +30,8 @@ from torch import Tensor
 
 from embrag_ds.cli.command import run_command
 from embrag_ds.config import RunConfig
-from embrag_ds.data.panel import Panel, Populations, ReferenceSet
-from embrag_ds.data.sampler import Samples
+from embrag_ds.data.panel import Panel, PanelSubset, Populations
+from embrag_ds.data.sampler import QueryBatch
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.tokens import MASK
 from embrag_ds.data.windows import WindowedPanel, make_windows
@@ -62,7 +62,7 @@ class Bench:
     reference: int
     sites: int
     dims: int
-    people: int
+    samples: int
     rounds: int
     windows: int
     literal_windows: int
@@ -71,7 +71,7 @@ class Bench:
 
 def random_panel(haplotypes: int, windows: int, sites: int, seed: int = 1) -> WindowedPanel:
     """Random alleles in ``windows`` windows of ``sites`` sites without flanks."""
-    total, people = sites * windows, haplotypes // 2
+    total, samples = sites * windows, haplotypes // 2
     rng = np.random.default_rng(seed)
     blocks = [rng.integers(0, 256, (sites, (haplotypes + 7) // 8), dtype=np.uint8) for _ in range(windows)]
     table = SiteTable(
@@ -83,18 +83,18 @@ def random_panel(haplotypes: int, windows: int, sites: int, seed: int = 1) -> Wi
         ["C"] * total,
         ["."] * total,
     )
-    panel = Panel(Path("random"), table, tuple(f"s{i}" for i in range(people)), np.concatenate(blocks), {})
-    everybody = Populations(("all",), np.zeros(people, dtype=np.int64))
-    reference = ReferenceSet(panel, everybody, np.arange(people))
+    panel = Panel(Path("random"), table, tuple(f"s{i}" for i in range(samples)), np.concatenate(blocks), {})
+    everybody = Populations(("all",), np.zeros(samples, dtype=np.int64))
+    reference = PanelSubset(panel, everybody, np.arange(samples))
     return WindowedPanel(reference, make_windows(table, sites, 0, 0), np.arange(total) / 1000.0)
 
 
-def some_samples(data: WindowedPanel, window: int, people: int, seed: int) -> Samples:
-    """People of the panel, typed at a fifth of the sites, the same for all."""
+def some_queries(data: WindowedPanel, window: int, samples: int, seed: int) -> QueryBatch:
+    """Samples of the panel, typed at a fifth of the sites, the same for all."""
     rng = np.random.default_rng(seed)
-    chosen = rng.permutation(len(data.reference.panel.samples))[:people]
-    hidden = np.repeat(rng.random((1, len(data.windows[window]))) >= TYPED, people, axis=0)
-    return Samples(window, chosen, data.people_alleles(window, chosen), hidden)
+    chosen = rng.permutation(len(data.reference.panel.samples))[:samples]
+    masked = np.repeat(rng.random((1, len(data.windows[window]))) >= TYPED, samples, axis=0)
+    return QueryBatch(window, chosen, data.samples_alleles(window, chosen), masked)
 
 
 def make_reference(data: WindowedPanel, dims: int, **settings: Any) -> Reference:
@@ -130,12 +130,12 @@ class LiteralCollate:
         self.index = faiss.IndexFlatL2(self.stored[0].numel())
         self.index.add(self.stored.flatten(1).numpy())
 
-    def __call__(self, samples: Samples) -> Tensor:
+    def __call__(self, queries: QueryBatch) -> Tensor:
         fetched = []
-        for person in range(len(samples.people)):
-            for haplotype in (2 * person, 2 * person + 1):
-                tokens = torch.from_numpy(samples.alleles[haplotype]).long()
-                tokens = tokens.masked_fill(torch.from_numpy(samples.hidden[person]), MASK)
+        for sample in range(len(queries.samples)):
+            for haplotype in (2 * sample, 2 * sample + 1):
+                tokens = torch.from_numpy(queries.alleles[haplotype]).long()
+                tokens = tokens.masked_fill(torch.from_numpy(queries.masked[sample]), MASK)
                 query = self._embedding(tokens[None], self._sites)
                 _, ids = self.index.search(query.flatten(1).numpy(), 1)
                 fetched.append(self.stored[ids[0, 0]])
@@ -145,12 +145,12 @@ class LiteralCollate:
 def bench_collate(bench: Bench) -> dict[str, Any]:
     """One batch, K = 1, and the memory of one generation."""
     data = random_panel(bench.reference, 1, bench.sites)
-    samples = some_samples(data, 0, bench.people, 2)
+    queries = some_queries(data, 0, bench.samples, 2)
     literal = LiteralCollate(data, bench.dims)
     progress("the literal collate is built")
     reference = make_reference(data, bench.dims, encoding="fixed", k=1)
-    collate = reference.collator(bench.people)
-    slow, fast = alternating(lambda: literal(samples), lambda: collate(samples, 0), rounds=bench.rounds)
+    collate = reference.collator(bench.samples)
+    slow, fast = alternating(lambda: literal(queries), lambda: collate(queries, 0), rounds=bench.rounds)
 
     packed = data.reference.panel.packed.nbytes
     numbers = bench.sites * 2 * bench.dims  # a codebook's
@@ -200,12 +200,12 @@ def bench_scaling(haplotypes: list[int], bench: Bench) -> list[dict[str, Any]]:
     rows = []
     for count in haplotypes:
         data = random_panel(count, 1, bench.sites)
-        samples = some_samples(data, 0, bench.people, 2)
+        queries = some_queries(data, 0, bench.samples, 2)
         collators = {}
         for name, local in (("whole window", {}), ("local", {"per_chunk": 8})):
             reference = make_reference(data, bench.dims, encoding="fixed", k=128, **local)
-            collators[name] = reference.collator(bench.people)
-        functions = [partial(collate, samples, 0) for collate in collators.values()]
+            collators[name] = reference.collator(bench.samples)
+        functions = [partial(collate, queries, 0) for collate in collators.values()]
         taken = alternating(*functions, rounds=bench.rounds)
         rows.append({"haplotypes": count, **{f"{n}_ms": 1000 * t for n, t in zip(collators, taken, strict=True)}})
         progress(f"{count} haplotypes: " + ", ".join(f"{value:.1f} ms" for value in list(rows[-1].values())[1:]))
@@ -218,7 +218,7 @@ class TrainingLoop:
     def __init__(self, config: RunConfig, bench: Bench, lag: int):
         embrag = config.embrag
         torch.manual_seed(1)
-        self.people = config.deepspeed["train_micro_batch_size_per_gpu"]
+        self.samples = config.deepspeed["train_micro_batch_size_per_gpu"]
         self.data = random_panel(bench.reference, bench.windows, embrag.data.window_sites)
         bf16 = DEVICE.type == "cuda" and config.deepspeed.get("bf16", {}).get("enabled", False)
         self.model = Imputer(embrag.model).to(DEVICE, torch.bfloat16 if bf16 else torch.float32)
@@ -231,10 +231,10 @@ class TrainingLoop:
         )
         exclusions = np.arange(bench.reference // 2)[:, None]
         self.reference = Reference(settings, self.data, self.model.embedding, DEVICE, exclusions)
-        collate = self.reference.collator(self.people, slots=4)
+        collate = self.reference.collator(self.samples, slots=4)
 
         def build(number: int) -> Batch:
-            return collate(some_samples(self.data, number % len(self.data), self.people, number), number)
+            return collate(some_queries(self.data, number % len(self.data), self.samples, number), number)
 
         self.batches = Prefetcher(build, 0, 10_000, settings.prefetch)
         self.step_number = 0
@@ -290,7 +290,7 @@ def bench_training(config: RunConfig, bench: Bench) -> dict[str, Any]:
         "step_ms": 1000 * statistics.median(without) / lag,
         "steps_per_refresh": lag,
         "refresh_encoding_s": statistics.median(encoding),
-        "people": loop.people,
+        "samples": loop.samples,
         "model": f"dims {config.embrag.model.dims}, {config.embrag.model.layers} layers, k {config.embrag.retrieval.k}",
     }
 
@@ -321,7 +321,7 @@ def main() -> None:
     parser.add_argument("--reference", type=int, default=1000, help="reference haplotypes of the other parts")
     parser.add_argument("--sites", type=int, default=1030, help="in a window")
     parser.add_argument("--dims", type=int, default=192)
-    parser.add_argument("--people", type=int, default=32, help="in a batch")
+    parser.add_argument("--samples", type=int, default=32, help="in a batch")
     parser.add_argument("--windows", type=int, default=150, help="windows of a refresh")
     parser.add_argument("--literal-windows", type=int, default=10, help="of these, encoded haplotype by haplotype")
     parser.add_argument("--steps", type=int, default=10, help="steps of a refresh (its lag)")

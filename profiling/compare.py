@@ -85,26 +85,26 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--map", type=Path)
     parser.add_argument("--samples", type=Path)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default: all")
-    parser.add_argument("--people", type=int, default=16 if on_gpu else 4, help="in a micro-batch")
+    parser.add_argument("--samples", type=int, default=16 if on_gpu else 4, help="in a micro-batch")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10 if on_gpu else 2, help="in a block")
     parser.add_argument("--budget-gb", type=float, default=4.0, help="what the largest batch may take on a CPU")
-    parser.add_argument("--most-people", type=int, default=4096, help="end of the search for the largest batch")
+    parser.add_argument("--most-samples", type=int, default=4096, help="end of the search for the largest batch")
     parser.add_argument(
         "--only", choices=("time", "largest"), help="time and memory, or the largest batch (default: both)"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--json", type=Path, help="the JSON again, in this file")
     options = parser.parse_args()
-    if options.rounds < 1 or options.steps < 2 or options.people < 1:
-        parser.error("--rounds and --people must be at least 1, --steps at least 2")
+    if options.rounds < 1 or options.steps < 2 or options.samples < 1:
+        parser.error("--rounds and --samples must be at least 1, --steps at least 2")
     return options
 
 
 def largest(cost: Callable[[int], int | None], budget: float, most: int) -> int:
-    """The most people up to ``most`` whose ``cost`` in bytes is known and within ``budget`` (0: not even one's).
+    """The most samples up to ``most`` whose ``cost`` in bytes is known and within ``budget`` (0: not even one's).
 
-    The cost must grow with the people. Where the line through the last two costs meets the budget is tried first, so
+    The cost must grow with the samples. Where the line through the last two costs meets the budget is tried first, so
     that few batches are; from the fifth on the bracket is halved, once it has an end. Never more than four times what
     is known to fit: a machine that runs out of memory may kill more than the one who asked.
     """
@@ -112,20 +112,20 @@ def largest(cost: Callable[[int], int | None], budget: float, most: int) -> int:
     known: list[tuple[int, int]] = []
     while high - low > 1:
         guess = _meets(known, budget) if tried < 4 or high > most else (low + high) // 2
-        people = min(max(guess, low + 1), high - 1, max(2, 4 * low))
-        used = cost(people)
+        samples = min(max(guess, low + 1), high - 1, max(2, 4 * low))
+        used = cost(samples)
         tried += 1
         if used is not None:
-            known = sorted([*known, (people, used)])
+            known = sorted([*known, (samples, used)])
         if used is None or used > budget:
-            high = people
+            high = samples
         else:
-            low = people
+            low = samples
     return low
 
 
 def _meets(known: list[tuple[int, int]], budget: float) -> int:
-    """People at which the line through the last two costs meets the budget; the next number while there are fewer."""
+    """Samples at which the line through the last two costs meets the budget; the next number while there are fewer."""
     if len(known) < 2:
         return len(known) + 1
     (one, small), (other, large) = known[-2:]
@@ -134,18 +134,18 @@ def _meets(known: list[tuple[int, int]], budget: float) -> int:
 
 
 def largest_batch(recipe: Recipe, name: str, budget: float, most: int) -> int:
-    """Most people of a micro-batch with which two steps stay within ``budget`` bytes, and within the GPU.
+    """Most samples of a micro-batch with which two steps stay within ``budget`` bytes, and within the GPU.
 
     Every batch is tried in a process of its own: what one leaves behind must not count for the next.
     """
 
-    def cost(people: int) -> int | None:
+    def cost(samples: int) -> int | None:
         stepper = Stepper(recipe)
-        stepper.build(people)
+        stepper.build(samples)
         block = stepper.steps(2)
         stepper.close()
         used = "out of memory" if block is None else f"{block.peak_bytes / GB:.2f} GB"
-        logger.info(f"  {name}: {people} people, {used}")
+        logger.info(f"  {name}: {samples} samples, {used}")
         return None if block is None else block.peak_bytes
 
     return largest(cost, budget, most)
@@ -160,7 +160,7 @@ def measure(name: str, stepper: Stepper, blocks: list[Block], built: Built) -> M
     return Measured(
         name=name,
         step_ms=1000 * statistics.median(block.seconds / block.steps for block in blocks),
-        people_per_second=built.people * steps / seconds,
+        samples_per_second=built.samples * steps / seconds,
         activation_gb=statistics.median(block.activation_bytes for block in blocks) / GB,
         peak_gb=max(block.peak_bytes for block in blocks) / GB,
         build_s=built.seconds,
@@ -191,7 +191,7 @@ def time_variants(recipes: dict[str, Recipe], options: argparse.Namespace) -> Ti
     steppers = {name: Stepper(recipe) for name, recipe in recipes.items()}
     built = {}
     for name, stepper in steppers.items():
-        built[name] = stepper.build(options.people)
+        built[name] = stepper.build(options.samples)
         logger.info(f"{name}: built in {built[name].seconds:.1f} s")
         stepper.steps(2)  # warm-up
     began = time.monotonic()
@@ -204,7 +204,7 @@ def time_variants(recipes: dict[str, Recipe], options: argparse.Namespace) -> Ti
 
 
 def largest_batches(recipes: dict[str, Recipe], options: argparse.Namespace, device: torch.device) -> dict[str, int]:
-    """People of the largest micro-batch of every way in :data:`LARGEST`."""
+    """Samples of the largest micro-batch of every way in :data:`LARGEST`."""
     on_gpu = device.type == "cuda"
     budget = torch.cuda.get_device_properties(device).total_memory if on_gpu else options.budget_gb * GB
     found = {}
@@ -212,8 +212,8 @@ def largest_batches(recipes: dict[str, Recipe], options: argparse.Namespace, dev
     for variant, suffix, more in asked:
         name = variant + suffix
         recipe = replace(recipes[variant], overrides=(*recipes[variant].overrides, *more))
-        found[name] = largest_batch(recipe, name, budget, options.most_people)
-        logger.info(f"{name}: at most {found[name]} people")
+        found[name] = largest_batch(recipe, name, budget, options.most_samples)
+        logger.info(f"{name}: at most {found[name]} samples")
     return found
 
 
@@ -239,7 +239,7 @@ def main() -> None:
     timed = None if options.only == "largest" else time_variants(recipes, options)
     batches = {} if options.only == "time" else largest_batches(recipes, options, device)
     result = {
-        **compared_times(timed, config, options.people, ceiling),
+        **compared_times(timed, config, options.samples, ceiling),
         "largest_batch_ratio": over(batches.get(CHOSEN), batches.get(BASELINE)),
         "largest_batch_ratio_lean": over(batches.get(CHOSEN + LEAN), batches.get(BASELINE + LEAN)),
         "largest_batch_ratio_v18_lean": over(batches.get(CHOSEN + LEAN), batches.get(BASELINE)),
@@ -268,13 +268,13 @@ def main() -> None:
     sys.stdout.write(f"{table}\n")
 
 
-def compared_times(timed: Timed | None, config: RunConfig, people: int, ceiling: float) -> dict[str, float | None]:
+def compared_times(timed: Timed | None, config: RunConfig, samples: int, ceiling: float) -> dict[str, float | None]:
     """The ratios of time and memory, and the model FLOPs utilisation of V18; None where they were not measured."""
     of, blocks, sites = (timed.measured, timed.blocks, timed.sites) if timed else ({}, {}, None)
     memory = {name: each.activation_gb for name, each in of.items()}
     utilisation = None
     if sites and CHOSEN in of:
-        operations = step_flops(config.embrag.model, 2 * people, sites, references=0)
+        operations = step_flops(config.embrag.model, 2 * samples, sites, references=0)
         utilisation = operations / (of[CHOSEN].step_ms / 1000) / ceiling
     return {
         "v18_over_v17_step_time": ratio(blocks.get(CHOSEN), blocks.get(BASELINE)),
@@ -296,7 +296,7 @@ def shapes(config: RunConfig, options: argparse.Namespace) -> dict[str, int]:
     """What was compared, in numbers."""
     model = config.embrag.model
     return {
-        "people": options.people,
+        "samples": options.samples,
         "window_sites": config.embrag.data.window_sites,
         "dims": model.dims,
         "layers": model.layers,

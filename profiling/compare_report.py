@@ -24,7 +24,7 @@ class Measured:
 
     name: str
     step_ms: float
-    people_per_second: float
+    samples_per_second: float
     activation_gb: float
     peak_gb: float
     build_s: float
@@ -47,8 +47,8 @@ def markdown(result: dict[str, Any], measured: list[Measured]) -> str:
         ["activations and gradients, GB", "", "", *(f"{each.activation_gb:.3f}" for each in measured)],
         ["peak memory, GB", *CLAIMED["peak memory, batch 16"], *(f"{each.peak_gb:.3f}" for each in measured)],
         ["time per step, ms", *CLAIMED["time per step, batch 16"], *(f"{each.step_ms:.0f}" for each in measured)],
-        ["people a second", "", "", *(f"{each.people_per_second:.2f}" for each in measured)],
-        ["largest batch, people", *CLAIMED["largest batch"], *(str(batches.get(each.name, "")) for each in measured)],
+        ["samples a second", "", "", *(f"{each.samples_per_second:.2f}" for each in measured)],
+        ["largest batch, samples", *CLAIMED["largest batch"], *(str(batches.get(each.name, "")) for each in measured)],
         ["start, s", "", "", *(f"{each.build_s:.1f}" for each in measured)],
         ["encoding the panel, s", "", "", *(_optional(each.encoding_s) for each in measured)],
     ]
@@ -65,7 +65,7 @@ def markdown(result: dict[str, Any], measured: list[Measured]) -> str:
         "Claimed: by the document, on another machine, of another width. collate, search, h2d and refresh run beside",
         "the step, on threads of their own. Lean: with `embrag.train.recompute_projections`.",
         "",
-        *_table([f"largest batch within {limit}", "people"], [[name, str(most)] for name, most in batches.items()]),
+        *_table([f"largest batch within {limit}", "samples"], [[name, str(most)] for name, most in batches.items()]),
         "",
         *_table(["V18 (refresh) over V17", "measured", "bar"], _ratios(result)),
         "",
@@ -119,7 +119,7 @@ def draw(measured: list[Measured], result: dict[str, Any], path: Path) -> None:
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 8), layout="constrained")
     for each in measured:
         above.plot(each.memory.seconds, [held / 1e9 for held in each.memory.held_bytes], label=each.name)
-    above.set(xlabel="seconds", ylabel="GB held by the run", title=f"two steps, {result['shapes']['people']} people")
+    above.set(xlabel="seconds", ylabel="GB held by the run", title=f"two steps, {result['shapes']['samples']} samples")
     above.legend()
     left = [0.0] * len(measured)
     names = [each.name for each in measured]

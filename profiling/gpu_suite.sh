@@ -75,7 +75,7 @@ part() {
 # A warning of versions that constraints.txt does not pin is no failure here.
 part "tests" 110 "$python" -m pytest -m gpu -q -p no:cacheprovider -W default
 part "retrieval" 70 "$python" profiling/bench_retrieval.py --json "$results/retrieval.json"
-# Every variant as v18.json is; V18 with its blocks compiled; then 16 people at 384 dims and 1,030 sites (so many are in
+# Every variant as v18.json is; V18 with its blocks compiled; then 16 samples at 384 dims and 1,030 sites (so many are in
 # each window of the default panel with that overlap), whose memory has a bar of its own.
 comparisons=()
 compare() {
@@ -84,9 +84,9 @@ compare() {
     comparisons+=("$name")
     part "$name" "$limit" "$python" profiling/compare.py --deepspeed_config "$config" --only time --out "$work/$name" "${files[@]}" "$@"
 }
-compare compare 150 --people 32 --rounds 3
-compare compiled 75 --people 32 --rounds 3 --variants "V18 fixed" "V18 refresh" --set embrag.train.compile=true
-compare wide 55 --people 16 --rounds 1 --variants "V18 refresh" --set embrag.model.dims=384 \
+compare compare 150 --samples 32 --rounds 3
+compare compiled 75 --samples 32 --rounds 3 --variants "V18 fixed" "V18 refresh" --set embrag.train.compile=true
+compare wide 55 --samples 16 --rounds 1 --variants "V18 refresh" --set embrag.model.dims=384 \
     --set embrag.data.window_sites=1030 --set embrag.data.overlap_sites=53
 part "training" 80 "$python" launch/train.py --deepspeed_config "$config" --run-dir "$work/run" --max-steps 60 --profile nvml \
     --set 'embrag.retrieval.refresh={"every_steps": 20}' --set embrag.train.eval_every=60 "${files[@]}"

@@ -53,7 +53,7 @@ class Built:
 
     seconds: float
     encoding_s: float | None
-    people: int
+    samples: int
     sites: int
 
 
@@ -95,9 +95,9 @@ class Stepper:
             else:
                 os.environ[name] = value
 
-    def build(self, people: int) -> Built:
-        """Build the run, once, with micro-batches of so many people."""
-        return self._ask("build", people)
+    def build(self, samples: int) -> Built:
+        """Build the run, once, with micro-batches of so many samples."""
+        return self._ask("build", samples)
 
     def steps(self, count: int) -> Block | None:
         """Take so many steps; None when the GPU's memory does not suffice."""
@@ -157,12 +157,12 @@ class _Run:
             self._trainer.reference.close()
             self._batches.close()
 
-    def build(self, people: int) -> Built:
+    def build(self, samples: int) -> Built:
         never = 1_000_000_000
         overrides = [
             *self._recipe.overrides,
-            f"train_micro_batch_size_per_gpu={people}",
-            "embrag.validation.people=2",
+            f"train_micro_batch_size_per_gpu={samples}",
+            "embrag.validation.samples=2",
             "embrag.validation.windows=1",
             *(f"embrag.train.{key}={never}" for key in ("max_steps", "log_every", "eval_every", "checkpoint_every")),
         ]
@@ -182,7 +182,7 @@ class _Run:
         return Built(
             seconds=seconds,
             encoding_s=None if cache is None else cache.refresh_seconds,
-            people=people,
+            samples=samples,
             sites=max(window.core_stop - window.core_start for window in trainer.sampler.data.windows),
         )
 
@@ -212,9 +212,9 @@ class _Run:
                 self._trainer.step(self._batches, self._interval)
             synchronise(self._distributed.device)
         on_gpu = self._distributed.device.type == "cuda"
-        held = [each.allocated_bytes if on_gpu else each.host_bytes for each in sampler.samples]
+        held = [each.allocated_bytes if on_gpu else each.host_bytes for each in sampler.readings]
         return MemoryCurve(
-            seconds=tuple(each.seconds for each in sampler.samples),
+            seconds=tuple(each.seconds for each in sampler.readings),
             held_bytes=tuple((bytes_ or 0) - self._before for bytes_ in held),
         )
 
@@ -256,6 +256,6 @@ def alternating(steppers: Mapping[str, Stepper], rounds: int, steps: int) -> dic
         for name, stepper in steppers.items():
             block = stepper.steps(steps)
             if block is None:
-                raise RuntimeError("out of memory: choose fewer --people")
+                raise RuntimeError("out of memory: choose fewer --samples")
             blocks[name].append(block)
     return blocks

@@ -93,8 +93,10 @@ def distributed() -> Iterator[DistributedContext]:
 
 @pytest.fixture(scope="session")
 def simulated(tmp_path_factory: pytest.TempPathFactory) -> DefaultData:
-    """A simulated panel of 60 people, 9 target people and their truth: a few hundred sites."""
-    settings = SimulationSettings(length_bp=150_000, panel_people=60, target_people=9, typed_spacing_bp=2_000, seed=11)
+    """A simulated panel of 60 samples, 9 target samples and their truth: a few hundred sites."""
+    settings = SimulationSettings(
+        length_bp=150_000, panel_samples=60, target_samples=9, typed_spacing_bp=2_000, seed=11
+    )
     return simulate_default(tmp_path_factory.mktemp("simulated") / "data", settings)
 
 
@@ -124,12 +126,12 @@ TINY: dict[str, Any] = {
     "zero_optimization": {"stage": 1},
     "embrag": {
         "seed": 5,
-        "data": {"window_sites": 64, "overlap_sites": 16, "flank_sites": 32, "validation_people": 6},
+        "data": {"window_sites": 64, "overlap_sites": 16, "flank_sites": 32, "validation_samples": 6},
         "masking": {"curriculum_steps": 10, "array_spacing_bp": [1000, 3000]},
         "retrieval": {"encoding": "fixed", "k": 16},
         "model": {"dims": 16, "layers": 1, "heads": 2, "dropout": 0.1},
         "train": {"max_steps": 6, "log_every": 1, "eval_every": 1000, "checkpoint_every": 1000},
-        "validation": {"windows": 2, "people": 6},
+        "validation": {"windows": 2, "samples": 6},
     },
 }
 

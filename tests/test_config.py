@@ -167,14 +167,14 @@ def test_v18_is_this() -> None:
     }
 
 
-def test_the_large_batch_sees_the_people_of_v18_in_fewer_steps() -> None:
+def test_the_large_batch_sees_the_samples_of_v18_in_fewer_steps() -> None:
     small, large = shipped("v18.json"), shipped("v18_large_batch.json")
 
-    def people(config: dict[str, Any]) -> int:
+    def samples(config: dict[str, Any]) -> int:
         return config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
 
-    factor = people(large) / people(small)
-    assert (people(large), factor) == (4096, 128)
+    factor = samples(large) / samples(small)
+    assert (samples(large), factor) == (4096, 128)
     rates = [config["optimizer"]["params"]["lr"] for config in (small, large)]
     assert rates[1] / rates[0] == pytest.approx(factor**0.5, rel=0.01)
     for config in (small, large):
@@ -266,13 +266,13 @@ def test_a_bad_set_is_one_line(tmp_path: Path, override: str, complaint: str) ->
         ("data.window_sites", 1),
         ("data.overlap_sites", 600),
         ("data.flank_sites", -1),
-        ("data.validation_people", 0),
+        ("data.validation_samples", 0),
         ("data.cache_dir", 3),
         ("masking.policies", {"arrays": 1.0}),
         ("masking.policies", {"array": 0.0}),
         ("masking.policies", {"array": -1.0, "random": 2.0}),
         ("masking.policies", ["array"]),
-        ("masking.scope", "person"),
+        ("masking.scope", "sample"),
         ("masking.random_rate", [0.5]),
         ("masking.random_rate", [0.8, 0.3]),
         ("masking.random_rate", [0.3, 1.1]),
@@ -301,7 +301,7 @@ def test_a_bad_set_is_one_line(tmp_path: Path, override: str, complaint: str) ->
         ("train.max_steps", 0),
         ("train.patience", 0),
         ("train.patience", "never"),
-        ("validation.people", 0),
+        ("validation.samples", 0),
     ],
 )
 def test_what_makes_no_sense_is_refused_and_the_key_named(key: str, value: Any) -> None:

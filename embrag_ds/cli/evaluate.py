@@ -39,7 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     others.add_argument("--map", type=Path, help="genetic map for these tools")
     others.add_argument("--threads", type=int, default=os.cpu_count(), help="of these tools")
     intervals = parser.add_argument_group("intervals")
-    intervals.add_argument("--bootstrap", type=int, default=200, help="resamples of samples for the 95 %% intervals")
+    intervals.add_argument(
+        "--bootstrap",
+        type=int,
+        default=200,
+        help="draws of the samples, with replacement, for the 95 %% intervals (200)",
+    )
     intervals.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     output = parser.add_argument_group("output (the tables always go to stdout)")
     output.add_argument("--json", type=Path, metavar="OUT", help="write every number here")

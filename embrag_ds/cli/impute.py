@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--run-dir", type=Path, metavar="DIR", help="run folder of embrag train")
     model.add_argument("--model", type=Path, metavar="FILE", help="a model.safetensors")
     speed = parser.add_argument_group("speed and memory")
-    speed.add_argument("--people-per-batch", type=int, default=32, metavar="N", help="memory against speed (32)")
+    speed.add_argument("--samples-per-batch", type=int, default=32, metavar="N", help="memory against speed (32)")
     speed.add_argument(
         "--without-transformer",
         action="store_true",
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
         options.target,
         options.out,
         model=options.model or (options.run_dir / MODEL_FILE if options.run_dir else PRETRAINED),
-        people_per_batch=options.people_per_batch,
+        samples_per_batch=options.samples_per_batch,
         transformer=not options.without_transformer,
         allow_overlap=options.allow_overlap,
         device=options.device,

@@ -25,10 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = SimulationSettings()
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder, or one made by this")
     parser.add_argument("--length-bp", type=int, default=default.length_bp, help="region (%(default)s)")
-    parser.add_argument("--panel-people", type=int, default=default.panel_people, help="(%(default)s)")
-    parser.add_argument("--target-people", type=int, default=default.target_people, help="(%(default)s)")
+    parser.add_argument("--panel-samples", type=int, default=default.panel_samples, help="(%(default)s)")
+    parser.add_argument("--target-samples", type=int, default=default.target_samples, help="(%(default)s)")
     parser.add_argument("--typed-spacing-bp", type=int, default=default.typed_spacing_bp, help="array (%(default)s)")
-    parser.add_argument("--switch-errors-per-mb", type=float, default=0.0, help="phasing errors a person (0)")
+    parser.add_argument("--switch-errors-per-mb", type=float, default=0.0, help="phasing errors a sample (0)")
     parser.add_argument("--missed-calls", type=float, default=0.0, help="share of minor alleles not called (0)")
     parser.add_argument(
         "--call-set-copies",

@@ -1,1 +1,1 @@
-"""Panels, sites, windows, masks and people: everything read from files (lowest layer)."""
+"""Panels, sites, windows, masks and samples: everything read from files (lowest layer)."""

@@ -10,8 +10,8 @@ import numpy as np
 from embrag_ds.data.genetic_map import GeneticMap
 from embrag_ds.data.panel import (
     Panel,
+    PanelSubset,
     Populations,
-    ReferenceSet,
     default_cache_dir,
     locked,
     open_panel,
@@ -67,9 +67,9 @@ def open_inputs(files: PanelFiles, settings: DataConfig, progress: bool = True) 
 
 
 def windowed(
-    inputs: PanelInputs, settings: DataConfig, people: np.ndarray, manifest: str | None = None
+    inputs: PanelInputs, settings: DataConfig, samples: np.ndarray, manifest: str | None = None
 ) -> WindowedPanel:
-    """The panel's windows with ``people`` as the reference set."""
-    reference = ReferenceSet(inputs.panel, inputs.populations, people)
+    """The panel's windows with ``samples`` as the reference set."""
+    reference = PanelSubset(inputs.panel, inputs.populations, samples)
     typed = None if manifest is None else read_manifest(Path(manifest), inputs.panel)
     return WindowedPanel(reference, settings.windows(inputs.panel), inputs.position_cm, typed)

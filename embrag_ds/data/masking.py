@@ -1,13 +1,13 @@
-"""Which sites are hidden: the one mask that the query, the distance and the loss all use.
+"""Which sites are masked: the one mask that the query, the distance and the loss all use.
 
 A mask is a pure function of (seed, epoch, window, scope, policy): nothing here keeps state. One mask
-row serves both haplotypes of a person, as a genotyping array types both.
+row serves both haplotypes of a sample, as a genotyping array types both.
 
 Policies
-    ``array``             everything but an array-like choice is hidden: one common site per cell of a
+    ``array``             everything but an array-like choice is masked: one common site per cell of a
                           grid of the given spacing, or exactly the sites of a manifest
-    ``random``            every site is hidden independently with the curriculum's rate
-    ``frequency_guided``  rare sites are hidden with ``rare_rate``, the others with the curriculum's rate
+    ``random``            every site is masked independently with the curriculum's rate
+    ``frequency_guided``  rare sites are masked with ``rare_rate``, the others with the curriculum's rate
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class MaskingConfig:
     policies: dict[str, float] = field(default_factory=lambda: {"array": 0.6, "random": 0.2, "frequency_guided": 0.2})
     """Policy -> relative weight with which it is drawn."""
     scope: Literal["sample", "window"] = "sample"
-    """Draw a mask for every person, or one for all people of a micro-batch."""
+    """Draw a mask for every sample, or one for all samples of a micro-batch."""
     random_rate: tuple[float, float] = (0.3, 0.8)
-    """Share of sites hidden by ``random`` at the start and at the end of the curriculum."""
+    """Share of sites masked by ``random`` at the start and at the end of the curriculum."""
     curriculum_steps: int = 1000
     """Optimiser steps over which ``random_rate`` rises linearly."""
     rare_maf: float = 0.01
     """``frequency_guided``: sites below this minor-allele frequency count as rare ..."""
     rare_rate: float = 0.7
-    """... and are hidden with this probability (the others with the ``random`` rate)."""
+    """... and are masked with this probability (the others with the ``random`` rate)."""
     array_spacing_bp: tuple[float, float] = (1000.0, 8000.0)
     """``array``: range of the mean distance of typed sites (drawn log-uniformly)."""
     array_min_maf: float = 0.05
@@ -93,10 +93,10 @@ def array_typed(sites: MaskSites, spacing_bp: float, min_maf: float, rng: np.ran
     return typed
 
 
-def hidden_by(
+def masked_by(
     policy: Policy, settings: MaskingConfig, sites: MaskSites, rate: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """One mask of the given policy, bool [L], True where hidden."""
+    """One mask of the given policy, bool [L], True where masked."""
     if policy == "array" and sites.manifest is not None:
         return ~sites.manifest
     if policy == "array":
@@ -116,11 +116,11 @@ def training_masks(
     epoch: int,
     step: int,
     window: int,
-    people: np.ndarray,
+    samples: np.ndarray,
 ) -> np.ndarray:
-    """Masks of a micro-batch, bool [N, L]; ``people`` [N] are panel indices.
+    """Masks of a micro-batch, bool [N, L]; ``samples`` [N] are panel indices.
 
-    ``step`` enters only through the curriculum's rate. With scope ``sample`` a person's mask does not
+    ``step`` enters only through the curriculum's rate. With scope ``sample`` a sample's mask does not
     depend on who else is in the batch.
     """
     rate = curriculum_rate(settings, step)
@@ -131,11 +131,11 @@ def training_masks(
     def draw(scope: int) -> np.ndarray:
         rng = np.random.default_rng([seed, _TRAINING, epoch, window, scope])
         policy = names[min(int(np.searchsorted(cumulative, rng.random(), side="right")), len(names) - 1)]
-        return hidden_by(policy, settings, sites, rate, rng)
+        return masked_by(policy, settings, sites, rate, rng)
 
     if settings.scope == "window":
-        return np.repeat(draw(0)[None], len(people), axis=0)
-    return np.stack([draw(1 + int(person)) for person in people])
+        return np.repeat(draw(0)[None], len(samples), axis=0)
+    return np.stack([draw(1 + int(sample)) for sample in samples])
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ VALIDATION_MASKS = (
 
 
 def validation_mask(mask: ValidationMask, sites: MaskSites, window: int) -> np.ndarray:
-    """The frozen mask of a window, bool [L], the same for every person, seed and training run.
+    """The frozen mask of a window, bool [L], the same for every sample, seed and training run.
 
     The array designs use a minor-allele frequency of at least 5 %, whatever the training uses.
     """

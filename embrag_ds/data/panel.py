@@ -1,4 +1,4 @@
-"""The reference panel: a packed on-disk cache of a phased VCF/BCF, and views of its people.
+"""The reference panel: a packed on-disk cache of a phased VCF/BCF, and views of its samples.
 
 Layout of a cached panel (one directory, named by the input's identity):
 
@@ -46,7 +46,7 @@ _STEADY = 10
 
 @dataclass(frozen=True)
 class Panel:
-    """A cached panel: ``sites``, ``samples`` (N people) and packed alleles [S, ceil(2N / 8)]."""
+    """A cached panel: ``sites``, ``samples`` (N samples) and packed alleles [S, ceil(2N / 8)]."""
 
     path: Path
     sites: SiteTable
@@ -68,7 +68,7 @@ class Panel:
         return unpack_chosen(rows, haplotypes)
 
     @cached_property
-    def alt_copies(self) -> np.ndarray:
+    def alt_count(self) -> np.ndarray:
         """Copies of ALT at every site, int64 [S]. One pass over the packed alleles, a block of sites at a time."""
         copies = np.empty(len(self.packed), dtype=np.int64)
         for start in range(0, len(copies), _SITES_PER_READ):
@@ -77,9 +77,9 @@ class Panel:
         return copies
 
     @cached_property
-    def fewest_copies(self) -> int:
+    def minimum_allele_count(self) -> int:
         """Copies of the minor allele at the rarest site: what it took to be a site of this panel."""
-        minor = np.minimum(self.alt_copies, 2 * len(self.samples) - self.alt_copies)
+        minor = np.minimum(self.alt_count, 2 * len(self.samples) - self.alt_count)
         return int(minor[minor > 0].min(initial=2 * len(self.samples)))
 
 
@@ -186,7 +186,7 @@ def _pack(path: Path, directory: Path, progress: bool) -> None:
 
 @dataclass(frozen=True)
 class Populations:
-    """Population of every person: ``names`` (P of them) and ``of`` int64 [N] indexing them."""
+    """Population of every sample: ``names`` (P of them) and ``of`` int64 [N] indexing them."""
 
     names: tuple[str, ...]
     of: np.ndarray
@@ -218,27 +218,27 @@ def read_populations(path: Path | None, samples: tuple[str, ...]) -> Populations
     return Populations(names, np.array([code[table[sample]] for sample in samples], dtype=np.int64))
 
 
-class ReferenceSet:
-    """Some of a panel's people as a reference: their haplotypes, and frequencies from them alone.
+class PanelSubset:
+    """Some of a panel's samples as a reference: their haplotypes, and frequencies from them alone.
 
-    Haplotypes are numbered 0..H-1 within the set; person ``i`` *of the panel* owns the two rows
-    where ``person_of == i``.
+    Haplotypes are numbered 0..H-1 within the set; sample ``i`` *of the panel* owns the two rows
+    where ``sample_of == i``.
     """
 
-    def __init__(self, panel: Panel, populations: Populations, people: np.ndarray):
+    def __init__(self, panel: Panel, populations: Populations, samples: np.ndarray):
         self.panel = panel
-        self.people = np.sort(np.asarray(people, dtype=np.int64))
+        self.samples = np.sort(np.asarray(samples, dtype=np.int64))
         self.populations = populations
-        self.haplotypes = (2 * self.people[:, None] + np.arange(2)).reshape(-1)
-        self.person_of = np.repeat(self.people, 2)
-        self.population_of = populations.of[self.person_of]
+        self.haplotypes = (2 * self.samples[:, None] + np.arange(2)).reshape(-1)
+        self.sample_of = np.repeat(self.samples, 2)
+        self.population_of = populations.of[self.sample_of]
 
     def __len__(self) -> int:
         return len(self.haplotypes)
 
     def alleles(self, start: int, stop: int) -> np.ndarray:
         """Alleles of sites [start, stop), uint8 [H, L]."""
-        whole = len(self.people) == len(self.panel.samples)
+        whole = len(self.samples) == len(self.panel.samples)
         return self.panel.alleles(start, stop, None if whole else self.haplotypes)
 
     @cached_property
@@ -263,7 +263,7 @@ class ReferenceSet:
         return self.population_counts.sum(0) / len(self)
 
     @cached_property
-    def minor_copies(self) -> np.ndarray:
+    def minor_allele_count(self) -> np.ndarray:
         """Copies of the minor allele in the set, float32 [S]."""
         copies = self.population_counts.sum(0)
         return np.minimum(copies, len(self) - copies)
@@ -275,22 +275,22 @@ class ReferenceSet:
 
         Good and Turing (Good 1953, Biometrika 40:237): of n_r alleles that have r copies among the haplotypes, the next
         haplotype carries each with probability (r + 1) n_{r + 1} / n_r over the number of haplotypes. It holds for
-        whoever might as well have been among these people. Where alleles were listed by their copies among more people,
-        those with fewer here are few, and likelier in the rest than their copies tell. Ten sites' worth of no
+        whoever might as well have been among these samples. Where a site needed a minimum allele count among more
+        samples, sites with a lower count here are few, and their alleles likelier in the rest than their count tells. Ten sites' worth of no
         difference keeps small panels steady.
         """
         most = min(FEW - 1, len(self) // 4)
-        sites = np.bincount(self.minor_copies.astype(np.int64), minlength=FEW + 2).astype(np.float64)
-        copies = np.arange(max(1, self.panel.fewest_copies), most + 1)
+        sites = np.bincount(self.minor_allele_count.astype(np.int64), minlength=FEW + 2).astype(np.float64)
+        copies = np.arange(max(1, self.panel.minimum_allele_count), most + 1)
         odds = np.zeros(FEW + 1, dtype=np.float32)
         more = (copies + 1) * sites[copies + 1] + _STEADY * copies
         odds[copies] = np.log(more / (copies * sites[copies] + _STEADY * copies))
         return odds
 
     @property
-    def listed(self) -> np.ndarray:
+    def passes_minimum_count(self) -> np.ndarray:
         """Sites bool [S] with as many copies in the set as the panel's rarest has in the panel.
 
-        Any other is a site of the panel only because people outside the set have the rest of its copies.
+        Any other is a site of the panel only because samples outside the set have the rest of its copies.
         """
-        return self.minor_copies >= self.panel.fewest_copies
+        return self.minor_allele_count >= self.panel.minimum_allele_count

@@ -1,6 +1,6 @@
 """From a panel to CPU micro-batches.
 
-A micro-batch is one window and some people. Which ones is a pure function of (seed, rank, micro-batch
+A micro-batch is one window and some samples. Which ones is a pure function of (seed, rank, micro-batch
 number), so a run is resumed by its step alone.
 """
 
@@ -28,9 +28,9 @@ class AugmentationConfig:
     """Errors added to training queries; 0: none."""
 
     typing_error: float = 0.0
-    """Share of shown alleles that are read wrongly."""
+    """Share of observed alleles that are read wrongly."""
     switch_errors_per_cm: float = 0.0
-    """Mean number of places, per person and cM, where the two haplotypes change sides."""
+    """Mean number of places, per sample and cM, where the two haplotypes change sides."""
 
     def __post_init__(self) -> None:
         require(0 <= self.typing_error < 0.5, "augmentation.typing_error", "must lie in [0, 0.5)")
@@ -38,21 +38,21 @@ class AugmentationConfig:
 
 
 @dataclass(frozen=True)
-class Samples:
+class QueryBatch:
     """A micro-batch before retrieval, on the CPU.
 
-    ``alleles`` uint8 [B, L]; ``hidden`` bool [N, L], True where the query hides the site; ``people``
-    int64 [N], panel indices of the people, or -1 for people that are not in the panel.
+    ``alleles`` uint8 [B, L]; ``masked`` bool [N, L], True where the query hides the site; ``samples``
+    int64 [N], panel indices of the samples, or -1 for samples that are not in the panel.
     """
 
     window: int
-    people: np.ndarray
+    samples: np.ndarray
     alleles: np.ndarray
-    hidden: np.ndarray
+    masked: np.ndarray
 
 
-def split_people(count: int, held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Training and validation people of a panel of ``count``: disjoint, sorted, seeded."""
+def split_samples(count: int, held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Training and validation samples of a panel of ``count``: disjoint, sorted, seeded."""
     held_out = min(held_out, max(1, count // 10))
     order = np.random.default_rng([seed, 7]).permutation(count)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
@@ -62,14 +62,14 @@ NO_AUGMENTATION = AugmentationConfig()
 
 
 class TrainingSampler:
-    """Micro-batches of the training people: every (window, group of people) once an epoch."""
+    """Micro-batches of the training samples: every (window, group of samples) once an epoch."""
 
     def __init__(
         self,
         data: WindowedPanel,
         masking: MaskingConfig,
         seed: int,
-        people_per_batch: int,
+        samples_per_batch: int,
         rank: int = 0,
         ranks: int = 1,
         accumulation: int = 1,
@@ -82,15 +82,15 @@ class TrainingSampler:
         self.rank = rank
         self.ranks = ranks
         self.accumulation = accumulation
-        self.people = data.reference.people
-        if len(self.people) < 2:
-            raise UserError(f"{data.reference.panel.path}: training needs at least 3 people")
-        self.group_size = min(people_per_batch, len(self.people))
-        self.groups = len(self.people) // self.group_size
+        self.samples = data.reference.samples
+        if len(self.samples) < 2:
+            raise UserError(f"{data.reference.panel.path}: training needs at least 3 samples")
+        self.group_size = min(samples_per_batch, len(self.samples))
+        self.groups = len(self.samples) // self.group_size
 
     @property
     def micro_batches_per_epoch(self) -> int:
-        """Micro-batches of one epoch, over all ranks; people beyond the last full group sit it out."""
+        """Micro-batches of one epoch, over all ranks; samples beyond the last full group sit it out."""
         return self.groups * len(self.data)
 
     @property
@@ -98,28 +98,28 @@ class TrainingSampler:
         """Optimiser steps in an epoch (at least 1)."""
         return max(1, self.micro_batches_per_epoch // (self.ranks * self.accumulation))
 
-    def samples(self, micro_batch: int) -> Samples:
+    def queries(self, micro_batch: int) -> QueryBatch:
         """This rank's micro-batch number ``micro_batch``, counted from the start of training."""
         epoch, place = divmod(micro_batch * self.ranks + self.rank, self.micro_batches_per_epoch)
         order = _epoch_order(self.seed, epoch, self.micro_batches_per_epoch)
         window, group = divmod(int(order[place]), self.groups)
-        shuffled = np.random.default_rng([self.seed, 2, epoch, window]).permutation(self.people)
-        people = shuffled[group * self.group_size : (group + 1) * self.group_size]
+        shuffled = np.random.default_rng([self.seed, 2, epoch, window]).permutation(self.samples)
+        samples = shuffled[group * self.group_size : (group + 1) * self.group_size]
         step = micro_batch // self.accumulation
         sites = self.data.mask_sites(window)
-        hidden = training_masks(self.masking, sites, self.seed, epoch, step, window, people)
+        masked = training_masks(self.masking, sites, self.seed, epoch, step, window, samples)
         span = slice(self.data.windows[window].start, self.data.windows[window].stop)
         alleles = augmented(
             self.augmentation,
-            self.data.people_alleles(window, people),
-            hidden,
+            self.data.samples_alleles(window, samples),
+            masked,
             self.data.position_cm[span],
             self.seed,
             epoch,
             window,
-            people,
+            samples,
         )
-        return Samples(window, people, alleles, hidden)
+        return QueryBatch(window, samples, alleles, masked)
 
 
 @lru_cache(maxsize=2)
@@ -146,7 +146,7 @@ def read_manifest(path: Path, panel: Panel) -> np.ndarray:
 
 
 def exclusion_table(samples: Sequence[str], relatives: Path | None) -> np.ndarray:
-    """Whom each panel person must not retrieve, int64 [N, E]: itself, its relatives, -1 for nobody."""
+    """Whom each panel sample must not retrieve, int64 [N, E]: itself, its relatives, -1 for nobody."""
     excluded: list[list[int]] = [[number] for number in range(len(samples))]
     if relatives is not None:
         number_of = {sample: number for number, sample in enumerate(samples)}
@@ -157,9 +157,9 @@ def exclusion_table(samples: Sequence[str], relatives: Path | None) -> np.ndarra
             if len(pair) != 2 or not all(sample in number_of for sample in pair):
                 raise UserError(f"{relatives}: line {number}: expected two sample ids of the panel")
             one, other = (number_of[sample] for sample in pair)
-            for person, relative in ((one, other), (other, one)):
-                if relative not in excluded[person]:
-                    excluded[person].append(relative)
+            for number, relative in ((one, other), (other, one)):
+                if relative not in excluded[number]:
+                    excluded[number].append(relative)
     width = max(map(len, excluded))
     return np.array([row + [-1] * (width - len(row)) for row in excluded], dtype=np.int64)
 
@@ -167,19 +167,19 @@ def exclusion_table(samples: Sequence[str], relatives: Path | None) -> np.ndarra
 def augmented(
     settings: AugmentationConfig,
     alleles: np.ndarray,
-    hidden: np.ndarray,
+    masked: np.ndarray,
     position_cm: np.ndarray,
     seed: int,
     epoch: int,
     window: int,
-    people: np.ndarray,
+    samples: np.ndarray,
 ) -> np.ndarray:
     """Errors of typing and phasing put into training queries, as targets have them and panel samples do not.
 
     A pure function of (seed, epoch, window, sample). A wrongly typed allele is observed wrong; where it is masked the
     truth stays. Beyond a switch error the two haplotypes of a sample have changed sides, and so has their truth:
-    what is asked for is the haplotype as it is observed. ``alleles`` uint8 [2N, L]; ``hidden`` bool [N, L],
-    ``position_cm`` [L], ``people`` [N].
+    what is asked for is the haplotype as it is observed. ``alleles`` uint8 [2N, L]; ``masked`` bool [N, L],
+    ``position_cm`` [L], ``samples`` [N].
     """
     if not (settings.typing_error or settings.switch_errors_per_cm):
         return alleles
@@ -187,10 +187,10 @@ def augmented(
     gaps = np.diff(position_cm, prepend=position_cm[0])
     # An odd number of exchanges between two sites is one exchange (Haldane's map function).
     switch = -np.expm1(-2 * settings.switch_errors_per_cm * gaps) / 2
-    for row, person in enumerate(people.tolist()):
-        rng = np.random.default_rng([seed, _AUGMENTATION, epoch, window, person])
+    for row, sample in enumerate(samples.tolist()):
+        rng = np.random.default_rng([seed, _AUGMENTATION, epoch, window, sample])
         pair = changed[2 * row : 2 * row + 2]
         other = np.cumsum(rng.random(len(switch)) < switch) % 2 == 1
         pair[:, other] = pair[::-1, other]
-        pair ^= (rng.random(pair.shape) < settings.typing_error) & ~hidden[row]
+        pair ^= (rng.random(pair.shape) < settings.typing_error) & ~masked[row]
     return changed

@@ -50,7 +50,7 @@ class SimulationSettings:
     """Size of the simulated region and of its samples, which are split evenly over the populations.
 
     Real panels carry errors of phasing and calling: ``switch_errors_per_mb`` is the mean number of places per
-    person where the two haplotypes change sides, ``missed_calls`` the share of copies of a minor allele that are
+    sample where the two haplotypes change sides, ``missed_calls`` the share of copies of a minor allele that are
     read as the major one (sequencing at low depth misses a carrier far more often than it invents one).
 
     A panel and its targets are often parts of one call set whose sites were filtered before: an allele is listed if it
@@ -60,8 +60,8 @@ class SimulationSettings:
     """
 
     length_bp: int = 1_000_000
-    panel_people: int = 750
-    target_people: int = 60
+    panel_samples: int = 750
+    target_samples: int = 60
     typed_spacing_bp: int = 4_000
     seed: int = 1
     switch_errors_per_mb: float = 0.0
@@ -71,7 +71,7 @@ class SimulationSettings:
     demography: str = "out-of-africa"
 
     def __post_init__(self) -> None:
-        for name in ("length_bp", "panel_people", "target_people", "typed_spacing_bp"):
+        for name in ("length_bp", "panel_samples", "target_samples", "typed_spacing_bp"):
             if getattr(self, name) < 3:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 3")
         if self.switch_errors_per_mb < 0:
@@ -89,7 +89,7 @@ class SimulationSettings:
 
 @dataclass(frozen=True)
 class DefaultData:
-    """Files of a simulated data set; ``truth`` holds the target people at every site of the panel."""
+    """Files of a simulated data set; ``truth`` holds the target samples at every site of the panel."""
 
     panel: Path
     target: Path
@@ -152,23 +152,23 @@ def _check_replaceable(directory: Path) -> None:
 def _build(directory: Path, settings: SimulationSettings) -> None:
     rng = np.random.default_rng(settings.seed)
     breakpoints, rates = _hotspot_map(settings.length_bp, settings.cm_per_mb, rng)
-    panel_counts = _split(settings.panel_people, len(settings.populations))
-    target_counts = _split(settings.target_people, len(settings.populations))
-    people = [panel + target for panel, target in zip(panel_counts, target_counts, strict=True)]
-    positions, alleles = _simulate(settings, people, breakpoints, rates)
+    panel_counts = _split(settings.panel_samples, len(settings.populations))
+    target_counts = _split(settings.target_samples, len(settings.populations))
+    samples = [panel + target for panel, target in zip(panel_counts, target_counts, strict=True)]
+    positions, alleles = _simulate(settings, samples, breakpoints, rates)
     _spoil(alleles, positions, settings)
 
-    # Within a population people are exchangeable, so its last ones can be the target.
-    population = np.repeat(np.arange(len(people)), people)
-    rank = np.concatenate([np.arange(count) for count in people])
+    # Within a population samples are exchangeable, so its last ones can be the target.
+    population = np.repeat(np.arange(len(samples)), samples)
+    rank = np.concatenate([np.arange(count) for count in samples])
     names = [f"{settings.populations[p]}{r + 1:04d}" for p, r in zip(population.tolist(), rank.tolist(), strict=True)]
     in_panel = rank < np.array(panel_counts)[population]
 
     panel_alleles = alleles[:, np.repeat(in_panel, 2)]
-    minor_copies = _minor_copies(panel_alleles)
-    kept = (minor_copies >= MIN_COPIES) & (_minor_copies(alleles) >= settings.call_set_copies)
+    minor_allele_count = _minor_allele_count(panel_alleles)
+    kept = (minor_allele_count >= MIN_COPIES) & (_minor_allele_count(alleles) >= settings.call_set_copies)
     sites = _site_table(positions[kept], settings.length_bp, rng)
-    maf = minor_copies[kept] / panel_alleles.shape[1]
+    maf = minor_allele_count[kept] / panel_alleles.shape[1]
     typed = _choose_typed(sites.pos, maf, settings.typed_spacing_bp, rng)
 
     truth_alleles = alleles[kept][:, np.repeat(~in_panel, 2)]
@@ -184,15 +184,15 @@ def _build(directory: Path, settings: SimulationSettings) -> None:
             out.write(f"{name}\t{settings.populations[code]}\n")
 
 
-def _minor_copies(alleles: np.ndarray) -> np.ndarray:
+def _minor_allele_count(alleles: np.ndarray) -> np.ndarray:
     """Copies of the rarer allele [S] among ``alleles`` [S, H]."""
     copies = alleles.sum(axis=1, dtype=np.int64)
     return np.minimum(copies, alleles.shape[1] - copies)
 
 
-def _split(people: int, populations: int) -> list[int]:
+def _split(samples: int, populations: int) -> list[int]:
     """Equal shares; the first populations take what is left over."""
-    share, rest = divmod(people, populations)
+    share, rest = divmod(samples, populations)
     return [share + (i < rest) for i in range(populations)]
 
 
@@ -276,14 +276,14 @@ _DEMOGRAPHIES = {"out-of-africa": _out_of_africa, "american-admixture": _america
 
 
 def _simulate(
-    settings: SimulationSettings, people: list[int], breakpoints: np.ndarray, rates: np.ndarray
+    settings: SimulationSettings, samples: list[int], breakpoints: np.ndarray, rates: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """1-based positions [S] int64 and alleles [S, 2N] uint8, people in the order of the populations."""
+    """1-based positions [S] int64 and alleles [S, 2N] uint8, samples in the order of the populations."""
     # msprime takes a second to import, and only those who simulate need it.
     import msprime
 
     tree_sequence = msprime.sim_ancestry(
-        dict(zip(settings.populations, people, strict=True)),
+        dict(zip(settings.populations, samples, strict=True)),
         demography=_DEMOGRAPHIES[settings.demography](),
         recombination_rate=msprime.RateMap(position=breakpoints, rate=rates * 1e-8),
         random_seed=settings.seed,
@@ -300,11 +300,11 @@ def _spoil(alleles: np.ndarray, positions: np.ndarray, settings: SimulationSetti
     """Put switch errors and missed calls into ``alleles`` [S, 2N]."""
     rng = np.random.default_rng([settings.seed, 3])
     if settings.switch_errors_per_mb > 0:
-        for person in range(alleles.shape[1] // 2):
+        for sample in range(alleles.shape[1] // 2):
             count = rng.poisson(settings.switch_errors_per_mb * settings.length_bp * 1e-6)
             places = np.sort(rng.uniform(0, settings.length_bp, count))
             swapped = np.searchsorted(places, positions) % 2 == 1
-            pair = slice(2 * person, 2 * person + 2)
+            pair = slice(2 * sample, 2 * sample + 2)
             alleles[swapped, pair] = alleles[swapped, pair][:, ::-1]
     if settings.missed_calls > 0:
         for row in alleles:

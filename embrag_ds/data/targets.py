@@ -1,4 +1,4 @@
-"""Target people at the panel's sites: typed at some of them, packed on disk."""
+"""Target samples at the panel's sites: typed at some of them, packed on disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Targets:
-    """Target people at the panel's sites, of which ``typed`` bool [S] they were typed at.
+    """Target samples at the panel's sites, of which ``typed`` bool [S] they were typed at.
 
     Their alleles stay packed where they are, on disk as a rule; ``match`` says which panel site each of their sites is.
     """
@@ -28,17 +28,17 @@ class Targets:
     packed: np.ndarray
     match: Harmonised
 
-    def alleles(self, span: slice, people: slice) -> np.ndarray:
-        """Alleles of some people at the panel's sites ``span``, uint8 [2N, L], REF where they were not typed."""
+    def alleles(self, span: slice, samples: slice) -> np.ndarray:
+        """Alleles of some samples at the panel's sites ``span``, uint8 [2N, L], REF where they were not typed."""
         first, last = np.searchsorted(self.match.panel_index, [span.start, span.stop])
-        typed = self.typed_alleles(slice(first, last), people)
+        typed = self.typed_alleles(slice(first, last), samples)
         found = np.full((typed.shape[1], span.stop - span.start), REF, dtype=np.uint8)
         found[:, self.match.panel_index[first:last] - span.start] = typed.T
         return found
 
-    def typed_alleles(self, sites: slice, people: slice) -> np.ndarray:
-        """Alleles of some people at some of the T typed sites, by their number, uint8 [T, 2N]."""
-        bits = unpack_host(self.packed[self.match.target_index[sites]], 2 * people.start, 2 * people.stop)
+    def typed_alleles(self, sites: slice, samples: slice) -> np.ndarray:
+        """Alleles of some samples at some of the T typed sites, by their number, uint8 [T, 2N]."""
+        bits = unpack_host(self.packed[self.match.target_index[sites]], 2 * samples.start, 2 * samples.stop)
         return bits ^ self.match.swapped[sites, None]
 
 
@@ -51,7 +51,7 @@ def harmonise_targets(target: Panel, panel: Panel, allow_overlap: bool) -> Targe
             "remove them from one of the two, or add --allow-overlap (they then never retrieve themselves)"
         )
     match = harmonise(target.sites, panel.sites, str(target.path), str(panel.path))
-    logger.info("target %s: %d people; %s", target.path, len(target.samples), match.report())
+    logger.info("target %s: %d samples; %s", target.path, len(target.samples), match.report())
     if skipped := skipped_records(target.skipped):
         logger.info("%s: %s", target.path, skipped)
     typed = np.zeros(len(panel.sites), dtype=bool)

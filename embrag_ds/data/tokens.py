@@ -3,13 +3,13 @@
 ============  ==================================================================
 letter        meaning
 ============  ==================================================================
-``N``         people in a micro-batch
-``B``         haplotypes in a micro-batch; ``B = 2 N``, person ``i`` owns rows
+``N``         samples in a micro-batch
+``B``         haplotypes in a micro-batch; ``B = 2 N``, sample ``i`` owns rows
               ``2 i`` and ``2 i + 1``
 ``L``         sites in a window (differs from window to window; never padded)
 ``S``         sites in a panel
 ``T``         typed sites
-``H``         reference haplotypes; ``H = 2 x reference people``
+``H``         reference haplotypes; ``H = 2 x reference samples``
 ``K``         retrieved neighbours (reference haplotypes) per query haplotype
 ``P``         populations
 ``D``         model width

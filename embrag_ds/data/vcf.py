@@ -6,7 +6,7 @@ as ``<DEL>`` is an allele like any other and is kept. Splitting multi-allelic re
 (``bcftools norm -m -any``) keeps them.
 
 A VCF is read as its decompressed text, one line a record, and a BCF as the text htslib formats from
-it, so that a record of thousands of people becomes one numpy operation instead of a Python loop.
+it, so that a record of thousands of samples becomes one numpy operation instead of a Python loop.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class BiallelicFile:
 
 
 class PhasedRecord(NamedTuple):
-    """A biallelic site with its phased alleles: uint8 [2N], person i owns 2i and 2i + 1; 1 is ALT."""
+    """A biallelic site with its phased alleles: uint8 [2N], sample i owns 2i and 2i + 1; 1 is ALT."""
 
     contig_code: int
     pos: int
@@ -189,7 +189,7 @@ class PhasedRecord(NamedTuple):
 
 
 class PhasedVcf(BiallelicFile):
-    """A phased, indexed VCF.gz or BCF of N people without missing genotypes.
+    """A phased, indexed VCF.gz or BCF of N samples without missing genotypes.
 
     ``samples`` [N], ``contigs`` and ``contig_lengths`` (base pairs, 0 where the header does not say)
     come from the header. ``skipped`` counts the records that are not biallelic by reason (see the
@@ -234,8 +234,8 @@ class PhasedVcf(BiallelicFile):
         return alleles
 
     def _genotype_fault(self, row: VcfRow, genotypes: list[bytes]) -> UserError:
-        person = next(i for i, genotype in enumerate(genotypes) if _decode_phased(genotype, 1) is None)
-        genotype = genotypes[person].decode()
+        sample = next(i for i, genotype in enumerate(genotypes) if _decode_phased(genotype, 1) is None)
+        genotype = genotypes[sample].decode()
         if "." in genotype or not genotype:
             problem, remedy = "missing", "phase the file with a tool that fills it in, or drop the record"
         elif "/" in genotype:
@@ -246,14 +246,14 @@ class PhasedVcf(BiallelicFile):
             problem, remedy = "not one of 0|0, 0|1, 1|0, 1|1", "correct the record or drop it"
         return self.fault(
             f"{self.contigs[row.contig_code]}:{row.pos}",
-            f"the genotype {genotype} of sample {self.samples[person]} is {problem}",
+            f"the genotype {genotype} of sample {self.samples[sample]} is {problem}",
             remedy,
         )
 
 
 @dataclass(frozen=True)
 class PhasedData:
-    """A whole phased file: ``alleles`` uint8 [S, 2N], person i owns columns 2i and 2i + 1.
+    """A whole phased file: ``alleles`` uint8 [S, 2N], sample i owns columns 2i and 2i + 1.
 
     ``skipped`` counts the records that are not biallelic by reason.
     """
@@ -351,15 +351,15 @@ def _skip_reason(alt: str) -> str | None:
     return None
 
 
-def _decode_phased(text: bytes, people: int) -> np.ndarray | None:
-    """uint8 [2 people] from tab-separated ``a|b`` with a and b 0 or 1; None where anything else is there."""
-    if len(text) != 4 * people - 1:
+def _decode_phased(text: bytes, samples: int) -> np.ndarray | None:
+    """uint8 [2 samples] from tab-separated ``a|b`` with a and b 0 or 1; None where anything else is there."""
+    if len(text) != 4 * samples - 1:
         return None
     words = np.frombuffer(text + b"\t", dtype="<u4")
-    # '0' and '1' differ in their lowest bit: with it masked, every person must read "0|0<tab>".
+    # '0' and '1' differ in their lowest bit: with it masked, every sample must read "0|0<tab>".
     if not ((words & 0xFFFEFFFE) == int.from_bytes(b"0|0\t", "little")).all():
         return None
-    return (words.view(np.uint8).reshape(people, 4)[:, 0:3:2] & 1).reshape(-1)
+    return (words.view(np.uint8).reshape(samples, 4)[:, 0:3:2] & 1).reshape(-1)
 
 
 def site_table(vcf: BiallelicFile, rows: list[PhasedRecord] | list[VcfRow]) -> SiteTable:

@@ -26,11 +26,11 @@ _COLUMNS = 6
 
 @dataclass(frozen=True)
 class DosageFile:
-    """Imputed dosages of N people at S sites, on disk; blocks of any ``rows`` [n] (sites) are read from there.
+    """Imputed dosages of N samples at S sites, on disk; blocks of any ``rows`` [n] (sites) are read from there.
 
     ``dr2`` float32 [S] is the file's own estimate of r2, NaN where it gives none; ``imputed`` bool [S] marks
     imputed sites; both are None unless the header defines their INFO key. ``has_gp`` and ``has_haplotypes`` say
-    whether every record has them. ``people`` are all or those numbered.
+    whether every record has them. ``samples`` are all or those numbered.
     """
 
     path: Path
@@ -42,17 +42,17 @@ class DosageFile:
     imputed: np.ndarray | None
     _spool: Spool
 
-    def dosage(self, rows: np.ndarray, people: np.ndarray | None = None) -> np.ndarray:
+    def dosage(self, rows: np.ndarray, samples: np.ndarray | None = None) -> np.ndarray:
         """ALT copies (0 to 2), float32 [n, N]."""
-        return self._spool.read(rows, _DOSAGE, people)[..., 0]
+        return self._spool.read(rows, _DOSAGE, samples)[..., 0]
 
-    def gp(self, rows: np.ndarray, people: np.ndarray | None = None) -> np.ndarray:
+    def gp(self, rows: np.ndarray, samples: np.ndarray | None = None) -> np.ndarray:
         """Genotype probabilities, float32 [n, N, 3]."""
-        return self._spool.read(rows, _GP, people)
+        return self._spool.read(rows, _GP, samples)
 
-    def haplotype_dosage(self, rows: np.ndarray, people: np.ndarray | None = None) -> np.ndarray:
-        """ALT probability of each haplotype, float32 [n, 2N]; person i owns 2i and 2i + 1."""
-        return self._spool.read(rows, _HAPLOTYPES, people).reshape(len(rows), -1)
+    def haplotype_dosage(self, rows: np.ndarray, samples: np.ndarray | None = None) -> np.ndarray:
+        """ALT probability of each haplotype, float32 [n, 2N]; sample i owns 2i and 2i + 1."""
+        return self._spool.read(rows, _HAPLOTYPES, samples).reshape(len(rows), -1)
 
 
 @contextmanager
@@ -97,8 +97,8 @@ def _spooled(vcf: BiallelicFile, spool: Spool, allow_missing: bool) -> DosageFil
         try:
             codes = np.fromiter(map(parser.__getitem__, fields), dtype=spool.code_type, count=len(fields))
         except ValueError as error:
-            person = next(i for i, field in enumerate(fields) if field not in parser)
-            raise _field_fault(vcf, row, person, fields[person], error, allow_missing) from error
+            sample = next(i for i, field in enumerate(fields) if field not in parser)
+            raise _field_fault(vcf, row, sample, fields[sample], error, allow_missing) from error
         spool.append(codes)
         info = _info_values(row.info)
         try:
@@ -123,7 +123,7 @@ def _spooled(vcf: BiallelicFile, spool: Spool, allow_missing: bool) -> DosageFil
 
 @dataclass(frozen=True)
 class Dosages:
-    """A whole :class:`DosageFile` in memory, sites by people; what not every record has is None."""
+    """A whole :class:`DosageFile` in memory, sites by samples; what not every record has is None."""
 
     sites: SiteTable
     samples: tuple[str, ...]
@@ -221,7 +221,7 @@ class _DosageFields(dict[bytes, int]):
 
 
 def _field_fault(
-    vcf: BiallelicFile, row: VcfRow, person: int, text: bytes, error: Exception, allow_missing: bool
+    vcf: BiallelicFile, row: VcfRow, sample: int, text: bytes, error: Exception, allow_missing: bool
 ) -> UserError:
     where = f"{vcf.contigs[row.contig_code]}:{row.pos}"
     remedy = "correct it or drop the record" if allow_missing else "impute the file again or drop the record"
@@ -230,7 +230,7 @@ def _field_fault(
     else:
         wrong = "not a number" if allow_missing else "missing or not a number"
         what = f"{row.format.decode()} {text.decode()}, where a value is {wrong}"
-    return vcf.fault(where, f"sample {vcf.samples[person]} has {what}", remedy)
+    return vcf.fault(where, f"sample {vcf.samples[sample]} has {what}", remedy)
 
 
 def _info_values(info: bytes) -> dict[str, str]:

@@ -46,10 +46,10 @@ _IMPUTED_DEFINITIONS = [
 
 
 class ImputedVcfWriter:
-    """Imputed VCF of N people at ``sites``, written block by block in site order.
+    """Imputed VCF of N samples at ``sites``, written block by block in site order.
 
     ``FORMAT`` is ``GT:DS:HDS:GP`` to three decimals: HDS is rounded, and GT, DS and GP follow from the
-    rounded HDS, so the columns of a person agree exactly and GP sums to 1. ``INFO`` has ``AF``, ``DR2``
+    rounded HDS, so the columns of a sample agree exactly and GP sums to 1. ``INFO`` has ``AF``, ``DR2``
     (minimac's Rsq, Das et al. 2016, Nat. Genet. 48:1284: the variance of HDS over p(1-p), 0 where p is 0
     or 1, at most 1, and 1 at typed sites) and the flag ``IMP`` at imputed sites.
 
@@ -60,13 +60,13 @@ class ImputedVcfWriter:
 
     def __init__(self, path: str | Path, sites: SiteTable, samples: tuple[str, ...] | list[str], source: str) -> None:
         self._sites = sites
-        self._people = len(samples)
+        self._samples = len(samples)
         self._header = _header(sites, samples, [f"##source={source}", *_IMPUTED_DEFINITIONS])
         self._path = Path(path)
         _check_output(self._path)
         self._next = 0
         self._stack = ExitStack()
-        self._person_text = _imputed_person_text()
+        self._sample_text = _imputed_sample_text()
 
     def __enter__(self) -> ImputedVcfWriter:
         self._out = self._stack.enter_context(published(self._path, self._sites))
@@ -89,8 +89,8 @@ class ImputedVcfWriter:
         at which ``alleles_typed`` uint8 [2N, n] is written unchanged and the dosage is not looked at.
         """
         assert first == self._next, f"sites {first}.. follow {self._next}"
-        assert haplotype_dosage.shape == alleles_typed.shape == (2 * self._people, len(typed))
-        step = max(1, 2**23 // (_PERSON_WIDTH * self._people))
+        assert haplotype_dosage.shape == alleles_typed.shape == (2 * self._samples, len(typed))
+        step = max(1, 2**23 // (_PERSON_WIDTH * self._samples))
         for start in range(0, len(typed), step):
             block = slice(start, start + step)
             self._write_block(haplotype_dosage[:, block], typed[block], alleles_typed[:, block])
@@ -99,7 +99,7 @@ class ImputedVcfWriter:
         hds = np.where(typed, alleles, dosage).T.astype(np.float64, order="C")
         thousandths = np.rint(hds * 1000).astype(np.int64)
         assert thousandths.min() >= 0 and thousandths.max() <= 1000, "haplotype dosages outside [0, 1]"
-        texts = self._person_text[thousandths[:, 0::2] * 1001 + thousandths[:, 1::2]]
+        texts = self._sample_text[thousandths[:, 0::2] * 1001 + thousandths[:, 1::2]]
         af = hds.mean(axis=1)
         spread = af * (1 - af)
         dr2 = np.divide(hds.var(axis=1), spread, out=np.zeros_like(af), where=spread > 0)
@@ -123,10 +123,10 @@ _PERSON_WIDTH = len("0|0:0.000:0.000,0.000:1.000,0.000,0.000\t")
 
 
 @cache
-def _imputed_person_text() -> np.ndarray:
-    """uint64 [1001 * 1001, 5]: the 40 bytes of a person whose HDS are a/1000, b/1000, at 1001 a + b.
+def _imputed_sample_text() -> np.ndarray:
+    """uint64 [1001 * 1001, 5]: the 40 bytes of a sample whose HDS are a/1000, b/1000, at 1001 a + b.
 
-    A person's columns depend on these two numbers only, so a block of records is one gather.
+    A sample's columns depend on these two numbers only, so a block of records is one gather.
     """
     a, b = (part.ravel() for part in np.meshgrid(np.arange(1001), np.arange(1001), indexing="ij"))
     gp_millionths = np.stack([(1000 - a) * (1000 - b), a * (1000 - b) + (1000 - a) * b, a * b], axis=1)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from embrag_ds.data.masking import MaskSites
-from embrag_ds.data.panel import FEW, RARE, Panel, ReferenceSet
+from embrag_ds.data.panel import FEW, RARE, Panel, PanelSubset
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.errors import UserError, require
 from embrag_ds.files import read_lines
@@ -131,7 +131,7 @@ def blend_weights(windows: list[Window]) -> list[np.ndarray]:
 
 @strict_settings
 class DataConfig:
-    """Windows and people."""
+    """Windows and samples."""
 
     window_sites: int = 1024
     """Sites a window predicts (a contig's windows are made equally long, so this is the upper bound)."""
@@ -141,8 +141,8 @@ class DataConfig:
     """Sites on either side that retrieval looks at, too."""
     windows_file: str | None = None
     """Take windows from this file (``contig start end``, 1-based inclusive) instead."""
-    validation_people: int = 48
-    """People of the panel held out of training for validation (at most a tenth of the panel)."""
+    validation_samples: int = 48
+    """Samples of the panel held out of training for validation (at most a tenth of the panel)."""
     cache_dir: str | None = None
     """Where packed panels and the default data set are kept; default ``$XDG_CACHE_HOME/embrag_ds``."""
 
@@ -154,7 +154,7 @@ class DataConfig:
             f"must lie between 0 and a third of window_sites ({self.window_sites // 3})",
         )
         require(self.flank_sites >= 0, "data.flank_sites", "must not be negative")
-        require(self.validation_people >= 1, "data.validation_people", "must be at least 1")
+        require(self.validation_samples >= 1, "data.validation_samples", "must be at least 1")
 
     def windows(self, panel: Panel) -> list[Window]:
         """The panel's windows under these settings."""
@@ -168,7 +168,7 @@ class SiteFeatures:
     """What the network knows of a window's sites, all float32 on the CPU.
 
     ``position`` [L] is in cM from the core's centre; ``frequency`` [L] is the ALT frequency over the reference
-    set, no nearer to 0 or 1 than a frequency that one person more or less does not show in (see
+    set, no nearer to 0 or 1 than a frequency that one sample more or less does not show in (see
     :mod:`embrag_ds.retrieval.frequency`); ``counts`` [P, L] are the copies of ALT in every population.
     """
 
@@ -182,7 +182,7 @@ class WindowedPanel:
 
     def __init__(
         self,
-        reference: ReferenceSet,
+        reference: PanelSubset,
         windows: list[Window],
         position_cm: np.ndarray,
         manifest: np.ndarray | None = None,
@@ -216,9 +216,9 @@ class WindowedPanel:
         manifest = None if self.manifest is None else self.manifest[span]
         return MaskSites(self.reference.panel.sites.pos[span], np.minimum(frequency, 1 - frequency), manifest)
 
-    def people_alleles(self, window: int, people: np.ndarray) -> np.ndarray:
-        """Alleles of panel people in a window, uint8 [B, L]."""
-        rows = (2 * people[:, None] + np.arange(2)).reshape(-1)
+    def samples_alleles(self, window: int, samples: np.ndarray) -> np.ndarray:
+        """Alleles of panel samples in a window, uint8 [B, L]."""
+        rows = (2 * samples[:, None] + np.arange(2)).reshape(-1)
         return self.reference.panel.alleles(self.windows[window].start, self.windows[window].stop, rows)
 
     def reference_alleles(self, window: int) -> np.ndarray:

@@ -20,16 +20,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AlignedFile:
-    """A file of dosages, read by rows of the panel, all of which it must have; ``people`` are the columns chosen."""
+    """A file of dosages, read by rows of the panel, all of which it must have; ``samples`` are the columns chosen."""
 
     file: DosageFile
     match: Harmonised
-    people: np.ndarray
+    samples: np.ndarray
 
     def dosage(self, rows: np.ndarray) -> np.ndarray:
         """ALT copies at these rows [n] of the panel, float32 [n, N]."""
         at = self._at(rows)
-        dosage = self.file.dosage(self.match.target_index[at], self.people)
+        dosage = self.file.dosage(self.match.target_index[at], self.samples)
         swapped = self.match.swapped[at]
         dosage[swapped] = 2.0 - dosage[swapped]
         return dosage
@@ -37,7 +37,7 @@ class AlignedFile:
     def gp(self, rows: np.ndarray) -> np.ndarray:
         """Genotype probabilities at these rows [n] of the panel, float32 [n, N, 3]."""
         at = self._at(rows)
-        gp = self.file.gp(self.match.target_index[at], self.people)
+        gp = self.file.gp(self.match.target_index[at], self.samples)
         swapped = self.match.swapped[at]
         gp[swapped] = gp[swapped][..., ::-1]
         return gp
@@ -55,7 +55,7 @@ class AlignedFile:
 
 @contextmanager
 def aligned(path: Path, panel: Panel, folder: Path, truth: DosageFile | None = None) -> Iterator[AlignedFile]:
-    """An imputed file with the people of ``truth``, matched by name; or, without one, the truth itself.
+    """An imputed file with the samples of ``truth``, matched by name; or, without one, the truth itself.
 
     The truth may lack genotypes. Scratch files lie in ``folder`` until the block ends.
     """
@@ -80,7 +80,7 @@ def columns_of(names: tuple[str, ...], samples: tuple[str, ...], path: Path, tru
 
 
 def refuse_overlap(truth: DosageFile, panel: Panel) -> None:
-    """A person who is in the panel is copied, not imputed; a score with them in it means nothing."""
+    """A sample who is in the panel is copied, not imputed; a score with them in it means nothing."""
     both = sorted(set(truth.samples) & set(panel.samples))
     if both:
         raise UserError(

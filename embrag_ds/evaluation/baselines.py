@@ -12,9 +12,9 @@ from embrag_ds.data.tokens import ALT, REF
 _SCORES = 1 << 24
 
 
-def allele_frequency_dosage(panel_af: np.ndarray, people: int) -> np.ndarray:
-    """Dosage [S, N] float32 of people of whom nothing is known: twice the panel's ALT frequency [S]."""
-    return np.repeat(2.0 * np.asarray(panel_af, dtype=np.float32)[:, None], people, axis=1)
+def allele_frequency_dosage(panel_af: np.ndarray, samples: int) -> np.ndarray:
+    """Dosage [S, N] float32 of samples of whom nothing is known: twice the panel's ALT frequency [S]."""
+    return np.repeat(2.0 * np.asarray(panel_af, dtype=np.float32)[:, None], samples, axis=1)
 
 
 class NearestHaplotype:
@@ -50,13 +50,13 @@ class NearestHaplotype:
                 before = first > low
                 self._begin.append(int(typed_index[first - 1] + typed_index[first] + 1) // 2 if before else start)
                 self._compared.append(slice(max(first - context, low), min(first + block + context, high)))
-        self._people = typed_alleles(slice(0, 0)).shape[1] // 2
+        self._samples = typed_alleles(slice(0, 0)).shape[1] // 2
         self._latest = (-1, np.empty(0, dtype=np.int64))
 
     def dosage(self, rows: np.ndarray) -> np.ndarray:
         """Dosage [n, N] float32 at these rows [n] of the panel; fastest when they increase from call to call."""
         stretch_of = np.searchsorted(self._begin, rows, side="right") - 1
-        dosage = np.empty((len(rows), self._people), dtype=np.float32)
+        dosage = np.empty((len(rows), self._samples), dtype=np.float32)
         for stretch in np.unique(stretch_of).tolist():
             here = stretch_of == stretch
             copied = self._panel.alleles_at(rows[here], self._nearest(stretch))

@@ -2,7 +2,7 @@
 
 Conventions, for every function here: ``truth`` [n, N] holds ALT counts 0, 1 or 2 and NaN where the
 true genotype is unknown; ``dosage`` [n, N] is the expected ALT count in [0, 2]; ``panel_af`` [n] is
-the frequency of ALT in the reference panel. n sites of one block, N people, G = 7 bins. The panel
+the frequency of ALT in the reference panel. n sites of one block, N samples, G = 7 bins. The panel
 decides which allele is minor (the one with a frequency of at most 0.5; ALT at exactly 0.5), never
 the target or the truth, so that the bins are the same for every tool and every cohort.
 """
@@ -98,14 +98,14 @@ def squared_correlation(moments: np.ndarray) -> np.ndarray:
 class AggregateR2:
     """Aggregate dosage r2 by panel-MAF bin, accumulated over blocks of sites.
 
-    Minor-allele dosage and true count are pooled over the sites of a bin and over people; the
+    Minor-allele dosage and true count are pooled over the sites of a bin and over samples; the
     result is their squared Pearson correlation (as in Das et al. 2016, Browning et al. 2018). The
-    six moments are kept for each person in float64, ``moments`` [G, N, 6], so that a group of
-    people, or a bootstrap resample of them, is a weighted sum of what is already there.
+    six moments are kept for each sample in float64, ``moments`` [G, N, 6], so that a group of
+    samples, or a bootstrap resample of them, is a weighted sum of what is already there.
     """
 
-    def __init__(self, people: int) -> None:
-        self.moments = np.zeros((len(MAF_BINS), people, 6), dtype=np.float64)
+    def __init__(self, samples: int) -> None:
+        self.moments = np.zeros((len(MAF_BINS), samples, 6), dtype=np.float64)
         self.site_counts = np.zeros(len(MAF_BINS), dtype=np.int64)
 
     def add(self, truth: np.ndarray, dosage: np.ndarray, panel_af: np.ndarray) -> None:
@@ -122,7 +122,7 @@ class AggregateR2:
     def result(self, weights: np.ndarray | None = None) -> dict[str, float]:
         """r2 by bin name, NaN where a bin is empty or lacks variance.
 
-        ``weights`` [N] counts each person that often: 0 and 1 choose a population.
+        ``weights`` [N] counts each sample that often: 0 and 1 choose a population.
         """
         if weights is None:
             weights = np.ones(self.moments.shape[1])
@@ -134,17 +134,17 @@ class AggregateR2:
         return dict(zip(BIN_NAMES, self.site_counts.tolist(), strict=True))
 
     def resample(self, weights: np.ndarray) -> np.ndarray:
-        """r2 [R, G] of R weightings of the people, ``weights`` [R, N]."""
+        """r2 [R, G] of R weightings of the samples, ``weights`` [R, N]."""
         return squared_correlation(np.einsum("rp,gpm->rgm", weights, self.moments, optimize=True))
 
 
-def bootstrap_weights(people: int, resamples: int, seed: int) -> np.ndarray:
-    """[R, N] float64: how often each person is drawn in each of R resamples with replacement.
+def bootstrap_weights(samples: int, resamples: int, seed: int) -> np.ndarray:
+    """[R, N] float64: how often each sample is drawn in each of R resamples with replacement.
 
-    People are resampled, not sites or genotypes, which are correlated (Efron & Tibshirani 1993).
+    Samples are resampled, not sites or genotypes, which are correlated (Efron & Tibshirani 1993).
     Use the same weights for every tool: the differences are then paired.
     """
-    draws = np.random.default_rng(seed).multinomial(people, np.full(people, 1.0 / people), size=resamples)
+    draws = np.random.default_rng(seed).multinomial(samples, np.full(samples, 1.0 / samples), size=resamples)
     return draws.astype(np.float64)
 
 
@@ -162,7 +162,7 @@ def interval(values: np.ndarray) -> dict[str, tuple[float, float]]:
 
 
 def site_r2(truth: np.ndarray, dosage: np.ndarray) -> np.ndarray:
-    """Squared Pearson correlation over people at each site [n].
+    """Squared Pearson correlation over samples at each site [n].
 
     NaN where the truth has no variance: nothing can be measured there, and the caller counts those
     sites. 0 where only the dosage has none: the tool missed all the variation that there is.

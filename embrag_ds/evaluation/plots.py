@@ -31,7 +31,7 @@ def _plot_r2(report: Report, path: Path) -> Path:
         axes.errorbar(place, value, yerr=spread if report.bootstrap else None, marker="o", capsize=3, label=tool)
     axes.set_xticks(range(len(bins)), bins)
     axes.set(xlabel="minor-allele frequency in the panel", ylabel="aggregate dosage r2")
-    axes.set_title(f"{report.people} people, {report.sites['all']} sites; bars: 95 % over people")
+    axes.set_title(f"{report.samples} samples, {report.sites['all']} sites; bars: 95 % over samples")
     return _save(figure, axes, path)
 
 

@@ -13,7 +13,7 @@ from embrag_ds.evaluation import metrics
 class Scores:
     """What one tool reached. A dict has one value for each of ``metrics.MAF_BINS``, by name.
 
-    ``aggregate_r2_interval`` is a 95 % bootstrap interval over people. ``calibration_error``, of all genotypes
+    ``aggregate_r2_interval`` is a 95 % bootstrap interval over samples. ``calibration_error``, of all genotypes
     and of called carriers of an allele below 1 % MAF, is None for a tool without genotype probabilities; the curves are
     (mean probability, share right, genotypes). ``dr2_correlation`` (its DR2 against the true per-site r2)
     is None for a tool without DR2.
@@ -59,11 +59,11 @@ class Report:
     ``sites`` counts the scored sites by bin; ``sites_without_truth_variance`` those of them that
     the per-site r2 leaves out; ``missing_truth_genotypes`` counts genotypes of the scored sites that the truth
     lacks and nothing scores; ``iqs_from`` says what every tool's IQS was computed from;
-    ``populations`` has the number of people of each.
+    ``populations`` has the number of samples of each.
     """
 
     files: dict[str, str]
-    people: int
+    samples: int
     sites: dict[str, int]
     sites_without_truth_variance: dict[str, int]
     missing_truth_genotypes: int
@@ -81,28 +81,28 @@ class Report:
         counts = ["sites", *(str(self.sites[name]) for name in metrics.BIN_NAMES)]
         sections = [
             Section(
-                f"Aggregate dosage r2 by panel minor-allele frequency, {self.people} people{self._missing()}",
+                f"Aggregate dosage r2 by panel minor-allele frequency, {self.samples} samples{self._missing()}",
                 header,
                 [counts, *([tool, *_row(scores.aggregate_r2)] for tool, scores in self.tools.items())],
             )
         ]
         if self.bootstrap:
-            resampled = f"over {self.bootstrap} bootstrap resamples of people"
+            resampled = f"over {self.bootstrap} bootstrap draws of the samples"
             intervals = [[tool, *_interval_row(s.aggregate_r2_interval)] for tool, s in self.tools.items()]
             sections.append(Section(f"95 % interval {resampled}", header, intervals))
         if self.bootstrap and self.differences:
             rows = [[f"{each.a} - {each.b}", *_interval_row(each.interval)] for each in self.differences]
             sections.append(Section(f"95 % interval of the paired difference {resampled}", header, rows))
         sections.append(self._other_measures())
-        for population, people in self.populations.items():
+        for population, samples in self.populations.items():
             rows = [[tool, *_row(scores.populations[population])] for tool, scores in self.tools.items()]
-            sections.append(Section(f"Aggregate dosage r2, {population}, {people} people", header, rows))
+            sections.append(Section(f"Aggregate dosage r2, {population}, {samples} samples", header, rows))
         return sections
 
     def _missing(self) -> str:
         if not self.missing_truth_genotypes:
             return ""
-        genotypes = self.people * self.sites["all"]
+        genotypes = self.samples * self.sites["all"]
         return f"; {self.missing_truth_genotypes} of {genotypes} truth genotypes are missing and not scored"
 
     def _other_measures(self) -> Section:

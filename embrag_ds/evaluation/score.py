@@ -1,18 +1,18 @@
-"""Score imputed files against the truth: the same untyped sites and people for every tool.
+"""Score imputed files against the truth: the same untyped sites and samples for every tool.
 
 The panel and the target are opened packed (:mod:`embrag_ds.data.panel`), the truth and every imputed file are read
 once and spooled (:mod:`embrag_ds.data.spool`), and all measures are added up over blocks of sites.
 
-Peak memory, with N people in a file, R resamples and T tools, is the sum of
+Peak memory, with N samples in a file, R resamples and T tools, is the sum of
 
 - ``200 min(2048 N, 2^19)`` bytes: a block of sites while it is scored, 105 MB at most;
 - ``24 max(2^16, 4 N)`` bytes for every file: a page of its spool; and about 300 bytes for each of these entries, once,
-  while a file is read: 20 MB up to 16,384 people;
+  while a file is read: 20 MB up to 16,384 samples;
 - with baselines, at most 64 MB and about 1 KB for every panel haplotype: the nearest haplotype's scores;
-- ``(336 T + 8 R) N`` bytes: sums of every person;
+- ``(336 T + 8 R) N`` bytes: sums of every sample;
 - about ``0.5 + 0.1 (T + 1)`` KB for every site of the panel: site tables, their matching, 16 bytes of measures a tool.
 
-Only the last grows with the sites, and nothing with sites times people. Packed alleles are mapped, not read, so their
+Only the last grows with the sites, and nothing with sites times samples. Packed alleles are mapped, not read, so their
 pages are the system's to drop. Scratch takes 2 to 28 bytes of disk a genotype of a file, as its values differ.
 """
 
@@ -55,7 +55,7 @@ def evaluate(
     """Compare imputed files, by name, with the truth.
 
     Scored are the panel's sites that are in the truth and in every imputed file and that the target
-    was not typed at; people are those of the truth, matched by name. Missing genotypes of the truth are
+    was not typed at; samples are those of the truth, matched by name. Missing genotypes of the truth are
     counted and not scored. ``baselines`` adds two cheap methods, computed from the panel and the target.
     ``samples_path`` is a tab-separated table (first column sample, second population) and adds scores by
     population. The packed panel is kept in ``cache_dir`` (default: :func:`default_cache_dir`), and scratch
@@ -72,24 +72,26 @@ def evaluate(
         panel = _open(Path(panel_path), cache)
         truth = files.enter_context(aligned(Path(truth_path), panel, folder))
         refuse_overlap(truth.file, panel)
-        people = truth.file.samples
-        populations = _population_members(samples_path, people) if samples_path is not None else {}
+        samples = truth.file.samples
+        populations = _population_members(samples_path, samples) if samples_path is not None else {}
         targets = harmonise_targets(_open(Path(target_path), folder), panel, allow_overlap=True)
         tools = {
             name: files.enter_context(aligned(Path(path), panel, folder, truth.file)) for name, path in imputed.items()
         }
         sites = _scored_sites(panel, truth, targets, tools)
-        logger.info("scoring %d untyped sites of %d in the panel, %d people", len(sites), len(panel.sites), len(people))
-        panel_af = panel.alt_copies / (2 * len(panel.samples))
+        logger.info(
+            "scoring %d untyped sites of %d in the panel, %d samples", len(sites), len(panel.sites), len(samples)
+        )
+        panel_af = panel.alt_count / (2 * len(panel.samples))
         scored = {
             name: Tool(tool.dosage, tool.gp if tool.file.has_gp else None, tool.dr2(sites))
             for name, tool in tools.items()
         }
         if baselines:
-            columns = columns_of(people, targets.samples, Path(target_path), Path(truth_path))
+            columns = columns_of(samples, targets.samples, Path(target_path), Path(truth_path))
             scored |= _baselines(panel, panel_af, targets, columns)
         return score(
-            Scored(sites, panel_af[sites], len(people), truth.dosage, populations),
+            Scored(sites, panel_af[sites], len(samples), truth.dosage, populations),
             scored,
             files={"truth": str(truth_path), "panel": str(panel_path), "target": str(target_path)}
             | {f"imputed: {name}": str(path) for name, path in imputed.items()},
@@ -119,9 +121,9 @@ def _open(path: Path, cache: Path) -> Panel:
     return open_panel(path, cache, progress=logger.isEnabledFor(logging.INFO))
 
 
-def _population_members(path: PathLike, people: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Which people [N] bool are of each population, in alphabetical order of the populations."""
-    populations = read_populations(Path(path), people)
+def _population_members(path: PathLike, samples: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Which samples [N] bool are of each population, in alphabetical order of the populations."""
+    populations = read_populations(Path(path), samples)
     return {name: populations.of == code for code, name in enumerate(populations.names)}
 
 
@@ -140,7 +142,7 @@ def _scored_sites(panel: Panel, truth: AlignedFile, targets: Targets, tools: Map
 
 
 def _baselines(panel: Panel, panel_af: np.ndarray, targets: Targets, columns: np.ndarray) -> dict[str, Tool]:
-    """Both cheap methods, for the people in these columns of the target."""
+    """Both cheap methods, for the samples in these columns of the target."""
     haplotypes = np.stack([2 * columns, 2 * columns + 1], axis=1).reshape(-1)
     everybody = slice(0, len(targets.samples))
     nearest = NearestHaplotype(

@@ -22,7 +22,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 @dataclass(frozen=True)
 class Tool:
-    """What is scored: ``dosage`` and, where it has them, genotype probabilities ``gp`` of the truth's people.
+    """What is scored: ``dosage`` and, where it has them, genotype probabilities ``gp`` of the truth's samples.
 
     Both are asked for blocks of panel rows [n], float32 [n, N] and [n, N, 3]. ``dr2`` [S], of all scored sites, is the
     tool's own estimate of r2, where it gives one.
@@ -35,7 +35,7 @@ class Tool:
 
 @dataclass(frozen=True)
 class Scored:
-    """What all tools are scored at: rows of the panel ``sites`` [S], their ALT frequency ``panel_af`` [S], and people.
+    """What all tools are scored at: rows of the panel ``sites`` [S], their ALT frequency ``panel_af`` [S], and samples.
 
     ``truth`` gives the true dosage at panel rows [n], float32 [n, N], NaN where the genotype is missing.
     ``populations`` says of each who belongs to it, bool [N].
@@ -43,7 +43,7 @@ class Scored:
 
     sites: np.ndarray
     panel_af: np.ndarray
-    people: int
+    samples: int
     truth: Callable[[np.ndarray], np.ndarray]
     populations: Mapping[str, np.ndarray]
 
@@ -60,7 +60,7 @@ def score(
     sums = {name: _Sums(scored, tool, from_probabilities) for name, tool in tools.items()}
     missing = 0
     spoken = time.monotonic()
-    at_once = max(1, min(BLOCK_SITES, BLOCK_GENOTYPES // scored.people))
+    at_once = max(1, min(BLOCK_SITES, BLOCK_GENOTYPES // scored.samples))
     for start in range(0, len(scored.sites), at_once):
         block = slice(start, start + at_once)
         truth = scored.truth(scored.sites[block])
@@ -71,15 +71,15 @@ def score(
             logger.info("scored %d of %d sites", block.stop, len(scored.sites))
             spoken = time.monotonic()
     if missing:
-        genotypes = scored.people * len(scored.sites)
+        genotypes = scored.samples * len(scored.sites)
         logger.info("%d of %d truth genotypes are missing and not scored", missing, genotypes)
-    weights = metrics.bootstrap_weights(scored.people, bootstrap, seed)
+    weights = metrics.bootstrap_weights(scored.samples, bootstrap, seed)
     scores = {name: each.result(weights) for name, each in sums.items()}
     constant = np.isnan(next(iter(sums.values())).true_r2)
     members = metrics.bin_members(scored.panel_af)
     return Report(
         files=files,
-        people=scored.people,
+        samples=scored.samples,
         sites=dict(zip(metrics.BIN_NAMES, members.sum(axis=1).tolist(), strict=True)),
         sites_without_truth_variance=dict(
             zip(metrics.BIN_NAMES, (members & constant).sum(axis=1).tolist(), strict=True)
@@ -117,7 +117,7 @@ class _Sums:
         self._scored = scored
         self._tool = tool
         self._iqs_from_probabilities = iqs_from_probabilities
-        self.aggregate = metrics.AggregateR2(scored.people)
+        self.aggregate = metrics.AggregateR2(scored.samples)
         self._concordance = metrics.Concordance()
         self._calibration, self._rare_calls = metrics.Calibration(), metrics.Calibration()
         self._rare = metrics.minor_allele_frequency(scored.panel_af) < metrics.RARE_MAF

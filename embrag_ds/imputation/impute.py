@@ -28,7 +28,7 @@ from embrag_ds.data.inputs import (
     windowed,
 )
 from embrag_ds.data.panel import open_panel
-from embrag_ds.data.sampler import Samples, exclusion_table
+from embrag_ds.data.sampler import QueryBatch, exclusion_table
 from embrag_ds.data.targets import Targets, harmonise_targets
 from embrag_ds.data.vcf_output import ImputedVcfWriter
 from embrag_ds.data.windows import DataConfig, WindowedPanel, blend_weights, uncovered
@@ -54,12 +54,12 @@ def _with_longer_windows(settings: DataConfig, haplotypes: int) -> DataConfig:
 
 
 class Imputation:
-    """An exported model applied to a panel: one window and one block of people at a time."""
+    """An exported model applied to a panel: one window and one block of samples at a time."""
 
     def __init__(
         self, model: ExportedModel, inputs: PanelInputs, device: torch.device, block: int, transformer: bool = True
     ):
-        """``block`` people at a time; ``transformer``: :meth:`embrag_ds.model.imputer.Imputer.forward`. Without it
+        """``block`` samples at a time; ``transformer``: :meth:`embrag_ds.model.imputer.Imputer.forward`. Without it
         windows are longer."""
         config = model.config
         everybody = np.arange(len(inputs.panel.samples))
@@ -86,24 +86,24 @@ class Imputation:
     def windows(self, targets: Targets) -> Iterator[tuple[int, np.ndarray]]:
         """(window, ALT probability of every target haplotype in its core, float32 [2N, L]), in order.
 
-        While the network works on one block of people, retrieval works on the next.
+        While the network works on one block of samples, retrieval works on the next.
         """
         number = {sample: code for code, sample in enumerate(self._samples)}
-        people = np.array([number.get(sample, -1) for sample in targets.samples], dtype=np.int64)
-        starts = range(0, len(people), self._block)
+        numbers = np.array([number.get(sample, -1) for sample in targets.samples], dtype=np.int64)
+        starts = range(0, len(numbers), self._block)
 
         def build(block: int) -> Batch:
             index, place = divmod(block, len(starts))
             window = self.data.windows[index]
             span = slice(window.start, window.stop)
-            group = people[starts[place] :][: self._block]
-            samples = Samples(
+            group = numbers[starts[place] :][: self._block]
+            queries = QueryBatch(
                 window=window.index,
-                people=group,
+                samples=group,
                 alleles=targets.alleles(span, slice(starts[place], starts[place] + len(group))),
-                hidden=np.repeat(~targets.typed[span][None], len(group), axis=0),
+                masked=np.repeat(~targets.typed[span][None], len(group), axis=0),
             )
-            return self._collate(samples, step=0)
+            return self._collate(queries, step=0)
 
         with closing(Prefetcher(build, 0, len(self.data.windows) * len(starts), _AHEAD)) as batches:
             for window in self.data.windows:
@@ -148,20 +148,20 @@ def impute(
     out: Path,
     *,
     model: Path = PRETRAINED,
-    people_per_batch: int = 32,
+    samples_per_batch: int = 32,
     transformer: bool = True,
     allow_overlap: bool = False,
     device: str | None = None,
 ) -> None:
-    """Impute every panel site of the people in ``target`` into ``out``, a bgzipped VCF with its index.
+    """Impute every panel site of the samples in ``target`` into ``out``, a bgzipped VCF with its index.
 
     ``model`` is an exported model. Without a panel and a target those of the default data set are taken.
-    ``people_per_batch`` trades memory for speed; ``transformer``: :meth:`embrag_ds.model.imputer.Imputer.forward`;
+    ``samples_per_batch`` trades memory for speed; ``transformer``: :meth:`embrag_ds.model.imputer.Imputer.forward`;
     ``allow_overlap``: targets may also be in the panel. ``device`` is a CUDA device by default, where there is one.
     Raises :class:`UserError`.
     """
-    if people_per_batch < 1:
-        raise UserError("--people-per-batch must be at least 1")
+    if samples_per_batch < 1:
+        raise UserError("--samples-per-batch must be at least 1")
     where = _device(device)
     began = time.monotonic()
     exported = read_export(model)
@@ -171,12 +171,12 @@ def impute(
     target = target or default_data(exported.config.data).target
     inputs = open_inputs(files, exported.config.data)
     panel = inputs.panel
-    logger.info("panel %s: %d people, %d sites", panel.path, len(panel.samples), len(panel.sites))
+    logger.info("panel %s: %d samples, %d sites", panel.path, len(panel.samples), len(panel.sites))
     with tempfile.TemporaryDirectory(dir=cache_directory(exported.config.data)) as scratch:
         targets = harmonise_targets(open_panel(target, Path(scratch)), panel, allow_overlap)
-        imputation = Imputation(exported, inputs, where, people_per_batch, transformer)
+        imputation = Imputation(exported, inputs, where, samples_per_batch, transformer)
         impute_to_vcf(imputation, targets, out)
-    logger.info("%s: %d people in %.0f s", out, len(targets.samples), time.monotonic() - began)
+    logger.info("%s: %d samples in %.0f s", out, len(targets.samples), time.monotonic() - began)
 
 
 def _device(name: str | None) -> torch.device:

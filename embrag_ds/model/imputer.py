@@ -79,7 +79,7 @@ class Imputer(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, batch: Batch, transformer: bool = True) -> Prediction:
-        """Log-odds of ALT at every site of the core, the shown ones included.
+        """Log-odds of ALT at every site of the core, the observed ones included.
 
         Without ``transformer`` its residual is left out, and so is its time: what stays is the prior and the correction
         from what the prior rests on.
@@ -100,12 +100,12 @@ class Imputer(nn.Module):
             prior = prior + batch.core.good_turing
         residual = torch.zeros_like(prior)
         if transformer:
-            residual = self.head(self._hidden(batch, pooled, expected))[..., 0].float()
+            residual = self.head(self._states(batch, pooled, expected))[..., 0].float()
         if self.confidence is not None and pooled is not None and pooled.evidence is not None:
             residual = residual + self.confidence(prior, pooled.evidence, batch.core.frequency)
         return Prediction(prior + residual, prior)
 
-    def _hidden(self, batch: Batch, pooled: Pooled | None, expected: Tensor) -> Tensor:
+    def _states(self, batch: Batch, pooled: Pooled | None, expected: Tensor) -> Tensor:
         """What the head reads, [B, L, D]."""
         retrieved = batch.retrieved
         position = batch.core.sites.position

@@ -56,7 +56,7 @@ def allele_log_probabilities(logits: Tensor) -> Tensor:
 
 
 def genotype_log_probabilities(logits: Tensor) -> Tensor:
-    """log P(0, 1, 2 copies of ALT) of a person from its two haplotypes' log-odds [B, ...]: [N, ..., 3].
+    """log P(0, 1, 2 copies of ALT) of a sample from its two haplotypes' log-odds [B, ...]: [N, ..., 3].
 
     The genotype head has no parameters of its own: given the haplotypes' logits their alleles are
     independent, so genotype and haplotype calls can never contradict each other.
@@ -69,7 +69,7 @@ def genotype_log_probabilities(logits: Tensor) -> Tensor:
 
 def imputation_loss(logits: Tensor, alleles: Tensor, scored: Tensor, frequency: Tensor, settings: LossConfig) -> Losses:
     """The training loss: ``logits`` [B, L] log-odds of ALT, ``alleles`` [B, L], ``scored`` bool [B, L], the same
-    for both haplotypes of a person; ``frequency`` [L] of ALT is the site's, whoever is asked about."""
+    for both haplotypes of a sample; ``frequency`` [L] of ALT is the site's, whoever is asked about."""
     logits = logits.float()
     weight = scored * torch.minimum(frequency, 1 - frequency).clamp_min(1e-6) ** -settings.rarity
     haplotype = _weighted_mean(allele_log_probabilities(logits), alleles, weight, settings)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from embrag_ds.data.tokens import ALT, REF
-from embrag_ds.ops.dosage import Places, alt_share, expected_allele, interpolated
+from embrag_ds.ops.dosage import FlankingSites, alt_share, expected_allele, interpolated
 from embrag_ds.ops.li_stephens import copying_posterior, count_true, match_lengths
 from embrag_ds.retrieval.batch import Batch, Retrieved
 
@@ -77,7 +77,7 @@ class DistancePooling(nn.Module):
         weights = torch.softmax(-self.log_strength.float().exp() * distance, dim=1)
         # The same weights at every site: a posterior at one place, on either side of every site.
         posterior, nowhere = weights[:, None], torch.zeros_like(batch.core.tokens)
-        everywhere = Places(nowhere, nowhere, torch.zeros_like(batch.core.frequency))
+        everywhere = FlankingSites(nowhere, nowhere, torch.zeros_like(batch.core.frequency))
         ancestry = posterior @ _membership(batch, retrieved)
         sites = batch.core.tokens.shape[1]
         return Pooled(
@@ -181,7 +181,7 @@ def _evidence(
     posterior: Tensor,
     dosage: Tensor,
     other: Tensor,
-    between: Places,
+    between: FlankingSites,
     density: Tensor,
 ) -> Evidence:
     lengths = match_lengths(retrieved.mismatch, position, batch.window.typed_count, batch.window.near).mul_(posterior)
@@ -211,7 +211,7 @@ def _membership(batch: Batch, retrieved: Retrieved) -> Tensor:
     return (retrieved.population[..., None] == populations).float()
 
 
-def _flanking(batch: Batch) -> Places:
+def _flanking(batch: Batch) -> FlankingSites:
     """The typed sites on either side of every site of the core.
 
     The sites are places in the part ``batch.window.near`` of a row of ``batch.window.typed``; beyond the first and the
@@ -227,7 +227,7 @@ def _flanking(batch: Batch) -> Places:
     start = position[batch.window.typed.gather(1, left)]
     between = position[batch.window.typed.gather(1, right)] - start
     share = torch.where(between > 0, (position[sites] - start) / between.clamp_min(1e-12), 0.0)
-    return Places(left - batch.window.near.start, right - batch.window.near.start, share.clamp(0, 1))
+    return FlankingSites(left - batch.window.near.start, right - batch.window.near.start, share.clamp(0, 1))
 
 
 def pooled_embedding(pooled: Pooled, retrieved: Retrieved, own: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ _LEAST_RUN = 12
 
 
 @dataclass(frozen=True)
-class Places:
-    """Between which typed sites the core's sites lie: ``left`` and ``right`` int64 [B, L], places among the N that a
+class FlankingSites:
+    """Between which typed sites the core's sites lie: ``left`` and ``right`` int64 [B, L], flanking among the N that a
     posterior has, and ``share`` float32 [B, L], the weight of the right one."""
 
     left: Tensor
@@ -35,11 +35,11 @@ class Places:
     share: Tensor
 
 
-def interpolated(posterior: Tensor, places: Places) -> Tensor:
+def interpolated(posterior: Tensor, flanking: FlankingSites) -> Tensor:
     """Posteriors [B, N, K] carried to the sites between, [B, K, L]."""
     rows = torch.arange(len(posterior), device=posterior.device)[:, None]
-    left, right = posterior[rows, places.left], posterior[rows, places.right]
-    return torch.lerp(left, right, places.share[..., None]).transpose(1, 2)
+    left, right = posterior[rows, flanking.left], posterior[rows, flanking.right]
+    return torch.lerp(left, right, flanking.share[..., None]).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,13 @@ class Sequences:
 Neighbours = DenseAlleles | Carriers | Sequences
 
 
-def expected_allele(neighbours: Neighbours, posterior: Tensor, places: Places) -> Tensor:
+def expected_allele(neighbours: Neighbours, posterior: Tensor, flanking: FlankingSites) -> Tensor:
     """Expected allele of the copied haplotype, float32 [B, L]; ``posterior`` [B, N, K]. Differentiable in it."""
     if not isinstance(neighbours, DenseAlleles):
-        return _ListedDosage.apply(posterior, neighbours, places)
+        return _ListedDosage.apply(posterior, neighbours, flanking)
     if posterior.is_cuda and cuda.available():
-        return CudaDosage.apply(posterior, neighbours.all, places.left, places.right, places.share)
-    return (interpolated(posterior, places) * neighbours.all).sum(1)
+        return CudaDosage.apply(posterior, neighbours.all, flanking.left, flanking.right, flanking.share)
+    return (interpolated(posterior, flanking) * neighbours.all).sum(1)
 
 
 def alt_share(neighbours: Neighbours) -> Tensor:
@@ -101,7 +101,7 @@ def alt_share(neighbours: Neighbours) -> Tensor:
     shape = len(ids), len(neighbours.blocks.start) - 1
     nowhere = torch.zeros(shape, dtype=torch.int64)
     equal = torch.full((len(ids), 1, ids.shape[1]), 1 / ids.shape[1])
-    return expected_allele(neighbours, equal, Places(nowhere, nowhere, torch.zeros(shape)))
+    return expected_allele(neighbours, equal, FlankingSites(nowhere, nowhere, torch.zeros(shape)))
 
 
 def dense_alleles(neighbours: Neighbours) -> Tensor:
@@ -157,13 +157,13 @@ class Blocks:
 
 class _ListedDosage(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, posterior: Tensor, neighbours: Carriers | Sequences, places: Places) -> Tensor:
-        between = [each.detach().contiguous() for each in (places.left, places.right, places.share)]
+    def forward(ctx: Any, posterior: Tensor, neighbours: Carriers | Sequences, flanking: FlankingSites) -> Tensor:
+        between = [each.detach().contiguous() for each in (flanking.left, flanking.right, flanking.share)]
         ctx.save_for_backward(*between)
         ctx.lists = neighbours.lists
         ctx.shape = posterior.shape
         mix, ctx.adjoint = _LOOPS[type(neighbours)]
-        dosage = np.empty(places.share.shape, dtype=np.float32)
+        dosage = np.empty(flanking.share.shape, dtype=np.float32)
         mix(posterior.detach().contiguous().numpy(), *ctx.lists, *(each.numpy() for each in between), dosage)
         return torch.from_numpy(dosage)
 

@@ -19,7 +19,7 @@ SOURCE = r"""
 extern "C" __global__ void copied_dosage(
     const unsigned char* alleles,  // [B, K, L]
     const float* posterior,        // [B, N, K]
-    const long long* left,         // [B, L], places among the N, rising along L, as are the next
+    const long long* left,         // [B, L], flanking among the N, rising along L, as are the next
     const long long* right,        // [B, L]
     const float* share,            // [B, L], of the right one
     float* dosage,                 // [B, L]
@@ -86,23 +86,23 @@ class CudaDosage(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, posterior: Tensor, alleles: Tensor, left: Tensor, right: Tensor, share: Tensor) -> Tensor:
-        places = [each.detach().contiguous() for each in (left, right, share)]
-        given = [alleles.contiguous(), posterior.detach().contiguous(), *places]
+        flanking = [each.detach().contiguous() for each in (left, right, share)]
+        given = [alleles.contiguous(), posterior.detach().contiguous(), *flanking]
         ctx.sizes = (posterior.shape[1], *alleles.shape[1:])
         dosage = torch.empty_like(share)
         _run("copied_dosage", dosage.shape[1], [*given, dosage], ctx.sizes)
-        ctx.save_for_backward(given[0], *places)
+        ctx.save_for_backward(given[0], *flanking)
         return dosage
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
-        alleles, *places = ctx.saved_tensors
+        alleles, *flanking = ctx.saved_tensors
         passed, neighbours, _ = ctx.sizes
         posterior_gradient = torch.zeros(len(alleles), passed, neighbours, device=alleles.device)
         _run(
             "copied_dosage_adjoint",
             neighbours,
-            [alleles, gradients[0].float().contiguous(), *places, posterior_gradient],
+            [alleles, gradients[0].float().contiguous(), *flanking, posterior_gradient],
             ctx.sizes,
         )
         return posterior_gradient, None, None, None, None

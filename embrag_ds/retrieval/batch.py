@@ -48,19 +48,19 @@ class Retrieved:
 class CoreFrame:
     """What a batch holds over the L sites of its window's core, which are predicted.
 
-    ``sites`` are their features. ``tokens`` int64 [B, L] is what the query shows, ``hidden`` bool [B, L] where it
-    hides, ``alleles`` int64 [B, L] the truth (meaningless at the hidden sites of people to be imputed). ``frequency``
-    [B, L] and ``population_frequency`` [B, P, L], float32, are those of ALT among the people whom the query may
-    retrieve (see :mod:`embrag_ds.retrieval.frequency`); ``scored`` bool [B, L] are the hidden sites with as many
+    ``sites`` are their features. ``tokens`` int64 [B, L] is what the query shows, ``masked`` bool [B, L] where it
+    hides, ``alleles`` int64 [B, L] the truth (meaningless at the masked sites of samples to be imputed). ``frequency``
+    [B, L] and ``population_frequency`` [B, P, L], float32, are those of ALT among the samples whom the query may
+    retrieve (see :mod:`embrag_ds.retrieval.frequency`); ``scored`` bool [B, L] are the masked sites with as many
     copies left among them as the rarest site of the panel has. At the others the loss does not count: such a
     site would not be in a panel without the query, so that it is here says that the query has the allele.
     ``good_turing`` float32 [B, L] is what the panel's spectrum adds to the log-odds of ALT
-    (:attr:`embrag_ds.data.panel.ReferenceSet.good_turing_odds`).
+    (:attr:`embrag_ds.data.panel.PanelSubset.good_turing_odds`).
     """
 
     sites: SiteTensors
     tokens: Tensor
-    hidden: Tensor
+    masked: Tensor
     alleles: Tensor
     scored: Tensor
     frequency: Tensor

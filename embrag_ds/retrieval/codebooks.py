@@ -31,7 +31,7 @@ Encoder = Callable[[int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class WindowCode:
+class WindowCodebook:
     """What one generation says of a window, on the device.
 
     ``codebook`` [L, 2, D] of the core's sites (None in mode ``token``) and ``weights`` float32 [L] of all the
@@ -43,10 +43,10 @@ class WindowCode:
     generation: Generation
 
 
-class ReferenceSource(Protocol):
+class CodebookSource(Protocol):
     """Where a batch's codebook comes from: the cache, or the live embedding layer."""
 
-    def code(self, window: int, step: int) -> WindowCode:
+    def code(self, window: int, step: int) -> WindowCodebook:
         """What the batches of ``step`` use of ``window``."""
         ...
 
@@ -162,7 +162,7 @@ class ReferenceCache:
             if future.done():
                 future.result()
 
-    def code(self, window: int, step: int) -> WindowCode:
+    def code(self, window: int, step: int) -> WindowCodebook:
         """Copies, on the device, of what the generation in use at ``step`` says; waits until it is encoded."""
         generation = self.schedule.in_use(step)
         with self._begun:
@@ -179,7 +179,7 @@ class ReferenceCache:
                 weights.to(self._device, non_blocking=True, copy=True),
             )
         buffer.reads[get_ident()] = mark_current(self._device)
-        return WindowCode(*copies, generation)
+        return WindowCodebook(*copies, generation)
 
     def close(self) -> None:
         """Release whoever waits, and the refresh thread."""
@@ -196,18 +196,18 @@ def _yield_to_training() -> None:
         os.setpriority(os.PRIO_PROCESS, get_native_id(), 19)
 
 
-class TokenReference:
+class EqualWeights:
     """Nothing is encoded: every site weighs the same, which makes the distance the plain Hamming distance."""
 
     def __init__(self, windows: list[Window], device: torch.device):
         self._weights = torch.ones(max(map(len, windows)), device=device)
         self._windows = windows
 
-    def code(self, window: int, step: int) -> WindowCode:
-        return WindowCode(None, self._weights[: len(self._windows[window])], Generation(0, 0, 0))
+    def code(self, window: int, step: int) -> WindowCodebook:
+        return WindowCodebook(None, self._weights[: len(self._windows[window])], Generation(0, 0, 0))
 
 
-class SnapshotReference:
+class SnapshotCodebooks:
     """One snapshot of the embedding layer, encoded window by window as batches come to them; nothing else is held.
 
     For imputation, which passes over every window once. An instance serves one thread.
@@ -217,16 +217,16 @@ class SnapshotReference:
         self._encoder = encoder
         self._windows = windows
         self._device = device
-        self._latest: tuple[int, WindowCode] | None = None
+        self._latest: tuple[int, WindowCodebook] | None = None
 
-    def code(self, window: int, step: int) -> WindowCode:
+    def code(self, window: int, step: int) -> WindowCodebook:
         if self._latest is None or self._latest[0] != window:
             encoded = encode_window(self._encoder, self._windows[window], self._device)
-            self._latest = window, WindowCode(*encoded, Generation(0, 0, 0))
+            self._latest = window, WindowCodebook(*encoded, Generation(0, 0, 0))
         return self._latest[1]
 
 
-class LiveReference:
+class LiveCodebooks:
     """The embedding layer as it is now, encoded anew for every batch (encoding ``live``)."""
 
     def __init__(self, encoder: Encoder, windows: list[Window], device: torch.device):
@@ -234,6 +234,6 @@ class LiveReference:
         self._windows = windows
         self._device = device
 
-    def code(self, window: int, step: int) -> WindowCode:
+    def code(self, window: int, step: int) -> WindowCodebook:
         encoded = encode_window(self._encoder, self._windows[window], self._device)
-        return WindowCode(*encoded, Generation(step, step, step))
+        return WindowCodebook(*encoded, Generation(step, step, step))

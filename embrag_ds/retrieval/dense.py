@@ -9,7 +9,7 @@ from torch import Tensor
 from embrag_ds.data.tokens import MASK
 from embrag_ds.data.windows import WindowedPanel
 from embrag_ds.errors import UserError
-from embrag_ds.retrieval.codebooks import Encoder, WindowCode
+from embrag_ds.retrieval.codebooks import Encoder, WindowCodebook
 from embrag_ds.retrieval.device_panel import GIB
 from embrag_ds.retrieval.schedule import Generation
 from embrag_ds.retrieval.search import barred
@@ -20,7 +20,7 @@ class DenseStore:
     """The literal form: stored embeddings [H, L, D] and FAISS ``IndexFlatL2`` over flattened L x D rows.
 
     It is the oracle of :class:`~embrag_ds.retrieval.store.FactoredStore`, for panels small enough to hold. What a
-    query hides is set to zero on both sides, so a hidden site adds nothing to a distance.
+    query hides is set to zero on both sides, so a masked site adds nothing to a distance.
     """
 
     backend = "faiss IndexFlatL2"
@@ -51,7 +51,7 @@ class DenseStore:
                 for window in range(len(self._data))
             ]
 
-    def search(self, query: Query, code: WindowCode, k: int) -> Tensor:
+    def search(self, query: Query, code: WindowCodebook, k: int) -> Tensor:
         import faiss
 
         tokens, number = query.tokens, code.generation.number

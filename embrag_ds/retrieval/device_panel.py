@@ -19,7 +19,7 @@ GIB = 1 << 30
 _COPY_ROWS = 1 << 16
 
 
-class PackedReference:
+class DevicePanel:
     """Site-major packed alleles [S, ceil(2N / 8)] of the whole panel, read as rows of the reference set."""
 
     def __init__(self, data: WindowedPanel, device: torch.device, budget_gb: float):

@@ -1,8 +1,8 @@
 """Allele frequencies as a query may know them: without the query.
 
-A person of the panel has a part in the panel's frequencies. For a common allele that is nothing; of an allele
+A sample of the panel has a part in the panel's frequencies. For a common allele that is nothing; of an allele
 with two copies a carrier would see one copy among its neighbours where anybody else sees two, and what
-the network learned from it would not hold for people who are not in the panel. So where a frequency is rare it
+the network learned from it would not hold for samples who are not in the panel. So where a frequency is rare it
 is counted without those whom the query must not retrieve. Where it is common the plain one stays, and the
 embedding layer, which serves all queries alike, sees rare ones only as "rare"
 (:meth:`embrag_ds.data.windows.WindowedPanel.features`): no two numbers before the network differ by the
@@ -21,12 +21,14 @@ from embrag_ds.data.panel import FEW, RARE
 
 
 class Frequencies(NamedTuple):
-    """ALT frequencies float32 [B, L] ``overall`` and [B, P, L] by ``population``; ``copies`` [B, L] of the minor
-    allele that the query may retrieve."""
+    """ALT frequencies float32 [B, L] ``overall`` and [B, P, L] by ``population``.
+
+    ``minor_allele_count`` [B, L] counts what the query may retrieve.
+    """
 
     overall: Tensor
     population: Tensor
-    copies: Tensor
+    minor_allele_count: Tensor
 
 
 def frequencies_without(
@@ -48,7 +50,7 @@ def frequencies_without(
     return Frequencies(
         overall=overall,
         population=torch.where(left[..., None] > 0, each, overall[:, None]),
-        copies=torch.minimum(without, remaining - without),
+        minor_allele_count=torch.minimum(without, remaining - without),
     )
 
 

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from embrag_ds.data.windows import WindowedPanel
 from embrag_ds.retrieval.batch import SiteTensors
 from embrag_ds.retrieval.codebooks import (
+    CodebookSource,
     Encoder,
-    LiveReference,
+    EqualWeights,
+    LiveCodebooks,
     ReferenceCache,
-    ReferenceSource,
-    SnapshotReference,
-    TokenReference,
+    SnapshotCodebooks,
 )
 from embrag_ds.retrieval.collate import RetrievalCollator, site_tensors
 from embrag_ds.retrieval.dense import DenseStore
-from embrag_ds.retrieval.device_panel import GIB, PackedReference
+from embrag_ds.retrieval.device_panel import GIB, DevicePanel
 from embrag_ds.retrieval.schedule import Generation, RefreshSchedule
 from embrag_ds.retrieval.search import Search, make_search
 from embrag_ds.retrieval.settings import RetrievalConfig
@@ -105,22 +105,22 @@ class Reference:
         self.prefetch = 0 if self._live else settings.prefetch
         self.cache: ReferenceCache | None = None
         self._snapshots: dict[int, EmbeddingLayer] = {}
-        self._panel = PackedReference(data, device, settings.device_budget_gb)
+        self._panel = DevicePanel(data, device, settings.device_budget_gb)
         self._dense: DenseStore | None = None
-        self._source: ReferenceSource | None = None
+        self._source: CodebookSource | None = None
         if settings.mode == "token":
-            self._source = TokenReference(data.windows, device)
+            self._source = EqualWeights(data.windows, device)
         if not encodes:
             return
         if settings.store == "dense":
             self._dense = DenseStore(data, embedding.dims, settings.dense_budget_gb, device, 2 if refreshes else 1)
         if snapshot is not None:
             encoder = self._encoder({name: value.to(device) for name, value in snapshot.items()})[1]
-            self._source = SnapshotReference(encoder, data.windows, device)
+            self._source = SnapshotCodebooks(encoder, data.windows, device)
             if self._dense is not None:
                 self._dense.refresh(Generation(0, 0, 0), encoder)
         elif self._live:
-            self._source = LiveReference(window_encoder(embedding, data, device), data.windows, device)
+            self._source = LiveCodebooks(window_encoder(embedding, data, device), data.windows, device)
         else:
             dtype = next(iter(embedding.parameters())).dtype
             asynchronous = refreshes and settings.refresh.asynchronous
@@ -132,8 +132,8 @@ class Reference:
         settings = self._settings
         return f"{settings.mode}, {settings.encoding}" if settings.mode == "embedding" else settings.mode
 
-    def collator(self, people: int, slots: int = 1, search: Search | None = None) -> RetrievalCollator:
-        """A collator for one thread's use and batches of at most ``people``; ``search`` in place of the backend's."""
+    def collator(self, samples: int, slots: int = 1, search: Search | None = None) -> RetrievalCollator:
+        """A collator for one thread's use and batches of at most ``samples``; ``search`` in place of the backend's."""
         store: Store | None = self._dense
         if self._source is not None and store is None:
             search = search or make_search(self._settings.backend, self._device)
@@ -146,7 +146,7 @@ class Reference:
             source=self._source,
             k=self._settings.k,
             exclusions=self._exclusions,
-            people=people,
+            samples=samples,
             slots=slots,
             live=self._live,
             token_k=self._settings.token_k if self._settings.mode == "token" else 0,

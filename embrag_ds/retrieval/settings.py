@@ -22,13 +22,13 @@ class LocalRetrieval:
     context_sites: int
     per_chunk: int
 
-    def chunks(self, shown: int, typed: float) -> list[slice]:
-        """Chunks, context included, of ``shown`` sites of which a haplotype shows ``typed`` on average."""
-        spread = shown / max(typed, 1.0)
+    def chunks(self, observed: int, typed: float) -> list[slice]:
+        """Chunks, context included, of ``observed`` sites of which a haplotype shows ``typed`` on average."""
+        spread = observed / max(typed, 1.0)
         context = round(self.context_sites * spread)
-        number = max(1, round(shown / (self.chunk_sites * spread)))
-        bounds = np.linspace(0, shown, number + 1).round().astype(int).tolist()
-        return [slice(max(0, first - context), min(shown, last + context)) for first, last in pairwise(bounds)]
+        number = max(1, round(observed / (self.chunk_sites * spread)))
+        bounds = np.linspace(0, observed, number + 1).round().astype(int).tolist()
+        return [slice(max(0, first - context), min(observed, last + context)) for first, last in pairwise(bounds)]
 
 
 @strict_settings

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from embrag_ds.data.tokens import MASK
 from embrag_ds.ops.bits import pack
-from embrag_ds.retrieval.codebooks import WindowCode
+from embrag_ds.retrieval.codebooks import WindowCodebook
 from embrag_ds.retrieval.schedule import Generation
 from embrag_ds.retrieval.search import Search
 from embrag_ds.retrieval.settings import LocalRetrieval
@@ -21,16 +21,16 @@ from embrag_ds.retrieval.settings import LocalRetrieval
 class Query:
     """Whom to find neighbours for.
 
-    ``tokens`` int64 [B, L] of a window; ``shown`` int64 [T], the sites that at least one of them shows, on
-    the CPU (``shown_on_device``: the same there); ``alleles`` uint8 [T, H], the reference haplotypes at those
+    ``tokens`` int64 [B, L] of a window; ``observed`` int64 [T], the sites that at least one of them shows, on
+    the CPU (``observed_on_device``: the same there); ``alleles`` uint8 [T, H], the reference haplotypes at those
     sites; ``excluded`` int64 [B, E], haplotypes that each must not find, filled up with H;
     ``typed_per_haplotype``, the mean number of sites that one of them shows.
     """
 
     window: int
     tokens: Tensor
-    shown: np.ndarray
-    shown_on_device: Tensor
+    observed: np.ndarray
+    observed_on_device: Tensor
     alleles: Tensor
     excluded: Tensor
     typed_per_haplotype: float
@@ -41,7 +41,7 @@ class Store(Protocol):
 
     backend: str
 
-    def search(self, query: Query, code: WindowCode, k: int) -> Tensor:
+    def search(self, query: Query, code: WindowCodebook, k: int) -> Tensor:
         """Ids int64 [B, k] of reference haplotypes near each query haplotype, nearest first."""
         ...
 
@@ -63,9 +63,9 @@ class FactoredStore:
         self._search = search
         self._local = local
 
-    def search(self, query: Query, code: WindowCode, k: int) -> Tensor:
-        tokens = query.tokens.index_select(1, query.shown_on_device)
-        weights = code.weights[query.shown_on_device] * (tokens < MASK)
+    def search(self, query: Query, code: WindowCodebook, k: int) -> Tensor:
+        tokens = query.tokens.index_select(1, query.observed_on_device)
+        weights = code.weights[query.observed_on_device] * (tokens < MASK)
         count = query.alleles.shape[1]
         reference = pack(query.alleles) if self._search.packed else query.alleles
 
@@ -78,7 +78,7 @@ class FactoredStore:
         everywhere = nearest(slice(None), k)
         if self._local is None:
             return everywhere
-        chunks = self._local.chunks(len(query.shown), query.typed_per_haplotype)
+        chunks = self._local.chunks(len(query.observed), query.typed_per_haplotype)
         near = torch.stack([nearest(chunk, min(k, self._local.per_chunk)) for chunk in chunks], dim=2)
         return first_distinct(torch.cat([near.flatten(1), everywhere], dim=1), k, count)
 

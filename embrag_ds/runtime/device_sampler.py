@@ -16,7 +16,7 @@ import torch
 from embrag_ds.errors import UserError
 
 INTERVAL_S = 0.1
-MOST_SAMPLES = 10_000
+MOST_READINGS = 10_000
 
 _NO_DRIVER = (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded)
 _UNAVAILABLE = (pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission, pynvml.NVMLError_FunctionNotFound)
@@ -24,12 +24,12 @@ _UNAVAILABLE = (pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission, py
 
 
 @dataclass(frozen=True)
-class Sample:
+class Reading:
     """One look, ``seconds`` after the start. None where the machine does not tell.
 
-    Of the process: ``host_bytes`` resident and ``cpu_percent`` since the sample before (100 is one core; None in the
-    first sample and the last, too short after another). Of the GPU, by NVML: memory that this process uses
-    (``process_bytes``; hidden in most containers) and that all do (``device_bytes``), utilisation, power, clocks, and
+    Of the process: ``host_bytes`` resident and ``cpu_percent`` since the reading before (100 is one core; None in the
+    first reading and the last, too short after another). Of the GPU, by NVML: memory that this process uses
+    (``process_bytes``; masked in most containers) and that all do (``device_bytes``), utilisation, power, clocks, and
     PCIe traffic to (``rx``) and from (``tx``) the GPU over 20 ms. Of torch's allocator: bytes in tensors, bytes
     reserved, and the most that were in tensors so far.
     """
@@ -52,7 +52,7 @@ class Sample:
 
 class _Gpu(Protocol):
     def read(self) -> dict[str, Any]:
-        """The GPU's fields of a :class:`Sample`."""
+        """The GPU's fields of a :class:`Reading`."""
         ...
 
     def close(self) -> None:
@@ -98,14 +98,14 @@ class _NvmlGpu:
 
 
 class DeviceSampler:
-    """Samples the machine on a thread of its own, from :meth:`start` (or ``with``) to :meth:`stop`; used once.
+    """QueryBatch the machine on a thread of its own, from :meth:`start` (or ``with``) to :meth:`stop`; used once.
 
-    ``source`` says in words what is sampled. :attr:`samples` never holds more than ``MOST_SAMPLES``: a long run keeps
+    ``source`` says in words what is sampled. :attr:`readings` never holds more than ``MOST_READINGS``: a long run keeps
     every second, fourth, ... of them; the peaks are those of all.
     """
 
     def __init__(self, device: torch.device, interval_s: float = INTERVAL_S):
-        """``interval_s`` lie between two samples. Raises a UserError where NVML does not know ``device``."""
+        """``interval_s`` lie between two readings. Raises a UserError where NVML does not know ``device``."""
         if device.type == "cuda" and device.index is None:
             # Another thread has another current device.
             device = torch.device("cuda", torch.cuda.current_device())
@@ -113,7 +113,7 @@ class DeviceSampler:
         self._interval_s = interval_s
         self._process = psutil.Process()
         self._gpu, self.source = _open_gpu(device)
-        self.samples: list[Sample] = []
+        self.readings: list[Reading] = []
         self._peaks: dict[str, float] = {}
         self._taken = 0
         self._kept_every = 1
@@ -129,7 +129,7 @@ class DeviceSampler:
         self._thread.start()
 
     def stop(self) -> None:
-        """Take the last sample and end the thread; raises what went wrong on it."""
+        """Take the last reading and end the thread; raises what went wrong on it."""
         self._stopping.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -149,21 +149,21 @@ class DeviceSampler:
         return dict(self._peaks)
 
     def columns(self) -> dict[str, list[Any]]:
-        """The samples field by field, without fields that were never told."""
-        names = [field.name for field in fields(Sample) if field.name == "seconds" or field.name in self._peaks]
-        return {name: [getattr(sample, name) for sample in self.samples] for name in names}
+        """The readings field by field, without fields that were never told."""
+        names = [field.name for field in fields(Reading) if field.name == "seconds" or field.name in self._peaks]
+        return {name: [getattr(reading, name) for reading in self.readings] for name in names}
 
     def _run(self) -> None:
         try:
-            self._keep(self._sample(cpu_percent=None))
+            self._keep(self._read_all(cpu_percent=None))
             while not self._stopping.wait(self._interval_s):
-                self._keep(self._sample(self._process.cpu_percent()))
-            self._keep(self._sample(cpu_percent=None))
+                self._keep(self._read_all(self._process.cpu_percent()))
+            self._keep(self._read_all(cpu_percent=None))
         except BaseException as fault:  # whatever it is, stop() raises it
             self._fault = fault
 
-    def _sample(self, cpu_percent: float | None) -> Sample:
-        return Sample(
+    def _read_all(self, cpu_percent: float | None) -> Reading:
+        return Reading(
             seconds=time.perf_counter() - self._began,
             host_bytes=self._process.memory_info().rss,
             cpu_percent=cpu_percent,
@@ -171,15 +171,15 @@ class DeviceSampler:
             **_allocator(self._device),
         )
 
-    def _keep(self, sample: Sample) -> None:
-        for name, value in vars(sample).items():
+    def _keep(self, reading: Reading) -> None:
+        for name, value in vars(reading).items():
             if value is not None and name != "seconds":
                 self._peaks[name] = max(value, self._peaks.get(name, value))
         if self._taken % self._kept_every == 0:
-            self.samples.append(sample)
+            self.readings.append(reading)
         self._taken += 1
-        if len(self.samples) > MOST_SAMPLES:
-            self.samples = self.samples[::2]
+        if len(self.readings) > MOST_READINGS:
+            self.readings = self.readings[::2]
             self._kept_every *= 2
 
 

@@ -1,4 +1,4 @@
-"""``--profile``: a run's timeline and samples of its machine, as a report in the run folder."""
+"""``--profile``: a run's timeline and readings of its machine, as a report in the run folder."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Profile:
         logger.info(f"written to {path} and {plot.name}")
 
     def report(self) -> dict[str, Any]:
-        """What was measured: header, peaks, phases and samples (field by field), as JSON has it."""
+        """What was measured: header, peaks, phases and readings (field by field), as JSON has it."""
         totals = self.timeline.totals()
         micro_batches = sum(total.count for total in totals if total.name == "step")
         phases = []
@@ -124,7 +124,7 @@ class Profile:
             "micro_batches": micro_batches,
             "peaks": self._sampler.peaks(),
             "phases": phases,
-            "samples": self._sampler.columns(),
+            "readings": self._sampler.columns(),
         }
 
 

@@ -26,11 +26,11 @@ _STEPS_SHOWN = 5
 def plot_profile(report: dict[str, Any], spans: list[Span], path: Path) -> Path:
     """Memory over time, and below it the phases of a few steps, a row for each thread."""
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(9, 6.5))
-    samples = report["samples"]
+    readings = report["readings"]
     for name, label in _MEMORY.items():
-        if name in samples:
-            gib = [np.nan if value is None else value / (1 << 30) for value in samples[name]]
-            above.plot(samples["seconds"], gib, label=label)
+        if name in readings:
+            gib = [np.nan if value is None else value / (1 << 30) for value in readings[name]]
+            above.plot(readings["seconds"], gib, label=label)
     above.set(xlabel="seconds", ylabel="memory, GiB", ylim=(0, None))
     above.set_title(f"{report['header']['device']}\n{report['header']['source']}", fontsize="small")
     _draw_spans(below, _few_steps(spans))

@@ -48,8 +48,8 @@ class RunRecord:
             "git": _git_revision(),
             "device": device_name(self._distributed.device),
             "ranks": self._distributed.ranks,
-            "micro_batch_people": engine.train_micro_batch_size_per_gpu(),
-            "global_batch_people": engine.train_batch_size(),
+            "micro_batch_samples": engine.train_micro_batch_size_per_gpu(),
+            "global_batch_samples": engine.train_batch_size(),
             **inputs,
         }
         (directory / "config.json").write_text(json.dumps(config.as_dict(), indent=2) + "\n", encoding="utf-8")

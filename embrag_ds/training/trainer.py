@@ -18,7 +18,7 @@ import torch.distributed
 from embrag_ds.config import RunConfig
 from embrag_ds.data.inputs import PanelInputs, windowed
 from embrag_ds.data.panel import skipped_records
-from embrag_ds.data.sampler import Samples, TrainingSampler, exclusion_table, split_people
+from embrag_ds.data.sampler import QueryBatch, TrainingSampler, exclusion_table, split_samples
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation.metrics import DISJOINT_BINS
 from embrag_ds.export import MODEL_FILE, read_export, start_from, write_export
@@ -47,7 +47,7 @@ class Interval:
 
     losses: torch.Tensor
     micro_batches: int = 0
-    people: int = 0
+    samples: int = 0
     skipped_before: int = 0
     waited_before: float = 0.0
     bytes_moved: int = 0
@@ -90,8 +90,10 @@ class Trainer:
             logger.info(note)
         self.accumulation = settings.get("gradient_accumulation_steps", 1)
 
-        people, held_out = split_people(len(inputs.panel.samples), self.embrag.data.validation_people, self.embrag.seed)
-        data = windowed(inputs, self.embrag.data, people, self.embrag.masking.array_manifest)
+        samples, held_out = split_samples(
+            len(inputs.panel.samples), self.embrag.data.validation_samples, self.embrag.seed
+        )
+        data = windowed(inputs, self.embrag.data, samples, self.embrag.masking.array_manifest)
         micro_batch = settings["train_micro_batch_size_per_gpu"]
         self.sampler = TrainingSampler(
             data,
@@ -141,7 +143,7 @@ class Trainer:
         self.record.describe(
             effective, self.engine, {"panel": str(inputs.panel.path), "init_from": init_from and str(init_from)}
         )
-        logger.info(self._summary(inputs, len(people), len(held_out)))
+        logger.info(self._summary(inputs, len(samples), len(held_out)))
 
     def run(self) -> None:
         """Train to ``max_steps``, or until validation has not improved for ``patience`` rounds."""
@@ -173,7 +175,7 @@ class Trainer:
         """The run's remaining micro-batches, each under the generation of its step."""
 
         def build(number: int) -> Batch:
-            return self.collate(self.sampler.samples(number), number // self.accumulation)
+            return self.collate(self.sampler.queries(number), number // self.accumulation)
 
         first, stop = (step * self.accumulation for step in (self.state.step, self.embrag.train.max_steps))
         return Prefetcher(build, first, stop, self.reference.prefetch)
@@ -203,7 +205,7 @@ class Trainer:
                 self.engine.step()
             interval.losses += _stacked(losses)
             interval.micro_batches += 1
-            interval.people += len(batch.core.tokens) // 2
+            interval.samples += len(batch.core.tokens) // 2
             interval.bytes_moved += batch.bytes_moved
         self.state.step += 1
 
@@ -236,7 +238,7 @@ class Trainer:
             "learning_rate": self.engine.get_lr()[0],
             "skipped_steps": skipped,
             "gradient_norm": None if norm is None else float(norm),
-            "people_per_second": interval.people * self.distributed.ranks / seconds,
+            "samples_per_second": interval.samples * self.distributed.ranks / seconds,
             "step_ms": 1000 * seconds / steps,
             "retrieval_wait_ms": 1000 * waited / steps,
             "retrieval_wait_share": waited / seconds,
@@ -248,8 +250,8 @@ class Trainer:
         age = f"generation {values['generation']} (staleness {values['staleness']})  " if "generation" in values else ""
         logger.info(
             f"step {self.state.step}/{self.embrag.train.max_steps}  loss {total:.4f}  "
-            f"{values['people_per_second']:.0f} people/s  retrieval wait {100 * values['retrieval_wait_share']:.0f} %  "
-            f"{age}{_clock(left)} left"
+            f"{values['samples_per_second']:.0f} samples/s  "
+            f"retrieval wait {100 * values['retrieval_wait_share']:.0f} %  {age}{_clock(left)} left"
         )
 
     def _validate(self) -> None:
@@ -271,9 +273,9 @@ class Trainer:
                 f"accuracy {each.accuracy:.4f}, calibration error {each.calibration_error:.4f}"
             )
 
-    def validation_batch(self, samples: Samples) -> Batch:
-        """``samples`` under the generation last trained with."""
-        return receive(self._validation_collate(samples, max(self.state.step - 1, 0)))
+    def validation_batch(self, queries: QueryBatch) -> Batch:
+        """``queries`` under the generation last trained with."""
+        return receive(self._validation_collate(queries, max(self.state.step - 1, 0)))
 
     def _save(self) -> None:
         keep = self.embrag.train.keep_checkpoints
@@ -300,16 +302,16 @@ class Trainer:
         patience = self.embrag.train.patience
         return patience is not None and self.state.validations_since_best >= patience
 
-    def _summary(self, inputs: PanelInputs, people: int, held_out: int) -> str:
+    def _summary(self, inputs: PanelInputs, samples: int, held_out: int) -> str:
         parameters = sum(getattr(each, "ds_numel", each.numel()) for each in self.engine.module.parameters())
         panel = inputs.panel
         return (
-            f"panel {panel.path}: {len(panel.sites)} sites, {len(self.sampler.data)} windows, {people} people to train "
-            f"on, {held_out} held out, {len(inputs.populations.names)} populations"
+            f"panel {panel.path}: {len(panel.sites)} sites, {len(self.sampler.data)} windows, "
+            f"{samples} samples to train on, {held_out} held out, {len(inputs.populations.names)} populations"
             + (f"; {skipped}" if (skipped := skipped_records(panel.skipped)) else "")
             + "\n"
             f"model: {parameters / 1e6:.2f} M parameters on {self.distributed.ranks} x {self.distributed.device.type}, "
-            f"{self.engine.train_batch_size()} people a step, {self.sampler.steps_per_epoch} steps an epoch; "
+            f"{self.engine.train_batch_size()} samples a step, {self.sampler.steps_per_epoch} steps an epoch; "
             f"retrieval {self.reference}, {self.collate.backend}, k {self.collate.k}; "
             f"copying {copying_backend(self.distributed.device)}; "
             f"{self.reference.memory([self.collate, self._validation_collate])}; "

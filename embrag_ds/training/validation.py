@@ -1,4 +1,4 @@
-"""Validation on frozen masks: held-out people, the same windows and masks in every run of a panel."""
+"""Validation on frozen masks: held-out samples, the same windows and masks in every run of a panel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.distributed
 
 from embrag_ds.config import ValidationConfig
 from embrag_ds.data.masking import VALIDATION_MASKS, validation_mask
-from embrag_ds.data.sampler import Samples
+from embrag_ds.data.sampler import QueryBatch
 from embrag_ds.data.windows import WindowedPanel
 from embrag_ds.evaluation.metrics import AggregateR2, Calibration
 from embrag_ds.model.imputer import Prediction
@@ -22,7 +22,7 @@ from embrag_ds.training.distributed import DistributedContext
 
 @dataclass(frozen=True)
 class MaskScores:
-    """Scores under one mask set, over its hidden genotypes.
+    """Scores under one mask set, over its masked genotypes.
 
     ``r2`` and ``prior_r2`` are aggregate dosage r2 by MAF bin, of the model and of retrieval alone (the
     residual left out); ``accuracy`` is the share of right genotype calls, ``calibration_error`` the
@@ -36,19 +36,19 @@ class MaskScores:
 
 
 class Validator:
-    """Scores a model on the held-out people."""
+    """Scores a model on the held-out samples."""
 
     def __init__(
         self,
         data: WindowedPanel,
         settings: ValidationConfig,
-        people: np.ndarray,
+        samples: np.ndarray,
         block: int,
         distributed: DistributedContext,
     ):
-        """``people`` are panel indices outside the reference set; ``block`` people go through at once."""
+        """``samples`` are panel indices outside the reference set; ``block`` samples go through at once."""
         self._data = data
-        self._people = people[: settings.people]
+        self._samples = samples[: settings.samples]
         self._block = block
         self._distributed = distributed
         chosen = np.linspace(0, len(data) - 1, min(settings.windows, len(data))).round().astype(int)
@@ -56,10 +56,10 @@ class Validator:
 
     def __str__(self) -> str:
         windows = len(self._tasks) // len(VALIDATION_MASKS)
-        return f"{len(self._people)} held-out people, {windows} windows, {len(VALIDATION_MASKS)} frozen mask sets"
+        return f"{len(self._samples)} held-out samples, {windows} windows, {len(VALIDATION_MASKS)} frozen mask sets"
 
     def scores(
-        self, predict: Callable[[Batch], Prediction], collate: Callable[[Samples], Batch]
+        self, predict: Callable[[Batch], Prediction], collate: Callable[[QueryBatch], Batch]
     ) -> dict[str, MaskScores]:
         """Scores by mask set; every rank does a share, every rank gets the whole.
 
@@ -81,23 +81,23 @@ class Validator:
         mask: int,
         window: int,
         predict: Callable[[Batch], Prediction],
-        collate: Callable[[Samples], Batch],
+        collate: Callable[[QueryBatch], Batch],
     ) -> _Measured:
-        hidden = validation_mask(VALIDATION_MASKS[mask], self._data.mask_sites(window), window)
-        alleles = self._data.people_alleles(window, self._people)
+        masked = validation_mask(VALIDATION_MASKS[mask], self._data.mask_sites(window), window)
+        alleles = self._data.samples_alleles(window, self._samples)
         probabilities: list[np.ndarray] = []
         dosages: list[np.ndarray] = []
-        for start in range(0, len(self._people), self._block):
-            people = self._people[start : start + self._block]
-            rows = slice(2 * start, 2 * (start + len(people)))
-            masks = np.repeat(hidden[None], len(people), axis=0)
+        for start in range(0, len(self._samples), self._block):
+            samples = self._samples[start : start + self._block]
+            rows = slice(2 * start, 2 * (start + len(samples)))
+            masks = np.repeat(masked[None], len(samples), axis=0)
             with torch.no_grad():
-                prediction = predict(collate(Samples(window, people, alleles[rows], masks)))
+                prediction = predict(collate(QueryBatch(window, samples, alleles[rows], masks)))
             probabilities.append(genotype_log_probabilities(prediction.logits).exp().cpu().numpy())
             dosages.append(prediction.prior.sigmoid().unflatten(0, (-1, 2)).sum(1).cpu().numpy())
         core, sites = self._data.windows[window].core, self._data.windows[window].core_sites
         reference = self._data.reference
-        scored = hidden[core] & reference.listed[sites]
+        scored = masked[core] & reference.passes_minimum_count[sites]
         return _Measured(
             truth=(alleles[0::2] + alleles[1::2]).T[core][scored],
             probabilities=np.concatenate(probabilities).transpose(1, 0, 2)[scored],
@@ -128,7 +128,7 @@ class _Tally:
     def add(self, measured: _Measured) -> None:
         truth, probabilities = measured.truth, measured.probabilities
         dosage = probabilities[..., 1] + 2 * probabilities[..., 2]
-        # One pooled "person": validation reports no intervals over people.
+        # One pooled "sample": validation reports no intervals over samples.
         for tally, values in ((self.model, dosage), (self.prior, measured.prior)):
             tally.add(truth.reshape(-1, 1), values.reshape(-1, 1), np.repeat(measured.frequency, truth.shape[1]))
         self.calibration.add(truth, probabilities)

@@ -42,7 +42,7 @@ def container(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def make_vcf(tmp_path: Path) -> VcfMaker:
-    """Write records (space-separated text) to an indexed file of two people, A and B."""
+    """Write records (space-separated text) to an indexed file of two samples, A and B."""
 
     def make(
         *records: str,

@@ -1,4 +1,4 @@
-"""Errors added to queries: genotypes survive a change of phase, hidden truth survives a typing error."""
+"""Errors added to queries: genotypes survive a change of phase, masked truth survives a typing error."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from embrag_ds.data.sampler import AugmentationConfig, augmented
 from embrag_ds.errors import UserError
 
 
-def case(people: int = 40, sites: int = 500) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def case(samples: int = 40, sites: int = 500) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(1)
-    alleles = rng.integers(0, 2, (2 * people, sites), dtype=np.uint8)
-    return alleles, rng.random((people, sites)) < 0.7, np.cumsum(rng.random(sites)) * 0.01
+    alleles = rng.integers(0, 2, (2 * samples, sites), dtype=np.uint8)
+    return alleles, rng.random((samples, sites)) < 0.7, np.cumsum(rng.random(sites)) * 0.01
 
 
-def applied(settings: AugmentationConfig, epoch: int = 0, people: np.ndarray | None = None) -> np.ndarray:
-    alleles, hidden, position = case()
-    chosen = np.arange(40) if people is None else people
+def applied(settings: AugmentationConfig, epoch: int = 0, samples: np.ndarray | None = None) -> np.ndarray:
+    alleles, masked, position = case()
+    chosen = np.arange(40) if samples is None else samples
     rows = (2 * chosen[:, None] + np.arange(2)).reshape(-1)
-    return augmented(settings, alleles[rows], hidden[chosen], position, 5, epoch, 3, chosen)
+    return augmented(settings, alleles[rows], masked[chosen], position, 5, epoch, 3, chosen)
 
 
 def test_nothing_is_changed_unless_asked_for() -> None:
@@ -32,26 +32,26 @@ def test_a_switch_keeps_genotypes_and_happens_as_often_as_asked() -> None:
     assert np.array_equal(changed[0::2] + changed[1::2], alleles[0::2] + alleles[1::2])
     # Which side a heterozygote is on, and how often that changes from one to the next.
     switches = expected = 0.0
-    for person in range(40):
-        het = np.flatnonzero(alleles[2 * person] != alleles[2 * person + 1])
-        side = changed[2 * person, het] == alleles[2 * person, het]
+    for sample in range(40):
+        het = np.flatnonzero(alleles[2 * sample] != alleles[2 * sample + 1])
+        side = changed[2 * sample, het] == alleles[2 * sample, het]
         switches += np.abs(np.diff(side.astype(int))).sum()
         expected += (-np.expm1(-4.0 * np.diff(position[het])) / 2).sum()
     assert abs(switches - expected) < 4 * np.sqrt(expected) and expected > 100
 
 
-def test_typing_errors_are_at_shown_sites_only_and_as_many_as_asked() -> None:
-    alleles, hidden, _ = case()
+def test_typing_errors_are_at_observed_sites_only_and_as_many_as_asked() -> None:
+    alleles, masked, _ = case()
     wrong = applied(AugmentationConfig(typing_error=0.05)) != alleles
-    shown = ~np.repeat(hidden, 2, axis=0)
-    assert not (wrong & ~shown).any()
-    assert wrong[shown].mean() == pytest.approx(0.05, abs=4 * np.sqrt(0.05 * 0.95 / shown.sum()))
+    observed = ~np.repeat(masked, 2, axis=0)
+    assert not (wrong & ~observed).any()
+    assert wrong[observed].mean() == pytest.approx(0.05, abs=4 * np.sqrt(0.05 * 0.95 / observed.sum()))
 
 
-def test_a_persons_errors_depend_on_the_epoch_and_not_on_its_batch_mates() -> None:
+def test_a_samples_errors_depend_on_the_epoch_and_not_on_its_batch_mates() -> None:
     settings = AugmentationConfig(0.05, 2.0)
     together = applied(settings)
-    assert np.array_equal(applied(settings, people=np.array([7]))[:2], together[14:16])
+    assert np.array_equal(applied(settings, samples=np.array([7]))[:2], together[14:16])
     assert not np.array_equal(applied(settings, epoch=1), together)
 
 

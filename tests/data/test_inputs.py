@@ -15,7 +15,7 @@ from embrag_ds.data.windows import DataConfig
 
 def test_runs_that_start_at_once_make_the_default_data_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """File locks exclude threads as they do processes: each opens the file by itself."""
-    small = SimulationSettings(length_bp=50_000, panel_people=10, target_people=3, typed_spacing_bp=5_000)
+    small = SimulationSettings(length_bp=50_000, panel_samples=10, target_samples=3, typed_spacing_bp=5_000)
     monkeypatch.setattr(inputs, "SimulationSettings", lambda: small)
     built: list[Path] = []
     build = simulate._build

@@ -18,7 +18,7 @@ from embrag_ds.data.masking import (
     ValidationMask,
     array_typed,
     curriculum_rate,
-    hidden_by,
+    masked_by,
     training_masks,
     validation_mask,
 )
@@ -35,7 +35,7 @@ def mask_sites(seed: int, count: int, length_bp: int = 100_000) -> MaskSites:
 
 def mask(config: MaskingConfig | None = None, **changed: object) -> np.ndarray:
     arguments: dict = {"sites": mask_sites(1, 200), "seed": 3, "epoch": 2, "step": 50, "window": 5}
-    arguments |= {"people": np.array([4, 9, 1])} | changed
+    arguments |= {"samples": np.array([4, 9, 1])} | changed
     return training_masks(config or MaskingConfig(), **arguments)
 
 
@@ -65,13 +65,13 @@ def test_the_same_arguments_give_the_same_mask(config: MaskingConfig, seed: int,
 
 
 @settings(deadline=None)
-@given(people=st.lists(st.integers(-1, 50), min_size=1, max_size=6, unique=True), data=st.data())
-def test_a_persons_mask_does_not_depend_on_its_batch_mates(people: list[int], data: st.DataObject) -> None:
+@given(samples=st.lists(st.integers(-1, 50), min_size=1, max_size=6, unique=True), data=st.data())
+def test_a_samples_mask_does_not_depend_on_its_batch_mates(samples: list[int], data: st.DataObject) -> None:
     config = MaskingConfig(scope="sample")
-    order = data.draw(st.permutations(people))
-    together = mask(config, people=np.array(order))
-    for row, person in zip(together, order, strict=True):
-        assert np.array_equal(row, mask(config, people=np.array([person]))[0])
+    order = data.draw(st.permutations(samples))
+    together = mask(config, samples=np.array(order))
+    for row, sample in zip(together, order, strict=True):
+        assert np.array_equal(row, mask(config, samples=np.array([sample]))[0])
 
 
 @pytest.mark.parametrize("policy", ["array", "random", "frequency_guided"])
@@ -84,7 +84,7 @@ def test_masks_differ_with_seed_epoch_and_window(policy: str, scope: str, change
 
 
 @pytest.mark.parametrize("policy", ["array", "random", "frequency_guided"])
-def test_scope_decides_whether_people_share_a_mask(policy: str) -> None:
+def test_scope_decides_whether_samples_share_a_mask(policy: str) -> None:
     shared = mask(MaskingConfig(policies={policy: 1.0}, scope="window"))
     own = mask(MaskingConfig(policies={policy: 1.0}, scope="sample"))
     assert (shared == shared[0]).all()
@@ -93,19 +93,19 @@ def test_scope_decides_whether_people_share_a_mask(policy: str) -> None:
 
 def test_scope_window_does_not_depend_on_who_is_in_the_batch() -> None:
     config = MaskingConfig(scope="window")
-    assert np.array_equal(mask(config, people=np.array([7]))[0], mask(config)[0])
+    assert np.array_equal(mask(config, samples=np.array([7]))[0], mask(config)[0])
 
 
 def test_policies_are_drawn_by_their_weights() -> None:
-    # "array" is recognised by its many hidden sites, "random" by its rate of 10 %.
+    # "array" is recognised by its many masked sites, "random" by its rate of 10 %.
     config = MaskingConfig(policies={"array": 3.0, "random": 1.0}, random_rate=(0.1, 0.1))
-    hidden = mask(config, people=np.arange(800)).mean(1)
-    assert (hidden > 0.5).mean() == pytest.approx(0.75, abs=0.06)
+    masked = mask(config, samples=np.arange(800)).mean(1)
+    assert (masked > 0.5).mean() == pytest.approx(0.75, abs=0.06)
 
 
 def test_a_policy_of_weight_zero_is_never_drawn() -> None:
     config = MaskingConfig(policies={"array": 0.0, "frequency_guided": 0.0, "random": 1.0}, random_rate=(0.1, 0.1))
-    assert mask(config, people=np.arange(300)).mean(1).max() < 0.25
+    assert mask(config, samples=np.arange(300)).mean(1).max() < 0.25
 
 
 @settings(deadline=None)
@@ -140,7 +140,7 @@ def test_an_array_chooses_among_a_cells_sites_at_random() -> None:
 def test_the_array_policy_keeps_its_spacing_within_the_configured_range() -> None:
     sites = MaskSites(np.arange(1, 4001) * 25, np.full(4000, 0.3))  # 100 kb, every site common
     config = MaskingConfig(array_spacing_bp=(500.0, 5000.0))
-    counts = [int((~hidden_by("array", config, sites, 0.5, np.random.default_rng(seed))).sum()) for seed in range(150)]
+    counts = [int((~masked_by("array", config, sites, 0.5, np.random.default_rng(seed))).sum()) for seed in range(150)]
     assert 20 <= min(counts) <= 25 and 150 <= max(counts) <= 201
     # Log-uniform: half the draws lie below the geometric mean of the range, 1581 bp or 63 typed sites.
     assert np.median(counts) == pytest.approx(63, rel=0.25)
@@ -151,16 +151,16 @@ def test_a_manifest_types_exactly_its_sites(seed: int) -> None:
     sites = mask_sites(seed, 100)
     manifest = np.random.default_rng(seed).random(100) < 0.2
     config = MaskingConfig(policies={"array": 1.0})
-    hidden = mask(config, sites=replace(sites, manifest=manifest), seed=seed)
-    assert (hidden == ~manifest).all()
+    masked = mask(config, sites=replace(sites, manifest=manifest), seed=seed)
+    assert (masked == ~manifest).all()
 
 
 @pytest.mark.parametrize("rate", [0.3, 0.8])
 def test_the_random_policy_hides_the_given_share_independently_of_frequency(rate: float) -> None:
     sites = mask_sites(1, 20_000)
-    hidden = hidden_by("random", MaskingConfig(), sites, rate, np.random.default_rng(1))
+    masked = masked_by("random", MaskingConfig(), sites, rate, np.random.default_rng(1))
     for maf in np.unique(sites.maf):
-        assert hidden[sites.maf == maf].mean() == pytest.approx(rate, abs=0.03)
+        assert masked[sites.maf == maf].mean() == pytest.approx(rate, abs=0.03)
 
 
 def test_the_curriculum_rises_linearly_and_then_stays() -> None:
@@ -179,11 +179,11 @@ def test_the_curriculum_reaches_the_random_masks() -> None:
 def test_the_frequency_guided_policy_hides_rare_and_other_sites_at_their_own_rates() -> None:
     config = MaskingConfig(rare_maf=0.02, rare_rate=0.9)
     sites = mask_sites(1, 20_000)
-    hidden = hidden_by("frequency_guided", config, sites, 0.4, np.random.default_rng(2))
+    masked = masked_by("frequency_guided", config, sites, 0.4, np.random.default_rng(2))
     for maf in np.unique(sites.maf):
         # The threshold itself is not rare.
         expected = 0.9 if maf < 0.02 else 0.4
-        assert hidden[sites.maf == maf].mean() == pytest.approx(expected, abs=0.03)
+        assert masked[sites.maf == maf].mean() == pytest.approx(expected, abs=0.03)
 
 
 # Changing a recipe breaks comparability with earlier runs: give the mask a new name and add its digest here.
@@ -222,11 +222,11 @@ def test_validation_masks_differ_between_windows(validation: ValidationMask) -> 
 
 def test_validation_masks_hide_what_their_names_say() -> None:
     sites = MaskSites(np.arange(1, 20_001) * 20, np.full(20_000, 0.3))  # 400 kb
-    hidden = {each.name: validation_mask(each, sites, 0) for each in VALIDATION_MASKS}
-    assert hidden["random-50-1"].mean() == pytest.approx(0.5, abs=0.02)
-    assert hidden["random-80-1"].mean() == pytest.approx(0.8, abs=0.02)
-    assert (~hidden["array-sparse-1"]).sum() == pytest.approx(100, abs=1)
-    assert (~hidden["array-dense-1"]).sum() == pytest.approx(333, abs=2)
+    masked = {each.name: validation_mask(each, sites, 0) for each in VALIDATION_MASKS}
+    assert masked["random-50-1"].mean() == pytest.approx(0.5, abs=0.02)
+    assert masked["random-80-1"].mean() == pytest.approx(0.8, abs=0.02)
+    assert (~masked["array-sparse-1"]).sum() == pytest.approx(100, abs=1)
+    assert (~masked["array-dense-1"]).sum() == pytest.approx(333, abs=2)
 
 
 @pytest.mark.parametrize(
@@ -250,5 +250,5 @@ def test_bad_settings_are_user_errors_naming_the_key(settings: dict, key: str) -
 
 @pytest.mark.parametrize("policy", ["array", "random", "frequency_guided"])
 def test_a_window_of_one_site_can_be_masked(policy: Policy) -> None:
-    hidden = hidden_by(policy, MaskingConfig(), mask_sites(1, 1), 0.5, np.random.default_rng(1))
-    assert hidden.shape == (1,)
+    masked = masked_by(policy, MaskingConfig(), mask_sites(1, 1), 0.5, np.random.default_rng(1))
+    assert masked.shape == (1,)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import embrag_ds.data.panel as panel_module
-from embrag_ds.data.panel import Panel, Populations, ReferenceSet, open_panel, read_populations
+from embrag_ds.data.panel import Panel, PanelSubset, Populations, open_panel, read_populations
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.vcf import PhasedVcf
 from embrag_ds.data.vcf_output import write_phased
@@ -32,9 +32,9 @@ def site_table(count: int) -> SiteTable:
 
 
 def write_panel(path: Path, alleles: np.ndarray) -> Path:
-    """``alleles`` [S, 2N] as a phased, indexed VCF of people p0, p1, ..."""
-    people = [f"p{i}" for i in range(alleles.shape[1] // 2)]
-    write_phased(path, site_table(len(alleles)), people, alleles)
+    """``alleles`` [S, 2N] as a phased, indexed VCF of samples p0, p1, ..."""
+    samples = [f"p{i}" for i in range(alleles.shape[1] // 2)]
+    write_phased(path, site_table(len(alleles)), samples, alleles)
     return path
 
 
@@ -44,8 +44,8 @@ def memory_panel(alleles: np.ndarray) -> Panel:
     return Panel(Path("panel.vcf.gz"), site_table(len(alleles)), samples, packed, {})
 
 
-def random_alleles(seed: int, sites: int, people: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 2, size=(sites, 2 * people), dtype=np.uint8)
+def random_alleles(seed: int, sites: int, samples: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 2, size=(sites, 2 * samples), dtype=np.uint8)
 
 
 def entries(cache: Path) -> list[Path]:
@@ -66,19 +66,19 @@ def no_packing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**32), sites=st.integers(1, 12), people=st.integers(1, 9), data=st.data())
+@given(seed=st.integers(0, 2**32), sites=st.integers(1, 12), samples=st.integers(1, 9), data=st.data())
 def test_the_cached_panel_holds_exactly_the_alleles_of_the_vcf(
-    tmp_path_factory: pytest.TempPathFactory, seed: int, sites: int, people: int, data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory, seed: int, sites: int, samples: int, data: st.DataObject
 ) -> None:
     folder = tmp_path_factory.mktemp("panel")
-    alleles = random_alleles(seed, sites, people)
+    alleles = random_alleles(seed, sites, samples)
     panel = open_panel(write_panel(folder / "p.vcf.gz", alleles), folder / "cache", progress=False)
-    assert panel.samples == tuple(f"p{i}" for i in range(people))
+    assert panel.samples == tuple(f"p{i}" for i in range(samples))
     assert list(panel.sites.identities()) == list(site_table(sites).identities())
     assert np.array_equal(panel.alleles(0, sites), alleles.T)
     start = data.draw(st.integers(0, sites))
     stop = data.draw(st.integers(start, sites))
-    chosen = np.array(data.draw(st.lists(st.integers(0, 2 * people - 1), max_size=5)), dtype=np.int64)
+    chosen = np.array(data.draw(st.lists(st.integers(0, 2 * samples - 1), max_size=5)), dtype=np.int64)
     part = panel.alleles(start, stop, chosen)
     assert part.dtype == np.uint8
     assert np.array_equal(part, alleles[start:stop].T[chosen])
@@ -178,50 +178,50 @@ def test_an_absent_panel_is_a_user_error_naming_it(tmp_path: Path) -> None:
     block=st.integers(1, 8),
     data=st.data(),
 )
-def test_frequencies_equal_a_plain_loop_over_the_sets_people(
+def test_frequencies_equal_a_plain_loop_over_the_sets_samples(
     seed: int, sites: int, of: list[int], block: int, data: st.DataObject
 ) -> None:
     alleles = random_alleles(seed, sites, len(of))
-    people = data.draw(st.lists(st.integers(0, len(of) - 1), min_size=1, unique=True))
+    samples = data.draw(st.lists(st.integers(0, len(of) - 1), min_size=1, unique=True))
     populations = Populations(("x", "y", "z"), np.array(of))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(panel_module, "_SITES_PER_READ", block)
-        reference = ReferenceSet(memory_panel(alleles), populations, np.array(people))
+        reference = PanelSubset(memory_panel(alleles), populations, np.array(samples))
         overall, counts, sizes = reference.allele_frequency, reference.population_counts, reference.population_sizes
     assert overall.dtype == counts.dtype == sizes.dtype == np.float32
     for site in range(sites):
-        copies = [int(alleles[site, 2 * person + i]) for person in people for i in range(2)]
+        copies = [int(alleles[site, 2 * sample + i]) for sample in samples for i in range(2)]
         assert overall[site] == pytest.approx(sum(copies) / len(copies), abs=1e-6)
-        assert reference.minor_copies[site] == min(sum(copies), len(copies) - sum(copies))
+        assert reference.minor_allele_count[site] == min(sum(copies), len(copies) - sum(copies))
         for code in range(3):
-            members = [person for person in people if of[person] == code]
-            copies = [int(alleles[site, 2 * person + i]) for person in members for i in range(2)]
+            members = [sample for sample in samples if of[sample] == code]
+            copies = [int(alleles[site, 2 * sample + i]) for sample in members for i in range(2)]
             assert (counts[code, site], sizes[code]) == (sum(copies), len(copies))
 
 
-def test_frequencies_do_not_see_people_outside_the_set() -> None:
+def test_frequencies_do_not_see_samples_outside_the_set() -> None:
     alleles = random_alleles(1, 30, 6)
     populations = Populations(("x", "y"), np.array([0, 1, 0, 1, 0, 1]))
-    people = np.array([4, 0, 1])
-    before = ReferenceSet(memory_panel(alleles), populations, people)
+    samples = np.array([4, 0, 1])
+    before = PanelSubset(memory_panel(alleles), populations, samples)
     changed = alleles.copy()
     changed[:, [4, 5, 6, 7, 10, 11]] ^= 1
-    after = ReferenceSet(memory_panel(changed), populations, people)
+    after = PanelSubset(memory_panel(changed), populations, samples)
     assert np.array_equal(before.allele_frequency, after.allele_frequency)
     assert np.array_equal(before.population_counts, after.population_counts)
     assert np.array_equal(before.alleles(0, 30), after.alleles(0, 30))
 
 
-@pytest.mark.parametrize("people", [[3, 1], [0, 1, 2, 3]])
-def test_rows_of_a_reference_set_belong_to_the_person_it_names(people: list[int]) -> None:
+@pytest.mark.parametrize("samples", [[3, 1], [0, 1, 2, 3]])
+def test_rows_of_a_reference_set_belong_to_the_sample_it_names(samples: list[int]) -> None:
     alleles = random_alleles(2, 9, 4)
-    reference = ReferenceSet(memory_panel(alleles), Populations(("x", "y"), np.array([0, 1, 1, 0])), np.array(people))
+    reference = PanelSubset(memory_panel(alleles), Populations(("x", "y"), np.array([0, 1, 1, 0])), np.array(samples))
     rows = reference.alleles(2, 7)
-    assert len(reference) == len(rows) == 2 * len(people)
-    for row, person in enumerate(reference.person_of.tolist()):
-        assert np.array_equal(rows[row], alleles[2:7, 2 * person + row % 2])
-        assert reference.population_of[row] == [0, 1, 1, 0][person]
-    assert sorted(set(reference.person_of.tolist())) == sorted(people)
+    assert len(reference) == len(rows) == 2 * len(samples)
+    for row, sample in enumerate(reference.sample_of.tolist()):
+        assert np.array_equal(rows[row], alleles[2:7, 2 * sample + row % 2])
+        assert reference.population_of[row] == [0, 1, 1, 0][sample]
+    assert sorted(set(reference.sample_of.tolist())) == sorted(samples)
 
 
 def test_without_a_sample_table_all_are_one_population() -> None:
@@ -229,7 +229,7 @@ def test_without_a_sample_table_all_are_one_population() -> None:
     assert (populations.names, populations.of.tolist()) == (("all",), [0, 0])
 
 
-def test_a_sample_table_may_have_a_header_more_columns_other_people_and_any_order(tmp_path: Path) -> None:
+def test_a_sample_table_may_have_a_header_more_columns_other_samples_and_any_order(tmp_path: Path) -> None:
     path = tmp_path / "samples.tsv"
     path.write_text("sample\tpop\tsex\nb\tYRI\tf\n\nz\tOther\tm\na\tCEU\tm\n", encoding="utf-8")
     populations = read_populations(path, ("a", "b"))
@@ -257,16 +257,16 @@ def test_an_absent_sample_table_is_a_user_error(tmp_path: Path) -> None:
         read_populations(tmp_path / "absent.tsv", ("a",))
 
 
-@given(seed=st.integers(0, 2**32), sites=st.integers(0, 12), people=st.integers(1, 9))
-def test_copies_and_alleles_at_any_sites(seed: int, sites: int, people: int) -> None:
-    alleles = random_alleles(seed, sites, people)
+@given(seed=st.integers(0, 2**32), sites=st.integers(0, 12), samples=st.integers(1, 9))
+def test_copies_and_alleles_at_any_sites(seed: int, sites: int, samples: int) -> None:
+    alleles = random_alleles(seed, sites, samples)
     panel = memory_panel(alleles)
     rng = np.random.default_rng(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(panel_module, "_SITES_PER_READ", 5)
-        np.testing.assert_array_equal(panel.alt_copies, alleles.sum(axis=1))
+        np.testing.assert_array_equal(panel.alt_count, alleles.sum(axis=1))
     chosen = rng.integers(sites, size=5) if sites else np.arange(0)
-    haplotypes = rng.integers(2 * people, size=4)
+    haplotypes = rng.integers(2 * samples, size=4)
     np.testing.assert_array_equal(panel.alleles_at(chosen), alleles[chosen])
     np.testing.assert_array_equal(panel.alleles_at(chosen, haplotypes), alleles[chosen][:, haplotypes])
     assert panel.alleles_at(chosen, haplotypes).dtype == np.uint8

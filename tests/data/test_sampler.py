@@ -12,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embrag_ds.data.masking import MaskingConfig, training_masks
-from embrag_ds.data.panel import Panel, Populations, ReferenceSet
-from embrag_ds.data.sampler import Samples, TrainingSampler, exclusion_table, read_manifest, split_people
+from embrag_ds.data.panel import Panel, PanelSubset, Populations
+from embrag_ds.data.sampler import QueryBatch, TrainingSampler, exclusion_table, read_manifest, split_samples
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.windows import DataConfig, WindowedPanel, make_windows
 from embrag_ds.errors import UserError
 
 
-def make_panel(people: int, lengths: tuple[int, ...], seed: int = 1) -> tuple[Panel, np.ndarray]:
+def make_panel(samples: int, lengths: tuple[int, ...], seed: int = 1) -> tuple[Panel, np.ndarray]:
     """A panel in memory, ``lengths[i]`` sites on contig ``i + 1``, and its alleles [S, 2N]."""
     size = sum(lengths)
-    alleles = np.random.default_rng(seed).integers(0, 2, size=(size, 2 * people), dtype=np.uint8)
+    alleles = np.random.default_rng(seed).integers(0, 2, size=(size, 2 * samples), dtype=np.uint8)
     sites = SiteTable(
         contigs=tuple(str(i + 1) for i in range(len(lengths))),
         contig_lengths=(0,) * len(lengths),
@@ -32,60 +32,60 @@ def make_panel(people: int, lengths: tuple[int, ...], seed: int = 1) -> tuple[Pa
         alt=["C"] * size,
         id=["."] * size,
     )
-    samples = tuple(f"p{i}" for i in range(people))
+    names = tuple(f"p{i}" for i in range(samples))
     packed = np.packbits(alleles, axis=1, bitorder="little")
-    return Panel(Path("panel.vcf.gz"), sites, samples, packed, {}), alleles
+    return Panel(Path("panel.vcf.gz"), sites, names, packed, {}), alleles
 
 
-def make_data(people: list[int], in_panel: int, lengths: tuple[int, ...] = (30, 20)) -> WindowedPanel:
+def make_data(samples: list[int], in_panel: int, lengths: tuple[int, ...] = (30, 20)) -> WindowedPanel:
     panel, _ = make_panel(in_panel, lengths)
-    reference = ReferenceSet(panel, Populations(("all",), np.zeros(in_panel, dtype=np.int64)), np.array(people))
+    reference = PanelSubset(panel, Populations(("all",), np.zeros(in_panel, dtype=np.int64)), np.array(samples))
     return WindowedPanel(reference, make_windows(panel.sites, 12, 3, 2), panel.sites.pos * 1e-6)
 
 
-def make_sampler(data: WindowedPanel, people_per_batch: int, **more: int) -> TrainingSampler:
+def make_sampler(data: WindowedPanel, samples_per_batch: int, **more: int) -> TrainingSampler:
     flat = MaskingConfig(random_rate=(0.5, 0.5))
-    return TrainingSampler(data, flat, seed=5, people_per_batch=people_per_batch, **more)
+    return TrainingSampler(data, flat, seed=5, samples_per_batch=samples_per_batch, **more)
 
 
-def epoch_of(data: WindowedPanel, people_per_batch: int, ranks: int, epoch: int) -> list[Samples]:
+def epoch_of(data: WindowedPanel, samples_per_batch: int, ranks: int, epoch: int) -> list[QueryBatch]:
     """Every micro-batch of an epoch, over all ranks."""
-    samplers = [make_sampler(data, people_per_batch, rank=rank, ranks=ranks) for rank in range(ranks)]
+    samplers = [make_sampler(data, samples_per_batch, rank=rank, ranks=ranks) for rank in range(ranks)]
     size = samplers[0].micro_batches_per_epoch
     places = range(epoch * size, (epoch + 1) * size)
-    return [samplers[place % ranks].samples(place // ranks) for place in places]
+    return [samplers[place % ranks].queries(place // ranks) for place in places]
 
 
-def key_of(samples: Samples) -> tuple[int, tuple[int, ...]]:
-    return samples.window, tuple(samples.people.tolist())
+def key_of(queries: QueryBatch) -> tuple[int, tuple[int, ...]]:
+    return queries.window, tuple(queries.samples.tolist())
 
 
-def same(one: Samples, two: Samples) -> bool:
+def same(one: QueryBatch, two: QueryBatch) -> bool:
     return key_of(one) == key_of(two) and all(
-        np.array_equal(getattr(one, name), getattr(two, name)) for name in ("alleles", "hidden")
+        np.array_equal(getattr(one, name), getattr(two, name)) for name in ("alleles", "masked")
     )
 
 
 @settings(deadline=None, max_examples=40)
 @given(
-    people=st.lists(st.integers(0, 14), min_size=2, unique=True),
+    samples=st.lists(st.integers(0, 14), min_size=2, unique=True),
     per_batch=st.integers(1, 6),
     ranks=st.integers(1, 3),
     epoch=st.integers(0, 2),
 )
-def test_an_epoch_visits_every_group_once_and_every_person_at_most_once_per_window(
-    people: list[int], per_batch: int, ranks: int, epoch: int
+def test_an_epoch_visits_every_group_once_and_every_sample_at_most_once_per_window(
+    samples: list[int], per_batch: int, ranks: int, epoch: int
 ) -> None:
-    data = make_data(people, 15)
+    data = make_data(samples, 15)
     visited = epoch_of(data, per_batch, ranks, epoch)
-    seen = Counter((samples.window, person) for samples in visited for person in samples.people.tolist())
-    groups = Counter(samples.window for samples in visited)
-    size = min(per_batch, len(people))
+    seen = Counter((queries.window, sample) for queries in visited for sample in queries.samples.tolist())
+    groups = Counter(queries.window for queries in visited)
+    size = min(per_batch, len(samples))
     assert set(seen.values()) == {1}
-    assert {person for _, person in seen} <= set(people)
-    assert groups == {window: len(people) // size for window in range(len(data))}
-    assert all(len(samples.people) == size for samples in visited)
-    assert len(people) - sum(window == 0 for window, _ in seen) < size
+    assert {sample for _, sample in seen} <= set(samples)
+    assert groups == {window: len(samples) // size for window in range(len(data))}
+    assert all(len(queries.samples) == size for queries in visited)
+    assert len(samples) - sum(window == 0 for window, _ in seen) < size
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
@@ -93,7 +93,7 @@ def test_two_ranks_partition_the_epoch_of_one(epoch: int) -> None:
     data = make_data(list(range(9)), 10)
     alone, together = epoch_of(data, 2, 1, epoch), epoch_of(data, 2, 2, epoch)
     assert all(same(one, two) for one, two in zip(alone, together, strict=True))
-    shares = [{key_of(samples) for samples in together[rank::2]} for rank in (0, 1)]
+    shares = [{key_of(queries) for queries in together[rank::2]} for rank in (0, 1)]
     assert not shares[0] & shares[1]
     assert len(shares[0] | shares[1]) == len(together)
 
@@ -101,43 +101,43 @@ def test_two_ranks_partition_the_epoch_of_one(epoch: int) -> None:
 def test_a_micro_batch_is_a_function_of_its_number() -> None:
     data = make_data(list(range(9)), 10)
     numbers = [40, 3, 11, 0, 3]
-    again = {number: make_sampler(make_data(list(range(9)), 10), 2).samples(number) for number in numbers}
+    again = {number: make_sampler(make_data(list(range(9)), 10), 2).queries(number) for number in numbers}
     sampler = make_sampler(data, 2)
-    assert all(same(sampler.samples(number), again[number]) for number in numbers)
+    assert all(same(sampler.queries(number), again[number]) for number in numbers)
 
 
 def test_epochs_and_seeds_differ_in_order_groups_and_masks() -> None:
     data = make_data(list(range(9)), 10)
     first, second = epoch_of(data, 2, 1, 0), epoch_of(data, 2, 1, 1)
-    assert [samples.window for samples in first] != [samples.window for samples in second]
-    assert {key_of(samples) for samples in first} != {key_of(samples) for samples in second}
-    other = TrainingSampler(data, MaskingConfig(), seed=6, people_per_batch=2)
-    assert [key_of(other.samples(n)) for n in range(10)] != [key_of(samples) for samples in first[:10]]
+    assert [queries.window for queries in first] != [queries.window for queries in second]
+    assert {key_of(queries) for queries in first} != {key_of(queries) for queries in second}
+    other = TrainingSampler(data, MaskingConfig(), seed=6, samples_per_batch=2)
+    assert [key_of(other.queries(n)) for n in range(10)] != [key_of(queries) for queries in first[:10]]
 
 
-def test_alleles_are_those_of_the_people_named_flanks_included() -> None:
+def test_alleles_are_those_of_the_samples_named_flanks_included() -> None:
     panel, alleles = make_panel(10, (30, 20))
     data = make_data(list(range(3, 10)), 10)
-    for samples in epoch_of(data, 2, 1, 0):
-        window = data.windows[samples.window]
-        for row, haplotype in enumerate(samples.alleles):
-            column = 2 * samples.people[row // 2] + row % 2
+    for queries in epoch_of(data, 2, 1, 0):
+        window = data.windows[queries.window]
+        for row, haplotype in enumerate(queries.alleles):
+            column = 2 * queries.samples[row // 2] + row % 2
             assert np.array_equal(haplotype, alleles[window.start : window.stop, column])
-        assert samples.hidden.shape == (len(samples.people), len(window))
-    assert panel.samples == data.reference.panel.samples
+        assert queries.masked.shape == (len(queries.samples), len(window))
+    assert panel.queries == data.reference.panel.queries
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_the_curriculum_counts_optimiser_steps(accumulation: int) -> None:
     data = make_data(list(range(9)), 10)
     masking = MaskingConfig(policies={"random": 1.0}, random_rate=(0.1, 0.9), curriculum_steps=5)
-    sampler = TrainingSampler(data, masking, seed=5, people_per_batch=2, accumulation=accumulation)
+    sampler = TrainingSampler(data, masking, seed=5, samples_per_batch=2, accumulation=accumulation)
     for number in range(3 * accumulation + 2):
-        samples = sampler.samples(number)
+        queries = sampler.queries(number)
         step = sum(later % accumulation == 0 for later in range(1, number + 1))
-        sites = data.mask_sites(samples.window)
-        expected = training_masks(masking, sites, 5, 0, step, samples.window, samples.people)
-        assert np.array_equal(samples.hidden, expected)
+        sites = data.mask_sites(queries.window)
+        expected = training_masks(masking, sites, 5, 0, step, queries.window, queries.samples)
+        assert np.array_equal(queries.masked, expected)
 
 
 @pytest.mark.parametrize(("ranks", "accumulation"), [(1, 1), (2, 1), (1, 3), (3, 2), (4, 50)])
@@ -149,23 +149,25 @@ def test_steps_per_epoch_is_what_fits_in_an_epoch(ranks: int, accumulation: int)
     assert sampler.steps_per_epoch == max(1, whole)
 
 
-def test_too_few_people_to_train_on_is_a_user_error() -> None:
-    with pytest.raises(UserError, match="at least 3 people"):
+def test_too_few_samples_to_train_on_is_a_user_error() -> None:
+    with pytest.raises(UserError, match="at least 3 samples"):
         make_sampler(make_data([4], 10), 2)
 
 
 @given(count=st.integers(2, 300), held_out=st.integers(1, 60), seed=st.integers(0, 99))
-def test_held_out_people_are_disjoint_from_the_others_and_at_most_a_tenth(count: int, held_out: int, seed: int) -> None:
-    train, validation = split_people(count, held_out, seed)
+def test_held_out_samples_are_disjoint_from_the_others_and_at_most_a_tenth(
+    count: int, held_out: int, seed: int
+) -> None:
+    train, validation = split_samples(count, held_out, seed)
     assert sorted([*train.tolist(), *validation.tolist()]) == list(range(count))
     assert (np.diff(train) > 0).all() and (np.diff(validation) > 0).all()
     assert 1 <= len(validation) <= max(1, min(held_out, count / 10))
-    again = split_people(count, held_out, seed)
+    again = split_samples(count, held_out, seed)
     assert np.array_equal(again[0], train) and np.array_equal(again[1], validation)
 
 
 def test_who_is_held_out_depends_on_the_seed() -> None:
-    assert len({tuple(split_people(100, 10, seed)[1].tolist()) for seed in range(5)}) == 5
+    assert len({tuple(split_samples(100, 10, seed)[1].tolist()) for seed in range(5)}) == 5
 
 
 def test_features_and_mask_view_are_the_windows_slice_centred_on_its_core() -> None:
@@ -283,7 +285,7 @@ def test_an_absent_file_of_relatives_is_a_user_error(tmp_path: Path) -> None:
         ({"window_sites": 30, "overlap_sites": 11}, "data.overlap_sites"),
         ({"overlap_sites": -1}, "data.overlap_sites"),
         ({"flank_sites": -1}, "data.flank_sites"),
-        ({"validation_people": 0}, "data.validation_people"),
+        ({"validation_samples": 0}, "data.validation_samples"),
     ],
 )
 def test_bad_settings_are_user_errors_naming_the_key(settings: dict, key: str) -> None:

@@ -13,7 +13,7 @@ from embrag_ds.data.simulate import DefaultData, SimulationSettings, simulate_de
 from embrag_ds.data.vcf import read_phased
 from embrag_ds.errors import UserError
 
-SMALL = SimulationSettings(length_bp=200_000, panel_people=31, target_people=6, seed=3)
+SMALL = SimulationSettings(length_bp=200_000, panel_samples=31, target_samples=6, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_target_is_the_truth_at_typed_sites(data):
     assert 0.5 < len(rows) / (200_000 / 4000) <= 1
 
 
-def test_people_of_a_population_resemble_each_other(data):
+def test_samples_of_a_population_resemble_each_other(data):
     """Rare alleles are shared within populations, in the panel as in the target."""
     panel, truth = read_phased(data.panel), read_phased(data.truth)
     with data.samples.open() as lines:
@@ -155,7 +155,7 @@ def test_missed_calls_are_as_many_as_asked_for_and_of_the_minor_allele_only():
 
 
 def test_every_demography_gives_its_populations(tmp_path: Path):
-    settings = replace(SMALL, length_bp=60_000, demography="american-admixture", panel_people=12, target_people=4)
+    settings = replace(SMALL, length_bp=60_000, demography="american-admixture", panel_samples=12, target_samples=4)
     simulated = simulate_default(tmp_path / "data", settings)
     with simulated.samples.open() as lines:
         population = [row["population"] for row in csv.DictReader(lines, delimiter="\t")]
@@ -169,7 +169,7 @@ def test_without_errors_nothing_is_spoiled():
 
 
 def test_a_filtered_call_set_lists_what_panel_and_targets_carry_together(tmp_path: Path):
-    plain = replace(SMALL, target_people=20)
+    plain = replace(SMALL, target_samples=20)
     all_of, filtered = (
         simulate_default(tmp_path / name, settings)
         for name, settings in (("all", plain), ("filtered", replace(plain, call_set_copies=4)))

@@ -18,11 +18,11 @@ from embrag_ds.data.targets import harmonise_targets
 from embrag_ds.errors import UserError
 
 
-def packed(name: str, pos: np.ndarray, alleles: np.ndarray, swapped: np.ndarray, people: str) -> Panel:
+def packed(name: str, pos: np.ndarray, alleles: np.ndarray, swapped: np.ndarray, prefix: str) -> Panel:
     """Sites A>C, or C>A where ``swapped``, and alleles [S, 2N]."""
     ref, alt = (["CA"[::step][int(each)] for each in ~swapped] for step in (1, -1))
     sites = SiteTable(("1",), (0,), np.zeros(len(pos), dtype=np.int32), pos, ref, alt, ["."] * len(pos))
-    samples = tuple(f"{people}{number}" for number in range(alleles.shape[1] // 2))
+    samples = tuple(f"{prefix}{number}" for number in range(alleles.shape[1] // 2))
     return Panel(Path(name), sites, samples, np.packbits(alleles, axis=1, bitorder="little"), {"no ALT": 2})
 
 
@@ -43,23 +43,23 @@ def heard() -> Iterator[list[str]]:
 
 
 @given(st.integers(0, 2**32), st.integers(1, 9))
-def test_alleles_of_any_people_at_any_sites(seed: int, people: int) -> None:
+def test_alleles_of_any_samples_at_any_sites(seed: int, samples: int) -> None:
     rng = np.random.default_rng(seed)
     plain = np.zeros(30, dtype=bool)
     panel = packed("panel.bcf", np.arange(30), rng.integers(0, 2, (30, 4), dtype=np.uint8), plain, "P")
     typed = np.sort(rng.choice(30, size=rng.integers(1, 20), replace=False))
-    alleles = rng.integers(0, 2, (len(typed), 2 * people), dtype=np.uint8)
+    alleles = rng.integers(0, 2, (len(typed), 2 * samples), dtype=np.uint8)
     swapped = rng.random(len(typed)) < 0.3
     target = packed("target.bcf", typed, alleles ^ swapped[:, None], swapped, "T")
     with heard() as said:
         targets = harmonise_targets(target, panel, allow_overlap=False)
-    assert said[0].startswith(f"target target.bcf: {people} people; {len(typed)} sites matched")
+    assert said[0].startswith(f"target target.bcf: {samples} samples; {len(typed)} sites matched")
     assert said[1:] == ["target.bcf: 2 records skipped (no ALT)"]
-    expected = np.zeros((30, 2 * people), dtype=np.uint8)
+    expected = np.zeros((30, 2 * samples), dtype=np.uint8)
     expected[typed] = alleles
     np.testing.assert_array_equal(np.flatnonzero(targets.typed), typed)
     start, stop = np.sort(rng.integers(31, size=2)).tolist()
-    first, last = np.sort(rng.integers(people + 1, size=2)).tolist()
+    first, last = np.sort(rng.integers(samples + 1, size=2)).tolist()
     some = expected[start:stop, 2 * first : 2 * last].T
     np.testing.assert_array_equal(targets.alleles(slice(start, stop), slice(first, last)), some)
     begin, end = np.sort(rng.integers(len(typed) + 1, size=2)).tolist()
@@ -68,7 +68,7 @@ def test_alleles_of_any_people_at_any_sites(seed: int, people: int) -> None:
     )
 
 
-def test_people_who_are_in_the_panel() -> None:
+def test_samples_who_are_in_the_panel() -> None:
     alleles = np.array([[0, 1]], dtype=np.uint8)
     panel, target = (packed(name, np.arange(1), alleles, np.zeros(1, dtype=bool), "P") for name in ("p", "t"))
     with pytest.raises(UserError, match="t: 1 samples are also in the panel p, the first is P0"):

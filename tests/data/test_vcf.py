@@ -402,16 +402,16 @@ def test_pages_and_formats_do_not_matter(make_vcf, tmp_path, monkeypatch):
 
 
 def write_imputed(path: Path, sites: SiteTable, dosage: np.ndarray, typed: np.ndarray, alleles: np.ndarray) -> None:
-    samples = [f"person{i}" for i in range(len(dosage) // 2)]
+    samples = [f"sample{i}" for i in range(len(dosage) // 2)]
     with ImputedVcfWriter(path, sites, samples, "test") as out:
         for first in range(0, len(sites), 2):
             block = slice(first, first + 2)
             out.write(first, dosage[:, block], typed[block], alleles[:, block])
 
 
-def example(sites: SiteTable, people: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def example(sites: SiteTable, samples: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(4)
-    dosage = rng.random((2 * people, len(sites))).astype(np.float32)
+    dosage = rng.random((2 * samples, len(sites))).astype(np.float32)
     return dosage, np.arange(len(sites)) % 2 == 0, rng.integers(2, size=dosage.shape).astype(np.uint8)
 
 
@@ -420,18 +420,18 @@ def text_of(path: Path) -> list[list[str]]:
     return [line.split("\t") for line in lines if not line.startswith("#")]
 
 
-@pytest.mark.parametrize("people", [1, 3])
-def test_write_phased_round_trip(tmp_path, small_sites, people):
-    alleles = np.random.default_rng(1).integers(2, size=(5, 2 * people)).astype(np.uint8)
-    samples = tuple(f"s{i}" for i in range(people))
+@pytest.mark.parametrize("samples", [1, 3])
+def test_write_phased_round_trip(tmp_path, small_sites, samples):
+    alleles = np.random.default_rng(1).integers(2, size=(5, 2 * samples)).astype(np.uint8)
+    names = tuple(f"s{i}" for i in range(samples))
     path = tmp_path / "out.vcf.gz"
-    write_phased(path, small_sites, samples, alleles)
+    write_phased(path, small_sites, names, alleles)
     found = read_phased(path)
     np.testing.assert_array_equal(found.alleles, alleles)
     assert list(found.sites.identities()) == list(small_sites.identities())
     assert found.sites.id == small_sites.id
     assert (found.samples, found.sites.contigs, found.sites.contig_lengths) == (
-        samples,
+        names,
         small_sites.contigs,
         small_sites.contig_lengths,
     )
@@ -470,9 +470,9 @@ def test_imputed_text(tmp_path, small_sites):
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_imputed_round_trip(tmp_path, small_sites, data):
-    people = data.draw(st.integers(1, 4))
+    samples = data.draw(st.integers(1, 4))
     values = st.floats(0, 1, width=32) | st.sampled_from([0.0, 1.0, 0.5, 0.0005, 0.4995, 0.5005, 0.9995])
-    shape = (2 * people, 5)
+    shape = (2 * samples, 5)
     size = shape[0] * 5
     dosage = np.array(data.draw(st.lists(values, min_size=size, max_size=size)), dtype=np.float32).reshape(shape)
     alleles = np.array(data.draw(st.lists(st.integers(0, 1), min_size=size, max_size=size)), dtype=np.uint8).reshape(
@@ -493,8 +493,8 @@ def test_imputed_round_trip(tmp_path, small_sites, data):
         info = dict(entry.partition("=")[::2] for entry in row[7].split(";"))
         assert float(info["AF"]) == pytest.approx(frequency[site], rel=1e-5)
         assert 0 <= float(info["DR2"]) <= 1
-        for person in row[9:]:
-            gt, ds, hds, gp = person.split(":")
+        for sample in row[9:]:
+            gt, ds, hds, gp = sample.split(":")
             first, second = (int(part.replace(".", "")) for part in hds.split(","))
             assert int(ds.replace(".", "")) == first + second
             assert gt == f"{int(first > 500)}|{int(second > 500)}"
@@ -507,7 +507,7 @@ def test_imputed_round_trip(tmp_path, small_sites, data):
 
 
 def test_dr2_is_the_variance_ratio(tmp_path, small_sites):
-    dosage, _, alleles = example(small_sites, people=40)
+    dosage, _, alleles = example(small_sites, samples=40)
     path = tmp_path / "out.vcf.gz"
     write_imputed(path, small_sites, dosage, np.zeros(5, dtype=bool), alleles)
     p = dosage.mean(axis=0)
@@ -517,7 +517,7 @@ def test_dr2_is_the_variance_ratio(tmp_path, small_sites):
 def test_block_size_does_not_matter(tmp_path, small_sites):
     dosage, typed, alleles = example(small_sites)
     write_imputed(tmp_path / "two.vcf.gz", small_sites, dosage, typed, alleles)
-    with ImputedVcfWriter(tmp_path / "one.vcf.gz", small_sites, ["person0", "person1", "person2"], "test") as out:
+    with ImputedVcfWriter(tmp_path / "one.vcf.gz", small_sites, ["sample0", "sample1", "sample2"], "test") as out:
         out.write(0, dosage, typed, alleles)
     assert text_of(tmp_path / "one.vcf.gz") == text_of(tmp_path / "two.vcf.gz")
 

@@ -35,9 +35,9 @@ def nearest_haplotype_dosage(panel: np.ndarray, target: np.ndarray, typed_index:
 
 
 def slow_nearest(panel, target, typed_index, block: int, context: int) -> np.ndarray:
-    sites, people = len(panel), target.shape[1] // 2
+    sites, samples = len(panel), target.shape[1] // 2
     typed = len(typed_index)
-    dosage = np.zeros((sites, people))
+    dosage = np.zeros((sites, samples))
     for site in range(sites):
         number = 0
         while (number + 1) * block < typed:
@@ -46,7 +46,7 @@ def slow_nearest(panel, target, typed_index, block: int, context: int) -> np.nda
                 break
             number += 1
         compared = [t for t in range(number * block - context, (number + 1) * block + context) if 0 <= t < typed]
-        for haplotype in range(2 * people):
+        for haplotype in range(2 * samples):
             best, best_distance = 0, None
             for reference in range(panel.shape[1]):
                 distance = sum(

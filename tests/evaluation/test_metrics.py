@@ -16,15 +16,15 @@ from embrag_ds.evaluation.metrics import BIN_NAMES, MAF_BINS
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-def simulate(seed: int, sites: int = 60, people: int = 12, missing: float = 0.1):
+def simulate(seed: int, sites: int = 60, samples: int = 12, missing: float = 0.1):
     """Truth, dosage, genotype probabilities, and panel frequencies in every bin on both sides of 0.5."""
     rng = np.random.default_rng(seed)
     maf = rng.choice([0.0005, 0.002, 0.007, 0.03, 0.3], size=sites)
     panel_af = np.where(rng.random(sites) < 0.5, maf, 1.0 - maf)
     common = np.clip(panel_af, 0.1, 0.9)  # more carriers than the frequency implies, so that r2 is defined
-    truth = rng.binomial(2, common[:, None], size=(sites, people)).astype(np.float64)
-    gp = rng.dirichlet([0.5, 0.5, 0.5], size=(sites, people))
-    gp[np.arange(sites)[:, None], np.arange(people), truth.astype(int)] += 1.0
+    truth = rng.binomial(2, common[:, None], size=(sites, samples)).astype(np.float64)
+    gp = rng.dirichlet([0.5, 0.5, 0.5], size=(sites, samples))
+    gp[np.arange(sites)[:, None], np.arange(samples), truth.astype(int)] += 1.0
     gp /= 2.0
     truth[rng.random(truth.shape) < missing] = np.nan
     return truth, gp[..., 1] + 2.0 * gp[..., 2], gp, panel_af
@@ -75,12 +75,12 @@ def test_aggregate_r2_is_the_pooled_correlation(seed: int, block: int) -> None:
             if name not in expected_bins(frequency):
                 continue
             sites += 1
-            for person in range(truth.shape[1]):
-                if math.isnan(truth[row, person]):
+            for sample in range(truth.shape[1]):
+                if math.isnan(truth[row, sample]):
                     continue
                 flip = frequency > 0.5
-                x.append(2 - truth[row, person] if flip else truth[row, person])
-                y.append(2 - dosage[row, person] if flip else dosage[row, person])
+                x.append(2 - truth[row, sample] if flip else truth[row, sample])
+                y.append(2 - dosage[row, sample] if flip else dosage[row, sample])
         assert accumulator.sites()[name] == sites
         if sites == 0 or np.ptp(x) == 0:
             assert math.isnan(result[name])
@@ -108,22 +108,22 @@ def test_no_variance_gives_nan(constant: float) -> None:
 
 @given(SEEDS)
 @settings(max_examples=20, deadline=None)
-def test_resampling_equals_repeating_people(seed: int) -> None:
+def test_resampling_equals_repeating_samples(seed: int) -> None:
     truth, dosage, _, af = simulate(seed, missing=0.0)
-    people = truth.shape[1]
-    accumulator = metrics.AggregateR2(people)
+    samples = truth.shape[1]
+    accumulator = metrics.AggregateR2(samples)
     accumulator.add(truth, dosage, af)
-    weights = metrics.bootstrap_weights(people, 3, seed)
-    assert (weights.sum(axis=1) == people).all()
+    weights = metrics.bootstrap_weights(samples, 3, seed)
+    assert (weights.sum(axis=1) == samples).all()
     for row, values in zip(weights, accumulator.resample(weights), strict=True):
-        drawn = np.repeat(np.arange(people), row.astype(int))
-        repeated = metrics.AggregateR2(people)
+        drawn = np.repeat(np.arange(samples), row.astype(int))
+        repeated = metrics.AggregateR2(samples)
         repeated.add(truth[:, drawn], dosage[:, drawn], af)
         np.testing.assert_allclose(values, list(repeated.result().values()), rtol=1e-9, atol=1e-12)
 
 
 def test_bootstrap_is_seeded_and_paired_differences_are_tighter() -> None:
-    truth, dosage, _, af = simulate(1, sites=400, people=40, missing=0.0)
+    truth, dosage, _, af = simulate(1, sites=400, samples=40, missing=0.0)
     slightly_worse = dosage + np.random.default_rng(2).normal(0, 0.1, dosage.shape)
     a, b = metrics.AggregateR2(40), metrics.AggregateR2(40)
     a.add(truth, dosage, af)
@@ -147,7 +147,7 @@ def test_interval_of_an_empty_bin_is_nan() -> None:
 @given(SEEDS)
 @settings(max_examples=20, deadline=None)
 def test_site_r2_matches_corrcoef(seed: int) -> None:
-    truth, dosage, _, _ = simulate(seed, sites=20, people=6)
+    truth, dosage, _, _ = simulate(seed, sites=20, samples=6)
     for row, value in enumerate(metrics.site_r2(truth, dosage)):
         known = ~np.isnan(truth[row])
         if not known.any() or np.ptp(truth[row][known]) == 0:
@@ -164,7 +164,7 @@ def test_site_r2_of_a_constant_dosage_is_zero_where_the_truth_varies() -> None:
 @given(SEEDS)
 @settings(max_examples=20, deadline=None)
 def test_concordance_matches_counting(seed: int) -> None:
-    truth, _, gp, af = simulate(seed, sites=20, people=6)
+    truth, _, gp, af = simulate(seed, sites=20, samples=6)
     called = metrics.best_guess(np.empty(0), gp)
     accumulator = metrics.Concordance()
     accumulator.add(truth[:8], called[:8], af[:8])
@@ -173,8 +173,8 @@ def test_concordance_matches_counting(seed: int) -> None:
     for name in BIN_NAMES:
         agree: list[bool] = []
         agree_carrier: list[bool] = []
-        for row, person in product(range(20), range(6)):
-            t, c = truth[row, person], called[row, person]
+        for row, sample in product(range(20), range(6)):
+            t, c = truth[row, sample], called[row, sample]
             if name not in expected_bins(af[row]) or math.isnan(t):
                 continue
             agree.append(t == c)
@@ -194,12 +194,12 @@ def test_best_guess_treats_both_alleles_alike() -> None:
 @given(SEEDS)
 @settings(max_examples=20, deadline=None)
 def test_iqs_matches_the_agreement_table_of_lin_2010(seed: int) -> None:
-    truth, _, gp, _ = simulate(seed, sites=10, people=8)
+    truth, _, gp, _ = simulate(seed, sites=10, samples=8)
     for row, value in enumerate(metrics.iqs(truth, gp)):
         table = np.zeros((3, 3))  # imputed genotype by true genotype
-        for person in range(8):
-            if not math.isnan(truth[row, person]):
-                table[:, int(truth[row, person])] += gp[row, person]
+        for sample in range(8):
+            if not math.isnan(truth[row, sample]):
+                table[:, int(truth[row, sample])] += gp[row, sample]
         if table.sum() == 0:
             assert math.isnan(value)
             continue

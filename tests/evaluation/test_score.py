@@ -1,4 +1,4 @@
-"""Scoring of files: which sites and people count, what is reported, and what a user is told."""
+"""Scoring of files: which sites and samples count, what is reported, and what a user is told."""
 
 from __future__ import annotations
 
@@ -83,16 +83,16 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> dict:
     for haplotype in range(2 * PEOPLE):
         truth[:150, haplotype] = panel[:150, rng.integers(panel.shape[1])]
         truth[150:, haplotype] = panel[150:, rng.integers(panel.shape[1])]
-    people = tuple(f"T{number}" for number in range(PEOPLE))
+    samples = tuple(f"T{number}" for number in range(PEOPLE))
     every = np.arange(SITES)
     files = {name: folder / f"{name}.vcf.gz" for name in ("panel", "target", "truth")}
     write_phased(files["panel"], site_table(every), tuple(f"P{n}" for n in range(PANEL_PEOPLE)), panel)
-    write_phased(files["truth"], site_table(every), people, truth)
-    write_phased(files["target"], site_table(TYPED), people, truth[TYPED])
+    write_phased(files["truth"], site_table(every), samples, truth)
+    write_phased(files["target"], site_table(TYPED), samples, truth[TYPED])
     counts = truth[:, 0::2].astype(float) + truth[:, 1::2]
     return {
         "folder": folder,
-        "people": people,
+        "samples": samples,
         "counts": counts,
         "af": panel.mean(axis=1),
         "panel_alleles": panel,
@@ -119,19 +119,19 @@ UNTYPED = np.setdiff1d(np.arange(SITES), TYPED)
 
 
 def test_scores_are_the_pooled_correlation_at_untyped_sites(study: dict, tmp_path: Path) -> None:
-    """Other order of people, REF and ALT exchanged, an extra person, typed sites: nothing of it matters."""
+    """Other order of samples, REF and ALT exchanged, an extra sample, typed sites: nothing of it matters."""
     dosage = noisy(study, 1, 0.3)
     dosage[TYPED] = 1.0  # nonsense, but typed sites are not scored
     hom_alt = np.maximum(dosage - 1, 0)
     gp = np.stack([1 - dosage + hom_alt, dosage - 2 * hom_alt, hom_alt], axis=-1)
     order = np.random.default_rng(2).permutation(PEOPLE)
-    names = [*(study["people"][person] for person in order), "stranger"]
+    names = [*(study["samples"][sample] for sample in order), "stranger"]
     odd = np.concatenate([dosage[:, order], np.ones((SITES, 1))], axis=1)
     odd_gp = np.concatenate([gp[:, order], np.full((SITES, 1, 3), 1 / 3)], axis=1)
     swapped = np.arange(0, SITES, 3)
     odd[swapped] = 2 - odd[swapped]
     odd_gp[swapped] = odd_gp[swapped][..., ::-1]
-    write_dosages(tmp_path / "plain.vcf.gz", study["people"], range(SITES), dosage, gp=gp)
+    write_dosages(tmp_path / "plain.vcf.gz", study["samples"], range(SITES), dosage, gp=gp)
     write_dosages(tmp_path / "odd.vcf.gz", names, range(SITES), odd, gp=odd_gp, swapped=set(swapped.tolist()))
     report = score(study, imputed={"plain": tmp_path / "plain.vcf.gz", "odd": tmp_path / "odd.vcf.gz"})
     assert report.sites["all"] == len(UNTYPED)
@@ -149,8 +149,8 @@ def test_scores_are_the_pooled_correlation_at_untyped_sites(study: dict, tmp_pat
 
 
 def test_every_tool_is_scored_at_the_sites_that_all_have(study: dict, tmp_path: Path) -> None:
-    write_dosages(tmp_path / "a.vcf.gz", study["people"], range(200), study["counts"][:200])
-    write_dosages(tmp_path / "b.vcf.gz", study["people"], range(100, 300), study["counts"][100:])
+    write_dosages(tmp_path / "a.vcf.gz", study["samples"], range(200), study["counts"][:200])
+    write_dosages(tmp_path / "b.vcf.gz", study["samples"], range(100, 300), study["counts"][100:])
     report = score(study, imputed={"a": tmp_path / "a.vcf.gz", "b": tmp_path / "b.vcf.gz"}, baselines=True)
     assert report.sites["all"] == int(((UNTYPED >= 100) & (UNTYPED < 200)).sum())
     assert report.tools["a"].aggregate_r2["all"] == pytest.approx(1.0)
@@ -159,7 +159,7 @@ def test_every_tool_is_scored_at_the_sites_that_all_have(study: dict, tmp_path: 
 
 
 def test_a_panel_read_for_frequencies_only_gives_the_same_scores(study: dict, tmp_path: Path) -> None:
-    write_dosages(tmp_path / "a.vcf.gz", study["people"], range(SITES), noisy(study, 3, 0.4))
+    write_dosages(tmp_path / "a.vcf.gz", study["samples"], range(SITES), noisy(study, 3, 0.4))
     streamed = score(study, imputed={"a": tmp_path / "a.vcf.gz"})
     whole = score(study, imputed={"a": tmp_path / "a.vcf.gz"}, baselines=True)
     assert streamed.to_json()["tools"]["a"] == whole.to_json()["tools"]["a"]
@@ -167,8 +167,8 @@ def test_a_panel_read_for_frequencies_only_gives_the_same_scores(study: dict, tm
 
 def test_nearest_haplotype_is_exact_for_a_copy_and_ignores_a_swapped_target(study: dict, tmp_path: Path) -> None:
     copies = study["panel_alleles"][:, : 2 * PEOPLE]
-    write_phased(tmp_path / "truth.vcf.gz", site_table(np.arange(SITES)), study["people"], copies)
-    write_phased(tmp_path / "target.vcf.gz", site_table(TYPED, swapped=True), study["people"], 1 - copies[TYPED])
+    write_phased(tmp_path / "truth.vcf.gz", site_table(np.arange(SITES)), study["samples"], copies)
+    write_phased(tmp_path / "target.vcf.gz", site_table(TYPED, swapped=True), study["samples"], 1 - copies[TYPED])
     report = score(study, truth=tmp_path / "truth.vcf.gz", target=tmp_path / "target.vcf.gz", baselines=True)
     assert report.tools[NEAREST_HAPLOTYPE].aggregate_r2["all"] == pytest.approx(1.0)
     assert report.tools[NEAREST_HAPLOTYPE].concordance["all"] == 1.0
@@ -178,9 +178,9 @@ def test_other_measures_use_what_the_file_has(study: dict, tmp_path: Path) -> No
     counts = study["counts"]
     gp = metrics.one_hot(counts.astype(int))
     dr2 = np.where(np.isnan(metrics.site_r2(counts, counts)), 0.0, np.linspace(0, 1, SITES))
-    write_dosages(tmp_path / "full.vcf.gz", study["people"], range(SITES), counts, gp=gp, dr2=dr2)
+    write_dosages(tmp_path / "full.vcf.gz", study["samples"], range(SITES), counts, gp=gp, dr2=dr2)
     noise = noisy(study, 4, 0.5)
-    write_dosages(tmp_path / "bare.vcf.gz", study["people"], range(SITES), noise)
+    write_dosages(tmp_path / "bare.vcf.gz", study["samples"], range(SITES), noise)
     report = score(study, imputed={"full": tmp_path / "full.vcf.gz", "bare": tmp_path / "bare.vcf.gz"})
     full, bare = report.tools["full"], report.tools["bare"]
     assert report.iqs_from == "best guesses"  # what both have
@@ -198,14 +198,14 @@ def test_other_measures_use_what_the_file_has(study: dict, tmp_path: Path) -> No
 def test_dr2_is_compared_with_the_true_r2_of_its_own_site(study: dict, tmp_path: Path) -> None:
     dosage = noisy(study, 5, 0.4)
     true_r2 = np.nan_to_num(metrics.site_r2(study["counts"], dosage))
-    write_dosages(tmp_path / "a.vcf.gz", study["people"], range(SITES), dosage, dr2=true_r2)
+    write_dosages(tmp_path / "a.vcf.gz", study["samples"], range(SITES), dosage, dr2=true_r2)
     report = score(study, imputed={"a": tmp_path / "a.vcf.gz"})
     assert report.tools["a"].dr2_correlation["all"] == pytest.approx(1.0, abs=1e-4)
 
 
 def test_intervals_are_seeded_and_differences_paired(study: dict, tmp_path: Path) -> None:
     for name, scale in (("good", 0.2), ("bad", 0.5)):
-        write_dosages(tmp_path / f"{name}.vcf.gz", study["people"], range(SITES), noisy(study, 6, scale))
+        write_dosages(tmp_path / f"{name}.vcf.gz", study["samples"], range(SITES), noisy(study, 6, scale))
     files = {name: tmp_path / f"{name}.vcf.gz" for name in ("good", "bad")}
     report = score(study, imputed=files, bootstrap=100, seed=3)
     again = score(study, imputed=files, bootstrap=100, seed=3)
@@ -220,15 +220,15 @@ def test_intervals_are_seeded_and_differences_paired(study: dict, tmp_path: Path
 def test_populations_are_scored_apart(study: dict, tmp_path: Path) -> None:
     dosage = study["counts"].copy()
     dosage[:, 5:] = noisy(study, 7, 0.6)[:, 5:]
-    write_dosages(tmp_path / "a.vcf.gz", study["people"], range(SITES), dosage)
+    write_dosages(tmp_path / "a.vcf.gz", study["samples"], range(SITES), dosage)
     table = tmp_path / "samples.tsv"
-    lines = [f"{name}\t{'EUR' if number < 5 else 'AFR'}\tx" for number, name in enumerate(study["people"])]
+    lines = [f"{name}\t{'EUR' if number < 5 else 'AFR'}\tx" for number, name in enumerate(study["samples"])]
     table.write_text("sample\tgroup\trole\n" + "\n".join(lines) + "\n")
     report = score(study, imputed={"a": tmp_path / "a.vcf.gz"}, samples_path=table)
     assert report.populations == {"AFR": 5, "EUR": 5}
     assert report.tools["a"].populations["EUR"]["all"] == pytest.approx(1.0)
     assert report.tools["a"].populations["AFR"]["all"] < 0.9
-    assert "AFR, 5 people" in report.table()
+    assert "AFR, 5 samples" in report.table()
     table.write_text("\n".join(lines[1:]) + "\n")
     with pytest.raises(UserError, match=r"samples\.tsv: 1 samples have no line, the first is T0"):
         score(study, imputed={"a": tmp_path / "a.vcf.gz"}, samples_path=table)
@@ -257,13 +257,13 @@ def test_without_bootstrap_no_interval_is_shown(study: dict) -> None:
 
 def test_faults_of_the_user_name_the_file(study: dict, tmp_path: Path) -> None:
     path = tmp_path / "short.vcf.gz"
-    write_dosages(path, study["people"][:-1], range(SITES), study["counts"][:, :-1])
+    write_dosages(path, study["samples"][:-1], range(SITES), study["counts"][:, :-1])
     with pytest.raises(UserError, match=r"short\.vcf\.gz: 1 of the 10 samples of .*truth.* missing \(T9\)"):
         score(study, imputed={"a": path})
-    write_dosages(path, study["people"], TYPED, study["counts"][TYPED])
+    write_dosages(path, study["samples"], TYPED, study["counts"][TYPED])
     with pytest.raises(UserError, match="no untyped site"):
         score(study, imputed={"a": path})
-    write_dosages(path, study["people"], range(SITES), 3 * study["counts"])
+    write_dosages(path, study["samples"], range(SITES), 3 * study["counts"])
     with pytest.raises(UserError, match=r"short\.vcf\.gz: 20:\d+: sample T\d has dosage"):
         score(study, imputed={"a": path})
     with pytest.raises(UserError, match="nothing to score"):
@@ -277,7 +277,7 @@ def test_faults_of_the_user_name_the_file(study: dict, tmp_path: Path) -> None:
 def test_command_line(
     study: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_dosages(tmp_path / "a.vcf.gz", study["people"], range(SITES), noisy(study, 8, 0.3))
+    write_dosages(tmp_path / "a.vcf.gz", study["samples"], range(SITES), noisy(study, 8, 0.3))
     arguments = [f"--{name}={study[name]}" for name in ("truth", "panel", "target")]
     outputs = [f"--json={tmp_path / 'out.json'}", f"--markdown={tmp_path / 'out.md'}", "--bootstrap=10"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -302,7 +302,7 @@ def test_baselines_on_1000_genomes(tmp_path: Path) -> None:
     arguments = (REAL / "truth.vcf.gz", {}, REAL / "panel.vcf.gz", REAL / "target.sparse.vcf.gz")
     report = evaluate(*arguments, baselines=True, samples_path=REAL / "samples.tsv", bootstrap=50, cache_dir=tmp_path)
     logging.getLogger(__name__).info("\n%s", report.table())
-    assert (report.typed_sites, report.people, report.sites["all"]) == (549, 250, 24_802 - 549)
+    assert (report.typed_sites, report.samples, report.sites["all"]) == (549, 250, 24_802 - 549)
     measured = [report.tools[NEAREST_HAPLOTYPE].aggregate_r2[name] for name in metrics.BIN_NAMES]
     np.testing.assert_allclose(measured, [0.1854, 0.2052, 0.3078, 0.4702, 0.7259, 0.2505, 0.7613], atol=2e-4)
 

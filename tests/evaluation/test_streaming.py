@@ -27,14 +27,14 @@ def site_table(rows: np.ndarray) -> SiteTable:
     return SiteTable(("20",), (10_000_000,), np.zeros(len(rows), dtype=np.int32), 1000 + 10 * rows, *letters)
 
 
-def write_study(folder: Path, sites: int, people: int, seed: int = 0) -> dict[str, np.ndarray]:
+def write_study(folder: Path, sites: int, samples: int, seed: int = 0) -> dict[str, np.ndarray]:
     """Files of a panel, a truth, a target typed at every tenth site, and an imputed file whose values all differ."""
     rng = np.random.default_rng(seed)
     every = np.arange(sites)
     frequency = rng.choice([0.008, 0.05, 0.3, 0.9], size=sites)[:, None]
     panel = (rng.random((sites, 2 * PANEL_PEOPLE)) < frequency).astype(np.uint8)
-    truth = (rng.random((sites, 2 * people)) < np.clip(frequency, 0.1, 0.9)).astype(np.uint8)
-    names = [f"T{number}" for number in range(people)]
+    truth = (rng.random((sites, 2 * samples)) < np.clip(frequency, 0.1, 0.9)).astype(np.uint8)
+    names = [f"T{number}" for number in range(samples)]
     write_phased(folder / "panel.vcf.gz", site_table(every), [f"P{n}" for n in range(PANEL_PEOPLE)], panel)
     write_phased(folder / "truth.vcf.gz", site_table(every), names, truth)
     write_phased(folder / "target.vcf.gz", site_table(every[::10]), names, truth[::10])
@@ -44,10 +44,10 @@ def write_study(folder: Path, sites: int, people: int, seed: int = 0) -> dict[st
     return {"panel": panel, "truth": truth[:, 0::2].astype(float) + truth[:, 1::2]}
 
 
-def write_truth(path: Path, people: list[int], rows: np.ndarray, counts: np.ndarray, keys: str = "GT") -> Path:
+def write_truth(path: Path, samples: list[int], rows: np.ndarray, counts: np.ndarray, keys: str = "GT") -> Path:
     """Unphased genotypes [S, N], missing where ``counts`` are NaN, in all the ways that there are."""
     spelled = [["0/0", "0|0"], ["0/1", "1|0"], ["1/1", "1|1"], ["./.", ".|.", ".", "0/.", ".|1"]]
-    names = [f"T{number}" for number in people]
+    names = [f"T{number}" for number in samples]
     lines = ["##fileformat=VCFv4.3", "##contig=<ID=20>", '##FORMAT=<ID=GT,Number=1,Type=String,Description="g">']
     lines.append("\t".join(["#CHROM", "POS", "ID", "REF", "ALT", "QUAL", "FILTER", "INFO", "FORMAT", *names]))
     for row, values in zip(rows, counts, strict=True):
@@ -73,7 +73,7 @@ def score(folder: Path, truth: Path | None = None, **arguments) -> Report:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("streaming")
-    np.savez(folder / "study.npz", **write_study(folder, sites=120, people=12))
+    np.savez(folder / "study.npz", **write_study(folder, sites=120, samples=12))
     return folder
 
 
@@ -133,13 +133,13 @@ def python(root: Path, *arguments: str) -> str:
 
 
 def test_memory_grows_by_the_site_tables_alone(root: Path, tmp_path: Path) -> None:
-    """With values that all differ, which nothing can pack: of 100 people they would be 2,400 bytes a site."""
-    few, many, people = 1000, 4000, 100
+    """With values that all differ, which nothing can pack: of 100 samples they would be 2,400 bytes a site."""
+    few, many, samples = 1000, 4000, 100
     peak = {}
     for sites in (few, many):
         folder = tmp_path / str(sites)
         folder.mkdir()
-        write_study(folder, sites, people)
+        write_study(folder, sites, samples)
         peak[sites] = 1024 * int(python(root, "-c", PEAK, str(folder)))
     assert (peak[many] - peak[few]) / (many - few) < 1600
 
@@ -225,8 +225,8 @@ def test_missing_truth_is_not_scored(folder: Path, counts: np.ndarray, tmp_path:
         else:
             site_r2.append(np.corrcoef(truth[site, here], dosage[site, here])[0, 1] ** 2)
         table = np.zeros((3, 3))
-        for person in np.flatnonzero(here):
-            table[:, int(truth[site, person])] += gp[site, person]
+        for sample in np.flatnonzero(here):
+            table[:, int(truth[site, sample])] += gp[site, sample]
         if here.any():
             observed, chance = np.trace(table) / table.sum(), table.sum(0) @ table.sum(1) / table.sum() ** 2
             iqs.append((observed - chance) / (1 - chance))
@@ -240,12 +240,12 @@ def test_missing_truth_is_not_scored(folder: Path, counts: np.ndarray, tmp_path:
     assert sum(count for *_, count in found.calibration_curve) == known.sum()
 
 
-def test_a_person_or_a_site_without_truth_is_as_if_not_there(folder: Path, counts: np.ndarray, tmp_path: Path) -> None:
-    rows, people = np.arange(len(counts)), list(range(12))
+def test_a_sample_or_a_site_without_truth_is_as_if_not_there(folder: Path, counts: np.ndarray, tmp_path: Path) -> None:
+    rows, samples = np.arange(len(counts)), list(range(12))
     truth = counts.copy()
     truth[:, 4] = np.nan
-    gaps = score(folder, write_truth(tmp_path / "person.vcf.gz", people, rows, truth), baselines=True, bootstrap=0)
-    others = [number for number in people if number != 4]
+    gaps = score(folder, write_truth(tmp_path / "sample.vcf.gz", samples, rows, truth), baselines=True, bootstrap=0)
+    others = [number for number in samples if number != 4]
     fewer = write_truth(tmp_path / "without.vcf.gz", others, rows, counts[:, others])
     without = score(folder, fewer, baselines=True, bootstrap=0)
     assert (gaps.sites, gaps.sites_without_truth_variance) == (without.sites, without.sites_without_truth_variance)
@@ -253,9 +253,9 @@ def test_a_person_or_a_site_without_truth_is_as_if_not_there(folder: Path, count
 
     truth = counts.copy()
     truth[[31, 62]] = np.nan
-    gaps = score(folder, write_truth(tmp_path / "sites.vcf.gz", people, rows, truth), baselines=True)
+    gaps = score(folder, write_truth(tmp_path / "sites.vcf.gz", samples, rows, truth), baselines=True)
     kept = np.delete(rows, [31, 62])
-    without = score(folder, write_truth(tmp_path / "kept.vcf.gz", people, kept, counts[kept]), baselines=True)
+    without = score(folder, write_truth(tmp_path / "kept.vcf.gz", samples, kept, counts[kept]), baselines=True)
     assert _close(gaps.to_json()["tools"], without.to_json()["tools"])
     assert gaps.sites["all"] == without.sites["all"] + 2
     assert gaps.sites_without_truth_variance["all"] == without.sites_without_truth_variance["all"] + 2

@@ -128,7 +128,7 @@ def test_windows_are_blended_site_by_site(
 
 
 @pytest.mark.parametrize(("mode", "block"), [("embedding", 1), ("embedding", 4), ("embedding", 9), ("token", 9)])
-def test_people_do_not_depend_on_their_batch(
+def test_samples_do_not_depend_on_their_batch(
     make_config: MakeConfig, inputs: PanelInputs, target: PhasedData, mode: str, block: int
 ) -> None:
     model = untrained(make_config(f"embrag.retrieval.mode={mode}"), head=0.3)
@@ -138,7 +138,7 @@ def test_people_do_not_depend_on_their_batch(
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
-def test_people_do_not_depend_on_who_else_is_imputed(
+def test_samples_do_not_depend_on_who_else_is_imputed(
     model: ExportedModel, inputs: PanelInputs, target: PhasedData
 ) -> None:
     alone = dataclasses.replace(target, samples=target.samples[4:5], alleles=target.alleles[:, 8:10])
@@ -169,10 +169,10 @@ def test_a_target_in_the_panel_is_refused_and_with_the_flag_never_copies_itself(
     panel = read_phased(inputs.panel.path)
     row = {site: number for number, site in enumerate(panel.sites.identities())}
     typed = np.array([row[site] for site in target.sites.identities()])
-    people = [5, 30]
+    chosen = [5, 30]
     columns = [10, 11, 60, 61]
     own = dataclasses.replace(
-        target, samples=tuple(panel.samples[each] for each in people), alleles=panel.alleles[typed][:, columns]
+        target, samples=tuple(panel.samples[each] for each in chosen), alleles=panel.alleles[typed][:, columns]
     )
     with pytest.raises(
         UserError, match=rf"target\.vcf\.gz: 2 samples are also in .*{sorted(own.samples)[0]}.*--allow-overlap"
@@ -183,8 +183,8 @@ def test_a_target_in_the_panel_is_refused_and_with_the_flag_never_copies_itself(
     imputation = Imputation(retrieval_alone, inputs, CPU, 2)
     collate, copied = imputation._collate, []
 
-    def record(samples: Any, step: int) -> Any:
-        batch = collate(samples, step)
+    def record(queries: Any, step: int) -> Any:
+        batch = collate(queries, step)
         copied.append(batch.retrieved.ids // 2)
         return batch
 
@@ -199,14 +199,14 @@ def test_a_target_in_the_panel_is_refused_and_with_the_flag_never_copies_itself(
     assert all((each[:2] == 5).any() and (each[2:] == 30).any() for each in copied)
 
 
-def test_a_copy_of_panel_people_is_recovered(
+def test_a_copy_of_panel_samples_is_recovered(
     retrieval_alone: ExportedModel, inputs: PanelInputs, target: PhasedData
 ) -> None:
-    """Planted truth: typed as panel people are, under other names."""
+    """Planted truth: typed as panel samples are, under other names."""
     panel = read_phased(inputs.panel.path)
     row = {site: number for number, site in enumerate(panel.sites.identities())}
     typed = np.array([row[site] for site in target.sites.identities()])
-    columns = np.concatenate([[2 * person, 2 * person + 1] for person in range(0, 60, 5)])
+    columns = np.concatenate([[2 * sample, 2 * sample + 1] for sample in range(0, 60, 5)])
     names = tuple(f"copy{number}" for number in range(12))
     copies = dataclasses.replace(target, samples=names, alleles=panel.alleles[typed][:, columns])
     untyped = np.setdiff1d(np.arange(len(panel.sites)), typed)
@@ -342,8 +342,8 @@ def test_retrieval_works_ahead_fails_aloud_and_ends_with_its_reader(
     reader.close()
     assert ahead() == []
 
-    def broken(samples: Any, step: int) -> Any:
-        raise RuntimeError(f"window {samples.window}")
+    def broken(queries: Any, step: int) -> Any:
+        raise RuntimeError(f"window {queries.window}")
 
     monkeypatch.setattr(imputation, "_collate", broken)
     with pytest.raises(RuntimeError, match="window 0"):
@@ -351,7 +351,7 @@ def test_retrieval_works_ahead_fails_aloud_and_ends_with_its_reader(
     assert ahead() == []
 
 
-def test_alleles_of_any_people_and_sites_are_the_files(inputs: PanelInputs, target: PhasedData) -> None:
+def test_alleles_of_any_samples_and_sites_are_the_files(inputs: PanelInputs, target: PhasedData) -> None:
     rows = np.array([0, 3])
     other = dataclasses.replace(target, sites=exchanged(target.sites, rows))
     targets = matched(other, Path("t.vcf.gz"), inputs, False)
@@ -361,9 +361,9 @@ def test_alleles_of_any_people_and_sites_are_the_files(inputs: PanelInputs, targ
     whole[:, np.flatnonzero(targets.typed)] = alleles.T
     sites = len(inputs.panel.sites)
     for span in (slice(0, sites), slice(11, 12), slice(sites // 3, sites // 2)):
-        for people in (slice(0, 9), slice(1, 3), slice(3, 8), slice(8, 9)):
-            expected = whole[2 * people.start : 2 * people.stop, span]
-            np.testing.assert_array_equal(targets.alleles(span, people), expected)
+        for samples in (slice(0, 9), slice(1, 3), slice(3, 8), slice(8, 9)):
+            expected = whole[2 * samples.start : 2 * samples.stop, span]
+            np.testing.assert_array_equal(targets.alleles(span, samples), expected)
 
 
 def test_what_matches_is_said(inputs: PanelInputs, target: PhasedData, caplog: pytest.LogCaptureFixture) -> None:
@@ -371,7 +371,7 @@ def test_what_matches_is_said(inputs: PanelInputs, target: PhasedData, caplog: p
     row = exchanged(target.sites, np.array([0]))
     matched(dataclasses.replace(target, sites=row), Path("t.vcf.gz"), inputs, False)
     said = caplog.messages[0]
-    assert "9 people" in said and f"{len(target.sites)} sites matched, 1 of them with REF/ALT exchanged" in said
+    assert "9 samples" in said and f"{len(target.sites)} sites matched, 1 of them with REF/ALT exchanged" in said
     with pytest.raises(UserError, match=r"t\.vcf\.gz: no site in common"):
         none = dataclasses.replace(target, sites=dataclasses.replace(target.sites, pos=target.sites.pos + 10_000_000))
         matched(none, Path("t.vcf.gz"), inputs, False)
@@ -426,7 +426,7 @@ def test_a_short_run_beats_the_nearest_haplotype_on_1000_genomes(
 
     target, truth = (read_phased(real_data / f"{name}.vcf.gz") for name in ("target.sparse", "truth"))
     assert target.samples == truth.samples and list(truth.sites.identities()) == list(inputs.panel.sites.identities())
-    columns = np.flatnonzero(np.arange(500) // 2 % 3 == 0)  # a third of the people
+    columns = np.flatnonzero(np.arange(500) // 2 % 3 == 0)  # a third of the samples
     names = tuple(target.samples[column // 2] for column in columns[::2])
     fewer = dataclasses.replace(target, samples=names, alleles=target.alleles[:, columns])
     targets = matched(fewer, real_data / "target.sparse.vcf.gz", inputs, False)

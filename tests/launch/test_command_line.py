@@ -27,7 +27,7 @@ TINY = [
     "embrag.data.window_sites=64",
     "embrag.data.overlap_sites=16",
     "embrag.data.flank_sites=32",
-    "embrag.data.validation_people=6",
+    "embrag.data.validation_samples=6",
     "embrag.retrieval.k=16",
     "embrag.model.dims=16",
     "embrag.model.layers=1",
@@ -103,7 +103,7 @@ def test_train_impute_evaluate(
         "python", "impute.py", "--run-dir", run_dir, *panel_options, f"--target={simulated.target}", "--out", out
     )
     assert done.returncode == 0, done.stderr
-    assert "9 people" in done.stderr and not done.stdout
+    assert "9 samples" in done.stderr and not done.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"imputed.vcf.gz", "imputed.vcf.gz.tbi"}
     assert len(read_dosages(out).sites) == len(read_phased(simulated.panel).sites)
 
@@ -226,7 +226,7 @@ def test_a_run_is_either_resumed_or_begun(fails: Fails, train_options: list[str]
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
-    [(["--panel-people=2"], "--panel-people must be at least 3"), (["--missed-calls=1"], "must lie in")],
+    [(["--panel-samples=2"], "--panel-samples must be at least 3"), (["--missed-calls=1"], "must lie in")],
 )
 def test_simulate_says_what_is_wrong(fails: Fails, tmp_path: Path, arguments: list[str], complaint: str) -> None:
     assert complaint in fails("simulate", "--out", tmp_path / "sim", *arguments)
@@ -274,7 +274,7 @@ def test_targets_that_are_in_the_panel(
     [
         (["--out=out.bcf"], "out.bcf: the output is a bgzipped VCF"),
         (["--out=none/out.vcf.gz"], "none does not exist"),
-        (["--people-per-batch=0"], "--people-per-batch must be at least 1"),
+        (["--samples-per-batch=0"], "--samples-per-batch must be at least 1"),
         (["--panel=p.vcf.gz"], "--panel and --target go together"),
         (["--device=qpu"], "qpu"),
     ],
@@ -307,7 +307,7 @@ def test_evaluate_says_what_is_wrong(fails: Fails, arguments: list[str], complai
     assert complaint in fails("evaluate", *arguments)
 
 
-def test_the_ablation_scores_every_row_on_the_held_out_people(
+def test_the_ablation_scores_every_row_on_the_held_out_samples(
     launch: Launch, run_dir: Path, simulated: DefaultData, panel_options: list[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "ablation.json"
@@ -315,7 +315,7 @@ def test_the_ablation_scores_every_row_on_the_held_out_people(
     done = launch("python", "../profiling/ablation.py", "--run-dir", run_dir, *panel_options, *data)
     assert done.returncode == 0, done.stderr
     written = json.loads(out.read_text())
-    assert written["people"] == 6
+    assert written["samples"] == 6
     found = {name: row["all"] for name, row in written["r2"]["array"].items()}
     parts = ["copying, fixed", "copying, learned", "with confidence", "with residual"]
     assert list(found) == ["random", "top 1", *parts]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from embrag_ds.data.panel import Panel, Populations, ReferenceSet
-from embrag_ds.data.sampler import Samples, exclusion_table
+from embrag_ds.data.panel import Panel, PanelSubset, Populations
+from embrag_ds.data.sampler import QueryBatch, exclusion_table
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.windows import WindowedPanel, make_windows
 from embrag_ds.model.embedding import HaplotypeEmbedding
@@ -34,7 +34,7 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class World:
-    """A windowed panel whose first people stand outside the reference set."""
+    """A windowed panel whose first samples stand outside the reference set."""
 
     data: WindowedPanel
     samples: tuple[str, ...]
@@ -45,7 +45,7 @@ class World:
         k: int = 6,
         mode: str = "factored",
         backend: str = "torch",
-    ) -> Callable[[Samples], Batch]:
+    ) -> Callable[[QueryBatch], Batch]:
         """``mode`` is ``none``, ``token``, ``factored``, ``dense`` or ``live``."""
         settings = RetrievalConfig(
             mode=mode if mode in ("none", "token") else "embedding",
@@ -58,14 +58,14 @@ class World:
         reference.begin_refresh(0)
         return partial(reference.collator(len(self.samples)), step=0)
 
-    def batch_of(self, window: int, people: Sequence[int], hidden: np.ndarray) -> Samples:
-        """A micro-batch; ``hidden`` [N, L]."""
-        chosen = np.array(people, dtype=np.int64)
-        return Samples(window, chosen, self.data.people_alleles(window, chosen), hidden)
+    def batch_of(self, window: int, samples: Sequence[int], masked: np.ndarray) -> QueryBatch:
+        """A micro-batch; ``masked`` [N, L]."""
+        chosen = np.array(samples, dtype=np.int64)
+        return QueryBatch(window, chosen, self.data.samples_alleles(window, chosen), masked)
 
-    def hidden(self, window: int, people: int, seed: int, rate: float = 0.5) -> np.ndarray:
-        """A mask for each of so many people, [N, L]."""
-        return np.random.default_rng(seed).random((people, len(self.data.windows[window]))) < rate
+    def masked(self, window: int, samples: int, seed: int, rate: float = 0.5) -> np.ndarray:
+        """A mask for each of so many samples, [N, L]."""
+        return np.random.default_rng(seed).random((samples, len(self.data.windows[window]))) < rate
 
 
 class Build:
@@ -75,7 +75,7 @@ class Build:
         self,
         seed: int = 1,
         sites: int = 60,
-        people: int = 14,
+        samples: int = 14,
         *,
         outside: int = 0,
         populations: int = 2,
@@ -86,7 +86,7 @@ class Build:
     ) -> World:
         rng = np.random.default_rng(seed)
         frequency = rng.uniform(0.1, 0.9, size=(sites, 1))
-        alleles = (rng.random((sites, 2 * people)) < frequency).astype(np.uint8)
+        alleles = (rng.random((sites, 2 * samples)) < frequency).astype(np.uint8)
         table = SiteTable(
             contigs=("1",),
             contig_lengths=(0,),
@@ -96,13 +96,13 @@ class Build:
             alt=["C"] * sites,
             id=["."] * sites,
         )
-        samples = tuple(f"p{i}" for i in range(people))
-        panel = Panel(Path("panel.vcf.gz"), table, samples, np.packbits(alleles, axis=1, bitorder="little"), {})
-        of = Populations(tuple(f"pop{i}" for i in range(populations)), np.arange(people) % populations)
+        names = tuple(f"p{i}" for i in range(samples))
+        panel = Panel(Path("panel.vcf.gz"), table, names, np.packbits(alleles, axis=1, bitorder="little"), {})
+        of = Populations(tuple(f"pop{i}" for i in range(populations)), np.arange(samples) % populations)
         position = np.cumsum(rng.uniform(0.2, 1.8, sites) * cm_per_site)
-        reference = ReferenceSet(panel, of, np.arange(outside, people))
+        reference = PanelSubset(panel, of, np.arange(outside, samples))
         windows = make_windows(table, window_sites, overlap, flank)
-        return World(WindowedPanel(reference, windows, position), samples)
+        return World(WindowedPanel(reference, windows, position), names)
 
     @staticmethod
     def imputer(seed: int = 1, trained: bool = True, **settings) -> Imputer:

@@ -48,11 +48,11 @@ def test_match_lengths_on_the_gpu_are_those_of_the_cpu() -> None:
 
 
 def test_the_evidence_is_what_its_docstring_says(build) -> None:
-    world = build(5, people=12, cm_per_site=0.1)
+    world = build(5, samples=12, cm_per_site=0.1)
     network = build.imputer(fusion="copying")
     # The dense store writes the copying probabilities out.
     collate = world.collator(network.embedding, k=8, mode="dense")
-    batch = collate(world.batch_of(1, [0, 1], world.hidden(1, 2, 1, 0.8)))
+    batch = collate(world.batch_of(1, [0, 1], world.masked(1, 2, 1, 0.8)))
     found = batch.retrieved
     even = torch.ones(len(batch.window.sites.position))
     network.pooling.slow.data[0] = -100.0

@@ -34,23 +34,23 @@ def predict(network, batch):
 @FUSIONS
 @MODES
 @pytest.mark.parametrize("backend", ["torch", "faiss-cpu"])
-def test_the_truth_at_hidden_sites_changes_no_prediction(build, fusion: str, mode: str, backend: str) -> None:
-    """The strongest test of leakage: from the samples to the log-odds, bit by bit."""
-    world = build(2, people=12)
+def test_the_truth_at_masked_sites_changes_no_prediction(build, fusion: str, mode: str, backend: str) -> None:
+    """The strongest test of leakage: from the queries to the log-odds, bit by bit."""
+    world = build(2, samples=12)
     network = build.imputer(fusion=fusion)
     collate = world.collator(network.embedding, mode=mode, backend=backend)
     for window in range(len(world.data)):
-        samples = world.batch_of(window, [0, 3, 7], world.hidden(window, 3, window))
-        lying = samples.alleles ^ np.repeat(samples.hidden, 2, axis=0)
-        one, two = collate(samples), collate(replace(samples, alleles=lying))
+        queries = world.batch_of(window, [0, 3, 7], world.masked(window, 3, window))
+        lying = queries.alleles ^ np.repeat(queries.masked, 2, axis=0)
+        one, two = collate(queries), collate(replace(queries, alleles=lying))
         assert not torch.equal(one.core.alleles, two.core.alleles)
         first, second = predict(network, one), predict(network, two)
         assert torch.equal(first.logits, second.logits) and torch.equal(first.prior, second.prior)
 
 
-def test_people_typed_at_the_same_few_sites_are_pooled_by_sequence(build) -> None:
+def test_samples_typed_at_the_same_few_sites_are_pooled_by_sequence(build) -> None:
     """Any others by their carriers; the network hears the same."""
-    world = build(3, people=30, sites=200, window_sites=100)
+    world = build(3, samples=30, sites=200, window_sites=100)
     network = build.imputer()
     collate = world.collator(network.embedding)
     few = np.ones((3, len(world.data.windows[0])), dtype=bool)
@@ -58,7 +58,7 @@ def test_people_typed_at_the_same_few_sites_are_pooled_by_sequence(build) -> Non
     own, many = few.copy(), few.copy()
     own[1, 12] = False
     many[:, ::2] = False
-    batches = [collate(world.batch_of(0, [0, 3, 7], hidden)) for hidden in (few, own, many)]
+    batches = [collate(world.batch_of(0, [0, 3, 7], masked)) for masked in (few, own, many)]
     alleles = [batch.retrieved.alleles for batch in batches]
     assert [type(each) for each in alleles] == [Sequences, Carriers, Carriers]
     table = replace(batches[0].retrieved, alleles=DenseAlleles(dense_alleles(alleles[0])))
@@ -67,10 +67,10 @@ def test_people_typed_at_the_same_few_sites_are_pooled_by_sequence(build) -> Non
 
 
 def test_the_panels_spectrum_moves_the_prior_where_it_is_asked_for(build) -> None:
-    world = build(2, people=12)
+    world = build(2, samples=12)
     with_it, without = build.imputer(good_turing=True), build.imputer()
-    samples = world.batch_of(1, [0, 3, 7], world.hidden(1, 3, 1))
-    batch = world.collator(without.embedding)(samples)
+    queries = world.batch_of(1, [0, 3, 7], world.masked(1, 3, 1))
+    batch = world.collator(without.embedding)(queries)
     batch = replace(batch, core=replace(batch.core, good_turing=torch.randn_like(batch.core.good_turing)))
     moved, plain = predict(with_it, batch), predict(without, batch)
     torch.testing.assert_close(moved.prior, plain.prior + batch.core.good_turing)
@@ -80,14 +80,14 @@ def test_the_panels_spectrum_moves_the_prior_where_it_is_asked_for(build) -> Non
 
 @FUSIONS
 @MODES
-def test_what_is_shown_does_change_predictions(build, fusion: str, mode: str) -> None:
+def test_what_is_observed_does_change_predictions(build, fusion: str, mode: str) -> None:
     """Without which the test above could not fail."""
-    world = build(2, people=12)
+    world = build(2, samples=12)
     network = build.imputer(fusion=fusion)
     collate = world.collator(network.embedding, mode=mode)
-    samples = world.batch_of(1, [0, 3, 7], world.hidden(1, 3, 1))
-    other = samples.alleles ^ np.repeat(~samples.hidden, 2, axis=0)
-    one, two = (predict(network, collate(each)) for each in (samples, replace(samples, alleles=other)))
+    queries = world.batch_of(1, [0, 3, 7], world.masked(1, 3, 1))
+    other = queries.alleles ^ np.repeat(~queries.masked, 2, axis=0)
+    one, two = (predict(network, collate(each)) for each in (queries, replace(queries, alleles=other)))
     assert not torch.allclose(one.logits, two.logits, atol=1e-3)
 
 
@@ -96,7 +96,7 @@ def test_what_is_shown_does_change_predictions(build, fusion: str, mode: str) ->
 def test_an_untrained_network_predicts_its_prior(build, fusion: str, mode: str) -> None:
     world = build()
     network = build.imputer(trained=False, fusion=fusion)
-    batch = world.collator(network.embedding, mode=mode)(world.batch_of(1, [0, 3], world.hidden(1, 2, 1)))
+    batch = world.collator(network.embedding, mode=mode)(world.batch_of(1, [0, 3], world.masked(1, 2, 1)))
     found = predict(network, batch)
     assert torch.equal(found.logits, found.prior)
     assert found.logits.shape == batch.core.tokens.shape and found.logits.dtype == torch.float32
@@ -105,7 +105,7 @@ def test_an_untrained_network_predicts_its_prior(build, fusion: str, mode: str) 
 def test_without_retrieval_the_prior_is_the_allele_frequency(build) -> None:
     world = build(outside=4)
     network = build.imputer()
-    batch = world.collator(network.embedding, mode="none")(world.batch_of(1, [0, 3], world.hidden(1, 2, 1)))
+    batch = world.collator(network.embedding, mode="none")(world.batch_of(1, [0, 3], world.masked(1, 2, 1)))
     frequency = torch.from_numpy(world.data.reference.allele_frequency[world.data.windows[1].core_sites])
     expected = frequency.clamp(1e-5, 1 - 1e-5).expand(4, -1)
     assert torch.allclose(predict(network, batch).prior.sigmoid(), expected, atol=1e-5)
@@ -115,7 +115,7 @@ def test_without_retrieval_the_prior_is_the_allele_frequency(build) -> None:
 def test_the_prior_mixes_copied_dosage_and_the_frequency_of_the_neighbours_populations(build, fusion: str) -> None:
     world = build(populations=3)
     network = build.imputer(fusion=fusion)
-    batch = world.collator(network.embedding)(world.batch_of(1, [0, 3], world.hidden(1, 2, 1)))
+    batch = world.collator(network.embedding)(world.batch_of(1, [0, 3], world.masked(1, 2, 1)))
     with torch.no_grad():
         weight = network.embedding.codebook(batch.window.sites)
         weight = ((weight[:, 1] - weight[:, 0]) ** 2).sum(-1)
@@ -132,28 +132,28 @@ def test_the_prior_mixes_copied_dosage_and_the_frequency_of_the_neighbours_popul
 
 @FUSIONS
 @MODES
-def test_people_are_predicted_independently_of_their_place_in_the_batch(build, fusion: str, mode: str) -> None:
+def test_samples_are_predicted_independently_of_their_place_in_the_batch(build, fusion: str, mode: str) -> None:
     world = build(3)
     network = build.imputer(fusion=fusion)
     collate = world.collator(network.embedding, mode=mode)
-    people, hidden = [2, 9, 5], world.hidden(1, 3, 1)
-    together = predict(network, collate(world.batch_of(1, people, hidden)))
+    samples, masked = [2, 9, 5], world.masked(1, 3, 1)
+    together = predict(network, collate(world.batch_of(1, samples, masked)))
     order = [2, 0, 1]
-    permuted = predict(network, collate(world.batch_of(1, [people[i] for i in order], hidden[order])))
+    permuted = predict(network, collate(world.batch_of(1, [samples[i] for i in order], masked[order])))
     rows = [2 * i + haplotype for i in order for haplotype in range(2)]
     assert torch.allclose(permuted.logits, together.logits[rows], atol=2e-3)
-    for place, person in enumerate(people):
-        alone = predict(network, collate(world.batch_of(1, [person], hidden[place : place + 1])))
+    for place, sample in enumerate(samples):
+        alone = predict(network, collate(world.batch_of(1, [sample], masked[place : place + 1])))
         assert torch.allclose(alone.logits, together.logits[2 * place : 2 * place + 2], atol=2e-3)
 
 
-def test_the_two_haplotypes_of_a_person_are_predicted_independently(build) -> None:
+def test_the_two_haplotypes_of_a_sample_are_predicted_independently(build) -> None:
     world = build(3, outside=2)
     network = build.imputer()
     collate = world.collator(network.embedding)
-    samples = world.batch_of(1, [0, 1], world.hidden(1, 2, 1))
-    swapped = replace(samples, alleles=samples.alleles[[1, 0, 3, 2]])
-    one, two = (predict(network, collate(each)).logits for each in (samples, swapped))
+    queries = world.batch_of(1, [0, 1], world.masked(1, 2, 1))
+    swapped = replace(queries, alleles=queries.alleles[[1, 0, 3, 2]])
+    one, two = (predict(network, collate(each)).logits for each in (queries, swapped))
     assert torch.allclose(one[[1, 0, 3, 2]], two, atol=1e-4)
 
 
@@ -161,11 +161,11 @@ def test_the_two_haplotypes_of_a_person_are_predicted_independently(build) -> No
 def test_stores_encodings_and_backends_give_the_same_predictions(build, fusion: str) -> None:
     world = build(3, outside=3, cm_per_site=0.1)
     network = build.imputer(fusion=fusion)
-    samples = world.batch_of(1, [0, 1, 2], world.hidden(1, 3, 1))
+    queries = world.batch_of(1, [0, 1, 2], world.masked(1, 3, 1))
     ways = [("factored", "torch"), ("factored", "faiss-cpu"), ("dense", "torch"), ("live", "torch")]
     # All haplotypes are neighbours, so that ties at the k-th do not matter.
     found = [
-        predict(network, world.collator(network.embedding, k=22, mode=mode, backend=backend)(samples)).logits
+        predict(network, world.collator(network.embedding, k=22, mode=mode, backend=backend)(queries)).logits
         for mode, backend in ways
     ]
     for other in found[1:]:
@@ -177,9 +177,9 @@ def test_stores_encodings_and_backends_give_the_same_predictions(build, fusion: 
 def test_the_same_weights_serve_another_panel_region_and_number_of_populations(build, fusion: str, mode: str) -> None:
     network = build.imputer(fusion=fusion)
     shapes = {name: value.shape for name, value in network.state_dict().items()}
-    worlds = (build(1, populations=2), build(7, sites=100, people=9, populations=5, window_sites=45, flank=3))
+    worlds = (build(1, populations=2), build(7, sites=100, samples=9, populations=5, window_sites=45, flank=3))
     for world in worlds:
-        batch = world.collator(network.embedding, k=4, mode=mode)(world.batch_of(0, [1, 8], world.hidden(0, 2, 1)))
+        batch = world.collator(network.embedding, k=4, mode=mode)(world.batch_of(0, [1, 8], world.masked(0, 2, 1)))
         found = predict(network, batch)
         assert found.logits.shape == (4, world.data.windows[0].core_stop - world.data.windows[0].core_start)
         assert torch.isfinite(found.logits).all()
@@ -192,9 +192,9 @@ def test_the_same_weights_serve_another_panel_region_and_number_of_populations(b
 @FUSIONS
 @MODES
 def test_every_parameter_gets_a_finite_gradient_and_the_pooling_a_real_one(build, fusion: str, mode: str) -> None:
-    world = build(3, people=20)
+    world = build(3, samples=20)
     network = build.imputer(fusion=fusion).train()
-    batch = world.collator(network.embedding, mode=mode)(world.batch_of(1, [0, 4, 9, 2], world.hidden(1, 4, 1)))
+    batch = world.collator(network.embedding, mode=mode)(world.batch_of(1, [0, 4, 9, 2], world.masked(1, 4, 1)))
     loss_of(network, batch).total.backward()
     for name, parameter in network.named_parameters():
         if mode == "none" and (name.startswith(("pooling", "confidence")) or name == "background"):
@@ -206,9 +206,9 @@ def test_every_parameter_gets_a_finite_gradient_and_the_pooling_a_real_one(build
 
 @FUSIONS
 def test_gradients_of_the_retrieval_parameters_equal_finite_differences(build, fusion: str) -> None:
-    world = build(3, people=20, cm_per_site=0.2)
+    world = build(3, samples=20, cm_per_site=0.2)
     network = build.imputer(trained=False, fusion=fusion)
-    batch = world.collator(network.embedding)(world.batch_of(1, [0, 4, 9, 2], world.hidden(1, 4, 1)))
+    batch = world.collator(network.embedding)(world.batch_of(1, [0, 4, 9, 2], world.masked(1, 4, 1)))
 
     def loss() -> torch.Tensor:
         return loss_of(network, batch).total
@@ -227,29 +227,29 @@ def test_gradients_of_the_retrieval_parameters_equal_finite_differences(build, f
 
 
 @pytest.mark.parametrize("fusion", ["copying", "rare_variant"])
-def test_nothing_shown_or_nothing_hidden_stays_finite(build, fusion: str) -> None:
+def test_nothing_observed_or_nothing_masked_stays_finite(build, fusion: str) -> None:
     world = build(3)
     network = build.imputer(fusion=fusion)
     for mode in ("none", "factored", "dense"):
         collate = world.collator(network.embedding, mode=mode)
         for hide in (True, False):
-            hidden = np.full((2, len(world.data.windows[1])), hide)
-            assert torch.isfinite(predict(network, collate(world.batch_of(1, [0, 1], hidden))).logits).all()
+            masked = np.full((2, len(world.data.windows[1])), hide)
+            assert torch.isfinite(predict(network, collate(world.batch_of(1, [0, 1], masked))).logits).all()
 
 
 @FUSIONS
 @MODES
 def test_it_runs_under_autocast_and_in_bf16(build, fusion: str, mode: str) -> None:
     """DeepSpeed's sections torch_autocast and bf16: fp32 parameters with bf16 products, and bf16 throughout."""
-    world = build(3, people=12)
+    world = build(3, samples=12)
     exact = build.imputer(fusion=fusion)
-    samples = world.batch_of(1, [0, 4, 9], world.hidden(1, 3, 1))
-    expected = predict(exact, world.collator(exact.embedding, mode=mode)(samples))
+    queries = world.batch_of(1, [0, 4, 9], world.masked(1, 3, 1))
+    expected = predict(exact, world.collator(exact.embedding, mode=mode)(queries))
     for autocast in (True, False):
         network = build.imputer(fusion=fusion)
         if not autocast:
             network.to(torch.bfloat16)
-        batch = world.collator(network.embedding, mode=mode)(samples)
+        batch = world.collator(network.embedding, mode=mode)(queries)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = loss_of(network, batch).total
             found = predict(network, batch)
@@ -272,11 +272,11 @@ def test_site_weights_are_the_squared_distance_of_the_two_alleles(build) -> None
 
 
 def test_a_window_of_one_site_can_be_predicted(build) -> None:
-    world = build(1, sites=1, people=6, window_sites=2, overlap=0, flank=0)
+    world = build(1, sites=1, samples=6, window_sites=2, overlap=0, flank=0)
     network = build.imputer()
     for hide in (True, False):
-        samples = world.batch_of(0, [0, 1], np.full((2, 1), hide))
-        assert torch.isfinite(predict(network, world.collator(network.embedding, k=4)(samples)).logits).all()
+        queries = world.batch_of(0, [0, 1], np.full((2, 1), hide))
+        assert torch.isfinite(predict(network, world.collator(network.embedding, k=4)(queries)).logits).all()
 
 
 def test_the_embedding_of_a_haplotype_is_a_gather_from_the_codebook(build) -> None:

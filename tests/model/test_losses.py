@@ -18,12 +18,12 @@ from embrag_ds.model.losses import (
 )
 
 
-def random_case(seed: int, people: int, sites: int, rate: float = 0.5):
+def random_case(seed: int, samples: int, sites: int, rate: float = 0.5):
     maker = torch.Generator().manual_seed(seed)
-    logits = 3 * torch.randn(2 * people, sites, generator=maker, dtype=torch.float64)
-    alleles = torch.randint(0, 2, (2 * people, sites), generator=maker)
-    hidden = (torch.rand(people, sites, generator=maker) < rate).repeat_interleave(2, 0)
-    return logits.float(), alleles, hidden
+    logits = 3 * torch.randn(2 * samples, sites, generator=maker, dtype=torch.float64)
+    alleles = torch.randint(0, 2, (2 * samples, sites), generator=maker)
+    masked = (torch.rand(samples, sites, generator=maker) < rate).repeat_interleave(2, 0)
+    return logits.float(), alleles, masked
 
 
 def cost_of(chances: list[float], truth: int, gamma: float | None) -> float:
@@ -40,24 +40,24 @@ def alt_probability(logit: float) -> float:
 EVEN = torch.tensor([0.5])
 
 
-def slow_losses(logits, alleles, hidden, gamma: float | None, weights: list[float]) -> tuple[float, float]:
+def slow_losses(logits, alleles, masked, gamma: float | None, weights: list[float]) -> tuple[float, float]:
     """Haplotype and genotype loss, by loops; ``weights`` of the sites."""
-    people, sites = len(logits) // 2, logits.shape[1]
+    samples, sites = len(logits) // 2, logits.shape[1]
     haplotype: list[float] = []
     genotype: list[float] = []
     total = 0.0
-    for person in range(people):
+    for sample in range(samples):
         for site in range(sites):
-            if not hidden[2 * person, site]:
+            if not masked[2 * sample, site]:
                 continue
             total += weights[site]
-            one, two = (alt_probability(float(logits[2 * person + i, site])) for i in range(2))
+            one, two = (alt_probability(float(logits[2 * sample + i, site])) for i in range(2))
             for i, share in enumerate((one, two)):
-                cost = cost_of([1 - share, share], int(alleles[2 * person + i, site]), gamma)
+                cost = cost_of([1 - share, share], int(alleles[2 * sample + i, site]), gamma)
                 haplotype.append(weights[site] * cost)
             # Both phases of a heterozygote count as one genotype.
             chances = [(1 - one) * (1 - two), one * (1 - two) + (1 - one) * two, one * two]
-            count = int(alleles[2 * person, site]) + int(alleles[2 * person + 1, site])
+            count = int(alleles[2 * sample, site]) + int(alleles[2 * sample + 1, site])
             genotype.append(weights[site] * cost_of(chances, count, gamma))
     return sum(haplotype) / max(2 * total, 1e-9), sum(genotype) / max(total, 1e-9)
 
@@ -65,66 +65,66 @@ def slow_losses(logits, alleles, hidden, gamma: float | None, weights: list[floa
 @settings(max_examples=50)
 @given(
     seed=st.integers(0, 2**32),
-    people=st.integers(1, 3),
+    samples=st.integers(1, 3),
     sites=st.integers(1, 8),
     rate=st.sampled_from([0.1, 0.5, 1.1]),
     gamma=st.sampled_from(["brier", None, 0.0, 0.5, 1.0, 2.0, 3.7]),
     weights=st.sampled_from([(1.0, 0.5), (0.0, 2.0), (3.0, 0.0)]),
     rarity=st.sampled_from([0.0, 0.5, 1.0]),
 )
-def test_losses_equal_plain_loops(seed, people, sites, rate, gamma, weights, rarity) -> None:
-    logits, alleles, hidden = random_case(seed, people, sites, rate)
+def test_losses_equal_plain_loops(seed, samples, sites, rate, gamma, weights, rarity) -> None:
+    logits, alleles, masked = random_case(seed, samples, sites, rate)
     kind = {"brier": "brier", None: "cross_entropy"}.get(gamma, "focal")
     config = LossConfig(kind, gamma if kind == "focal" else 2.0, *weights, rarity)
     frequency = torch.rand(sites, generator=torch.Generator().manual_seed(seed)).clamp(0.01, 0.99)
-    found = imputation_loss(logits, alleles, hidden, frequency, config)
+    found = imputation_loss(logits, alleles, masked, frequency, config)
     by_site = [min(f, 1 - f) ** -rarity for f in frequency.tolist()]
-    haplotype, genotype = slow_losses(logits, alleles, hidden, None if kind == "brier" else gamma or 0.0, by_site)
+    haplotype, genotype = slow_losses(logits, alleles, masked, None if kind == "brier" else gamma or 0.0, by_site)
     assert float(found.haplotype) == pytest.approx(haplotype, rel=1e-4, abs=1e-6)
     assert float(found.genotype) == pytest.approx(genotype, rel=1e-4, abs=1e-6)
     assert float(found.total) == pytest.approx(weights[0] * haplotype + weights[1] * genotype, rel=1e-4, abs=1e-6)
 
 
-def test_the_mean_is_per_masked_site_whatever_is_shown_beside_them() -> None:
-    logits, alleles, hidden = random_case(1, 2, 6)
+def test_the_mean_is_per_masked_site_whatever_is_observed_beside_them() -> None:
+    logits, alleles, masked = random_case(1, 2, 6)
     wide = [torch.cat([part, part], dim=1) for part in (logits, alleles)]
-    shown = torch.cat([hidden, torch.zeros_like(hidden)], dim=1)
+    observed = torch.cat([masked, torch.zeros_like(masked)], dim=1)
     narrow, padded = (
-        imputation_loss(logits, alleles, hidden, EVEN, LossConfig()),
-        imputation_loss(*wide, shown, EVEN, LossConfig()),
+        imputation_loss(logits, alleles, masked, EVEN, LossConfig()),
+        imputation_loss(*wide, observed, EVEN, LossConfig()),
     )
     assert float(narrow.total) == pytest.approx(float(padded.total), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["cross_entropy", "focal"])
-def test_shown_sites_get_no_gradient(kind: str) -> None:
-    logits, alleles, hidden = random_case(1, 2, 20)
+def test_observed_sites_get_no_gradient(kind: str) -> None:
+    logits, alleles, masked = random_case(1, 2, 20)
     logits.requires_grad_()
-    imputation_loss(logits, alleles, hidden, EVEN, LossConfig(kind)).total.backward()
-    assert (logits.grad[~hidden] == 0).all() and (logits.grad[hidden] != 0).all()
+    imputation_loss(logits, alleles, masked, EVEN, LossConfig(kind)).total.backward()
+    assert (logits.grad[~masked] == 0).all() and (logits.grad[masked] != 0).all()
 
 
 @pytest.mark.parametrize("kind", ["cross_entropy", "focal"])
 def test_a_confident_right_prediction_costs_nothing_and_a_wrong_one_its_logit(kind: str) -> None:
     """A double softmax would leave the right one at 0.31 or more."""
-    _, alleles, hidden = random_case(1, 2, 20)
+    _, alleles, masked = random_case(1, 2, 20)
     right = 40.0 * (2 * alleles.float() - 1)
-    assert float(imputation_loss(right, alleles, hidden, EVEN, LossConfig(kind)).total) < 1e-6
-    wrong = imputation_loss(-right, alleles, hidden, EVEN, LossConfig(kind))
+    assert float(imputation_loss(right, alleles, masked, EVEN, LossConfig(kind)).total) < 1e-6
+    wrong = imputation_loss(-right, alleles, masked, EVEN, LossConfig(kind))
     assert float(wrong.haplotype) == pytest.approx(40, rel=1e-3)
 
 
 def test_an_even_prediction_costs_one_bit() -> None:
-    _, alleles, hidden = random_case(1, 2, 20)
-    even = imputation_loss(torch.zeros(4, 20), alleles, hidden, EVEN, LossConfig())
+    _, alleles, masked = random_case(1, 2, 20)
+    even = imputation_loss(torch.zeros(4, 20), alleles, masked, EVEN, LossConfig())
     assert float(even.haplotype) == pytest.approx(math.log(2), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["cross_entropy", "focal"])
-def test_nothing_hidden_costs_zero_with_finite_gradients(kind: str) -> None:
-    logits, alleles, hidden = random_case(1, 2, 5)
+def test_nothing_masked_costs_zero_with_finite_gradients(kind: str) -> None:
+    logits, alleles, masked = random_case(1, 2, 5)
     logits.requires_grad_()
-    found = imputation_loss(logits, alleles, torch.zeros_like(hidden), EVEN, LossConfig(kind))
+    found = imputation_loss(logits, alleles, torch.zeros_like(masked), EVEN, LossConfig(kind))
     found.total.backward()
     assert [float(part.detach()) for part in (found.total, found.haplotype, found.genotype)] == [0, 0, 0]
     assert (logits.grad == 0).all()
@@ -140,12 +140,14 @@ def test_saturated_logits_keep_losses_and_gradients_finite(gamma: float, logit: 
     assert torch.isfinite(found.total) and torch.isfinite(logits.grad).all()
 
 
-@given(seed=st.integers(0, 2**32), people=st.integers(1, 4), scale=st.sampled_from([0.1, 3.0, 50.0]))
-def test_genotype_probabilities_sum_to_one_and_follow_from_the_haplotypes(seed: int, people: int, scale: float) -> None:
-    logits = scale * torch.randn(2 * people, 7, generator=torch.Generator().manual_seed(seed))
+@given(seed=st.integers(0, 2**32), samples=st.integers(1, 4), scale=st.sampled_from([0.1, 3.0, 50.0]))
+def test_genotype_probabilities_sum_to_one_and_follow_from_the_haplotypes(
+    seed: int, samples: int, scale: float
+) -> None:
+    logits = scale * torch.randn(2 * samples, 7, generator=torch.Generator().manual_seed(seed))
     genotype = genotype_log_probabilities(logits).exp()
-    assert genotype.shape == (people, 7, 3)
-    assert torch.allclose(genotype.sum(-1), torch.ones(people, 7), atol=1e-5)
+    assert genotype.shape == (samples, 7, 3)
+    assert torch.allclose(genotype.sum(-1), torch.ones(samples, 7), atol=1e-5)
     alt = torch.sigmoid(logits)
     dosage = genotype[..., 1] + 2 * genotype[..., 2]
     assert torch.allclose(dosage, alt[0::2] + alt[1::2], atol=1e-5)

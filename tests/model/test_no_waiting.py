@@ -39,9 +39,9 @@ class Waits(TorchDispatchMode):
 def test_forward_loss_and_backward_ask_for_no_value(build, monkeypatch, mode: str, fusion: str, compiled: bool) -> None:
     if not compiled:  # as on a GPU without CuPy
         monkeypatch.setattr(li_stephens, "copying_backend", lambda device: "torch")
-    world = build(3, people=12)
+    world = build(3, samples=12)
     network = build.imputer(fusion=fusion).train()
-    batch = world.collator(network.embedding, mode=mode)(world.batch_of(1, [0, 4, 9], world.hidden(1, 3, 1)))
+    batch = world.collator(network.embedding, mode=mode)(world.batch_of(1, [0, 4, 9], world.masked(1, 3, 1)))
     with Waits() as waits:
         logits = network(batch).logits
         frequency = batch.core.sites.frequency

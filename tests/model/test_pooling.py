@@ -61,13 +61,13 @@ def slow_alone(pooling: torch.nn.Module) -> torch.nn.Module:
     return pooling
 
 
-def slow_weights(rate: float, penalty: float, weight: np.ndarray, samples, batch, panel: np.ndarray, row: int, prior):
+def slow_weights(rate: float, penalty: float, weight: np.ndarray, queries, batch, panel: np.ndarray, row: int, prior):
     """Weights [K, L] of one query haplotype: the explicit model at its typed sites, np.interp between them.
 
     ``panel`` [H, L] are the reference alleles of the whole window.
     """
-    ids, truth, hidden = batch.retrieved.ids[row].tolist(), samples.alleles[row], samples.hidden[row // 2]
-    typed = [site for site in range(len(truth)) if not hidden[site]]
+    ids, truth, masked = batch.retrieved.ids[row].tolist(), queries.alleles[row], queries.masked[row // 2]
+    typed = [site for site in range(len(truth)) if not masked[site]]
     position = batch.window.sites.position.double().numpy()
     core = position[batch.window.core]
     if not typed:
@@ -89,12 +89,12 @@ def slow_weights(rate: float, penalty: float, weight: np.ndarray, samples, batch
 def test_copying_weights_equal_the_slow_model_interpolated_in_centimorgans(
     build, seed: int, rates: list[float], window: int, k: int, cm: float
 ) -> None:
-    """Whatever a person's rate per cM and penalty are: they are read off what the model passes on."""
+    """Whatever a sample's rate per cM and penalty are: they are read off what the model passes on."""
     world = build(seed, outside=3, cm_per_site=cm)
-    people = list(range(len(rates)))
-    hidden = np.concatenate([world.hidden(window, 1, seed + i, rate) for i, rate in enumerate(rates)])
-    samples = world.batch_of(window, people, hidden)
-    batch = world.collator(build.imputer(seed).embedding, k=k, mode="dense")(samples)
+    samples = list(range(len(rates)))
+    masked = np.concatenate([world.masked(window, 1, seed + i, rate) for i, rate in enumerate(rates)])
+    queries = world.batch_of(window, samples, masked)
+    batch = world.collator(build.imputer(seed).embedding, k=k, mode="dense")(queries)
     torch.manual_seed(seed)
     pooling = CopyingPooling()
     disturb(pooling)
@@ -108,7 +108,7 @@ def test_copying_weights_equal_the_slow_model_interpolated_in_centimorgans(
     panel = world.data.reference_alleles(window)
     ((_, costs, all_switches, prior, near),) = passed
     assert near == batch.window.near
-    rows = 2 * len(people)
+    rows = 2 * len(samples)
     for row in range(rows):
         typed = batch.window.typed[row, : int(batch.window.typed_count[row])]
         by_chain = []
@@ -126,14 +126,14 @@ def test_copying_weights_equal_the_slow_model_interpolated_in_centimorgans(
                 assert torch.allclose(switches, 1 - torch.exp(-rate * gaps), rtol=1e-2, atol=1e-5)
                 assert rate > 0
             chances = prior[row].double().numpy()
-            by_chain.append(slow_weights(rate, penalty, weight.double().numpy(), samples, batch, panel, row, chances))
+            by_chain.append(slow_weights(rate, penalty, weight.double().numpy(), queries, batch, panel, row, chances))
         slow = share[row] * by_chain[0] + (1 - share[row]) * by_chain[1]
         assert np.allclose(found[row], slow, atol=5e-4), np.abs(found[row] - slow).max()
 
 
 def test_a_recombination_prefers_neighbours_with_fewer_mismatches_and_a_rare_site_the_slow_model(build) -> None:
     world = build(3, outside=2)
-    batch = world.collator(build.imputer().embedding)(world.batch_of(1, [0, 1], world.hidden(1, 2, 1)))
+    batch = world.collator(build.imputer().embedding)(world.batch_of(1, [0, 1], world.masked(1, 2, 1)))
     pooling = CopyingPooling()
     with torch.no_grad():
         prior = pooling._recombination_prior(batch, batch.retrieved)
@@ -149,9 +149,9 @@ def test_a_recombination_prefers_neighbours_with_fewer_mismatches_and_a_rare_sit
 
 def test_outside_the_typed_sites_the_nearest_typed_site_decides(build) -> None:
     world = build(outside=1, window_sites=40, overlap=0, flank=0, sites=40)
-    hidden = np.ones((1, 40), dtype=bool)
-    hidden[0, [12, 20, 29]] = False
-    batch = world.collator(build.imputer().embedding, mode="dense")(world.batch_of(0, [0], hidden))
+    masked = np.ones((1, 40), dtype=bool)
+    masked[0, [12, 20, 29]] = False
+    batch = world.collator(build.imputer().embedding, mode="dense")(world.batch_of(0, [0], masked))
     with torch.no_grad():
         weights = slow_alone(CopyingPooling())(batch, batch.retrieved, torch.ones(40)).weights
     assert torch.equal(weights[..., :12], weights[..., 12:13].expand(-1, -1, 12))
@@ -166,30 +166,30 @@ def test_outside_the_typed_sites_the_nearest_typed_site_decides(build) -> None:
 @POOLINGS
 @pytest.mark.parametrize("mode", ["factored", "dense"])
 @pytest.mark.parametrize("seed", range(3))
-def test_filled_up_rows_do_not_change_what_a_person_gets(build, kind, mode: str, seed: int) -> None:
+def test_filled_up_rows_do_not_change_what_a_sample_gets(build, kind, mode: str, seed: int) -> None:
     world = build(seed, outside=3)
-    hidden = np.concatenate([world.hidden(1, 1, seed + i, rate) for i, rate in enumerate((0.95, 0.1, 0.6))])
+    masked = np.concatenate([world.masked(1, 1, seed + i, rate) for i, rate in enumerate((0.95, 0.1, 0.6))])
     collate = world.collator(build.imputer().embedding, mode=mode)
     weight = torch.rand(len(world.data.windows[1])) + 0.5
     with torch.no_grad():
-        together = collate(world.batch_of(1, [0, 1, 2], hidden))
+        together = collate(world.batch_of(1, [0, 1, 2], masked))
         pooled = kind()(together, together.retrieved, weight)
-        for person in range(3):
-            alone = collate(world.batch_of(1, [person], hidden[person : person + 1]))
-            assert alone.window.typed.shape[1] < together.window.typed.shape[1] or person == 1
+        for sample in range(3):
+            alone = collate(world.batch_of(1, [sample], masked[sample : sample + 1]))
+            assert alone.window.typed.shape[1] < together.window.typed.shape[1] or sample == 1
             own = kind()(alone, alone.retrieved, weight)
             for name in ("dosage", "ancestry", "weights"):
                 if mode == "dense" or name != "weights":
-                    mine = getattr(pooled, name)[2 * person : 2 * person + 2]
+                    mine = getattr(pooled, name)[2 * sample : 2 * sample + 2]
                     assert torch.allclose(getattr(own, name), mine, atol=1e-6), name
 
 
 @POOLINGS
 def test_a_query_that_shows_nothing_weighs_all_neighbours_alike(build, kind) -> None:
     world = build(outside=2)
-    hidden = world.hidden(1, 2, 1, 0.5)
-    hidden[0] = True
-    batch = world.collator(build.imputer().embedding, k=5, mode="dense")(world.batch_of(1, [0, 1], hidden))
+    masked = world.masked(1, 2, 1, 0.5)
+    masked[0] = True
+    batch = world.collator(build.imputer().embedding, k=5, mode="dense")(world.batch_of(1, [0, 1], masked))
     with torch.no_grad():
         pooled = kind()(batch, batch.retrieved, torch.ones(len(world.data.windows[1])))
     weights = pooled.weights
@@ -200,8 +200,8 @@ def test_a_query_that_shows_nothing_weighs_all_neighbours_alike(build, kind) -> 
 
 def test_distance_weights_are_a_softmax_of_explicit_distances(build) -> None:
     world = build(outside=2)
-    samples = world.batch_of(1, [0, 1], world.hidden(1, 2, 1))
-    batch = world.collator(build.imputer().embedding, k=5, mode="dense")(samples)
+    queries = world.batch_of(1, [0, 1], world.masked(1, 2, 1))
+    batch = world.collator(build.imputer().embedding, k=5, mode="dense")(queries)
     pooling = DistancePooling()
     weight = torch.rand(len(world.data.windows[1])) * 0.3
     with torch.no_grad():
@@ -213,7 +213,7 @@ def test_distance_weights_are_a_softmax_of_explicit_distances(build) -> None:
         for haplotype in batch.retrieved.ids[row].tolist():
             distance = 0.0
             for site in range(panel.shape[1]):
-                if not samples.hidden[row // 2, site] and panel[haplotype, site] != samples.alleles[row, site]:
+                if not queries.masked[row // 2, site] and panel[haplotype, site] != queries.alleles[row, site]:
                     distance += float(weight[site])
             costs.append(np.exp(-np.exp(0.4) * distance))
         for place, cost in enumerate(costs):
@@ -223,8 +223,8 @@ def test_distance_weights_are_a_softmax_of_explicit_distances(build) -> None:
 @POOLINGS
 def test_dosage_and_ancestry_are_the_alleles_and_populations_of_the_weights(build, kind) -> None:
     world = build(populations=3, outside=2)
-    samples = world.batch_of(1, [0, 1], world.hidden(1, 2, 1))
-    batch = world.collator(build.imputer().embedding, k=5, mode="dense")(samples)
+    queries = world.batch_of(1, [0, 1], world.masked(1, 2, 1))
+    batch = world.collator(build.imputer().embedding, k=5, mode="dense")(queries)
     found = batch.retrieved
     with torch.no_grad():
         pooled = slow_alone(kind())(batch, found, torch.ones(len(world.data.windows[1])))
@@ -246,9 +246,9 @@ def test_dosage_and_ancestry_are_the_alleles_and_populations_of_the_weights(buil
 @POOLINGS
 def test_the_pooled_embedding_from_the_codebook_is_the_sum_over_neighbours(build, kind) -> None:
     world = build(outside=1)
-    samples = world.batch_of(1, [0], world.hidden(1, 1, 1))
+    queries = world.batch_of(1, [0], world.masked(1, 1, 1))
     batches = {
-        mode: world.collator(build.imputer().embedding, k=5, mode=mode)(samples) for mode in ("factored", "dense")
+        mode: world.collator(build.imputer().embedding, k=5, mode=mode)(queries) for mode in ("factored", "dense")
     }
     pooled = {
         mode: kind()(batch, batch.retrieved, torch.ones(len(world.data.windows[1]))) for mode, batch in batches.items()

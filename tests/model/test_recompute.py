@@ -49,11 +49,11 @@ def test_of_what_is_computed_again_the_arguments_are_kept(kept_bytes: KeptBytes)
 def test_the_network_keeps_little_around_its_transformer(
     build, mode: str, kept_bytes: KeptBytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = build(2, people=12)
+    world = build(2, samples=12)
     network = build.imputer(dims=64)
     for part in (network.head, network.confidence.layers[-1]):
         torch.nn.init.normal_(part.weight)  # they start at 0, and hand nothing back
-    batch = world.collator(network.embedding, mode=mode)(world.batch_of(1, [0, 3, 7], world.hidden(1, 3, 1)))
+    batch = world.collator(network.embedding, mode=mode)(world.batch_of(1, [0, 3, 7], world.masked(1, 3, 1)))
     size = 4 * batch.core.tokens.numel() * 64  # [B, L, D]
 
     def measured() -> tuple[int, list[Tensor]]:

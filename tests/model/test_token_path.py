@@ -16,26 +16,26 @@ from embrag_ds.retrieval.settings import RetrievalConfig
 
 
 def token_collator(world, embedding, **settings):
-    exclusions = np.arange(len(world.samples))[:, None]
+    exclusions = np.arange(len(world.queries))[:, None]
     reference = Reference(
         RetrievalConfig(mode="token", **settings), world.data, embedding, torch.device("cpu"), exclusions
     )
-    collate = reference.collator(len(world.samples))
-    return lambda samples: collate(samples, 0)
+    collate = reference.collator(len(world.queries))
+    return lambda queries: collate(queries, 0)
 
 
 @pytest.mark.parametrize("token_k", [1, 3])
 def test_neighbours_are_nearest_by_plain_hamming_distance(build, token_k: int) -> None:
     world = build(3, outside=2)
-    samples = world.batch_of(1, [0, 1, 5], world.hidden(1, 3, 1))
-    found = token_collator(world, build.imputer().embedding, k=5, token_k=token_k)(samples)
+    queries = world.batch_of(1, [0, 1, 5], world.masked(1, 3, 1))
+    found = token_collator(world, build.imputer().embedding, k=5, token_k=token_k)(queries)
     window = world.data.windows[1]
     reference = world.data.reference_alleles(1)
-    owner = world.data.reference.person_of
+    owner = world.data.reference.sample_of
     for row, ids in enumerate(found.retrieved.ids.tolist()):
-        shown = ~samples.hidden[row // 2]
-        distance = (reference[:, shown] != samples.alleles[row][shown]).sum(1).astype(float)
-        distance[owner == samples.people[row // 2]] = np.inf
+        observed = ~queries.masked[row // 2]
+        distance = (reference[:, observed] != queries.alleles[row][observed]).sum(1).astype(float)
+        distance[owner == queries.samples[row // 2]] = np.inf
         assert distance[ids].tolist() == np.sort(distance)[:5].tolist()
         expected = reference[ids[:token_k]][:, window.core]
         assert found.retrieved.tokens[row].tolist() == expected.tolist()
@@ -48,7 +48,7 @@ def test_every_haplotype_goes_through_the_transformer_alone_and_is_fused_after_i
     world = build(3, outside=1)
     network = build.imputer(fusion=fusion, layers=2)
     batch = token_collator(world, network.embedding, k=6, token_k=token_k)(
-        world.batch_of(1, [0, 4], world.hidden(1, 2, 1))
+        world.batch_of(1, [0, 4], world.masked(1, 2, 1))
     )
     core = batch.window.core
     sites = replace(
@@ -70,8 +70,8 @@ def test_every_haplotype_goes_through_the_transformer_alone_and_is_fused_after_i
             query = passed(batch.core.tokens[row])
             references = torch.stack([passed(tokens) for tokens in batch.retrieved.tokens[row]]).mean(0)
             one = slice(row, row + 1)
-            hidden = network.fusion(query, references, batch.core.frequency[one], expected[one])
-            logits = prediction.prior[one] + network.head(hidden)[..., 0] + confidence[one]
+            states = network.fusion(query, references, batch.core.frequency[one], expected[one])
+            logits = prediction.prior[one] + network.head(states)[..., 0] + confidence[one]
             assert torch.allclose(prediction.logits[one], logits, atol=1e-4)
 
 
@@ -79,10 +79,10 @@ def test_both_paths_have_the_same_weights_and_the_same_prior_from_the_same_neigh
     """So switching the mode needs no other change; only how the neighbours reach the residual differs."""
     world = build(3, outside=1)
     network = build.imputer()
-    samples = world.batch_of(1, [3, 4], world.hidden(1, 2, 1))
+    queries = world.batch_of(1, [3, 4], world.masked(1, 2, 1))
     # All haplotypes but a query's own are neighbours, so that both distances find the same.
-    after = token_collator(world, network.embedding, k=24)(samples)
-    before = world.collator(network.embedding, k=24)(samples)
+    after = token_collator(world, network.embedding, k=24)(queries)
+    before = world.collator(network.embedding, k=24)(queries)
     with torch.no_grad():
         one, two = network(after), network(before)
     assert torch.allclose(one.prior.sigmoid(), two.prior.sigmoid(), atol=1e-5)
@@ -110,17 +110,17 @@ def largest(network, batch) -> int:
 @pytest.mark.parametrize("fusion", ["copying", "rare_variant"])
 def test_neighbours_add_no_tensor_of_their_number_times_width_to_v18(build, fusion: str) -> None:
     """[B, K, L, D] would be the largest by far; in V17 it is there, which shows that the count sees it."""
-    world = build(1, sites=30, people=20, window_sites=24, overlap=4, flank=3)
-    samples = world.batch_of(0, [0, 1], world.hidden(0, 2, 1, rate=0.9))
+    world = build(1, sites=30, samples=20, window_sites=24, overlap=4, flank=3)
+    queries = world.batch_of(0, [0, 1], world.masked(0, 2, 1, rate=0.9))
     network = build.imputer(dims=64, ffn_multiple=1, fusion=fusion)
     k = 32
     width = 4 * k * 24 * 64
-    assert largest(network, world.collator(network.embedding, k=k, mode="factored")(samples)) < width / 4
-    assert largest(network, token_collator(world, network.embedding, k=k, token_k=k)(samples)) >= width
+    assert largest(network, world.collator(network.embedding, k=k, mode="factored")(queries)) < width / 4
+    assert largest(network, token_collator(world, network.embedding, k=k, token_k=k)(queries)) >= width
 
 
 def test_what_the_query_hides_is_masked_and_references_are_whole(build) -> None:
     world = build(3)
-    batch = token_collator(world, build.imputer().embedding, k=4)(world.batch_of(0, [1], world.hidden(0, 1, 1)))
+    batch = token_collator(world, build.imputer().embedding, k=4)(world.batch_of(0, [1], world.masked(0, 1, 1)))
     assert (batch.core.tokens == MASK).any()
     assert int(batch.retrieved.tokens.max()) < MASK

@@ -10,8 +10,8 @@ from embrag_ds.ops.dosage import (
     Blocks,
     Carriers,
     DenseAlleles,
+    FlankingSites,
     Neighbours,
-    Places,
     Sequences,
     WindowAlleles,
     alt_share,
@@ -25,7 +25,7 @@ CUTS = np.array([3, 20, 21, 60])
 
 
 def case(seed: int, k: int, queries: int = 3):
-    """DenseAlleles [L, H] from absent to fixed, the neighbours of ``queries``, and a posterior with its places."""
+    """DenseAlleles [L, H] from absent to fixed, the neighbours of ``queries``, and a posterior with its flanking."""
     rng = np.random.default_rng(seed)
     maker = torch.Generator().manual_seed(seed)
     frequency = np.linspace(0, 1, SITES)
@@ -33,11 +33,16 @@ def case(seed: int, k: int, queries: int = 3):
     alleles = (rng.random((SITES, HAPLOTYPES)) < frequency[:, None]).astype(np.uint8)
     ids = torch.from_numpy(np.stack([rng.permutation(HAPLOTYPES)[:k] for _ in range(queries)]))
     posterior = torch.softmax(torch.randn(queries, TYPED, k, generator=maker), dim=-1)
-    # The same between two cuts in most places, another one at some sites.
+    # The same between two cuts in most flanking, another one at some sites.
     left = torch.from_numpy(np.searchsorted(CUTS, np.arange(SITES), side="right")).repeat(queries, 1)
     left[:, 100:120] = torch.randint(0, TYPED, (queries, 20), generator=maker)
     right = (left + torch.randint(0, 2, left.shape, generator=maker)).clamp_max(TYPED - 1)
-    return torch.from_numpy(alleles), ids, posterior, Places(left, right, torch.rand(left.shape, generator=maker))
+    return (
+        torch.from_numpy(alleles),
+        ids,
+        posterior,
+        FlankingSites(left, right, torch.rand(left.shape, generator=maker)),
+    )
 
 
 def all_ways(alleles: torch.Tensor, ids: torch.Tensor) -> tuple[Neighbours, ...]:
@@ -63,15 +68,15 @@ def test_all_say_what_the_neighbours_carry(seed: int, k: int) -> None:
 @pytest.mark.parametrize("k", [1, 7, HAPLOTYPES])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_dosage_is_a_plain_sum(seed: int, k: int) -> None:
-    alleles, ids, posterior, places = case(seed, k)
-    dosages = [expected_allele(each, posterior, places) for each in all_ways(alleles, ids)]
-    weights = interpolated(posterior, places)
+    alleles, ids, posterior, flanking = case(seed, k)
+    dosages = [expected_allele(each, posterior, flanking) for each in all_ways(alleles, ids)]
+    weights = interpolated(posterior, flanking)
     for query in range(len(ids)):
         for site in range(SITES):
-            part, expected = float(places.share[query, site]), 0.0
+            part, expected = float(flanking.share[query, site]), 0.0
             for number in range(k):
-                before = float(posterior[query, places.left[query, site], number])
-                after = float(posterior[query, places.right[query, site], number])
+                before = float(posterior[query, flanking.left[query, site], number])
+                after = float(posterior[query, flanking.right[query, site], number])
                 mixed = (1 - part) * before + part * after
                 assert float(weights[query, number, site]) == pytest.approx(mixed, abs=1e-6)
                 expected += mixed * int(alleles[site, ids[query, number]])
@@ -79,11 +84,11 @@ def test_a_dosage_is_a_plain_sum(seed: int, k: int) -> None:
 
 
 def test_gradients_of_all_are_those_of_autograd() -> None:
-    alleles, ids, posterior, places = case(1, 7)
+    alleles, ids, posterior, flanking = case(1, 7)
     gradients = []
     for found in all_ways(alleles, ids):
         leaf = posterior.clone().requires_grad_()
-        (expected_allele(found, leaf, places) * torch.arange(SITES)).sum().backward()
+        (expected_allele(found, leaf, flanking) * torch.arange(SITES)).sum().backward()
         assert leaf.grad is not None
         gradients.append(leaf.grad)
     for each in gradients[1:]:
@@ -92,9 +97,9 @@ def test_gradients_of_all_are_those_of_autograd() -> None:
 
 @pytest.mark.parametrize("way", range(4))
 def test_who_writes_to_what_the_backward_pass_needs_is_told(way: int) -> None:
-    alleles, ids, posterior, places = case(1, 7)
-    dosage = all_ways(alleles, ids)[way].dosage(posterior.requires_grad_(), places)
-    places.share.zero_()
+    alleles, ids, posterior, flanking = case(1, 7)
+    dosage = all_ways(alleles, ids)[way].dosage(posterior.requires_grad_(), flanking)
+    flanking.share.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         dosage.sum().backward()
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from embrag_ds.ops import dosage_cuda
-from embrag_ds.ops.dosage import DenseAlleles, Places, expected_allele, interpolated
+from embrag_ds.ops.dosage import DenseAlleles, FlankingSites, expected_allele, interpolated
 from embrag_ds.ops.dosage_cuda import SOURCE, CudaDosage
 
 HOST = r"""
@@ -50,13 +50,13 @@ def kernels(host_library: Callable[[str], ctypes.CDLL]) -> Callable[..., None]:
     return run
 
 
-def random_case(seed: int, passed: int, neighbours: int, sites: int) -> tuple[Tensor, Tensor, Places]:
+def random_case(seed: int, passed: int, neighbours: int, sites: int) -> tuple[Tensor, Tensor, FlankingSites]:
     rng = np.random.default_rng(seed)
     left, other = (torch.from_numpy(np.sort(rng.integers(0, passed, (3, sites)), axis=1)) for _ in range(2))
     right = left.maximum(other)
     posterior = torch.from_numpy(rng.dirichlet(np.ones(neighbours), (3, passed))).float()
     alleles = torch.from_numpy(rng.integers(0, 2, (3, neighbours, sites), dtype=np.uint8))
-    return alleles, posterior, Places(left, right, torch.from_numpy(rng.random((3, sites))).float())
+    return alleles, posterior, FlankingSites(left, right, torch.from_numpy(rng.random((3, sites))).float())
 
 
 CASES = pytest.mark.parametrize(
@@ -68,10 +68,10 @@ CASES = pytest.mark.parametrize(
 def test_values_and_gradients_are_torchs(
     kernels: Callable[..., None], passed: int, neighbours: int, sites: int
 ) -> None:
-    alleles, posterior, places = random_case(passed, passed, neighbours, sites)
-    sizes, between = (passed, neighbours, sites), [places.left, places.right, places.share]
+    alleles, posterior, flanking = random_case(passed, passed, neighbours, sites)
+    sizes, between = (passed, neighbours, sites), [flanking.left, flanking.right, flanking.share]
     leaf, gradient = posterior.clone().requires_grad_(), torch.randn(3, sites)
-    expected = (interpolated(leaf, places) * alleles).sum(1)
+    expected = (interpolated(leaf, flanking) * alleles).sum(1)
     (expected * gradient).sum().backward()
 
     dosage, posterior_gradient = torch.full((3, sites), torch.nan), torch.zeros(posterior.shape)
@@ -97,10 +97,10 @@ def test_what_launches_them_hands_over_what_they_take(
     monkeypatch.setattr("embrag_ds.ops.cuda.TILE_THREADS", THREADS)
     monkeypatch.setattr(dosage_cuda, "_kernel", lambda name: name)
     monkeypatch.setattr("embrag_ds.ops.cuda.launch", launch)
-    alleles, posterior, places = random_case(passed, passed, neighbours, sites)
+    alleles, posterior, flanking = random_case(passed, passed, neighbours, sites)
     leaves, gradient = [posterior.clone().requires_grad_() for _ in range(2)], torch.randn(3, sites)
-    found = CudaDosage.apply(leaves[0], alleles, places.left, places.right, places.share)
-    expected = expected_allele(DenseAlleles(alleles), leaves[1], places)
+    found = CudaDosage.apply(leaves[0], alleles, flanking.left, flanking.right, flanking.share)
+    expected = expected_allele(DenseAlleles(alleles), leaves[1], flanking)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     for dosage in (found, expected):
         (dosage * gradient).sum().backward()
@@ -110,11 +110,11 @@ def test_what_launches_them_hands_over_what_they_take(
 @pytest.mark.gpu
 @CASES
 def test_on_the_gpu_they_are_torchs(passed: int, neighbours: int, sites: int) -> None:
-    alleles, posterior, places = random_case(passed, passed, neighbours, sites)
+    alleles, posterior, flanking = random_case(passed, passed, neighbours, sites)
     gradient, found = torch.randn(3, sites), []
     for device in ("cpu", "cuda"):
         leaf = posterior.detach().clone().to(device).requires_grad_()
-        between = Places(*(each.to(device) for each in (places.left, places.right, places.share)))
+        between = FlankingSites(*(each.to(device) for each in (flanking.left, flanking.right, flanking.share)))
         dosage = expected_allele(DenseAlleles(alleles.to(device)), leaf, between)
         (dosage * gradient.to(device)).sum().backward()
         assert leaf.grad is not None

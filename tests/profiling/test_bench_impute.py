@@ -22,9 +22,9 @@ def test_it_measures_time_and_memory_of_every_tool(root: Path, simulated: Defaul
     ours = {f"embrag_ds cpu{how}" for how in ("", ", panel packed", ", panel packed, without transformer")}
     assert set(written["tools"]) == {*installed(), *ours}
     assert written["missing"] == [name for name in TOOLS if name not in installed()]
-    assert written["shape"]["people"] == 9 and written["shape"]["panel_people"] == 60
+    assert written["shape"]["samples"] == 9 and written["shape"]["panel_samples"] == 60
     for name, cost in written["tools"].items():
         # A peer is done with so little before its memory is looked at twice.
         assert len(cost["seconds"]) == 1 and cost["peak_gb"] > (0.1 if name.startswith("embrag") else 0)
         expected = 9 * written["shape"]["sites"] / cost["median_seconds"]
-        assert abs(cost["people_x_sites_per_second"] - expected) < 1e-6 * expected
+        assert abs(cost["samples_x_sites_per_second"] - expected) < 1e-6 * expected

@@ -41,17 +41,17 @@ def test_the_largest_batch_is_found_in_few_tries(modules, fixed: int, each: int,
     for ends_in_a_crash in (False, True):
         tried: list[int] = []
 
-        def cost(people: int, crash: bool = ends_in_a_crash, seen: list[int] = tried) -> int | None:
+        def cost(samples: int, crash: bool = ends_in_a_crash, seen: list[int] = tried) -> int | None:
             fitted = [number for number in seen if fixed + each * number <= budget]
-            assert people <= max(2, 4 * max(fitted, default=0))  # and not the whole machine
-            seen.append(people)
-            used = fixed + each * people
+            assert samples <= max(2, 4 * max(fitted, default=0))  # and not the whole machine
+            seen.append(samples)
+            used = fixed + each * samples
             return None if crash and used > budget else used
 
-        expected = max([people for people in range(1, most + 1) if fixed + each * people <= budget], default=0)
+        expected = max([samples for samples in range(1, most + 1) if fixed + each * samples <= budget], default=0)
         assert modules["compare"].largest(cost, budget, most) == expected
         assert len(tried) == len(set(tried)) <= 11
-        assert all(1 <= people <= most for people in tried)
+        assert all(1 <= samples <= most for samples in tried)
 
 
 @pytest.mark.parametrize("references", [0, 1, 3])
@@ -96,7 +96,7 @@ def test_it_runs_and_writes_the_promised_numbers_with_their_shapes(
     small = tmp_path / "small.json"
     small.write_text(json.dumps(settings))
     options = (
-        f"--people 2 --rounds 1 --steps 2 --budget-gb 4 --most-people 1 --deepspeed_config {small} --out {tmp_path}"
+        f"--samples 2 --rounds 1 --steps 2 --budget-gb 4 --most-samples 1 --deepspeed_config {small} --out {tmp_path}"
     )
     files = ["--panel", simulated.panel, "--map", simulated.genetic_map, "--samples", simulated.samples]
     done = subprocess.run(
@@ -127,7 +127,7 @@ def test_it_runs_and_writes_the_promised_numbers_with_their_shapes(
     ways = {"V17": ("", ", lean", ", recomputed", ", 2 neighbours"), "V18 refresh": ("", ", lean", ", recomputed")}
     assert result["largest_batch"] == {name + way: 1 for name in ways for way in ways[name]}
     assert result["precision"] == "float32"
-    assert result["shapes"]["people"] == 2 and 50 < result["sites"] <= 64 and result["device"]
+    assert result["shapes"]["samples"] == 2 and 50 < result["sites"] <= 64 and result["device"]
     names = ["no retrieval", "V17", "V18 fixed", "V18 refresh", "V18 refresh, lean", "V18 live"]
     assert list(result["variants"]) == names
     for name, variant in result["variants"].items():

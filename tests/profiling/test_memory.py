@@ -57,7 +57,7 @@ def test_a_block_is_compared_with_its_neighbours(memory: ModuleType) -> None:
 def test_it_runs_from_the_command_line(root: Path, simulated: DefaultData, tmp_path: Path, overhead: bool) -> None:
     settings = json.loads((root / "ds_configs" / "quickstart.json").read_text())
     settings["train_micro_batch_size_per_gpu"] = 2
-    settings["embrag"]["data"] |= {"window_sites": 64, "overlap_sites": 16, "flank_sites": 32, "validation_people": 6}
+    settings["embrag"]["data"] |= {"window_sites": 64, "overlap_sites": 16, "flank_sites": 32, "validation_samples": 6}
     settings["embrag"]["data"]["cache_dir"] = str(tmp_path / "cache")
     settings["embrag"]["retrieval"]["k"] = 8
     settings["embrag"]["model"] |= {"dims": 8, "heads": 2, "layers": 1}

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from embrag_ds.data.panel import Panel, Populations, ReferenceSet
-from embrag_ds.data.sampler import Samples, exclusion_table
+from embrag_ds.data.panel import Panel, PanelSubset, Populations
+from embrag_ds.data.sampler import QueryBatch, exclusion_table
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.tokens import MASK, VOCAB
 from embrag_ds.data.windows import WindowedPanel, make_windows
@@ -20,7 +20,7 @@ from embrag_ds.retrieval.batch import Batch
 from embrag_ds.retrieval.codebooks import Encoder, ReferenceCache
 from embrag_ds.retrieval.collate import RetrievalCollator
 from embrag_ds.retrieval.dense import DenseStore
-from embrag_ds.retrieval.device_panel import PackedReference
+from embrag_ds.retrieval.device_panel import DevicePanel
 from embrag_ds.retrieval.schedule import Generation, RefreshSchedule
 from embrag_ds.retrieval.search import make_search
 from embrag_ds.retrieval.settings import LocalRetrieval
@@ -59,7 +59,7 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class World:
-    """A windowed panel; people not in its reference set are there to be queried."""
+    """A windowed panel; samples not in its reference set are there to be queried."""
 
     data: WindowedPanel
     samples: tuple[str, ...]
@@ -84,13 +84,13 @@ class World:
         cache.begin(FIRST, encoder)
         return cache
 
-    def query(self, window: int, tokens: Tensor, shown: np.ndarray, excluded: Tensor) -> Query:
+    def query(self, window: int, tokens: Tensor, observed: np.ndarray, excluded: Tensor) -> Query:
         """``excluded`` bool [B, H]."""
         count = len(self.data.reference)
         ids = torch.arange(count).expand_as(excluded).masked_fill(~excluded, count)
-        alleles = torch.from_numpy(np.ascontiguousarray(self.data.reference_alleles(window)[:, shown].T))
+        alleles = torch.from_numpy(np.ascontiguousarray(self.data.reference_alleles(window)[:, observed].T))
         typed = float((tokens < MASK).sum(1).float().mean())
-        return Query(window, tokens, shown, torch.from_numpy(shown), alleles, ids, typed)
+        return Query(window, tokens, observed, torch.from_numpy(observed), alleles, ids, typed)
 
     def collator(
         self,
@@ -104,23 +104,23 @@ class World:
         collate = RetrievalCollator(
             self.data,
             CPU,
-            panel=PackedReference(self.data, CPU, 1.0),
+            panel=DevicePanel(self.data, CPU, 1.0),
             store=self.store(store, backend, embedding, local),
             source=self.cache(embedding, embedding.dims),
             k=k,
             exclusions=exclusion_table(self.samples, relatives),
-            people=len(self.samples),
+            samples=len(self.samples),
         )
         return AtStepZero(collate)
 
-    def batch_of(self, window: int, people: Sequence[int], hidden: np.ndarray) -> Samples:
-        """A micro-batch; ``hidden`` [N, L]."""
-        chosen = np.array(people, dtype=np.int64)
-        return Samples(window, chosen, self.data.people_alleles(window, chosen), hidden)
+    def batch_of(self, window: int, samples: Sequence[int], masked: np.ndarray) -> QueryBatch:
+        """A micro-batch; ``masked`` [N, L]."""
+        chosen = np.array(samples, dtype=np.int64)
+        return QueryBatch(window, chosen, self.data.samples_alleles(window, chosen), masked)
 
-    def hidden(self, window: int, people: int, seed: int, rate: float = 0.5) -> np.ndarray:
-        """A mask for each of so many people, [N, L]."""
-        return np.random.default_rng(seed).random((people, len(self.data.windows[window]))) < rate
+    def masked(self, window: int, samples: int, seed: int, rate: float = 0.5) -> np.ndarray:
+        """A mask for each of so many samples, [N, L]."""
+        return np.random.default_rng(seed).random((samples, len(self.data.windows[window]))) < rate
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ class AtStepZero:
 
     collate: RetrievalCollator
 
-    def __call__(self, samples: Samples) -> Batch:
-        return self.collate(samples, 0)
+    def __call__(self, queries: QueryBatch) -> Batch:
+        return self.collate(queries, 0)
 
     @property
     def k(self) -> int:
@@ -152,8 +152,8 @@ class Build:
         overlap: int = 0,
         flank: int = 0,
     ) -> World:
-        """``alleles`` [S, 2N] on one contig; ``reference`` are the people of the reference set."""
-        size, people = len(alleles), alleles.shape[1] // 2
+        """``alleles`` [S, 2N] on one contig; ``reference`` are the samples of the reference set."""
+        size, samples = len(alleles), alleles.shape[1] // 2
         sites = SiteTable(
             contigs=("1",),
             contig_lengths=(0,),
@@ -163,19 +163,19 @@ class Build:
             alt=["C"] * size,
             id=["."] * size,
         )
-        samples = tuple(f"p{i}" for i in range(people))
-        panel = Panel(Path("panel.vcf.gz"), sites, samples, np.packbits(alleles, axis=1, bitorder="little"), {})
-        of = np.zeros(people, dtype=np.int64) if populations is None else np.array(populations)
+        sample_names = tuple(f"p{i}" for i in range(samples))
+        panel = Panel(Path("panel.vcf.gz"), sites, sample_names, np.packbits(alleles, axis=1, bitorder="little"), {})
+        of = np.zeros(samples, dtype=np.int64) if populations is None else np.array(populations)
         names = tuple(f"pop{code}" for code in range(int(of.max()) + 1))
-        chosen = np.arange(people) if reference is None else np.array(reference)
+        chosen = np.arange(samples) if reference is None else np.array(reference)
         windows = make_windows(sites, window_sites, overlap, flank)
         return World(
-            WindowedPanel(ReferenceSet(panel, Populations(names, of), chosen), windows, sites.pos * 1e-5), samples
+            WindowedPanel(PanelSubset(panel, Populations(names, of), chosen), windows, sites.pos * 1e-5), sample_names
         )
 
     @staticmethod
-    def random_alleles(seed: int, sites: int, people: int) -> np.ndarray:
-        return np.random.default_rng(seed).integers(0, 2, size=(sites, 2 * people), dtype=np.uint8)
+    def random_alleles(seed: int, sites: int, samples: int) -> np.ndarray:
+        return np.random.default_rng(seed).integers(0, 2, size=(sites, 2 * samples), dtype=np.uint8)
 
     @staticmethod
     def distances(query: Query, embedding: RandomEmbedding, data: WindowedPanel) -> np.ndarray:
@@ -184,9 +184,9 @@ class Build:
         reference = data.reference_alleles(query.window)
         result = np.zeros((len(query.tokens), len(reference)))
         for row, tokens in enumerate(query.tokens.tolist()):
-            shown = [site for site, token in enumerate(tokens) if token < 2]
+            observed = [site for site, token in enumerate(tokens) if token < 2]
             for column, haplotype in enumerate(reference.tolist()):
-                for site in shown:
+                for site in observed:
                     difference = codebook[site, tokens[site]] - codebook[site, haplotype[site]]
                     result[row, column] += (difference**2).sum()
         return result

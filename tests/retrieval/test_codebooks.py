@@ -13,7 +13,7 @@ from embrag_ds.errors import UserError
 from embrag_ds.model.embedding import HaplotypeEmbedding
 from embrag_ds.ops.dosage import dense_alleles
 from embrag_ds.retrieval.batch import Batch
-from embrag_ds.retrieval.codebooks import LiveReference, ReferenceCache
+from embrag_ds.retrieval.codebooks import LiveCodebooks, ReferenceCache
 from embrag_ds.retrieval.collate import site_tensors
 from embrag_ds.retrieval.reference import Reference
 from embrag_ds.retrieval.schedule import Generation, RefreshConfig, RefreshSchedule
@@ -28,7 +28,7 @@ def world(build):
 
 
 def make_reference(world, embedding: HaplotypeEmbedding, **settings) -> Reference:
-    exclusions = exclusion_table(world.samples, None)
+    exclusions = exclusion_table(world.queries, None)
     return Reference(RetrievalConfig(k=4, **settings), world.data, embedding, CPU, exclusions, steps_per_epoch=5)
 
 
@@ -51,7 +51,7 @@ def codebook_now(world, embedding: HaplotypeEmbedding, window: int) -> torch.Ten
 
 
 def batch_of(world, reference: Reference, step: int, window: int = 1) -> Batch:
-    return reference.collator(2)(world.batch_of(window, [0, 3], world.hidden(window, 2, 1)), step)
+    return reference.collator(2)(world.batch_of(window, [0, 3], world.masked(window, 2, 1)), step)
 
 
 def refreshing_cache(world, lag: int = 0, asynchronous: bool = False, every: int = 1) -> ReferenceCache:
@@ -148,7 +148,7 @@ def test_live_searches_with_the_current_weights_and_leaves_the_codebook_to_the_m
 
 def test_a_live_source_encodes_anew_at_every_call(world) -> None:
     current = [world.embedding(1)]
-    source = LiveReference(lambda window, tokens: current[0](window, tokens), world.data.windows, CPU)
+    source = LiveCodebooks(lambda window, tokens: current[0](window, tokens), world.data.windows, CPU)
     first = source.code(1, 0)
     current[0] = world.embedding(2)
     second = source.code(1, 1)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from embrag_ds.retrieval.device_panel import PackedReference
+from embrag_ds.retrieval.device_panel import DevicePanel
 from embrag_ds.runtime.streams import Staging
 
 CPU = torch.device("cpu")
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 def test_rows_of_the_packed_panel_are_its_alleles(build, reference) -> None:
     alleles = build.random_alleles(3, 50, 6)
     world = build(alleles, reference=reference, window_sites=20, overlap=4, flank=3)
-    panel = PackedReference(world.data, CPU, 1.0)
+    panel = DevicePanel(world.data, CPU, 1.0)
     staging = Staging(CPU, 1, 0)
     for window in world.data.windows:
         sites = np.array([0, 3, len(window) - 1])
@@ -32,7 +32,7 @@ CUDA = torch.device("cuda", 0)
 def test_rows_on_the_gpu_are_those_on_the_cpu(build, budget: float) -> None:
     """Resident, and streamed through pinned staging."""
     world = build(build.random_alleles(3, 50, 6), reference=[0, 2, 5], window_sites=20, overlap=4, flank=3)
-    panel, host = PackedReference(world.data, CUDA, budget), PackedReference(world.data, CPU, 1.0)
+    panel, host = DevicePanel(world.data, CUDA, budget), DevicePanel(world.data, CPU, 1.0)
     staging, sites = Staging(CUDA, 2, 1 << 16), np.array([0, 3, 7])
     assert (panel.device_bytes > 0) == (budget > 0)
     for window in world.data.windows:

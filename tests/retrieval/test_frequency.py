@@ -19,11 +19,11 @@ def relatives_file(path: Path, pairs: list[tuple[int, int]]) -> Path:
     return path
 
 
-def plain(alleles: np.ndarray, of: list[int], people: list[int], barred: set[int], site: int) -> float:
-    """Frequency of ALT at a site among ``people``; without the barred ones if it is rare."""
-    copies = [int(alleles[site, 2 * person + i]) for person in people for i in range(2)]
+def plain(alleles: np.ndarray, of: list[int], samples: list[int], barred: set[int], site: int) -> float:
+    """Frequency of ALT at a site among ``samples``; without the barred ones if it is rare."""
+    copies = [int(alleles[site, 2 * sample + i]) for sample in samples for i in range(2)]
     if min(sum(copies), len(copies) - sum(copies)) < max(RARE * len(copies), FEW):
-        copies = [int(alleles[site, 2 * person + i]) for person in people if person not in barred for i in range(2)]
+        copies = [int(alleles[site, 2 * sample + i]) for sample in samples if sample not in barred for i in range(2)]
     return sum(copies) / len(copies) if copies else float("nan")
 
 
@@ -33,35 +33,35 @@ def test_frequencies_are_counted_without_those_who_must_not_be_retrieved(
     build, tmp_path_factory: pytest.TempPathFactory, seed: int, outside: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    people = 24
-    alleles = (rng.random((30, 2 * people)) < rng.choice([0.05, 0.3, 0.97], (30, 1))).astype(np.uint8)
-    of = rng.integers(0, 3, people).tolist()
+    samples = 24
+    alleles = (rng.random((30, 2 * samples)) < rng.choice([0.05, 0.3, 0.97], (30, 1))).astype(np.uint8)
+    of = rng.integers(0, 3, samples).tolist()
     pairs = [(2, 5), (5, 7)]
-    reference = list(range(outside, people))
+    reference = list(range(outside, samples))
     world = build(alleles, reference=reference, populations=[*of[:-1], 2], window_sites=12, overlap=3, flank=4)
     of[-1] = 2
     relatives = relatives_file(tmp_path_factory.mktemp("relatives") / "relatives.txt", pairs)
     collate = world.collator(world.embedding(), "factored", "torch", 5, relatives)
-    asked = [0, 5, 7, people - 1]
-    barred = [{0}, {2, 5, 7}, {5, 7}, {people - 1}]
+    asked = [0, 5, 7, samples - 1]
+    barred = [{0}, {2, 5, 7}, {5, 7}, {samples - 1}]
     window = world.data.windows[1]
-    batch = collate(world.batch_of(1, asked, world.hidden(1, 4, seed)))
-    fewest = min(copies for row in alleles for copies in [min(int(row.sum()), 2 * people - int(row.sum()))] if copies)
-    assert world.data.reference.panel.fewest_copies == fewest
+    batch = collate(world.batch_of(1, asked, world.masked(1, 4, seed)))
+    fewest = min(copies for row in alleles for copies in [min(int(row.sum()), 2 * samples - int(row.sum()))] if copies)
+    assert world.data.reference.panel.minimum_allele_count == fewest
     for row in range(8):
         without = barred[row // 2] & set(reference)
         for place, site in enumerate(range(window.core_start, window.core_stop)):
             overall = plain(alleles, of, reference, without, site)
             assert float(batch.core.frequency[row, place]) == pytest.approx(overall, abs=1e-6)
             for population in range(3):
-                members = [person for person in reference if of[person] == population]
+                members = [sample for sample in reference if of[sample] == population]
                 expected = plain(alleles, of, members, without, site)
                 left = set(members) - without
                 found = float(batch.core.population_frequency[row, population, place])
                 assert found == pytest.approx(expected if left else overall, abs=1e-6)
             left_copies = [int(alleles[site, 2 * p + i]) for p in reference if p not in without for i in range(2)]
-            listed = min(sum(left_copies), len(left_copies) - sum(left_copies)) >= fewest
-            assert bool(batch.core.scored[row, place]) == (bool(batch.core.hidden[row, place]) and listed)
+            passes = min(sum(left_copies), len(left_copies) - sum(left_copies)) >= fewest
+            assert bool(batch.core.scored[row, place]) == (bool(batch.core.masked[row, place]) and passes)
 
 
 @WAY
@@ -69,23 +69,23 @@ def test_frequencies_are_counted_without_those_who_must_not_be_retrieved(
 def test_a_rare_allele_of_the_querys_own_shows_nowhere(build, way: int, populations: int) -> None:
     """The panel itself is changed where the query hides a rare allele: only the truth may differ."""
     rng = np.random.default_rng(5)
-    people, asked = 60, [4]
+    samples, asked = 60, [4]
     frequency = np.where(np.arange(40) % 2, 0.02, 0.4)[:, None]
-    alleles = (rng.random((40, 2 * people)) < frequency).astype(np.uint8)
+    alleles = (rng.random((40, 2 * samples)) < frequency).astype(np.uint8)
     own = [8, 9]
     rare = np.flatnonzero((np.arange(40) % 2 == 1) & (alleles.sum(1) < FEW - 4))
     changed = alleles.copy()
     changed[np.ix_(rare, own)] ^= 1
-    hidden = np.zeros((1, 40), dtype=bool)
-    hidden[:, rare] = True
+    masked = np.zeros((1, 40), dtype=bool)
+    masked[:, rare] = True
     batches = []
     for panel in (alleles, changed):
         # Somebody outside the reference set has the rarest allele of all, so that both panels list the same sites.
         panel = np.concatenate([panel, np.eye(1, 40, int(rare[0]), dtype=np.uint8).T, np.zeros((40, 1), np.uint8)], 1)
         panel[rare[0], :-2] = 0
-        of = [person % populations for person in range(people + 1)]
-        world = build(panel, reference=range(people), populations=of)
-        batches.append(world.collator(world.embedding(), *build.ways[way], 5)(world.batch_of(0, asked, hidden)))
+        of = [sample % populations for sample in range(samples + 1)]
+        world = build(panel, reference=range(samples), populations=of)
+        batches.append(world.collator(world.embedding(), *build.ways[way], 5)(world.batch_of(0, asked, masked)))
     one, two = batches
     assert not torch.equal(one.core.alleles, two.core.alleles)
     for (name, first), (_, second) in zip(leaves(one), leaves(two), strict=True):
@@ -99,12 +99,12 @@ def test_a_rare_allele_of_the_querys_own_shows_nowhere(build, way: int, populati
 
 
 def test_good_turing_odds_are_what_a_filtered_call_set_gives(build) -> None:
-    """Listed by their copies among more people than the panel's, alleles are in the rest as frequent as foretold."""
+    """Listed by their copies among more samples than the panel's, alleles are in the rest as frequent as foretold."""
     rng = np.random.default_rng(2)
     frequency = 0.03 * rng.random((80_000, 1)) ** 3
     alleles = (rng.random((80_000, 500)) < frequency).astype(np.uint8)
-    listed = alleles.sum(1) >= 5
-    alleles = alleles[listed]
+    passes = alleles.sum(1) >= 5
+    alleles = alleles[passes]
     copies = alleles[:, :400].sum(1)
     world = build(alleles[copies >= 2][:, :400])
     odds = world.data.reference.good_turing_odds
@@ -127,9 +127,9 @@ def test_good_turing_odds_are_of_alt_and_of_the_copies_left(build) -> None:
         world.batch_of(0, [0, 50], np.ones((2, 40), dtype=bool))
     )
     core = range(batch.window.core.start, batch.window.core.stop)
-    for person, row in ((0, 0), (50, 2)):
+    for sample, row in ((0, 0), (50, 2)):
         for place, site in enumerate(core):
-            left = 3 + site % 2 - (person == 0 and site == 1)
+            left = 3 + site % 2 - (sample == 0 and site == 1)
             expected = odds[left] if left >= 3 else 0.0
             of_alt = -expected if site % 5 == 0 else expected
             assert float(batch.core.good_turing[row, place]) == pytest.approx(float(of_alt))
@@ -145,7 +145,7 @@ def test_what_the_loss_leaves_out_is_what_the_panel_would_not_list(build) -> Non
     world = build(alleles)
     everything = np.ones((4, 3), dtype=bool)
     batch = world.collator(world.embedding(), "factored", "torch", 5)(world.batch_of(0, [0, 1, 2, 3], everything))
-    assert world.data.reference.panel.fewest_copies == 2
-    # People 0 and 1 carry the allele of the second site; of the third's three copies any one may go.
+    assert world.data.reference.panel.minimum_allele_count == 2
+    # Samples 0 and 1 carry the allele of the second site; of the third's three copies any one may go.
     assert batch.core.scored[0::2].tolist() == [[True, False, True]] * 2 + [[True, True, True]] * 2
     assert batch.core.frequency[0, 2] == pytest.approx(3 / 58)

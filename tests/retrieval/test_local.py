@@ -29,14 +29,14 @@ def test_the_first_distinct_are_those_of_a_loop(seed: int, count: int, width: in
     assert found.tolist() == [list(dict.fromkeys(row.tolist()))[:k] for row in rows]
 
 
-@given(shown=st.integers(1, 400), typed=st.floats(0.5, 400), chunk=st.integers(1, 60), context=st.integers(0, 60))
-def test_chunks_cover_the_shown_sites_in_order(shown: int, typed: float, chunk: int, context: int) -> None:
-    typed = min(typed, shown)
-    chunks = LocalRetrieval(chunk, context, 4).chunks(shown, typed)
-    assert chunks[0].start == 0 and chunks[-1].stop == shown
+@given(observed=st.integers(1, 400), typed=st.floats(0.5, 400), chunk=st.integers(1, 60), context=st.integers(0, 60))
+def test_chunks_cover_the_observed_sites_in_order(observed: int, typed: float, chunk: int, context: int) -> None:
+    typed = min(typed, observed)
+    chunks = LocalRetrieval(chunk, context, 4).chunks(observed, typed)
+    assert chunks[0].start == 0 and chunks[-1].stop == observed
     for left, right in pairwise(chunks):
         assert left.start <= right.start <= left.stop <= right.stop
-    spread = shown / max(typed, 1.0)
+    spread = observed / max(typed, 1.0)
     wanted = chunk * spread + 2 * context * spread
     assert all(0 < each.stop - each.start <= 1.5 * wanted + 3 for each in chunks)
 
@@ -44,14 +44,14 @@ def test_chunks_cover_the_shown_sites_in_order(shown: int, typed: float, chunk: 
 @settings(max_examples=25)
 @given(seed=st.integers(0, 2**32), backend=st.sampled_from(BACKENDS), per_chunk=st.integers(1, 4), k=st.integers(1, 12))
 def test_ids_are_the_union_by_rank_of_explicit_searches(build, seed: int, backend: str, per_chunk: int, k: int) -> None:
-    """A mask per person and continuous weights; what float32 cannot tell apart is left out."""
+    """A mask per sample and continuous weights; what float32 cannot tell apart is left out."""
     world = build(build.random_alleles(seed, 80, 8), reference=range(1, 8))
     local = LocalRetrieval(10, 5, per_chunk)
-    hidden = world.hidden(0, 2, seed, 0.4)
-    tokens = torch.from_numpy(world.batch_of(0, [0, 0], hidden).alleles).long()
-    tokens = tokens.masked_fill(torch.from_numpy(hidden).repeat_interleave(2, 0), MASK)
-    shown = np.flatnonzero(~hidden.all(0))
-    query = world.query(0, tokens, shown, torch.zeros(4, 14, dtype=torch.bool))
+    masked = world.masked(0, 2, seed, 0.4)
+    tokens = torch.from_numpy(world.batch_of(0, [0, 0], masked).alleles).long()
+    tokens = tokens.masked_fill(torch.from_numpy(masked).repeat_interleave(2, 0), MASK)
+    observed = np.flatnonzero(~masked.all(0))
+    query = world.query(0, tokens, observed, torch.zeros(4, 14, dtype=torch.bool))
     embedding = world.embedding(seed)
     store = FactoredStore(make_search(backend, CPU), local)
     found = store.search(query, world.cache(embedding).code(0, 0), k)
@@ -67,9 +67,9 @@ def test_ids_are_the_union_by_rank_of_explicit_searches(build, seed: int, backen
         return torch.argsort(distance).tolist()
 
     for row in range(4):
-        chunks = [ranking(row, shown[chunk]) for chunk in local.chunks(len(shown), query.typed_per_haplotype)]
+        chunks = [ranking(row, observed[chunk]) for chunk in local.chunks(len(observed), query.typed_per_haplotype)]
         near = [each[rank] for rank in range(min(per_chunk, k)) for each in chunks]
-        expected = list(dict.fromkeys(near + ranking(row, shown)))[:k]
+        expected = list(dict.fromkeys(near + ranking(row, observed)))[:k]
         assert found[row].tolist() == expected
 
 
@@ -80,10 +80,10 @@ def test_a_haplotype_shared_over_a_stretch_is_found_by_local_retrieval_alone(bui
     alleles[:90, 33] = 1 - alleles[:90, 0]
     alleles[120:, 33] = 1 - alleles[120:, 0]
     world = build(alleles)
-    hidden = np.zeros((1, 200), dtype=bool)
+    masked = np.zeros((1, 200), dtype=bool)
     for local, expected in ((None, False), (LocalRetrieval(20, 5, 2), True)):
         collate = world.collator(world.embedding(), "factored", backend, 24, local=local)
-        assert (33 in collate(world.batch_of(0, [0], hidden)).retrieved.ids[0].tolist()) == expected
+        assert (33 in collate(world.batch_of(0, [0], masked)).retrieved.ids[0].tolist()) == expected
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -91,7 +91,7 @@ def test_local_retrieval_never_finds_whom_it_must_not(build, backend: str) -> No
     alleles = np.tile(build.random_alleles(1, 60, 1), 8)  # everybody is the same
     world = build(alleles)
     collate = world.collator(world.embedding(), "factored", backend, 64, local=LocalRetrieval(8, 4, 3))
-    ids = collate(world.batch_of(0, range(8), world.hidden(0, 8, 1))).retrieved.ids
+    ids = collate(world.batch_of(0, range(8), world.masked(0, 8, 1))).retrieved.ids
     for row, found in enumerate(ids.tolist()):
         assert sorted(found) == [each for each in range(16) if each // 2 != row // 2]
 

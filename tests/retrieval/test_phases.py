@@ -24,7 +24,7 @@ def retrieve(world, device: torch.device, timeline: Timeline) -> None:
     collate = reference.collator(2, slots=4)
     for step in range(4):
         reference.begin_refresh(step)
-        collate(world.batch_of(step % 2, [1, 2], world.hidden(step % 2, 2, step)), step)
+        collate(world.batch_of(step % 2, [1, 2], world.masked(step % 2, 2, step)), step)
     reference.close()
 
 

@@ -15,7 +15,7 @@ from embrag_ds.ops.dosage import alt_share
 from embrag_ds.retrieval.batch import Batch
 from embrag_ds.retrieval.codebooks import ReferenceCache
 from embrag_ds.retrieval.collate import RetrievalCollator
-from embrag_ds.retrieval.device_panel import PackedReference
+from embrag_ds.retrieval.device_panel import DevicePanel
 from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.reference import Reference
 from embrag_ds.retrieval.schedule import RefreshConfig, RefreshSchedule
@@ -33,7 +33,7 @@ def world(build):
 
 def builder(world) -> Callable[[int], Batch]:
     collate = world.collator(world.embedding(), "factored", "torch", 4)
-    return lambda number: collate(world.batch_of(number % 2, [number % 10], world.hidden(number % 2, 1, number)))
+    return lambda number: collate(world.batch_of(number % 2, [number % 10], world.masked(number % 2, 1, number)))
 
 
 @pytest.mark.parametrize("depth", [1, 4])
@@ -96,14 +96,14 @@ def test_a_batch_never_mixes_generations(world, every: int, lag: int) -> None:
     collate = RetrievalCollator(
         world.data,
         CPU,
-        panel=PackedReference(world.data, CPU, 1.0),
+        panel=DevicePanel(world.data, CPU, 1.0),
         store=FactoredStore(TorchSearch()),
         source=cache,
         k=2,
         exclusions=np.arange(10)[:, None],
-        people=1,
+        samples=1,
     )
-    samples = [world.batch_of(window, [3], world.hidden(window, 1, window)) for window in range(2)]
+    queries = [world.batch_of(window, [3], world.masked(window, 1, window)) for window in range(2)]
 
     def saying(number: int):
         def encode(window: int, tokens: torch.Tensor) -> torch.Tensor:
@@ -111,7 +111,7 @@ def test_a_batch_never_mixes_generations(world, every: int, lag: int) -> None:
 
         return encode
 
-    batches = Prefetcher(lambda number: collate(samples[number % 2], number), 0, steps, 4)
+    batches = Prefetcher(lambda number: collate(queries[number % 2], number), 0, steps, 4)
     seen = set()
     for step in range(steps):
         taken = schedule.taken_at(step)
@@ -145,8 +145,8 @@ def test_side_streams_on_the_gpu_build_the_batches_of_the_cpu(build, budget: flo
         count = len(world.data)
 
         def built(number: int, collate=collate, count=count) -> Batch:
-            hidden = world.hidden(number % count, 4, number)
-            return collate(world.batch_of(number % count, range(number % 90, number % 90 + 4), hidden), number)
+            masked = world.masked(number % count, 4, number)
+            return collate(world.batch_of(number % count, range(number % 90, number % 90 + 4), masked), number)
 
         batches, seen = Prefetcher(built, 0, 60, prefetch), []
         busy = torch.ones(2048, 2048, device=device)

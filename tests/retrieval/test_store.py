@@ -24,17 +24,17 @@ CPU = torch.device("cpu")
 FIRST = Generation(0, 0, 0)
 
 
-def make_query(world, people: int, seed: int, rate: float = 0.5, excluded_people: int = 1) -> Query:
-    """People of window 0 with a mask each; each bars itself and the next ``excluded_people - 1``."""
-    number = np.arange(people)
-    samples = world.batch_of(0, number, world.hidden(0, people, seed, rate))
-    hidden = torch.from_numpy(samples.hidden).repeat_interleave(2, 0)
-    tokens = torch.from_numpy(samples.alleles).long().masked_fill(hidden, MASK)
-    owner = torch.from_numpy(world.data.reference.person_of)
-    who = torch.arange(people).repeat_interleave(2)[:, None]
-    excluded = (owner >= who) & (owner < who + excluded_people)
-    shown = np.flatnonzero(~samples.hidden.all(0))
-    return world.query(0, tokens, shown if shown.size else np.zeros(1, dtype=np.int64), excluded)
+def make_query(world, samples: int, seed: int, rate: float = 0.5, excluded_samples: int = 1) -> Query:
+    """Samples of window 0 with a mask each; each bars itself and the next ``excluded_samples - 1``."""
+    number = np.arange(samples)
+    queries = world.batch_of(0, number, world.masked(0, samples, seed, rate))
+    masked = torch.from_numpy(queries.masked).repeat_interleave(2, 0)
+    tokens = torch.from_numpy(queries.alleles).long().masked_fill(masked, MASK)
+    owner = torch.from_numpy(world.data.reference.sample_of)
+    who = torch.arange(samples).repeat_interleave(2)[:, None]
+    excluded = (owner >= who) & (owner < who + excluded_samples)
+    observed = np.flatnonzero(~queries.masked.all(0))
+    return world.query(0, tokens, observed if observed.size else np.zeros(1, dtype=np.int64), excluded)
 
 
 def barred_from(query: Query) -> np.ndarray:
@@ -45,17 +45,17 @@ def barred_from(query: Query) -> np.ndarray:
 @given(
     seed=st.integers(0, 2**32),
     sites=st.integers(1, 20),
-    people=st.integers(2, 6),
+    samples=st.integers(2, 6),
     rate=st.sampled_from([0.0, 0.5, 0.9]),
     data=st.data(),
 )
 def test_every_store_and_backend_finds_the_nearest_by_explicit_squared_l2(
-    build, seed: int, sites: int, people: int, rate: float, data: st.DataObject
+    build, seed: int, sites: int, samples: int, rate: float, data: st.DataObject
 ) -> None:
-    world = build(build.random_alleles(seed, sites, people))
-    barred = data.draw(st.integers(1, people - 1))
-    k = data.draw(st.integers(1, 2 * (people - barred)))
-    query = make_query(world, people, seed, rate, barred)
+    world = build(build.random_alleles(seed, sites, samples))
+    barred = data.draw(st.integers(1, samples - 1))
+    k = data.draw(st.integers(1, 2 * (samples - barred)))
+    query = make_query(world, samples, seed, rate, barred)
     embedding = world.embedding(seed)
     oracle = build.distances(query, embedding, world.data)
     for way in build.ways:
@@ -134,18 +134,18 @@ def test_planted_neighbours_are_found_first(build, way: int) -> None:
 
 
 @pytest.mark.parametrize("way", range(3))
-def test_hidden_sites_never_change_ids_or_distances(build, way: int) -> None:
+def test_masked_sites_never_change_ids_or_distances(build, way: int) -> None:
     alleles = build.random_alleles(3, 50, 12)
     world = build(alleles, reference=range(4, 12))
-    hidden = world.hidden(0, 4, 1, 0.6)
+    masked = world.masked(0, 4, 1, 0.6)
     flipped = alleles.copy()
     for haplotype in range(8):
-        flipped[hidden[haplotype // 2], haplotype] ^= 1
+        flipped[masked[haplotype // 2], haplotype] ^= 1
     assert not np.array_equal(alleles, flipped)
     found = []
     for truth in (alleles, flipped):
         again = build(truth, reference=range(4, 12))
-        batch = again.collator(again.embedding(), *build.ways[way], 6)(again.batch_of(0, range(4), hidden))
+        batch = again.collator(again.embedding(), *build.ways[way], 6)(again.batch_of(0, range(4), masked))
         query = again.query(0, batch.core.tokens, np.arange(50), torch.zeros(8, 16, dtype=torch.bool))
         found.append((batch.retrieved.ids, build.search(again, again.embedding(), query, build.ways[way], 6)))
     assert torch.equal(found[0][0], found[1][0])
@@ -155,16 +155,16 @@ def test_hidden_sites_never_change_ids_or_distances(build, way: int) -> None:
 
 @pytest.mark.parametrize("way", range(3))
 def test_reference_alleles_at_sites_a_query_hides_do_not_count(build, way: int) -> None:
-    """Even where other people of the batch show the site."""
+    """Even where other samples of the batch show the site."""
     alleles = build.random_alleles(3, 40, 10)
-    hidden = np.zeros((2, 40), dtype=bool)
-    hidden[0, :20], hidden[1, 20:] = True, True
+    masked = np.zeros((2, 40), dtype=bool)
+    masked[0, :20], masked[1, 20:] = True, True
     changed = alleles.copy()
     changed[:20, 4:] ^= np.random.default_rng(1).integers(0, 2, (20, 16), dtype=np.uint8)
     ids = []
     for panel in (alleles, changed):
         world = build(panel, reference=range(2, 10))
-        batch = world.collator(world.embedding(), *build.ways[way], 5)(world.batch_of(0, [0, 1], hidden))
+        batch = world.collator(world.embedding(), *build.ways[way], 5)(world.batch_of(0, [0, 1], masked))
         ids.append(batch.retrieved.ids)
     assert torch.equal(ids[0][:2], ids[1][:2])
     assert not torch.equal(ids[0][2:], ids[1][2:])
@@ -176,8 +176,8 @@ def test_permuting_the_panel_only_permutes_ids(build, way: int, seed: int) -> No
     alleles = build.random_alleles(seed, 60, 15)
     order = np.random.default_rng(seed).permutation(np.arange(3, 15))
     shuffled = alleles.copy()
-    for place, person in enumerate(order):
-        shuffled[:, 6 + 2 * place : 8 + 2 * place] = alleles[:, 2 * person : 2 * person + 2]
+    for place, sample in enumerate(order):
+        shuffled[:, 6 + 2 * place : 8 + 2 * place] = alleles[:, 2 * sample : 2 * sample + 2]
     found = []
     for panel in (alleles, shuffled):
         world = build(panel, reference=range(3, 15))

@@ -103,13 +103,13 @@ def test_it_reads_the_gpu_that_torch_means(fake: FakeNvml) -> None:
     sampler = sampled(SECOND)
     assert sampler.source == "NVML: NVIDIA Fake 2, driver 600.1"
     assert fake.open == 0  # and lets go of it
-    assert len(sampler.samples) > 2
-    one = sampler.samples[-1]
+    assert len(sampler.readings) > 2
+    one = sampler.readings[-1]
     assert (one.process_bytes, one.device_bytes) == (5 << 30, 12 << 30)
     assert (one.gpu_percent, one.power_w, one.sm_mhz, one.memory_mhz) == (82, 300.502, 1900, 2600)
     assert (one.pcie_rx_kb_per_s, one.pcie_tx_kb_per_s) == (1234, 56)
     assert (one.allocated_bytes, one.reserved_bytes, one.peak_allocated_bytes) == (3, 4, 9)
-    assert set(sampler.columns()) == {"seconds", *sampler.peaks()} == set(device_sampler.Sample.__dataclass_fields__)
+    assert set(sampler.columns()) == {"seconds", *sampler.peaks()} == set(device_sampler.Reading.__dataclass_fields__)
 
 
 def test_a_mig_slice_has_a_uuid_of_its_own(fake: FakeNvml) -> None:
@@ -129,15 +129,15 @@ def test_a_gpu_that_nvml_does_not_know(fake: FakeNvml) -> None:
 def test_a_field_that_is_not_supported_is_none(fake: FakeNvml, fault: Exception) -> None:
     fake.faults = {"utilisation": fault, "processes": fault}
     sampler = sampled(SECOND)
-    assert all(each.gpu_percent is None and each.process_bytes is None for each in sampler.samples)
-    assert sampler.samples[0].device_bytes == 12 << 30
+    assert all(each.gpu_percent is None and each.process_bytes is None for each in sampler.readings)
+    assert sampler.readings[0].device_bytes == 12 << 30
     assert "gpu_percent" not in sampler.columns() and "gpu_percent" not in sampler.peaks()
 
 
 @pytest.mark.parametrize("processes", [[], [(1, 1 << 30)], [(os.getpid(), None)]])
 def test_a_process_that_the_driver_hides_is_none(fake: FakeNvml, processes: list[Any]) -> None:
     fake.processes = processes
-    (first, *_) = sampled(SECOND).samples
+    (first, *_) = sampled(SECOND).readings
     assert first.process_bytes is None and first.device_bytes == 12 << 30
 
 
@@ -149,7 +149,7 @@ def test_what_fails_on_the_thread_is_raised_at_stop(fake: FakeNvml) -> None:
     time.sleep(0.03)
     with pytest.raises(pynvml.NVMLError_GpuIsLost):
         sampler.stop()
-    assert sampler.samples and fake.open == 0
+    assert sampler.readings and fake.open == 0
     assert "device-sampler" not in [each.name for each in threading.enumerate()]
 
 
@@ -168,7 +168,7 @@ def test_another_fault_of_nvml_is_not_taken_for_a_missing_driver(fake: FakeNvml)
 def test_a_run_on_the_cpu_of_a_machine_with_gpus(fake: FakeNvml) -> None:
     sampler = sampled(CPU)
     assert sampler.source.startswith("the run is on a CPU") and fake.open == 0
-    assert sampler.samples[0].device_bytes is None
+    assert sampler.readings[0].device_bytes is None
 
 
 def test_process_memory_and_cpu_are_those_of_the_process() -> None:
@@ -190,11 +190,11 @@ def test_process_memory_and_cpu_are_those_of_the_process() -> None:
 
 
 def test_a_long_run_keeps_few_samples_and_all_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_sampler, "MOST_SAMPLES", 10)
+    monkeypatch.setattr(device_sampler, "MOST_READINGS", 10)
     sampler = DeviceSampler(CPU)
     for number in range(100):
-        sampler._keep(device_sampler.Sample(float(number), 1 + (number == 77), None))
-    assert len(sampler.samples) <= 10
+        sampler._keep(device_sampler.Reading(float(number), 1 + (number == 77), None))
+    assert len(sampler.readings) <= 10
     seconds = sampler.columns()["seconds"]
     assert seconds[0] == 0 and seconds[-1] > 80 and len({b - a for a, b in itertools.pairwise(seconds)}) == 1
     assert sampler.peaks()["host_bytes"] == 2

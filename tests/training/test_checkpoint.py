@@ -33,7 +33,7 @@ def rebuilt(model: ExportedModel) -> Imputer:
 def predicted(network: Callable, trainer: Trainer) -> Tensor:
     trainer.engine.eval()
     with torch.no_grad():
-        return network(trainer.validation_batch(trainer.sampler.samples(3))).logits
+        return network(trainer.validation_batch(trainer.sampler.queries(3))).logits
 
 
 @pytest.mark.parametrize("stage", [["zero_optimization.stage=1"], ZERO_3], ids=["stage 1", "stage 3"])

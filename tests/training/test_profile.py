@@ -77,9 +77,9 @@ def test_the_report_is_complete(
     assert rows["search"]["total_ms"] < rows["collate"]["total_ms"]
     assert rows["refresh"]["count"] in (2, 3)  # the last may be cancelled by the end
 
-    samples = report["samples"]
-    assert len(set(map(len, samples.values()))) == 1 and samples["seconds"] == sorted(samples["seconds"])
-    assert report["peaks"]["host_bytes"] == max(samples["host_bytes"]) > 1 << 27
+    readings = report["readings"]
+    assert len(set(map(len, readings.values()))) == 1 and readings["seconds"] == sorted(readings["seconds"])
+    assert report["peaks"]["host_bytes"] == max(readings["host_bytes"]) > 1 << 27
     said = "\n".join(caplog.messages)
     assert f"Profile of 6 micro-batches on {header['device']}; {header['source']}" in said
     for name in PHASES:
@@ -117,7 +117,7 @@ def sampling_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(sampler: DeviceSampler, cpu_percent: float | None) -> None:
         raise OSError("the process has no statistics")
 
-    monkeypatch.setattr(DeviceSampler, "_sample", fails)
+    monkeypatch.setattr(DeviceSampler, "_read_all", fails)
 
 
 def test_a_sampler_that_died_is_heard_of(

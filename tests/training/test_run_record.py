@@ -41,7 +41,7 @@ def test_the_run_folder_says_what_was_run(make_trainer: MakeTrainer, tmp_path: P
     assert load_config(folder / "config.json").embrag == trainer.embrag
     assert parse_config(resolved, "").deepspeed["gradient_accumulation_steps"] == 2
     versions = json.loads((folder / "versions.json").read_text())
-    assert (versions["ranks"], versions["micro_batch_people"], versions["global_batch_people"]) == (1, 6, 12)
+    assert (versions["ranks"], versions["micro_batch_samples"], versions["global_batch_samples"]) == (1, 6, 12)
     assert all(versions["packages"][name] for name in ("torch", "deepspeed", "numpy", "pysam"))
     assert versions["panel"].endswith("panel.vcf.gz")
     lines = strict_lines(folder / "metrics.jsonl")

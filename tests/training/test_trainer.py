@@ -20,7 +20,7 @@ import torch
 
 from embrag_ds.config import RunConfig, load_config
 from embrag_ds.data.inputs import PanelFiles, PanelInputs, open_inputs
-from embrag_ds.data.sampler import Samples
+from embrag_ds.data.sampler import QueryBatch
 from embrag_ds.errors import UserError
 from embrag_ds.export import MODEL_FILE, read_export
 from embrag_ds.model.losses import imputation_loss
@@ -33,7 +33,7 @@ Metrics = Callable[..., list[dict[str, Any]]]
 KeptBytes = Callable[[Callable[[], torch.Tensor]], int]
 MakeTrainer = Callable[..., Trainer]
 MakeConfig = Callable[..., RunConfig]
-TIMES = ("retrieval_wait_ms", "seconds", "people_per_second", "step_ms", "retrieval_wait_share")
+TIMES = ("retrieval_wait_ms", "seconds", "samples_per_second", "step_ms", "retrieval_wait_share")
 NO_DROPOUT = "embrag.model.dropout=0"
 LEAN = "embrag.train.recompute_projections=true"
 STRONG = "optimizer.params.lr=0.02"
@@ -201,14 +201,14 @@ def test_generation_and_staleness_are_those_of_the_batches(
     age: Callable[[int], int],
 ) -> None:
     """Logged, carried by the batch, and true: the codebook is what the layer said at the snapshot's step."""
-    size = "train_micro_batch_size_per_gpu=12"  # 54 people: 4 groups, 5 windows
+    size = "train_micro_batch_size_per_gpu=12"  # 54 samples: 4 groups, 5 windows
     trainer = make_trainer("run", *overrides, size, "gradient_accumulation_steps=5", "embrag.train.max_steps=9", STRONG)
     assert trainer.sampler.steps_per_epoch == 4
     collate, step = trainer.collate, trainer.step
     seen: list[tuple[int, Batch]] = []
     said: dict[tuple[int, int], torch.Tensor] = {}
 
-    def record(samples: Samples, step: int) -> Batch:
+    def record(samples: QueryBatch, step: int) -> Batch:
         batch = collate(samples, step)
         seen.append((step, batch))
         return batch
@@ -313,11 +313,11 @@ def test_the_log_says_what_retrieval_cost(make_trainer: MakeTrainer, metrics_of:
 
 def test_the_dense_store_trains_as_the_factored_one(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
     """The same neighbours and embeddings, by FAISS over [H, L x D] rows and by weighted alleles."""
-    everybody = "embrag.retrieval.k=106"  # all that every person may retrieve: ties change nothing
+    everybody = "embrag.retrieval.k=106"  # all that every sample may retrieve: ties change nothing
     for store in ("factored", "dense"):
         overrides = [*ENCODINGS["refresh"], everybody, NO_DROPOUT, STRONG, f"embrag.retrieval.store={store}"]
         trainer = make_trainer(store, *overrides)
-        retrieved = trainer.validation_batch(trainer.sampler.samples(0)).retrieved
+        retrieved = trainer.validation_batch(trainer.sampler.queries(0)).retrieved
         assert retrieved is not None and (retrieved.embeddings is None) == (store == "factored")
         trainer.run()
     np.testing.assert_allclose(losses(metrics_of("dense")), losses(metrics_of("factored")), rtol=1e-3)
@@ -331,7 +331,7 @@ def predicted(trainer: Trainer, batch: Batch) -> Any:
 
 def test_without_retrieval_it_trains_from_frequencies(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
     trainer = make_trainer("none", "embrag.retrieval.mode=none")
-    batch = trainer.validation_batch(trainer.sampler.samples(0))
+    batch = trainer.validation_batch(trainer.sampler.queries(0))
     assert batch.retrieved is None
     expected = torch.logit(batch.core.frequency, eps=1e-5)
     torch.testing.assert_close(predicted(trainer, batch).prior, expected)
@@ -341,7 +341,7 @@ def test_without_retrieval_it_trains_from_frequencies(make_trainer: MakeTrainer,
 
 def test_an_untrained_network_is_its_retrieval(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer("run")
-    prediction = predicted(trainer, trainer.validation_batch(trainer.sampler.samples(0)))
+    prediction = predicted(trainer, trainer.validation_batch(trainer.sampler.queries(0)))
     assert torch.equal(prediction.logits, prediction.prior)
 
 
@@ -351,7 +351,7 @@ def test_a_micro_batch_can_be_learned_by_heart(
 ) -> None:
     settings = [f"embrag.retrieval.mode={mode}", "optimizer.params.lr=0.01", "embrag.train.max_steps=40"]
     trainer = make_trainer("run", *settings, NO_DROPOUT)
-    samples = trainer.sampler.samples(0)
+    samples = trainer.sampler.queries(0)
     monkeypatch.setattr(trainer.sampler, "samples", lambda micro_batch: samples)
     trainer.run()
     curve = losses(metrics_of("run"))
@@ -367,7 +367,7 @@ def test_training_lowers_the_loss_on_other_masks(make_trainer: MakeTrainer) -> N
     def loss() -> float:
         total = 0.0
         for micro_batch in range(1000, 1012):
-            batch = trainer.validation_batch(trainer.sampler.samples(micro_batch))
+            batch = trainer.validation_batch(trainer.sampler.queries(micro_batch))
             logits = predicted(trainer, batch).logits
             frequency = batch.core.sites.frequency
             total += float(
@@ -442,7 +442,7 @@ def train(name, steps, resume, *overrides):
     collate, seen, generations = trainer.collate, [], []
     def record(samples, step):
         batch = collate(samples, step)
-        seen.append([samples.window, *samples.people.tolist()])
+        seen.append([samples.window, *samples.samples.tolist()])
         generations.append([step, batch.retrieved.generation])
         return batch
     trainer.collate = record
@@ -490,7 +490,7 @@ def test_two_ranks_are_one_run(
     assert timeless(metrics_of("cut")) == whole
     np.testing.assert_allclose(losses(metrics_of("three")), losses(whole), rtol=1e-4)
     versions = json.loads((tmp_path / "whole" / "versions.json").read_text())
-    assert (versions["ranks"], versions["global_batch_people"]) == (2, 12)
+    assert (versions["ranks"], versions["global_batch_samples"]) == (2, 12)
 
     # The script gives neither map nor samples.
     plain = open_inputs(PanelFiles(inputs.panel.path), config.embrag.data, progress=False)
@@ -578,7 +578,7 @@ def test_recomputed_activations_change_memory_and_nothing_else(
         trainer = make_trainer(name, f"embrag.retrieval.mode={mode}", "embrag.model.layers=3", STRONG, *settings)
         trainer.run()
         curves[name] = losses(metrics_of(name))
-        batch = trainer.validation_batch(trainer.sampler.samples(0))
+        batch = trainer.validation_batch(trainer.sampler.queries(0))
         saved[name] = kept_bytes(lambda network=trainer.engine.module, given=batch: network(given).logits)
     assert len(set(curves["kept"])) == 6
     for name in ways:

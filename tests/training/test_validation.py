@@ -12,7 +12,7 @@ import torch
 
 from embrag_ds.config import ValidationConfig
 from embrag_ds.data.masking import VALIDATION_MASKS
-from embrag_ds.data.sampler import Samples
+from embrag_ds.data.sampler import QueryBatch
 from embrag_ds.evaluation.metrics import bin_members
 from embrag_ds.model.imputer import Prediction
 from embrag_ds.retrieval.batch import Batch
@@ -34,8 +34,8 @@ def trainer(make_trainer: MakeTrainer) -> Trainer:
 HELD_OUT = np.array([2, 17, 23, 40, 51])
 
 
-def validator(trainer: Trainer, block: int, windows: int = 3, people: int = 5) -> Validator:
-    return Validator(trainer.sampler.data, ValidationConfig(windows, people), HELD_OUT, block, trainer.distributed)
+def validator(trainer: Trainer, block: int, windows: int = 3, samples: int = 5) -> Validator:
+    return Validator(trainer.sampler.data, ValidationConfig(windows, samples), HELD_OUT, block, trainer.distributed)
 
 
 def assert_same(one: dict[str, MaskScores], other: dict[str, MaskScores]) -> None:
@@ -52,13 +52,13 @@ def test_scores_do_not_depend_on_the_micro_batch(trainer: Trainer, block: int) -
     assert_same(validator(trainer, block).scores(trainer.engine, trainer.validation_batch), whole)
 
 
-def test_scores_are_those_of_the_hidden_genotypes(trainer: Trainer) -> None:
-    """Against an oracle that collects every hidden genotype and correlates."""
+def test_scores_are_those_of_the_masked_genotypes(trainer: Trainer) -> None:
+    """Against an oracle that collects every masked genotype and correlates."""
     rows: dict[int, list[tuple[float, float, float, float, float]]] = {n: [] for n in range(len(VALIDATION_MASKS))}
     calls = []
-    fewest = trainer.sampler.data.reference.panel.fewest_copies
+    fewest = trainer.sampler.data.reference.panel.minimum_allele_count
 
-    def collate(samples: Samples) -> Batch:
+    def collate(samples: QueryBatch) -> Batch:
         calls.append(samples)
         return trainer.validation_batch(samples)
 
@@ -66,14 +66,14 @@ def test_scores_are_those_of_the_hidden_genotypes(trainer: Trainer) -> None:
         noise = torch.randn(batch.core.alleles.shape, generator=torch.Generator().manual_seed(len(calls)))
         logits = 3.0 * batch.core.alleles - 1.5 + 2 * noise
         prior = 3.0 * batch.core.alleles - 1.5 + 3 * noise
-        mask = (len(calls) - 1) // (2 * 3)  # two blocks of people, three windows
+        mask = (len(calls) - 1) // (2 * 3)  # two blocks of samples, three windows
         core = trainer.sampler.data.windows[batch.window.number].core_sites
         frequency = trainer.sampler.data.reference.allele_frequency[core]
-        listed = trainer.sampler.data.reference.minor_copies[core] >= fewest
-        for person in range(len(batch.core.alleles) // 2):
+        passes = trainer.sampler.data.reference.minor_allele_count[core] >= fewest
+        for sample in range(len(batch.core.alleles) // 2):
             for site in range(batch.core.alleles.shape[1]):
-                if batch.core.hidden[2 * person, site] and listed[site]:
-                    pair = slice(2 * person, 2 * person + 2)
+                if batch.core.masked[2 * sample, site] and passes[site]:
+                    pair = slice(2 * sample, 2 * sample + 2)
                     p, q = logits[pair, site].sigmoid().tolist()
                     truth = int(batch.core.alleles[pair, site].sum())
                     best = int(np.argmax([(1 - p) * (1 - q), p * (1 - q) + q * (1 - p), p * q]))
@@ -96,10 +96,10 @@ def test_scores_are_those_of_the_hidden_genotypes(trainer: Trainer) -> None:
         assert scores[mask.name].accuracy == pytest.approx(right.mean())
 
 
-def recorded(trainer: Trainer, validator: Validator) -> list[Samples]:
-    seen: list[Samples] = []
+def recorded(trainer: Trainer, validator: Validator) -> list[QueryBatch]:
+    seen: list[QueryBatch] = []
 
-    def collate(samples: Samples) -> Any:
+    def collate(samples: QueryBatch) -> Any:
         seen.append(samples)
         return trainer.validation_batch(samples)
 
@@ -108,7 +108,7 @@ def recorded(trainer: Trainer, validator: Validator) -> list[Samples]:
 
 
 def test_masks_are_frozen_whatever_the_run(make_trainer: MakeTrainer) -> None:
-    """Another seed, curriculum, batch size and step: the same people see the same masks."""
+    """Another seed, curriculum, batch size and step: the same samples see the same masks."""
     one = make_trainer("one")
     other = make_trainer(
         "other", "embrag.masking.scope=window", "embrag.model.dims=8", "train_micro_batch_size_per_gpu=2"
@@ -118,21 +118,21 @@ def test_masks_are_frozen_whatever_the_run(make_trainer: MakeTrainer) -> None:
     assert len(seen[0]) == 3 * len(VALIDATION_MASKS)
     for a, b in zip(*seen, strict=True):
         assert a.window == b.window
-        np.testing.assert_array_equal(a.hidden, b.hidden)
-        np.testing.assert_array_equal(a.hidden, np.repeat(a.hidden[:1], 5, axis=0))
-        assert 0 < a.hidden.mean() < 1
+        np.testing.assert_array_equal(a.masked, b.masked)
+        np.testing.assert_array_equal(a.masked, np.repeat(a.masked[:1], 5, axis=0))
+        assert 0 < a.masked.mean() < 1
 
 
 def test_the_validated_are_not_in_the_reference(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer("run")
     seen = recorded(trainer, trainer.validator)
-    people = set(np.concatenate([each.people for each in seen]).tolist())
-    assert len(people) == 6 and not people & set(trainer.sampler.people.tolist())
-    assert not people & set(trainer.sampler.data.reference.people.tolist())
+    samples = set(np.concatenate([each.samples for each in seen]).tolist())
+    assert len(samples) == 6 and not samples & set(trainer.sampler.samples.tolist())
+    assert not samples & set(trainer.sampler.data.reference.samples.tolist())
 
 
-def test_as_many_windows_and_people_as_asked_for_or_there_are(trainer: Trainer) -> None:
-    few = recorded(trainer, validator(trainer, 5, windows=2, people=4))
-    assert {each.window for each in few} == {0, 4} and all(len(each.people) == 4 for each in few)
-    many = recorded(trainer, validator(trainer, 5, windows=99, people=99))
-    assert {each.window for each in many} == set(range(5)) and all(len(each.people) == 5 for each in many)
+def test_as_many_windows_and_samples_as_asked_for_or_there_are(trainer: Trainer) -> None:
+    few = recorded(trainer, validator(trainer, 5, windows=2, samples=4))
+    assert {each.window for each in few} == {0, 4} and all(len(each.samples) == 4 for each in few)
+    many = recorded(trainer, validator(trainer, 5, windows=99, samples=99))
+    assert {each.window for each in many} == set(range(5)) and all(len(each.samples) == 5 for each in many)
