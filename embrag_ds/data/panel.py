@@ -276,8 +276,8 @@ class PanelSubset:
         Good and Turing (Good 1953, Biometrika 40:237): of n_r alleles that have r copies among the haplotypes, the next
         haplotype carries each with probability (r + 1) n_{r + 1} / n_r over the number of haplotypes. It holds for
         whoever might as well have been among these samples. Where a site needed a minimum allele count among more
-        samples, sites with a lower count here are few, and their alleles likelier in the rest than their count tells. Ten sites' worth of no
-        difference keeps small panels steady.
+        samples, few sites have a lower count here, and their alleles are likelier in the rest than the count tells. Ten
+        sites' worth of no difference keeps small panels steady.
         """
         most = min(FEW - 1, len(self) // 4)
         sites = np.bincount(self.minor_allele_count.astype(np.int64), minlength=FEW + 2).astype(np.float64)
