@@ -321,7 +321,7 @@ def main() -> None:
     parser.add_argument("--reference", type=int, default=1000, help="reference haplotypes of the other parts")
     parser.add_argument("--sites", type=int, default=1030, help="in a window")
     parser.add_argument("--dims", type=int, default=192)
-    parser.add_argument("--samples", type=int, default=32, help="in a batch")
+    parser.add_argument("--micro-batch", dest="samples", type=int, default=32, metavar="N", help="samples")
     parser.add_argument("--windows", type=int, default=150, help="windows of a refresh")
     parser.add_argument("--literal-windows", type=int, default=10, help="of these, encoded haplotype by haplotype")
     parser.add_argument("--steps", type=int, default=10, help="steps of a refresh (its lag)")

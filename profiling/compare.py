@@ -85,7 +85,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--map", type=Path)
     parser.add_argument("--samples", type=Path)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default: all")
-    parser.add_argument("--samples", type=int, default=16 if on_gpu else 4, help="in a micro-batch")
+    parser.add_argument("--micro-batch", type=int, default=16 if on_gpu else 4, metavar="N", help="samples")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10 if on_gpu else 2, help="in a block")
     parser.add_argument("--budget-gb", type=float, default=4.0, help="what the largest batch may take on a CPU")
@@ -96,8 +96,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--json", type=Path, help="the JSON again, in this file")
     options = parser.parse_args()
-    if options.rounds < 1 or options.steps < 2 or options.samples < 1:
-        parser.error("--rounds and --samples must be at least 1, --steps at least 2")
+    if options.rounds < 1 or options.steps < 2 or options.micro_batch < 1:
+        parser.error("--rounds and --micro-batch must be at least 1, --steps at least 2")
     return options
 
 
@@ -191,7 +191,7 @@ def time_variants(recipes: dict[str, Recipe], options: argparse.Namespace) -> Ti
     steppers = {name: Stepper(recipe) for name, recipe in recipes.items()}
     built = {}
     for name, stepper in steppers.items():
-        built[name] = stepper.build(options.samples)
+        built[name] = stepper.build(options.micro_batch)
         logger.info(f"{name}: built in {built[name].seconds:.1f} s")
         stepper.steps(2)  # warm-up
     began = time.monotonic()
@@ -239,7 +239,7 @@ def main() -> None:
     timed = None if options.only == "largest" else time_variants(recipes, options)
     batches = {} if options.only == "time" else largest_batches(recipes, options, device)
     result = {
-        **compared_times(timed, config, options.samples, ceiling),
+        **compared_times(timed, config, options.micro_batch, ceiling),
         "largest_batch_ratio": over(batches.get(CHOSEN), batches.get(BASELINE)),
         "largest_batch_ratio_lean": over(batches.get(CHOSEN + LEAN), batches.get(BASELINE + LEAN)),
         "largest_batch_ratio_v18_lean": over(batches.get(CHOSEN + LEAN), batches.get(BASELINE)),
@@ -296,7 +296,7 @@ def shapes(config: RunConfig, options: argparse.Namespace) -> dict[str, int]:
     """What was compared, in numbers."""
     model = config.embrag.model
     return {
-        "samples": options.samples,
+        "samples": options.micro_batch,
         "window_sites": config.embrag.data.window_sites,
         "dims": model.dims,
         "layers": model.layers,

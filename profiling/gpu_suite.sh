@@ -84,9 +84,9 @@ compare() {
     comparisons+=("$name")
     part "$name" "$limit" "$python" profiling/compare.py --deepspeed_config "$config" --only time --out "$work/$name" "${files[@]}" "$@"
 }
-compare compare 150 --samples 32 --rounds 3
-compare compiled 75 --samples 32 --rounds 3 --variants "V18 fixed" "V18 refresh" --set embrag.train.compile=true
-compare wide 55 --samples 16 --rounds 1 --variants "V18 refresh" --set embrag.model.dims=384 \
+compare compare 150 --micro-batch 32 --rounds 3
+compare compiled 75 --micro-batch 32 --rounds 3 --variants "V18 fixed" "V18 refresh" --set embrag.train.compile=true
+compare wide 55 --micro-batch 16 --rounds 1 --variants "V18 refresh" --set embrag.model.dims=384 \
     --set embrag.data.window_sites=1030 --set embrag.data.overlap_sites=53
 part "training" 80 "$python" launch/train.py --deepspeed_config "$config" --run-dir "$work/run" --max-steps 60 --profile nvml \
     --set 'embrag.retrieval.refresh={"every_steps": 20}' --set embrag.train.eval_every=60 "${files[@]}"

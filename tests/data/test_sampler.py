@@ -124,7 +124,7 @@ def test_alleles_are_those_of_the_samples_named_flanks_included() -> None:
             column = 2 * queries.samples[row // 2] + row % 2
             assert np.array_equal(haplotype, alleles[window.start : window.stop, column])
         assert queries.masked.shape == (len(queries.samples), len(window))
-    assert panel.queries == data.reference.panel.queries
+    assert panel.samples == data.reference.panel.samples
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

@@ -17,7 +17,7 @@ PROMISED = (
 
 
 def test_it_writes_the_promised_numbers_and_the_plot(root: Path, tmp_path: Path) -> None:
-    sizes = "--reference 60 --sites 40 --dims 8 --samples 4 --windows 3 --literal-windows 2 --steps 2 --rounds 1"
+    sizes = "--reference 60 --sites 40 --dims 8 --micro-batch 4 --windows 3 --literal-windows 2 --steps 2 --rounds 1"
     small = tmp_path / "small.json"
     settings = json.loads((root / "ds_configs" / "quickstart.json").read_text())
     settings["train_micro_batch_size_per_gpu"] = 2

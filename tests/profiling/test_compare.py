@@ -95,9 +95,8 @@ def test_it_runs_and_writes_the_promised_numbers_with_their_shapes(
     settings["embrag"]["model"] |= {"dims": 16, "heads": 2, "layers": 3}
     small = tmp_path / "small.json"
     small.write_text(json.dumps(settings))
-    options = (
-        f"--samples 2 --rounds 1 --steps 2 --budget-gb 4 --most-samples 1 --deepspeed_config {small} --out {tmp_path}"
-    )
+    sizes = "--micro-batch 2 --rounds 1 --steps 2 --budget-gb 4 --most-samples 1"
+    options = f"{sizes} --deepspeed_config {small} --out {tmp_path}"
     files = ["--panel", simulated.panel, "--map", simulated.genetic_map, "--samples", simulated.samples]
     done = subprocess.run(
         [
