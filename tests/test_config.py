@@ -272,7 +272,7 @@ def test_a_bad_set_is_one_line(tmp_path: Path, override: str, complaint: str) ->
         ("masking.policies", {"array": 0.0}),
         ("masking.policies", {"array": -1.0, "random": 2.0}),
         ("masking.policies", ["array"]),
-        ("masking.scope", "sample"),
+        ("masking.scope", "haplotype"),
         ("masking.random_rate", [0.5]),
         ("masking.random_rate", [0.8, 0.3]),
         ("masking.random_rate", [0.3, 1.1]),

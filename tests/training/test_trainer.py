@@ -351,8 +351,8 @@ def test_a_micro_batch_can_be_learned_by_heart(
 ) -> None:
     settings = [f"embrag.retrieval.mode={mode}", "optimizer.params.lr=0.01", "embrag.train.max_steps=40"]
     trainer = make_trainer("run", *settings, NO_DROPOUT)
-    samples = trainer.sampler.queries(0)
-    monkeypatch.setattr(trainer.sampler, "samples", lambda micro_batch: samples)
+    queries = trainer.sampler.queries(0)
+    monkeypatch.setattr(trainer.sampler, "queries", lambda micro_batch: queries)
     trainer.run()
     curve = losses(metrics_of("run"))
     assert curve[-1] < share * curve[0]
