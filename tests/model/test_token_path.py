@@ -16,11 +16,11 @@ from embrag_ds.retrieval.settings import RetrievalConfig
 
 
 def token_collator(world, embedding, **settings):
-    exclusions = np.arange(len(world.queries))[:, None]
+    exclusions = np.arange(len(world.samples))[:, None]
     reference = Reference(
         RetrievalConfig(mode="token", **settings), world.data, embedding, torch.device("cpu"), exclusions
     )
-    collate = reference.collator(len(world.queries))
+    collate = reference.collator(len(world.samples))
     return lambda queries: collate(queries, 0)
 
 

@@ -98,7 +98,7 @@ def test_gradients_of_all_are_those_of_autograd() -> None:
 @pytest.mark.parametrize("way", range(4))
 def test_who_writes_to_what_the_backward_pass_needs_is_told(way: int) -> None:
     alleles, ids, posterior, flanking = case(1, 7)
-    dosage = all_ways(alleles, ids)[way].dosage(posterior.requires_grad_(), flanking)
+    dosage = expected_allele(all_ways(alleles, ids)[way], posterior.requires_grad_(), flanking)
     flanking.share.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         dosage.sum().backward()

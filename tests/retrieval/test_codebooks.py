@@ -28,7 +28,7 @@ def world(build):
 
 
 def make_reference(world, embedding: HaplotypeEmbedding, **settings) -> Reference:
-    exclusions = exclusion_table(world.queries, None)
+    exclusions = exclusion_table(world.samples, None)
     return Reference(RetrievalConfig(k=4, **settings), world.data, embedding, CPU, exclusions, steps_per_epoch=5)
 
 
