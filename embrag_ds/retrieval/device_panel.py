@@ -2,7 +2,7 @@
 
 The alleles never change, so they are copied to the device once if they fit its budget. Otherwise the rows of a batch
 are read from the memory-mapped panel and copied through pinned staging. The collator runs ahead of the training step,
-which hides that copy.
+so that copy overlaps with it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Allele frequencies without the query's own alleles, so that training queries do not leak their truth.
 
 A training query is a sample of the panel, so the panel's frequencies include its alleles. For a common allele that is
-negligible. For an allele with two copies, a carrier sees one copy among its neighbours, and any other sample sees two.
-A network that learns from this does not generalise to samples outside the panel.
+negligible. For an allele with two copies, a carrier has one copy among its possible neighbours, and any other sample
+two. A network that learns from this does not generalise to samples outside the panel.
 
 So rare frequencies are counted without the samples that the query must not retrieve, and common ones are kept. The
 embedding layer has one input for all queries, in which rare frequencies are clipped to one value
