@@ -1,9 +1,9 @@
-"""How far to trust the copied dosage: a correction of its log-odds from what it rests on.
+"""Confidence head: a learned correction of the log-odds of a copied dosage, from the evidence behind it.
 
-A copying model is too sure of rare alleles: that a haplotype is copied here does not say that the allele, which
-may be younger than their common ancestor, was copied with it. How long the match is, how many haplotypes
-share it, and how far the next typed site lies tell how likely that is. The correction is a small network
-per site, the same at every site of every panel.
+A copying model is overconfident about rare alleles. A copied haplotype may carry an allele that arose after its common
+ancestor with the query, which then lacks the allele. How likely that is depends on the length of the match, the number
+of neighbours with the allele, and the distance to typed sites. The head is a small network per site, the same for all
+sites and panels.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ _FEATURES = 11
 _SHORTEST_CM = 1e-3
 _RAREST = 1e-5
 _SITES_AT_ONCE = 8192
+"""Sites per call of the layers without gradients, few enough that their activations fit a processor's cache."""
 
 
 class ConfidenceHead(nn.Module):
-    """Adds a learned correction, which starts at zero, to the prior's log-odds.
+    """Per-site network for a correction of the prior's log-odds of ALT, zero before training.
 
-    It speaks of the panel's minor allele: turning REF and ALT round turns its answer round.
+    Its features are those of the panel's minor allele, so exchanging REF and ALT reverses the sign of the correction.
     """
 
     def __init__(self, width: int = 64):
@@ -35,20 +36,28 @@ class ConfidenceHead(nn.Module):
         nn.init.zeros_(self.layers[-1].bias)  # type: ignore[arg-type]
 
     def forward(self, prior: Tensor, evidence: Evidence, frequency: Tensor) -> Tensor:
-        """Correction float32 [B, L] of the log-odds of ALT, ``prior`` [B, L]; ``frequency`` [B, L] is ALT's."""
+        """Correction float32 [B, L] of the log-odds of ALT.
+
+        ``prior`` float32 [B, L] are those log-odds, used without gradient, and ``frequency`` float32 [B, L] is that of
+        ALT.
+        """
         sign = torch.where(frequency > 0.5, -1.0, 1.0)
         features = confidence_features(sign * prior.detach(), sign, evidence, frequency)
         features = features.to(next(self.parameters()).dtype)
         if torch.is_grad_enabled() or features.device.type != "cpu":
             correction = computed_again(self.layers, features)
-        else:  # what is between the layers stays in the processor's caches
+        else:  # in pieces, so that activations stay in the processor's caches
             pieces = features.flatten(0, 1).split(_SITES_AT_ONCE)
             correction = torch.cat([self.layers(each) for each in pieces]).view(*sign.shape, 1)
         return sign * correction[..., 0].float()
 
 
 def confidence_features(minor_odds: Tensor, sign: Tensor, evidence: Evidence, frequency: Tensor) -> Tensor:
-    """What the head sees, float32 [B, L, 11], each of the order of 1."""
+    """Input features of the head, float32 [B, L, 11], scaled to the order of 1.
+
+    ``minor_odds`` [B, L] are the prior's log-odds of the minor allele; ``sign`` [B, L] is -1 where the minor allele is
+    REF, and 1 elsewhere. ``frequency`` [B, L] is that of ALT.
+    """
     turned = sign < 0
     own = torch.where(turned, evidence.ref_length, evidence.alt_length)
     others = torch.where(turned, evidence.alt_length, evidence.ref_length)
@@ -71,4 +80,5 @@ def confidence_features(minor_odds: Tensor, sign: Tensor, evidence: Evidence, fr
 
 
 def _log_cm(length: Tensor) -> Tensor:
+    """Scaled logarithm of a length in cM, finite at 0."""
     return (length + _SHORTEST_CM).log() / 3

@@ -1,11 +1,13 @@
-"""The embedding layer: per site, so a haplotype's embedding is a choice among V vectors at each site.
+"""Embedding layer of haplotypes: an embedding of each site's token, independent of the other sites.
+
+The embedding of token t at site l::
 
     e_l(t) = token[t] + s_l * effect[t] + site_l
 
-``site_l`` and the modulation ``s_l`` depend on the site alone (its allele frequency and its place in
-the window, in cM). Without ``s_l`` the distance of two haplotypes would be their plain Hamming distance
-whatever was learned; with it every site has a learned weight. No parameter belongs to a particular site,
-so the layer applies to any region and panel.
+``site_l`` and the modulation ``s_l`` are functions of the site's allele frequency and its position in the window, in
+cM. With ``s_l``, every site has a learned weight in the distance of two haplotypes; without it, that distance would be
+proportional to the Hamming distance. No parameter belongs to a particular site, so the layer applies to any region and
+panel.
 """
 
 from __future__ import annotations
@@ -25,12 +27,12 @@ POSITION_FEATURES = 2 * _WAVELENGTHS
 
 
 def frequency_features(frequency: Tensor) -> Tensor:
-    """Fourier features of allele frequencies [...] -> [..., FREQUENCY_FEATURES], float32.
+    """Fourier features (Tancik et al. 2020) of allele frequencies [...], float32 [..., FREQUENCY_FEATURES].
 
-    Two scales: the arcsine of the square root (which stabilises a binomial's variance) and the
-    logarithm of the minor-allele frequency (which tells 0.1 % from 1 %), Tancik et al. 2020.
+    They are taken on two scales. The arcsine of the square root stabilises the variance of a binomial; the logarithm of
+    the minor allele frequency separates 0.1 % from 1 %.
     """
-    frequency = frequency.float().clamp(1e-6, 1 - 1e-6)  # the square root has no slope at 0
+    frequency = frequency.float().clamp(1e-6, 1 - 1e-6)  # the square root has no finite gradient at 0
     arcsine = torch.asin(frequency.sqrt()) * (2 / math.pi)
     logarithm = -torch.log10(torch.minimum(frequency, 1 - frequency)) / 6
     octaves = math.pi * 2.0 ** torch.arange(_FREQUENCY_OCTAVES, device=frequency.device)
@@ -40,15 +42,17 @@ def frequency_features(frequency: Tensor) -> Tensor:
 
 
 def position_features(position: Tensor) -> Tensor:
-    """Sines and cosines of positions [L] in cM over a geometric ladder of wavelengths,
-    [L, POSITION_FEATURES], float32."""
+    """Sines and cosines of positions [L] in cM, float32 [L, POSITION_FEATURES].
+
+    The wavelengths form a geometric sequence from 0.01 to 20 cM.
+    """
     ladder = torch.logspace(math.log10(_SHORTEST_CM), math.log10(_LONGEST_CM), _WAVELENGTHS, device=position.device)
     angles = position.float()[:, None] * (2 * math.pi / ladder)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 class HaplotypeEmbedding(nn.Module):
-    """Token, learned position, allele-frequency features and a modulated allele effect."""
+    """Embedding layer of width D = ``dims``; see the module's formula."""
 
     def __init__(self, dims: int):
         super().__init__()
@@ -64,34 +68,38 @@ class HaplotypeEmbedding(nn.Module):
         nn.init.ones_(self.modulation.bias)
 
     def forward(self, tokens: Tensor, sites: SiteTensors) -> Tensor:
-        """Embed ``tokens`` int64 [R, L] of a window: [R, L, D]."""
+        """Embed ``tokens`` int64 [R, L] at the L ``sites``: [R, L, D]."""
         frequency, position = self._features(sites)
         site = self.frequency(frequency) + self.position(position)
         modulation = self.modulation(torch.cat([frequency, position], dim=-1))
         return self.token(tokens) + modulation * self.effect(tokens) + site
 
     def twin(self) -> HaplotypeEmbedding:
-        """A layer of the same shape with weights of its own."""
+        """New layer of the same shape, with freshly initialised weights."""
         return HaplotypeEmbedding(self.dims)
 
     def codebook(self, sites: SiteTensors) -> Tensor:
-        """C [L, V, D]: every token embedded at every site of a window."""
+        """Codebook [L, V, D]: the embedding of every token at each of the ``sites``."""
         tokens = torch.arange(VOCAB, device=sites.position.device)
         return self(tokens[:, None].expand(VOCAB, len(sites.position)), sites).transpose(0, 1)
 
     def site_weights(self, sites: SiteTensors) -> Tensor:
-        """w_l = ||e_l(ALT) - e_l(REF)||^2, float32 [L], without a codebook: what is the same for both falls out."""
-        alleles = torch.arange(REF, ALT + 1, device=sites.position.device)  # a list would be copied, and waited for
+        """Weight of a mismatch at each site, ``w_l = ||e_l(ALT) - e_l(REF)||^2``, float32 [L].
+
+        It is computed without a codebook, because ``site_l`` cancels in the difference.
+        """
+        alleles = torch.arange(REF, ALT + 1, device=sites.position.device)  # copying a list would synchronise a GPU
         token, effect = (torch.diff(each(alleles), dim=0) for each in (self.token, self.effect))
         modulation = self.modulation(torch.cat(self._features(sites), dim=-1))
         return (token + modulation * effect).float().square().sum(-1)
 
     def _features(self, sites: SiteTensors) -> tuple[Tensor, Tensor]:
+        """Frequency and position features [L, ...], in the type of the weights."""
         kind = self.token.weight.dtype
         return frequency_features(sites.frequency).to(kind), position_features(sites.position).to(kind)
 
 
 def gather_embeddings(codebook: Tensor, tokens: Tensor) -> Tensor:
-    """Embeddings of ``tokens`` int64 [..., L] from a codebook [L, V, D]: [..., L, D]."""
+    """Gather the embeddings [..., L, D] of ``tokens`` int64 [..., L] from a ``codebook`` [L, V, D]."""
     sites = torch.arange(codebook.shape[0], device=tokens.device)
     return nn.functional.embedding(tokens + sites * codebook.shape[1], codebook.flatten(0, 1))

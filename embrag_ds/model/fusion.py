@@ -1,4 +1,4 @@
-"""Fusion of the query with what was retrieved, before the transformer."""
+"""Gated fusion of query embeddings with the pooled embeddings of retrieved haplotypes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from embrag_ds.model.embedding import FREQUENCY_FEATURES, frequency_features
 
 
 class GatedFusion(nn.Module):
-    """Query, reference, overall and population frequency, mixed per site by learned gates.
+    """Gated mixture of query, reference and allele frequency features, per site and channel.
 
-    The document's ``EnhancedRareVariantFusion``. The population frequency is the one expected for this
-    haplotype: the frequency in each population, weighted by the populations of its neighbours. A gate
-    decides per site and channel how much of the reference to take, and may depend on how rare the
-    allele is.
+    A learned gate, which may depend on how rare the allele is, sets the share of the reference embedding. The
+    frequencies are the overall one and the one expected for this haplotype: that in each population, weighted by the
+    populations of its neighbours.
     """
 
     def __init__(self, dims: int):
@@ -25,14 +24,15 @@ class GatedFusion(nn.Module):
         self.norm = nn.LayerNorm(dims)
 
     def forward(self, query: Tensor, reference: Tensor, frequency: Tensor, expected: Tensor) -> Tensor:
-        """``query`` and ``reference`` [B, L, D], ``frequency`` and ``expected`` [B, L] -> [B, L, D].
+        """Fused embeddings [B, L, D] of ``query`` and ``reference`` [B, L, D].
 
-        What lies between would take more memory than half a block of the transformer, and takes little time:
-        :func:`~embrag_ds.model.recompute.computed_again`.
+        ``frequency`` [B, L] is the overall ALT frequency and ``expected`` [B, L] that expected from the ancestry. The
+        activations take more memory than half a transformer block and little time to compute. So callers recompute them
+        in the backward pass (:func:`~embrag_ds.model.recompute.computed_again`).
         """
         features = torch.cat([frequency_features(frequency), frequency_features(expected)], dim=-1)
         rarity = self.frequency(features.to(query.dtype))
         together = torch.cat([query, reference, rarity], dim=-1)
         gate, mixed = torch.sigmoid(self.gate(together)), self.mix(together)
-        # Under autocast the products are of another type than what came in.
+        # Under autocast the products have another type than the inputs.
         return self.norm(query + torch.lerp(mixed, reference.to(mixed.dtype), gate.to(mixed.dtype)))

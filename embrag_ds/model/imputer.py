@@ -1,4 +1,4 @@
-"""The imputer: embed, fuse, transformer once, log-odds of ALT at every site."""
+"""Imputation network: embedding, pooling of neighbours, fusion, transformer, and log-odds of ALT at every site."""
 
 from __future__ import annotations
 
@@ -18,21 +18,27 @@ from embrag_ds.retrieval.batch import Batch
 from embrag_ds.settings import strict_settings
 
 POOLINGS: dict[str, type[nn.Module]] = {"rare_variant": DistancePooling, "copying": CopyingPooling}
-"""How a fusion weighs the neighbours; to add one, copy :class:`DistancePooling` and name it here."""
+"""Pooling modules by the setting ``model.fusion``; a new one follows the interface of :class:`DistancePooling`."""
 
 
 @strict_settings
 class ModelConfig:
-    """The network's shape."""
+    """Settings of the network's shape. Raises UserError for values that break a rule."""
 
     dims: int = 256
+    """Width D of embeddings and transformer, a multiple of 2 x heads."""
     layers: int = 12
+    """Transformer blocks."""
     heads: int = 4
+    """Attention heads of a block."""
     ffn_multiple: int = 4
+    """Width of the feed-forward's hidden layer, as a multiple of ``dims``."""
     dropout: float = 0.0
+    """Dropout probability after attention and feed-forward."""
     fusion: Literal["rare_variant", "copying"] = "copying"
+    """Pooling of the neighbours, by one distance per neighbour or by the Li and Stephens copying model."""
     good_turing: bool = False
-    """Correct the prior's odds of the rarest alleles by the panel's own spectrum of copies (Good and Turing)."""
+    """Correct the prior's odds of the rarest alleles by the panel's allele count spectrum (Good and Turing)."""
 
     def __post_init__(self) -> None:
         require(self.dims >= 8, "model.dims", "must be at least 8")
@@ -48,20 +54,21 @@ class ModelConfig:
 
 
 class Prediction(NamedTuple):
-    """Log-odds of ALT in the core, float32 [B, L]: the model's, and its starting point from retrieval alone."""
+    """Log-odds of ALT in the core, float32 [B, L]: ``logits`` of the network, and ``prior`` from retrieval alone."""
 
     logits: Tensor
     prior: Tensor
 
 
 class Imputer(nn.Module):
-    """V18: retrieved haplotypes are fused before a single pass through the transformer.
+    """Imputation network that fuses retrieved haplotypes with the query before one pass through a transformer (V18).
 
-    V17, for batches whose retrieval is by tokens: the retrieved tokens go through embedding and transformer like the
-    query, and the two are fused after it. The parameters are the same, so a run may go from one to the other.
+    For batches in retrieval mode ``token`` (V17), neighbours pass through embedding and transformer like the query, and
+    are fused after it. The parameters are the same, so a run may change from one mode to the other.
 
-    The output is the prior's log-odds plus a learned residual that starts at zero, so an untrained
-    network already imputes as well as its retrieval does.
+    The output is the log-odds of a prior plus a learned residual. The residual is zero before training, so an untrained
+    network imputes as well as its retrieval does. Its prior is the dosage copied from the neighbours, mixed with a
+    small learned share of the expected population frequency.
     """
 
     def __init__(self, config: ModelConfig):
@@ -73,7 +80,7 @@ class Imputer(nn.Module):
         self.transformer = Transformer(config.dims, config.layers, config.heads, config.ffn_multiple, config.dropout)
         self.confidence = ConfidenceHead() if self.pooling.gives_evidence else None
         self.head = nn.Linear(config.dims, 1)
-        # Share of the prior that comes from allele frequency rather than from the neighbours.
+        # Log-odds of the share of the prior that comes from allele frequency rather than from the neighbours.
         self.background = nn.Parameter(torch.tensor([-4.0]))
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -81,14 +88,14 @@ class Imputer(nn.Module):
     def forward(self, batch: Batch, transformer: bool = True) -> Prediction:
         """Log-odds of ALT at every site of the core, the observed ones included.
 
-        Without ``transformer`` its residual is left out, and so is its time: what stays is the prior and the correction
-        from what the prior rests on.
+        Without ``transformer`` its residual is not computed, and the result is the prior with the correction of the
+        confidence head.
         """
         pooled = None
-        # Without retrieval the frequency itself stands in for the reference haplotypes.
+        # Without retrieval, the allele frequency replaces the dosage of the neighbours.
         dosage = expected = batch.core.frequency
         if batch.retrieved is not None:
-            # Probabilities are multiplied along the whole window: not in bf16.
+            # No autocast: products of probabilities along the whole window are too inexact in bf16.
             with torch.autocast(batch.core.tokens.device.type, enabled=False):
                 weight = computed_again(self.embedding.site_weights, batch.window.sites)
                 pooled = self.pooling(batch, batch.retrieved, weight / weight.mean())
@@ -106,7 +113,7 @@ class Imputer(nn.Module):
         return Prediction(prior + residual, prior)
 
     def _states(self, batch: Batch, pooled: Pooled | None, expected: Tensor) -> Tensor:
-        """What the head reads, [B, L, D]."""
+        """Final hidden states of the query, [B, L, D]; ``expected`` [B, L] is the expected ALT frequency."""
         retrieved = batch.retrieved
         position = batch.core.sites.position
         codebook = self.embedding.codebook(batch.core.sites)

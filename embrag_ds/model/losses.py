@@ -1,7 +1,7 @@
-"""Losses on logits, mean per masked site.
+"""Imputation losses on the log-odds of ALT, as weighted means over masked sites.
 
-With two alleles a haplotype's two logits carry one number, their difference ``z = log P(ALT) / P(REF)``;
-the two-class cross-entropy of (0, z) is the binary one used here.
+The network's output is ``z = log P(ALT) / P(REF)`` for each haplotype and site. The binary cross-entropy of z equals
+the two-class cross-entropy of the logits (0, z).
 """
 
 from __future__ import annotations
@@ -19,17 +19,22 @@ from embrag_ds.settings import strict_settings
 
 @strict_settings
 class LossConfig:
-    """Loss on logits, mean per masked site."""
+    """Settings of the training loss. Raises UserError for values that break a rule."""
 
     kind: Literal["cross_entropy", "focal", "brier"] = "cross_entropy"
-    """``brier``, the squared error of the probabilities, is what dosage r2 measures; like cross-entropy it is least
-    where probabilities are calibrated, but it does not spend itself on alleles that nothing foretells."""
+    """``brier`` is the squared error of the probabilities, the criterion closest to dosage r2. Like ``cross_entropy``
+    it is minimal for calibrated probabilities, but it weighs unpredictable alleles less.
+    """
     focal_gamma: float = 2.0
+    """Exponent gamma of the focal loss."""
     haplotype_weight: float = 1.0
+    """Weight of the loss on alleles."""
     genotype_weight: float = 0.5
+    """Weight of the loss on genotypes."""
     rarity: float = 0.0
-    """A site counts in proportion to its minor-allele frequency to the power of minus this (all alleles that the
-    embedding layer sees as rare alike); 0: all sites alike."""
+    """Exponent r of a site's weight, its minor allele frequency to the power of -r; 0: equal weights. The frequencies
+    are those of the site features, where all rare ones are clipped to one value.
+    """
 
     def __post_init__(self) -> None:
         require(self.focal_gamma >= 0, "loss.focal_gamma", "must not be negative")
@@ -43,7 +48,10 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class Losses:
-    """``total`` is what is minimised; the parts are means per masked site (nats), unweighted."""
+    """Losses of a batch, scalars. ``total`` is minimised; ``haplotype`` and ``genotype`` are its unweighted parts.
+
+    The parts are means over the scored sites, in nats (without a unit for ``brier``).
+    """
 
     total: Tensor
     haplotype: Tensor
@@ -51,15 +59,15 @@ class Losses:
 
 
 def allele_log_probabilities(logits: Tensor) -> Tensor:
-    """log P(REF), log P(ALT) of log-odds [...]: [..., 2]."""
+    """Log-probabilities of REF and ALT, [..., 2], from the log-odds of ALT, [...]."""
     return torch.stack([logsigmoid(-logits), logsigmoid(logits)], dim=-1)
 
 
 def genotype_log_probabilities(logits: Tensor) -> Tensor:
-    """log P(0, 1, 2 copies of ALT) of a sample from its two haplotypes' log-odds [B, ...]: [N, ..., 3].
+    """Log-probabilities of 0, 1 and 2 copies of ALT, [N, ..., 3], from the haplotypes' log-odds of ALT, [B, ...].
 
-    The genotype head has no parameters of its own: given the haplotypes' logits their alleles are
-    independent, so genotype and haplotype calls can never contradict each other.
+    Given their log-odds the two alleles are independent. So genotypes need no parameters, and genotype and haplotype
+    calls cannot contradict each other.
     """
     pair = allele_log_probabilities(logits).unflatten(0, (-1, 2))
     one, other = pair[:, 0], pair[:, 1]
@@ -68,8 +76,11 @@ def genotype_log_probabilities(logits: Tensor) -> Tensor:
 
 
 def imputation_loss(logits: Tensor, alleles: Tensor, scored: Tensor, frequency: Tensor, settings: LossConfig) -> Losses:
-    """The training loss: ``logits`` [B, L] log-odds of ALT, ``alleles`` [B, L], ``scored`` bool [B, L], the same
-    for both haplotypes of a sample; ``frequency`` [L] of ALT is the site's, whoever is asked about."""
+    """Training loss of a batch, over alleles and genotypes at the scored sites.
+
+    ``logits`` float [B, L] are log-odds of ALT, and ``alleles`` int64 [B, L] the truth. ``scored`` bool [B, L] is the
+    same for both haplotypes of a sample. ``frequency`` float32 [L] of ALT determines the weights of sites.
+    """
     logits = logits.float()
     weight = scored * torch.minimum(frequency, 1 - frequency).clamp_min(1e-6) ** -settings.rarity
     haplotype = _weighted_mean(allele_log_probabilities(logits), alleles, weight, settings)
@@ -80,14 +91,18 @@ def imputation_loss(logits: Tensor, alleles: Tensor, scored: Tensor, frequency: 
 
 
 def _weighted_mean(log_probabilities: Tensor, truth: Tensor, weight: Tensor, settings: LossConfig) -> Tensor:
-    """Weighted mean over sites of -(1 - p)^gamma log p (focal, Lin et al. 2017; gamma 0 is cross-entropy), or of the
-    Brier score (Brier 1950), the sum over classes of the squared error."""
+    """Weighted mean over haplotypes or samples and sites of the loss of one prediction.
+
+    Focal loss ``-(1 - p)^gamma log p`` (Lin et al. 2017), of which cross-entropy is the case gamma = 0; or Brier score
+    (Brier 1950), the squared error summed over classes. ``log_probabilities`` [..., L, classes], ``truth`` int64
+    [..., L], ``weight`` [..., L].
+    """
     if settings.kind == "brier":
-        cost = (log_probabilities.exp() - one_hot(truth, log_probabilities.shape[-1])).square().sum(-1)
+        loss = (log_probabilities.exp() - one_hot(truth, log_probabilities.shape[-1])).square().sum(-1)
     else:
         chosen = log_probabilities.gather(-1, truth[..., None])[..., 0]
-        cost = -chosen
+        loss = -chosen
         if settings.kind == "focal":
-            # The floor keeps the slope of a fractional power finite where p is 1.
-            cost = cost * (-torch.expm1(chosen)).clamp_min(1e-8) ** settings.focal_gamma
-    return (cost * weight).sum() / weight.sum().clamp_min(1e-6)
+            # The floor keeps the gradient of a fractional power finite where p is 1.
+            loss = loss * (-torch.expm1(chosen)).clamp_min(1e-8) ** settings.focal_gamma
+    return (loss * weight).sum() / weight.sum().clamp_min(1e-6)

@@ -1,8 +1,8 @@
-"""How K retrieved haplotypes become one reference signal per site.
+"""Pooling of K retrieved haplotypes into one reference signal per site: dosage, ancestry and embedding.
 
-Each neighbour gets a weight at every site; the weighted allele is a dosage, and because an embedding
-takes one of V values per site the weighted embedding is the same mixture of codebook rows. So K
-neighbours cost the transformer no more than one.
+Each neighbour has a weight at every site, and the weighted mean of alleles is a dosage. A haplotype's embedding takes
+one of V values per site. So the weighted mean of embeddings is a mixture of codebook rows, with the same weights. The
+transformer's work therefore does not depend on K.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from embrag_ds.retrieval.batch import Batch, Retrieved
 
 _LEAST = 1e-6
 _LEAST_REST = 1e-4
-"""A smaller difference from 1 is mostly rounding."""
+"""Least weight of REF, 1 - dosage, that is not mostly rounding error."""
 
 
 @dataclass(frozen=True)
 class Pooled:
-    """What the neighbours say in the core.
+    """Pooled reference signal over the core's sites.
 
-    ``dosage`` float32 [B, L] is their weighted share of ALT, ``ancestry`` float32 [B, P, L] the weight on
-    each population. ``weights`` float32 [B, K, L], summing to 1 over K, are written out only for the dense
-    store. ``evidence`` is what stands behind the dosage, where the pooling knows.
+    * ``dosage`` float32 [B, L]: weighted share of the neighbours that carry ALT.
+    * ``ancestry`` float32 [B, P, L]: weight of the neighbours of each population, summing to 1 over P.
+    * ``weights`` float32 [B, K, L]: weights of the neighbours, summing to 1 over K; None except with the dense store.
+    * ``evidence``: evidence behind the dosage; None from a pooling without ``gives_evidence``.
     """
 
     dosage: Tensor
@@ -40,13 +41,15 @@ class Pooled:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a dosage rests on, float32 [B, L] each, without gradients.
+    """Evidence behind a copied dosage, each float32 [B, L] and without gradients; that of the slow copying model.
 
-    ``alt_length`` and ``ref_length``: mean length in cM of the match of the copied haplotypes that carry
-    ALT and REF (0 where hardly any carries it); ``uncertainty``: entropy of the copying probabilities over log K,
-    in [0, 1]; ``share``: how many of the neighbours carry ALT; ``nearest`` and ``gap``: cM to the nearest typed site
-    and between the flanking ones; ``density``: typed sites per cM; ``disagreement``: log-odds of ALT by the slow
-    copying model less those by the fast one (the others are the slow one's).
+    * ``alt_length``, ``ref_length``: mean match length in cM of the copied haplotypes with ALT and with REF, 0 where
+      hardly any has it.
+    * ``uncertainty``: entropy of the copying probabilities, divided by log K, in [0, 1].
+    * ``share``: share of the neighbours that carry ALT, in [0, 1].
+    * ``nearest``, ``gap``: distance in cM to the nearest typed site, and between the flanking ones.
+    * ``density``: typed sites per cM over the whole window, in units of 100 per cM.
+    * ``disagreement``: log-odds of ALT by the slow copying model minus those by the fast one.
     """
 
     alt_length: Tensor
@@ -60,9 +63,10 @@ class Evidence:
 
 
 class DistancePooling(nn.Module):
-    """One weight per neighbour over the whole window: a softmax of its distance to the query.
+    """Pooling with one weight per neighbour for all sites: a softmax of its negative distance to the query.
 
-    The distance counts mismatches at the typed sites, each with the embedding's weight (mean 1).
+    The distance is the sum over mismatches at typed sites of the embedding's site weights (mean 1), times a learned
+    strength.
     """
 
     gives_evidence = False
@@ -72,16 +76,16 @@ class DistancePooling(nn.Module):
         self.log_strength = nn.Parameter(torch.zeros(1))
 
     def forward(self, batch: Batch, retrieved: Retrieved, site_weight: Tensor) -> Pooled:
-        """``site_weight`` [L], mean 1: what disagreement at a site counts."""
+        """Pool the neighbours ``retrieved``; ``site_weight`` float32 [L], of mean 1, is the weight of a mismatch."""
         distance = (retrieved.mismatch * site_weight[batch.window.typed][..., None]).sum(1)
         weights = torch.softmax(-self.log_strength.float().exp() * distance, dim=1)
-        # The same weights at every site: a posterior at one place, on either side of every site.
-        posterior, nowhere = weights[:, None], torch.zeros_like(batch.core.tokens)
-        everywhere = FlankingSites(nowhere, nowhere, torch.zeros_like(batch.core.frequency))
+        # The same weights at all sites: a posterior at one typed site, which flanks every site on both sides.
+        posterior, origin = weights[:, None], torch.zeros_like(batch.core.tokens)
+        flanking = FlankingSites(origin, origin, torch.zeros_like(batch.core.frequency))
         ancestry = posterior @ _membership(batch, retrieved)
         sites = batch.core.tokens.shape[1]
         return Pooled(
-            dosage=expected_allele(retrieved.alleles, posterior, everywhere),
+            dosage=expected_allele(retrieved.alleles, posterior, flanking),
             ancestry=ancestry.mT.expand(-1, -1, sites),
             weights=None if retrieved.embeddings is None else posterior.mT.expand(-1, -1, sites),
             evidence=None,
@@ -89,18 +93,20 @@ class DistancePooling(nn.Module):
 
 
 class CopyingPooling(nn.Module):
-    """Posterior copying probabilities of the Li and Stephens model over the retrieved haplotypes.
+    """Pooling by posterior copying probabilities of two Li and Stephens models (:mod:`embrag_ds.ops.li_stephens`).
 
-    Recombination: between typed sites d cM apart the model chooses a neighbour anew with probability
-    ``1 - exp(-rate d)``. Mismatch: a neighbour that differs at site l loses a factor ``exp(-penalty w_l)``, w_l being
-    the embedding's weight. Both rates are learned, each as a power of the density of typed sites: on a sparse array
-    few neighbours stand for more than on a dense one. A recombination prefers neighbours that resemble the query over
-    the whole window, by a learned factor per percent of typed sites that differ. Between typed sites posteriors are
-    interpolated linearly in cM (Browning et al. 2016, Am. J. Hum. Genet. 98:116). See :mod:`embrag_ds.ops.li_stephens`.
+    Recombination: its probability between typed sites d cM apart is ``1 - exp(-r d)``. Mismatch: the emission factor of
+    a neighbour that differs at site l is ``exp(-m w_l)``, with the embedding's site weight w_l. Parameters ``rate`` and
+    ``penalty`` give r and m, each a learned constant times a learned power of the density of typed sites. On a sparse
+    array, each typed site represents more untyped ones.
 
-    Rare alleles are young: those who share one share a long haplotype, and the best recombination rate for them is
-    below that for common alleles. So there are two copying models, a slow one and a fast one; a site's dosage is a mean
-    of theirs whose weights are a learned function of its frequency.
+    After a recombination, neighbours that resemble the query over the whole window are more probable. The
+    log-probability falls linearly, by a learned amount per percent of typed sites that differ. Between typed sites
+    posteriors are interpolated linearly in cM (Browning et al. 2016, Am. J. Hum. Genet. 98:116).
+
+    Rare alleles are young, so haplotypes that share one match over a long stretch. The best recombination rate for them
+    is below that for common alleles. So there is a slow and a fast copying model, and a site's dosage is a mean of
+    theirs. Its weights are a learned function of the site's minor allele frequency.
     """
 
     gives_evidence = True
@@ -108,22 +114,22 @@ class CopyingPooling(nn.Module):
     _INITIAL_MISMATCH = 5.0
     _INITIAL_CLOSENESS = 0.07  # per percent
     _TYPICAL_DENSITY = 100.0  # typed sites per cM
-    # These few parameters are stored at a tenth, so that they move ten times as fast as the weights.
+    # These few parameters are stored divided by 10, so that an optimiser step changes them ten times as much.
     _GAIN = 10.0
 
     def __init__(self) -> None:
         super().__init__()
-        # Of the slow and the fast copying model: logarithms at the typical density, then exponents of the density. One
-        # dimension: ZeRO-3 takes gradients of two only from a Linear.
+        # For the slow and the fast copying model: logarithms at the typical density, then exponents of the density.
+        # They have one dimension, because ZeRO-3 supports gradients of two dimensions for Linear layers only.
         rates = [math.log(rate) / self._GAIN for rate in self._INITIAL_RECOMBINATION]
         self.rate = nn.Parameter(torch.tensor([*rates, 0.0, 0.0]))
         self.penalty = nn.Parameter(torch.tensor([math.log(self._INITIAL_MISMATCH) / self._GAIN] * 2 + [0.0, 0.0]))
         self.closeness = nn.Parameter(torch.tensor([self._INITIAL_CLOSENESS / self._GAIN]))
-        # Log-odds of the slow model: at a frequency of 0.1 %, and how much more for ten times that.
+        # Log-odds of the slow model's weight at a frequency of 0.1 %, and their change per factor of ten.
         self.slow = nn.Parameter(torch.tensor([0.0, -2.0]) / self._GAIN)
 
     def forward(self, batch: Batch, retrieved: Retrieved, site_weight: Tensor) -> Pooled:
-        """``site_weight`` [L], mean 1: what disagreement at a site counts."""
+        """Pool the neighbours ``retrieved``; ``site_weight`` float32 [L], of mean 1, is the weight of a mismatch."""
         position = batch.window.sites.position[batch.window.typed]
         gap = torch.diff(position, dim=1, prepend=position[:, :1])
         length = (batch.window.sites.position[-1] - batch.window.sites.position[0]).clamp_min(1e-6)
@@ -131,7 +137,7 @@ class CopyingPooling(nn.Module):
         recombination, mismatch = (self._power(each, density) for each in (self.rate, self.penalty))
         typed_weight = site_weight[batch.window.typed]
         prior = self._recombination_prior(batch, retrieved)
-        # Both copying models at once: chain c is about haplotype c % B.
+        # Both copying models in one call: chain c models haplotype c % B.
         posterior = copying_posterior(
             retrieved.mismatch,
             (mismatch.T[..., None] * typed_weight).flatten(0, 1),
@@ -140,34 +146,34 @@ class CopyingPooling(nn.Module):
             batch.window.near,
         )
         slow, fast = posterior.unflatten(0, (2, -1))
-        between = _flanking(batch)
-        by_slow, by_fast = (expected_allele(retrieved.alleles, each, between) for each in (slow, fast))
+        flanking = _flanking(batch)
+        by_slow, by_fast = (expected_allele(retrieved.alleles, each, flanking) for each in (slow, fast))
         share = self._share_of_slow(batch.core.frequency)
         weights = None
         if retrieved.embeddings is not None:
-            spread_fast, spread_slow = (interpolated(each, between) for each in (fast, slow))
+            spread_fast, spread_slow = (interpolated(each, flanking) for each in (fast, slow))
             weights = torch.lerp(spread_fast, spread_slow, share[:, None])
         return Pooled(
             dosage=torch.lerp(by_fast, by_slow, share),
-            ancestry=interpolated(slow @ _membership(batch, retrieved), between),
+            ancestry=interpolated(slow @ _membership(batch, retrieved), flanking),
             weights=weights,
             evidence=_evidence(
-                batch, retrieved, position, slow.detach(), by_slow.detach(), by_fast.detach(), between, density
+                batch, retrieved, position, slow.detach(), by_slow.detach(), by_fast.detach(), flanking, density
             ),
         )
 
     def _power(self, parameter: Tensor, density: Tensor) -> Tensor:
-        """A constant times a power of ``density`` [B], for each copying model: float32 [B, 2]."""
+        """Constant times a power of ``density`` [B], for each copying model, float32 [B, 2]."""
         logarithm, exponent = (parameter.float() * self._GAIN).unflatten(0, (2, 2))
         return torch.exp(logarithm + exponent * density.log()[:, None])
 
     def _recombination_prior(self, batch: Batch, retrieved: Retrieved) -> Tensor:
-        """Probability of every neighbour at a recombination, float32 [B, K]."""
+        """Probability of every neighbour after a recombination, float32 [B, K], summing to 1 over K."""
         differs = count_true(retrieved.mismatch) * (100 / batch.window.typed_count.clamp_min(1))[:, None]
         return torch.softmax(-self.closeness.float() * self._GAIN * differs, dim=-1)
 
     def _share_of_slow(self, frequency: Tensor) -> Tensor:
-        """Weight of the slow copying model, float32 [B, L]."""
+        """Weight of the slow copying model at ALT ``frequency`` [B, L], float32 [B, L]."""
         maf = torch.minimum(frequency, 1 - frequency).clamp_min(1e-5)
         level, per_decade = self.slow.float() * self._GAIN
         return torch.sigmoid(level + per_decade * torch.log10(maf / 1e-3))
@@ -180,16 +186,20 @@ def _evidence(
     position: Tensor,
     posterior: Tensor,
     dosage: Tensor,
-    other: Tensor,
-    between: FlankingSites,
+    fast_dosage: Tensor,
+    flanking: FlankingSites,
     density: Tensor,
 ) -> Evidence:
+    """Evidence of the slow copying model, from its ``posterior`` [B, M, K] and ``dosage`` [B, L].
+
+    ``position`` [B, T] of typed sites in cM; ``fast_dosage`` [B, L] of the fast model; ``density`` [B].
+    """
     lengths = match_lengths(retrieved.mismatch, position, batch.window.typed_count, batch.window.near).mul_(posterior)
-    of_alt = expected_allele(retrieved.alleles, lengths, between)
+    of_alt = expected_allele(retrieved.alleles, lengths, flanking)
     spread = torch.special.entr(posterior).sum(-1) / math.log(max(2, posterior.shape[-1]))
-    overall = interpolated(torch.stack([lengths.sum(-1), spread], dim=-1), between)
+    overall = interpolated(torch.stack([lengths.sum(-1), spread], dim=-1), flanking)
     sites = batch.core.sites.position
-    before, after = (position[:, batch.window.near].gather(1, place) for place in (between.left, between.right))
+    before, after = (position[:, batch.window.near].gather(1, place) for place in (flanking.left, flanking.right))
     return Evidence(
         alt_length=of_alt / dosage.clamp_min(_LEAST),
         ref_length=torch.where(
@@ -200,41 +210,41 @@ def _evidence(
         nearest=torch.minimum((sites - before).abs(), (after - sites).abs()),
         gap=(after - before).abs(),
         density=density[:, None].expand_as(dosage),
-        disagreement=torch.logit(dosage, eps=1e-4) - torch.logit(other, eps=1e-4),
+        disagreement=torch.logit(dosage, eps=1e-4) - torch.logit(fast_dosage, eps=1e-4),
     )
 
 
 def _membership(batch: Batch, retrieved: Retrieved) -> Tensor:
-    """1 where a neighbour belongs to a population, float32 [B, K, P]."""
-    # Not one_hot, which looks at the values first.
+    """Indicators of the neighbours' populations, float32 [B, K, P]."""
+    # one_hot would read the values first, which synchronises a GPU.
     populations = torch.arange(batch.core.population_frequency.shape[1], device=retrieved.population.device)
     return (retrieved.population[..., None] == populations).float()
 
 
 def _flanking(batch: Batch) -> FlankingSites:
-    """The typed sites on either side of every site of the core.
+    """Flanking typed sites of every site of the core, and interpolation weights by distance in cM.
 
-    The sites are places in the part ``batch.window.near`` of a row of ``batch.window.typed``; beyond the first and the
-    last typed site both sides are the same.
+    Their indices count from the start of the slice ``batch.window.near`` of a row of ``batch.window.typed``. Before the
+    first and after the last typed site, left and right are the same.
     """
     sites = torch.arange(batch.window.core.start, batch.window.core.stop, device=batch.window.typed.device)
-    # The filled-up part of a row repeats the last site, so rows stay sorted.
+    # The padding of a row repeats the last site, so rows are sorted.
     right = torch.searchsorted(batch.window.typed, sites.expand(len(batch.window.typed), -1).contiguous())
     last = (batch.window.typed_count - 1).clamp_min(0)[:, None]
     left = (right - 1).clamp_min(0).minimum(last)
     right = right.minimum(last)
     position = batch.window.sites.position
     start = position[batch.window.typed.gather(1, left)]
-    between = position[batch.window.typed.gather(1, right)] - start
-    share = torch.where(between > 0, (position[sites] - start) / between.clamp_min(1e-12), 0.0)
+    length = position[batch.window.typed.gather(1, right)] - start
+    share = torch.where(length > 0, (position[sites] - start) / length.clamp_min(1e-12), 0.0)
     return FlankingSites(left - batch.window.near.start, right - batch.window.near.start, share.clamp(0, 1))
 
 
 def pooled_embedding(pooled: Pooled, retrieved: Retrieved, own: Tensor) -> Tensor:
-    """The neighbours' weighted embedding [B, L, D].
+    """Weighted mean [B, L, D] of the neighbours' embeddings.
 
-    From the generation's codebook, or ``own`` [L, V, D] where it is encoded live: :func:`mixed_embedding`. From
-    the dense store's rows: the same sum, written out.
+    It is the :func:`mixed_embedding` of the generation's codebook, or of the model's ``own`` [L, V, D] with encoding
+    ``live``. With embeddings from a dense store it is the sum over neighbours itself.
     """
     if retrieved.embeddings is not None:
         assert pooled.weights is not None
@@ -243,7 +253,10 @@ def pooled_embedding(pooled: Pooled, retrieved: Retrieved, own: Tensor) -> Tenso
 
 
 def mixed_embedding(codebook: Tensor, dosage: Tensor) -> Tensor:
-    """``C[REF] + dosage (C[ALT] - C[REF])``: a codebook C [L, 2 or V, D] and ``dosage`` [B, L] give [B, L, D]."""
+    """Mean embedding at a dosage, [B, L, D], ``C[REF] + dosage (C[ALT] - C[REF])``.
+
+    C is the ``codebook`` [L, 2 or V, D], and ``dosage`` is [B, L].
+    """
     reference = codebook[:, REF]
     step = codebook[:, ALT] - reference
     return reference + dosage[..., None].to(step.dtype) * step

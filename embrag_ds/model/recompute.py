@@ -1,4 +1,4 @@
-"""What the backward pass computes again instead of keeping it."""
+"""Recomputation of activations in the backward pass, in place of storing them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ Step = Callable[[Tensor], Tensor]
 
 
 def computed_again(function: Callable[..., Tensor], *given: Any) -> Tensor:
-    """``function(*given)``, of which only ``given`` is kept; nothing in it may be random."""
-    if not torch.is_grad_enabled():  # the first call of checkpoint imports for a second
+    """Return ``function(*given)``, and compute it again in the backward pass; only ``given`` is stored.
+
+    ``function`` must not use random numbers.
+    """
+    if not torch.is_grad_enabled():  # the first call of checkpoint takes a second for imports
         return function(*given)
     return checkpoint(function, *given, use_reentrant=False, preserve_rng_state=False)
 
 
 def through(first: Step, then: Step, x: Tensor) -> Tensor:
-    """``then(first(x))``; for the backward pass of ``then``, ``first(x)`` is computed again instead of kept.
+    """Return ``then(first(x))``, and compute ``first(x)`` again for the backward pass of ``then``.
 
-    For a ``first`` that keeps ``x`` anyway and takes little time beside ``then``: a norm or an activation before a
-    projection.
+    It suits a ``first`` that stores ``x`` anyway and takes little time beside ``then``, such as a norm or an activation
+    before a projection.
     """
-    if torch.compiler.is_compiling():  # it has no hooks
+    if torch.compiler.is_compiling():  # torch.compile does not support saved-tensor hooks
         return computed_again(lambda x: then(first(x)), x)
     between, source = first(x), x.detach()
     with not_kept(between, lambda: first(source)):
@@ -34,6 +37,8 @@ def through(first: Step, then: Step, x: Tensor) -> Tensor:
 
 
 class _Part(NamedTuple):
+    """View of the recomputed tensor, in place of a saved one."""
+
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
@@ -41,8 +46,11 @@ class _Part(NamedTuple):
 
 @contextmanager
 def not_kept(tensor: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
-    """What operations in this context would keep of the memory of ``tensor``, all or parts, their backward passes find
-    in ``again()``, a tensor as ``tensor`` was, which is computed once for all of them."""
+    """Context in which autograd does not store ``tensor``, nor views of it, for the backward pass.
+
+    Backward passes use the same views of ``again()`` instead, which must compute a tensor with the size, strides and
+    values of ``tensor``. It is called once for all of them, without gradients and under the present autocast.
+    """
     place, device = tensor.untyped_storage().data_ptr(), tensor.device.type
     as_now = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
     parts = given = 0

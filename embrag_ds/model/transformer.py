@@ -1,4 +1,4 @@
-"""A pre-norm transformer encoder with rotary positions in centimorgans."""
+"""Pre-norm transformer encoder with rotary positions in centimorgans."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _SHORTEST_CM, _LONGEST_CM = 0.02, 40.0
 
 
 Recompute = Callable[..., Tensor]
-"""(block, x, angles) -> block(x, angles); the backward pass has only the arguments and computes the rest again."""
+"""Function of (block, x, angles) to ``block(x, angles)`` that stores only its arguments for the backward pass."""
 
 
 def rotary_angles(position: Tensor, head_dims: int) -> Tensor:
-    """Cosines and sines [L, head_dims / 2, 2] for positions [L] in cM (RoPE, Su et al. 2021).
+    """Cosines and sines float32 [L, head_dims / 2, 2] of rotary positions [L] in cM (RoPE, Su et al. 2021).
 
-    The wavelengths form a geometric ladder, so attention sees genetic distances on every scale from
-    between neighbouring sites to across the window.
+    The wavelengths form a geometric sequence from 0.02 to 40 cM, for genetic distances on every scale from adjacent
+    sites to the whole window.
     """
     ladder = torch.logspace(math.log10(_SHORTEST_CM), math.log10(_LONGEST_CM), head_dims // 2, device=position.device)
     angles = position.float()[:, None] * (2 * math.pi / ladder)
@@ -31,19 +31,21 @@ def rotary_angles(position: Tensor, head_dims: int) -> Tensor:
 
 
 def rotated_heads(qkv: Tensor, angles: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values [B, L, heads, head_dims] of ``qkv`` [B * L, 3 * D], the former two rotated by ``angles``
-    [L, head_dims / 2, 2].
+    """Queries, keys and values [B, L, heads, head_dims] of ``qkv`` [B * L, 3 * D], with queries and keys rotated.
 
-    ``qkv`` is overwritten, and autograd is told. It should be no view: autograd copies the gradient of a view's base.
+    ``angles`` [L, head_dims / 2, 2] are those of :func:`rotary_angles`. ``qkv`` is overwritten and marked as modified,
+    so autograd raises RuntimeError if its old values are needed, or if it is a leaf. It should not be a view, because
+    autograd would copy the gradient of the view's base.
     """
     shape = (-1, len(angles), 3, heads, 2 * angles.shape[1])
-    if torch.compiler.is_compiling():  # it fuses real operations, and knows no complex ones
+    if torch.compiler.is_compiling():  # torch.compile fuses real operations but no complex ones
         query, key, value = qkv.view(shape).unbind(2)
         return _rotate(query, angles), _rotate(key, angles), value
     return _RotatedHeads.apply(qkv, angles, shape).view(shape).unbind(2)
 
 
 def _rotate(heads: Tensor, angles: Tensor) -> Tensor:
+    """Rotate pairs of the last dimension of ``heads`` [B, L, heads, head_dims], out of place."""
     real, imaginary = heads.float().unflatten(-1, (-1, 2)).unbind(-1)
     cosine, sine = angles[:, None].unbind(-1)
     turned = torch.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], dim=-1)
@@ -51,7 +53,7 @@ def _rotate(heads: Tensor, angles: Tensor) -> Tensor:
 
 
 class _RotatedHeads(torch.autograd.Function):
-    """Rotates where the projection has written: nothing is copied, and the backward pass needs the angles only."""
+    """In-place rotation of queries and keys, without a copy; only the angles are saved for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, angles: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -65,25 +67,26 @@ class _RotatedHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (turns,) = ctx.saved_tensors
-        # A copy: others may hold the gradient that came in.
+        # Copied, because the incoming gradient may be used elsewhere too.
         gradient = gradients[0].clone(memory_format=torch.contiguous_format)
         _turn(gradient.view(ctx.shape)[:, :, :2], turns.conj())
         return gradient, None, None
 
 
 def _turn(heads: Tensor, turns: Tensor) -> None:
-    """Multiply pairs of the last dimension by complex ``turns``, in place."""
-    pairs = heads.float().unflatten(-1, (-1, 2))  # of float32 a view, of anything else a copy
+    """Multiply pairs of the last dimension, as complex numbers, by ``turns``, in place."""
+    pairs = heads.float().unflatten(-1, (-1, 2))  # a view of float32, but a copy of other types
     torch.view_as_complex(pairs).mul_(turns)
     if heads.dtype != pairs.dtype:
         heads.copy_(pairs.flatten(-2))
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each after its norm and added back.
+    """Pre-norm transformer block: attention and feed-forward, each with a residual connection.
 
-    Of its activations only ten times its input is kept for the backward pass: the input itself, queries, keys and
-    values, what attention makes of them, the input of the second norm, and the feed-forward's hidden layer (four).
+    The activations stored for the backward pass are ten times as large as the input, for ``ffn_multiple`` 4. They are
+    the input, queries, keys and values, the output of attention, the input of the second norm, and the hidden layer
+    (four).
     """
 
     def __init__(self, dims: int, heads: int, ffn_multiple: int, dropout: float):
@@ -98,10 +101,10 @@ class Block(nn.Module):
         self.ffn_out = nn.Linear(ffn_multiple * dims, dims)
 
     def forward(self, x: Tensor, angles: Tensor, recompute_projections: bool = False) -> Tensor:
-        """[B, L, D] -> [B, L, D]; ``angles`` [L, head_dims / 2, 2].
+        """Output [B, L, D] for the input ``x`` [B, L, D]; ``angles`` [L, head_dims / 2, 2].
 
-        With ``recompute_projections`` queries, keys, values and hidden layer are not kept, but three times ``x`` is,
-        and their projections are done again.
+        With ``recompute_projections``, queries, keys, values and hidden layer are computed again in the backward pass.
+        What is stored is then three times as large as ``x``.
         """
         recompute = recompute_projections and torch.is_grad_enabled()
         x = x + self._drop(self._attend(x, angles, recompute))
@@ -110,10 +113,10 @@ class Block(nn.Module):
         return x + self._drop(through(gelu, self.ffn_out, through(self.ffn_norm, self.ffn_in, x)))
 
     def _attend(self, x: Tensor, angles: Tensor, recompute: bool) -> Tensor:
-        rows = x.flatten(0, 1)  # a projection of [B, L, D] would be a view
+        rows = x.flatten(0, 1)  # the projection of [B, L, D] would be a view, see rotated_heads
         qkv = through(self.attention_norm, self.qkv, rows)
         query, key, value = self._rotated(qkv, angles)
-        if recompute and not torch.compiler.is_compiling():  # it has no hooks
+        if recompute and not torch.compiler.is_compiling():  # torch.compile does not support saved-tensor hooks
             source = rows.detach()
 
             def again() -> Tensor:
@@ -128,7 +131,7 @@ class Block(nn.Module):
         return self.attention_out(mixed.transpose(1, 2).flatten(-2))
 
     def _rotated(self, qkv: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [B, heads, L, head_dims], rotated where they lie."""
+        """Queries, keys and values [B, heads, L, head_dims] as views of ``qkv``, which is rotated in place."""
         query, key, value = rotated_heads(qkv, angles, self.heads)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
@@ -140,10 +143,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks and a final norm: [B, L, D] -> [B, L, D].
+    """Transformer encoder of ``layers`` blocks and a final norm, from [B, L, D] to [B, L, D].
 
-    ``recompute``, where it is set, runs the first ``recomputed`` blocks (None: all) so that they keep their input only;
-    ``recompute_projections`` is for the others.
+    ``recompute``, if set, runs the first ``recomputed`` blocks (None: all) and stores their inputs only. The other
+    blocks run with ``recompute_projections``.
     """
 
     def __init__(self, dims: int, layers: int, heads: int, ffn_multiple: int, dropout: float):
@@ -156,7 +159,7 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(dims)
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
-        """``x`` [B, L, D]; ``position`` [L] in cM."""
+        """Encode ``x`` [B, L, D] of sites at ``position`` [L] in cM."""
         angles = rotary_angles(position, self.head_dims)
         recomputed = len(self.blocks) if self.recomputed is None else self.recomputed
         for place, block in enumerate(self.blocks):

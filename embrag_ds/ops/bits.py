@@ -1,6 +1,7 @@
-"""Bit-packed alleles, eight haplotypes a byte, lowest bit first: the only packing and unpacking.
+"""Bit-packed alleles: eight haplotypes to a byte, the lowest bit first.
 
-torch is imported where it is needed: reading and scoring files do without it.
+All packing and unpacking of alleles is done here, on numpy arrays and on torch tensors. Only the functions on tensors
+import torch, so reading and scoring files does without it.
 """
 
 from __future__ import annotations
@@ -14,24 +15,34 @@ if TYPE_CHECKING:
 
 
 def pack_host(alleles: np.ndarray) -> np.ndarray:
-    """Alleles 0 or 1, uint8 [..., H], as bits uint8 [..., ceil(H / 8)]."""
+    """Pack alleles 0 or 1, uint8 [..., H], into bits, uint8 [..., ceil(H / 8)]."""
     return np.packbits(alleles, axis=-1, bitorder="little")
 
 
 def unpack_host(packed: np.ndarray, first: int, last: int) -> np.ndarray:
-    """Haplotypes ``first`` to ``last`` (exclusive) of bits uint8 [..., W]: uint8 [..., last - first]."""
+    """Unpack a range of haplotypes of bits uint8 [..., ceil(H / 8)].
+
+    Returns the alleles of haplotypes ``first`` to ``last`` (exclusive), uint8 [..., last - first].
+    """
     start = first // 8
     bits = np.unpackbits(packed[..., start : -(-last // 8)], axis=-1, bitorder="little")
     return bits[..., first - 8 * start : last - 8 * start]
 
 
 def unpack_chosen(packed: np.ndarray, haplotypes: np.ndarray) -> np.ndarray:
-    """Some haplotypes, by number int64 [n], of bits uint8 [..., W]: uint8 [..., n]. For few of many."""
+    """Unpack selected haplotypes of bits uint8 [..., ceil(H / 8)].
+
+    ``haplotypes`` int64 [n] are their numbers. Returns alleles uint8 [..., n]. It is the faster way where n is far
+    below H.
+    """
     return (packed[..., haplotypes >> 3] >> (haplotypes & 7).astype(np.uint8)) & 1
 
 
 def unpack(packed: Tensor, count: int) -> Tensor:
-    """Bits uint8 [n, W], lowest first, as uint8 [n, count]."""
+    """Unpack a tensor of bits uint8 [n, ceil(H / 8)].
+
+    Returns the alleles of the first ``count`` haplotypes, uint8 [n, count].
+    """
     import torch
 
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
@@ -40,7 +51,7 @@ def unpack(packed: Tensor, count: int) -> Tensor:
 
 
 def pack(alleles: Tensor) -> Tensor:
-    """The inverse of :func:`unpack`: uint8 [n, H] as bits uint8 [n, ceil(H / 8)]."""
+    """Pack a tensor of alleles 0 or 1, uint8 [n, H], into bits, uint8 [n, ceil(H / 8)]; inverse of :func:`unpack`."""
     import torch
 
     padded = torch.nn.functional.pad(alleles, (0, -alleles.shape[1] % 8))

@@ -1,4 +1,4 @@
-"""CUDA kernels compiled and launched through CuPy, on torch's tensors and current stream."""
+"""Launching CUDA kernels through CuPy on torch tensors, on torch's current stream."""
 
 from __future__ import annotations
 
@@ -13,26 +13,32 @@ import torch
 from torch import Tensor
 
 TILE_THREADS = 128
+"""Threads of a block of a tiled kernel."""
 
 
 def launch_tiled(kernel: Any, over: int, tensors: Sequence[Tensor], sizes: Sequence[int]) -> None:
-    """Run a kernel with a thread for each of the numbers below ``over``, for each row of the first tensor.
+    """Launch a kernel with one thread for every row of ``tensors[0]`` and every index below ``over``.
 
-    The kernel is told how many blocks a row has, and then ``sizes``.
+    Blocks have :data:`TILE_THREADS` threads and serve one row. After the tensors, the kernel receives the number of
+    blocks per row and then ``sizes``, as 32-bit integers.
     """
     tiles = -(-over // TILE_THREADS)
     launch(kernel, (len(tensors[0]) * tiles,), (TILE_THREADS,), tensors, (tiles, *sizes))
 
 
 def available() -> bool:
-    """Whether CuPy, which compiles and launches kernels, is installed."""
+    """Whether CuPy, which compiles and launches the kernels, is installed."""
     return importlib.util.find_spec("cupy") is not None
 
 
 def launch(
     kernel: Any, blocks: tuple[int, ...], threads: tuple[int, ...], tensors: Sequence[Tensor], sizes: Sequence[int]
 ) -> None:
-    """Run a CuPy kernel on contiguous CUDA tensors, by reference, and 32-bit numbers, on torch's current stream."""
+    """Launch a CuPy kernel asynchronously on the current torch stream of the tensors' device.
+
+    ``blocks`` and ``threads`` are the shape of the grid and of a block. ``tensors``, contiguous and on one CUDA device,
+    are passed without a copy, then ``sizes`` as 32-bit integers.
+    """
     import cupy
 
     device = tensors[0].device
@@ -49,9 +55,10 @@ _libc.uselocale.restype = ctypes.c_void_p
 
 @contextmanager
 def kept_locale() -> Iterator[None]:
-    """NVIDIA's compiler before CUDA 12.6.2 leaves its thread in the C locale, and Python then takes files for ASCII.
+    """Context that restores the calling thread's locale of the C library when it ends.
 
-    See NVIDIA/cuda-python issue 29. A kernel is compiled when it is first launched on a device.
+    NVIDIA's run-time compiler before CUDA 12.6.2 leaves that thread in the locale ``C``, and Python then opens text
+    files as ASCII (NVIDIA/cuda-python issue 29). CuPy compiles a kernel at its first launch on a device.
     """
     kept = _libc.uselocale(None)
     try:

@@ -1,10 +1,16 @@
-"""The neighbours' alleles in a window's core, as whatever mixes them reads them fastest.
+"""Copied dosage: the posterior-weighted mean of the neighbours' alleles at every site of a window's core.
 
-Most sites of a panel are rare, so most neighbours carry REF: a mean of alleles over K neighbours is the sum over
-the few that carry ALT. On a CPU the neighbours are therefore kept as lists of carriers, made from lists that a window's
-queries share. And between two typed sites few haplotypes differ at all: where the queries of a batch are typed at the
-same, not too many sites, weights are summed per distinct sequence and the sequences are what carries ALT, as in Beagle
-(Browning et al. 2018, Am. J. Hum. Genet. 103:338). A GPU reads all K alleles at once. All say the same.
+The alleles of the K neighbours are held in one of three forms, which all give the same dosages:
+
+* :class:`DenseAlleles`, a table of all K alleles, which a GPU reads fastest.
+* :class:`Carriers`, lists of the neighbours that carry ALT, on a CPU. Most sites of a panel are rare, so the mean over
+  K neighbours is a sum over few carriers. The lists are made from those of the whole panel, which queries share.
+* :class:`Sequences`, the distinct allele sequences of a block of sites, on a CPU. Between two typed sites few
+  haplotypes differ, so weights are summed per sequence first (Browning et al. 2018, Am. J. Hum. Genet. 103:338). This
+  form needs queries that are typed at the same few sites.
+
+Two letters beside those of :mod:`embrag_ds.data.tokens`. M: typed sites in or next to the core, at which posteriors are
+given. G: blocks of sites.
 """
 
 from __future__ import annotations
@@ -20,15 +26,18 @@ from torch import Tensor
 from embrag_ds.ops import cuda, dosage_numba
 from embrag_ds.ops.dosage_cuda import CudaDosage
 
-_WORD = 64
-_LEAST_RUN = 12
-"""Sites between two typed ones, on average, from which sequences are faster than lists of carriers."""
+_WORD_BITS = 64
+_LEAST_SITES_PER_CUT = 12
+"""Mean number of sites between two typed ones from which sequences are faster than lists of carriers."""
 
 
 @dataclass(frozen=True)
 class FlankingSites:
-    """Between which typed sites the core's sites lie: ``left`` and ``right`` int64 [B, L], flanking among the N that a
-    posterior has, and ``share`` float32 [B, L], the weight of the right one."""
+    """The two typed sites that flank each site of the core, and the weight of the right one in an interpolation.
+
+    ``left`` and ``right`` int64 [B, L] are indices into the M typed sites of a posterior. ``share`` float32 [B, L], in
+    [0, 1], is the weight of the right one.
+    """
 
     left: Tensor
     right: Tensor
@@ -36,7 +45,7 @@ class FlankingSites:
 
 
 def interpolated(posterior: Tensor, flanking: FlankingSites) -> Tensor:
-    """Posteriors [B, N, K] carried to the sites between, [B, K, L]."""
+    """Interpolate posteriors [B, M, K] linearly from the typed sites to all sites of the core, [B, K, L]."""
     rows = torch.arange(len(posterior), device=posterior.device)[:, None]
     left, right = posterior[rows, flanking.left], posterior[rows, flanking.right]
     return torch.lerp(left, right, flanking.share[..., None]).transpose(1, 2)
@@ -44,15 +53,19 @@ def interpolated(posterior: Tensor, flanking: FlankingSites) -> Tensor:
 
 @dataclass(frozen=True)
 class DenseAlleles:
-    """All of them: ``all`` uint8 [B, K, L]."""
+    """Alleles of the neighbours as a table: ``all`` uint8 [B, K, L]."""
 
     all: Tensor
 
 
 @dataclass(frozen=True)
 class Carriers:
-    """Who carries ALT: row b's carriers of site l, numbers below ``k``, are ``members`` int32 [B, n] from
-    ``offset`` int32 [B, L + 1] at l to that at l + 1. The same as :class:`DenseAlleles`, on a CPU."""
+    """Alleles of the neighbours as lists of ALT carriers, on a CPU.
+
+    The neighbours of row b that carry ALT at site l are ``members[b, offset[b, l] : offset[b, l + 1]]``. ``members``
+    int32 [B, n] are indices below ``k``, the number of neighbours; ``offset`` is int32 [B, L + 1]. The entries after
+    the last carrier of a row are undefined.
+    """
 
     offset: Tensor
     members: Tensor
@@ -60,30 +73,37 @@ class Carriers:
 
     @property
     def lists(self) -> tuple[np.ndarray, ...]:
-        """As the compiled loops take them."""
+        """The arrays in the order of the parameters of :func:`embrag_ds.ops.dosage_numba.mix`, without a copy."""
         return self.offset.numpy(), self.members.numpy().view(np.uint32)
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """What the neighbours ``ids`` int64 [B, K] carry in each of ``blocks``. The same as :class:`DenseAlleles`, on a
-    CPU."""
+    """Alleles of the neighbours as numbers of distinct sequences, on a CPU.
+
+    ``ids`` int64 [B, K] are reference haplotypes, and ``blocks`` holds the sequence that each carries in every block.
+    """
 
     ids: Tensor
     blocks: Blocks
 
     @property
     def lists(self) -> tuple[np.ndarray, ...]:
-        """As the compiled loops take them."""
+        """The arrays in the order of the parameters of :func:`embrag_ds.ops.dosage_numba.mix_sequences`."""
         blocks = self.blocks
         return self.ids.numpy(), blocks.sequence, blocks.count, blocks.bounds, blocks.start, blocks.who
 
 
 Neighbours = DenseAlleles | Carriers | Sequences
+"""Alleles of the K neighbours of B query haplotypes at the L sites of a core, in any of the three forms."""
 
 
 def expected_allele(neighbours: Neighbours, posterior: Tensor, flanking: FlankingSites) -> Tensor:
-    """Expected allele of the copied haplotype, float32 [B, L]; ``posterior`` [B, N, K]. Differentiable in it."""
+    """Expected allele of the copied haplotype at every site of the core, float32 [B, L].
+
+    ``posterior`` float32 [B, M, K] is interpolated between the ``flanking`` typed sites; its weights need not sum to 1.
+    Differentiable in ``posterior`` only.
+    """
     if not isinstance(neighbours, DenseAlleles):
         return _ListedDosage.apply(posterior, neighbours, flanking)
     if posterior.is_cuda and cuda.available():
@@ -92,20 +112,20 @@ def expected_allele(neighbours: Neighbours, posterior: Tensor, flanking: Flankin
 
 
 def alt_share(neighbours: Neighbours) -> Tensor:
-    """How many of the neighbours carry ALT, float32 [B, L]."""
+    """Share of the neighbours that carry ALT, float32 [B, L] in [0, 1]."""
     if isinstance(neighbours, DenseAlleles):
         return neighbours.all.sum(1, dtype=torch.int32) / neighbours.all.shape[1]
     if isinstance(neighbours, Carriers):
         return torch.diff(neighbours.offset, dim=1) / neighbours.k
     ids = neighbours.ids
     shape = len(ids), len(neighbours.blocks.start) - 1
-    nowhere = torch.zeros(shape, dtype=torch.int64)
+    origin = torch.zeros(shape, dtype=torch.int64)
     equal = torch.full((len(ids), 1, ids.shape[1]), 1 / ids.shape[1])
-    return expected_allele(neighbours, equal, FlankingSites(nowhere, nowhere, torch.zeros(shape)))
+    return expected_allele(neighbours, equal, FlankingSites(origin, origin, torch.zeros(shape)))
 
 
 def dense_alleles(neighbours: Neighbours) -> Tensor:
-    """All of their alleles, uint8 [B, K, L]."""
+    """Write the alleles of any form out as a table, uint8 [B, K, L]."""
     if isinstance(neighbours, DenseAlleles):
         return neighbours.all
     if isinstance(neighbours, Sequences):
@@ -126,10 +146,12 @@ def dense_alleles(neighbours: Neighbours) -> Tensor:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Distinct sequences of alleles in blocks of neighbouring sites, from ``bounds`` int64 [G + 1] to the next.
+    """Distinct allele sequences of all reference haplotypes in blocks of consecutive sites.
 
-    Haplotype h carries number ``sequence`` uint32 [G, H], the first ``count`` int64 [G] are spelt by ``words`` uint64
-    [G, H], and those with ALT at a site are ``who`` uint32 from ``start`` uint64 [L + 1] on.
+    Block g holds the sites ``bounds[g]`` to ``bounds[g + 1]`` (int64 [G + 1]), at most 64. ``sequence`` uint32 [G, H]
+    is the number of the sequence that each haplotype carries. A block has ``count`` int64 [G] sequences, whose alleles
+    are the bits of ``words`` uint64 [G, H], the first site lowest. The sequences with ALT at site l are
+    ``who[start[l] : start[l + 1]]``, ``who`` uint32 and ``start`` uint64 [L + 1].
     """
 
     bounds: np.ndarray
@@ -141,9 +163,9 @@ class Blocks:
 
     @classmethod
     def made(cls, by_site: np.ndarray, cuts: np.ndarray) -> Blocks:
-        """Blocks of alleles [L, H] that begin at 0, at ``cuts``, and where one would be longer than a word."""
+        """Cut alleles uint8 [L, H] into blocks at the sites ``cuts`` and wherever a block would exceed 64 sites."""
         runs = np.unique(np.concatenate([[0], cuts, [len(by_site)]]))
-        bounds = np.concatenate([*(np.arange(*run, _WORD) for run in pairwise(runs)), [len(by_site)]])
+        bounds = np.concatenate([*(np.arange(*run, _WORD_BITS) for run in pairwise(runs)), [len(by_site)]])
         shape = len(bounds) - 1, by_site.shape[1]
         sequence, words = np.empty(shape, dtype=np.uint32), np.empty(shape, dtype=np.uint64)
         count = np.empty(shape[0], dtype=np.int64)
@@ -156,22 +178,24 @@ class Blocks:
 
 
 class _ListedDosage(torch.autograd.Function):
+    """Copied dosage by the numba loops: posterior float32 [B, M, K] to dosage float32 [B, L]."""
+
     @staticmethod
     def forward(ctx: Any, posterior: Tensor, neighbours: Carriers | Sequences, flanking: FlankingSites) -> Tensor:
-        between = [each.detach().contiguous() for each in (flanking.left, flanking.right, flanking.share)]
-        ctx.save_for_backward(*between)
+        sites = [each.detach().contiguous() for each in (flanking.left, flanking.right, flanking.share)]
+        ctx.save_for_backward(*sites)
         ctx.lists = neighbours.lists
         ctx.shape = posterior.shape
         mix, ctx.adjoint = _LOOPS[type(neighbours)]
         dosage = np.empty(flanking.share.shape, dtype=np.float32)
-        mix(posterior.detach().contiguous().numpy(), *ctx.lists, *(each.numpy() for each in between), dosage)
+        mix(posterior.detach().contiguous().numpy(), *ctx.lists, *(each.numpy() for each in sites), dosage)
         return torch.from_numpy(dosage)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         posterior_gradient = np.zeros(ctx.shape, dtype=np.float32)
-        between = (each.numpy() for each in ctx.saved_tensors)
-        ctx.adjoint(gradients[0].float().contiguous().numpy(), *ctx.lists, *between, posterior_gradient)
+        sites = (each.numpy() for each in ctx.saved_tensors)
+        ctx.adjoint(gradients[0].float().contiguous().numpy(), *ctx.lists, *sites, posterior_gradient)
         return torch.from_numpy(posterior_gradient), None, None
 
 
@@ -182,26 +206,31 @@ _LOOPS: dict[type, tuple[Any, Any]] = {
 
 
 class WindowAlleles:
-    """Alleles of all reference haplotypes in a window's core; ``by_haplotype`` uint8 [H, L]."""
+    """Alleles of all reference haplotypes in a window's core, from which :meth:`of` selects neighbours.
+
+    ``by_haplotype`` uint8 [H, L] is the table itself. On a CPU, lists of carriers and blocks of sequences are made when
+    first needed and kept for later batches of the window.
+    """
 
     def __init__(self, by_site: Tensor):
-        """``by_site`` uint8 [L, H]."""
+        """``by_site`` uint8 [L, H] is kept, not copied, and must not change."""
         on_cpu = by_site.device.type == "cpu"
-        # Whole rows of it are gathered on a GPU, hardly any on a CPU.
+        # A GPU gathers whole rows of the transposed table; on a CPU few rows are read, so a view is enough.
         self.by_haplotype = by_site.T if on_cpu else by_site.T.contiguous()
         self._by_site = by_site.numpy() if on_cpu else None
         self._lists: _Lists | None = None
         self._blocks: tuple[bytes, Blocks] | None = None
 
     def of(self, ids: Tensor, cuts: np.ndarray | None = None) -> Neighbours:
-        """Those of the neighbours ``ids`` int64 [B, K], all of a row different.
+        """Alleles of the neighbours ``ids`` int64 [B, K], which must be distinct within a row.
 
-        ``cuts`` int64: the sites from which on a posterior may lie between other typed sites, the same for all rows;
-        None where every row has its own.
+        ``cuts`` int64 are the sites of the core that directly follow a typed site. They are None where the rows are not
+        all typed at the same sites. The form is :class:`DenseAlleles` on a GPU. On a CPU it is :class:`Sequences` where
+        ``cuts`` are few, and :class:`Carriers` elsewhere.
         """
         if self._by_site is None:
             return DenseAlleles(self.by_haplotype[ids])
-        if cuts is not None and len(self._by_site) >= _LEAST_RUN * len(cuts):
+        if cuts is not None and len(self._by_site) >= _LEAST_SITES_PER_CUT * len(cuts):
             if self._blocks is None or self._blocks[0] != cuts.tobytes():
                 self._blocks = cuts.tobytes(), Blocks.made(self._by_site, cuts)
             return Sequences(ids.contiguous(), self._blocks[1])
@@ -209,7 +238,8 @@ class WindowAlleles:
         if lists is None or lists.k != ids.shape[1]:
             lists = self._lists = _Lists.made(self._by_site, ids.shape[1])
         offset = np.empty((len(ids), len(self._by_site) + 1), dtype=np.int32)
-        # As many as there can be, and one to write to in vain; what is never written to takes no memory.
+        # The largest possible number of carriers, and one slot that the loop may write and discard. The system
+        # allocates pages when they are written, so the unused rest takes no memory.
         members = np.empty((len(ids), lists.most + 1), dtype=np.int32)
         of_window = (self._by_site, lists.listed, lists.start, lists.who.view(np.uint32))
         dosage_numba.list_neighbours(*of_window, ids.contiguous().numpy(), offset, members)
@@ -218,9 +248,12 @@ class WindowAlleles:
 
 @dataclass(frozen=True)
 class _Lists:
-    """Carriers of ALT among all haplotypes: those of the sites ``listed`` bool [L], which have ``k`` at most, are
-    ``who`` from ``start`` int64 [L + 1] on; of the others the k neighbours are looked through. ``most`` is how many
-    carriers k neighbours can be, over all sites."""
+    """ALT carriers among all reference haplotypes, for selecting ``k`` neighbours.
+
+    ``listed`` bool [L] are the sites with at most ``k`` carriers. Those of site l are ``who[start[l] : start[l + 1]]``,
+    ``who`` int32 and ``start`` int64 [L + 1]. At other sites the alleles of the k neighbours are read instead. ``most``
+    is the largest number of carriers that k neighbours can have, summed over sites.
+    """
 
     k: int
     listed: np.ndarray

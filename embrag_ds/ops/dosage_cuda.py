@@ -1,8 +1,8 @@
-"""CUDA kernels of the copied dosage: :func:`embrag_ds.ops.dosage_numba.mix` and its adjoint over all K alleles.
+"""CUDA kernels of the copied dosage and its adjoint, over all K alleles; see :mod:`embrag_ds.ops.dosage`.
 
-Torch would write the posterior out for every site and neighbour, [B, K, L], and sort indices to hand gradients back.
-Here a thread has one site, or in the adjoint one neighbour, and nothing is written but the result. No two threads add
-to the same number, so that runs can be repeated. The source is plain C, so that a test can compile it for the host.
+torch operations would write the interpolated posterior [B, K, L] and sort indices in the backward pass. Here a thread
+computes one site, or in the adjoint one neighbour, and only the result is written. No two threads add to the same
+number, so results are deterministic. The source is plain C, so that a test can compile it for the host.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from embrag_ds.ops.cuda import launch_tiled
 SOURCE = r"""
 extern "C" __global__ void copied_dosage(
     const unsigned char* alleles,  // [B, K, L]
-    const float* posterior,        // [B, N, K]
-    const long long* left,         // [B, L], flanking among the N, rising along L, as are the next
-    const long long* right,        // [B, L]
-    const float* share,            // [B, L], of the right one
+    const float* posterior,        // [B, M, K]
+    const long long* left,         // [B, L], flanking typed sites: indices below M, not decreasing along L
+    const long long* right,        // [B, L], likewise
+    const float* share,            // [B, L], weight of the right one
     float* dosage,                 // [B, L]
-    const int tiles, const int N, const int K, const int L)
+    const int tiles, const int M, const int K, const int L)
 {
     const long long b = blockIdx.x / tiles;
     const int site = blockIdx.x % tiles * blockDim.x + threadIdx.x;
     if (site >= L) return;
-    const float* before = posterior + (b * N + left[b * L + site]) * K;
-    const float* after = posterior + (b * N + right[b * L + site]) * K;
+    const float* before = posterior + (b * M + left[b * L + site]) * K;
+    const float* after = posterior + (b * M + right[b * L + site]) * K;
     const unsigned char* allele = alleles + b * K * L + site;
     float at_left = 0.f, at_right = 0.f;
     for (int k = 0; k < K; ++k) {
@@ -43,14 +43,14 @@ extern "C" __global__ void copied_dosage(
 extern "C" __global__ void copied_dosage_adjoint(
     const unsigned char* alleles, const float* gradient, const long long* left, const long long* right,
     const float* share,
-    float* posterior_gradient,  // [B, N, K], zero
-    const int tiles, const int N, const int K, const int L)
+    float* posterior_gradient,  // [B, M, K], zero at the start
+    const int tiles, const int M, const int K, const int L)
 {
     const long long b = blockIdx.x / tiles;
     const int k = blockIdx.x % tiles * blockDim.x + threadIdx.x;
     if (k >= K) return;
     alleles += (b * K + k) * L; gradient += b * L; left += b * L; right += b * L; share += b * L;
-    posterior_gradient += b * N * K + k;
+    posterior_gradient += b * M * K + k;
     float at_left = 0.f, at_right = 0.f;
     for (int site = 0; site < L; ++site) {
         const float given = alleles[site] ? gradient[site] : 0.f;
@@ -81,8 +81,12 @@ def _run(name: str, over: int, tensors: list[Tensor], sizes: tuple[int, int, int
 
 
 class CudaDosage(torch.autograd.Function):
-    """Dosage float32 [B, L] of alleles uint8 [B, K, L] under posterior float32 [B, N, K] between left and right int64
-    [B, L], by the share float32 [B, L] of the right one."""
+    """Copied dosage float32 [B, L] on a GPU, differentiable in the posterior.
+
+    Arguments: posterior float32 [B, M, K]; alleles uint8 [B, K, L]; left, right and share [B, L] as
+    :class:`embrag_ds.ops.dosage.FlankingSites` holds them, left and right not decreasing along L. CuPy must be
+    installed.
+    """
 
     @staticmethod
     def forward(ctx: Any, posterior: Tensor, alleles: Tensor, left: Tensor, right: Tensor, share: Tensor) -> Tensor:
@@ -97,8 +101,8 @@ class CudaDosage(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         alleles, *flanking = ctx.saved_tensors
-        passed, neighbours, _ = ctx.sizes
-        posterior_gradient = torch.zeros(len(alleles), passed, neighbours, device=alleles.device)
+        typed, neighbours, _ = ctx.sizes
+        posterior_gradient = torch.zeros(len(alleles), typed, neighbours, device=alleles.device)
         _run(
             "copied_dosage_adjoint",
             neighbours,

@@ -1,8 +1,9 @@
-"""Loops over the neighbours' alleles, compiled for CPUs (numba), one haplotype or stretch of sites a task.
+"""CPU loops of the copied dosage, compiled by numba; see :mod:`embrag_ds.ops.dosage`.
 
-Shapes: B haplotypes, K neighbours, L sites, H reference haplotypes; N typed sites around the core; G blocks of
-sites. All fill arrays that the caller made. Places looked up in inner loops are unsigned: numba wraps signed ones
-round where they are negative, which takes as long as reading.
+Every loop runs in parallel over query haplotypes, sites or blocks of sites, and fills arrays allocated by its caller.
+Shapes: B query haplotypes, K neighbours, L sites of the core, H reference haplotypes. M: typed sites in or next to the
+core. G: blocks of sites. Indices in inner loops are unsigned, because numba checks signed ones for negative values,
+which takes as long as the access itself.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from embrag_ds.ops.threads import ParallelLoop
 
 @ParallelLoop
 def list_carriers(alleles, start, who):
-    """Fill ``who`` from ``start`` [L + 1] on with the columns of alleles [L, H] that are 1, where there is room."""
+    """List the ALT carriers of each site: ``who[start[l] : start[l + 1]]`` receives the columns that are 1.
+
+    ``alleles`` uint8 [L, H]; ``start`` int64 [L + 1]; ``who`` int32. A site with no room in ``who`` is skipped.
+    """
     for site in numba.prange(len(alleles)):
         place = start[site]
         if place < start[site + 1]:
@@ -27,8 +31,12 @@ def list_carriers(alleles, start, who):
 
 @ParallelLoop
 def list_neighbours(alleles, listed, start, who, ids, offset, members):
-    """Fill members [B, n], and offset [B, L + 1] where each site's begin, with the places in a row of ids [B, K] whose
-    alleles [L, H] are 1; where ``listed`` [L], those are in ``who`` from ``start`` [L + 1] on."""
+    """List the neighbours that carry ALT at each site, as :class:`embrag_ds.ops.dosage.Carriers` holds them.
+
+    ``alleles`` uint8 [L, H]; ``ids`` int64 [B, K]. At sites ``listed`` bool [L], the carriers among all haplotypes are
+    ``who[start[l] : start[l + 1]]``. Fills ``offset`` int32 [B, L + 1] and ``members`` int32 [B, n]. One discarded
+    value may follow the last carrier of a row.
+    """
     for b in numba.prange(len(ids)):
         place = np.full(alleles.shape[1], -1, dtype=np.int32)
         own, found = ids[b].astype(np.uint32), members[b]
@@ -52,7 +60,11 @@ def list_neighbours(alleles, listed, start, who, ids, offset, members):
 
 @ParallelLoop
 def mix(posterior, offset, members, left, right, share, dosage):
-    """Fill dosage [B, L] with the interpolated posterior [B, N, K] of a site's ``members``."""
+    """Copied dosage from lists of carriers: fill ``dosage`` float32 [B, L].
+
+    A site's dosage is the sum of the posterior float32 [B, M, K] over its ``members``. It is interpolated between the
+    typed sites ``left`` and ``right`` [B, L], the right one weighted by ``share`` [B, L].
+    """
     for b in numba.prange(len(dosage)):
         carriers = members[b]
         for site in range(dosage.shape[1]):
@@ -67,7 +79,10 @@ def mix(posterior, offset, members, left, right, share, dosage):
 
 @ParallelLoop
 def mix_adjoint(gradient, offset, members, left, right, share, posterior_gradient):
-    """Add to posterior_gradient [B, N, K] what :func:`mix` hands back of ``gradient`` [B, L]."""
+    """Adjoint of :func:`mix`: add the gradient of the posterior to ``posterior_gradient`` float32 [B, M, K].
+
+    ``gradient`` float32 [B, L] is that of the dosage.
+    """
     for b in numba.prange(len(gradient)):
         carriers = members[b]
         for site in range(gradient.shape[1]):
@@ -82,9 +97,12 @@ def mix_adjoint(gradient, offset, members, left, right, share, posterior_gradien
 
 @ParallelLoop
 def number_sequences(alleles, bounds, sequence, words, count, carrying):
-    """Number what haplotypes carry in block g of alleles [L, H], the sites from bounds[g] to bounds[g + 1] (64 at
-    most): sequence [G, H]; words [G, H] spell the first ``count`` [G], site by site from the lowest bit on, and
-    ``carrying`` [L] of them have ALT at a site."""
+    """Number the distinct allele sequences of every block, as :class:`embrag_ds.ops.dosage.Blocks` holds them.
+
+    ``alleles`` uint8 [L, H]; ``bounds`` int64 [G + 1], at most 64 sites apart. Fills ``sequence`` uint32 [G, H],
+    ``words`` uint64 [G, H] and ``count`` int64 [G]. ``carrying`` uint64 [L] becomes the number of sequences with ALT at
+    each site.
+    """
     for g in numba.prange(len(count)):
         spelt = np.zeros(alleles.shape[1], dtype=np.uint64)
         for site in range(bounds[g], bounds[g + 1]):
@@ -107,7 +125,10 @@ def number_sequences(alleles, bounds, sequence, words, count, carrying):
 
 @ParallelLoop
 def list_sequences(words, count, bounds, start, who):
-    """Fill ``who`` from ``start`` [L + 1] on with the numbers of the sequences that have ALT at a site."""
+    """List the sequences with ALT at each site: ``who[start[l] : start[l + 1]]`` receives their numbers.
+
+    ``words`` uint64 [G, H]; ``count`` int64 [G]; ``bounds`` int64 [G + 1]; ``start`` uint64 [L + 1]; ``who`` uint32.
+    """
     for g in numba.prange(len(count)):
         for site in range(bounds[g], bounds[g + 1]):
             bit, place = np.uint64(site - bounds[g]), start[site]
@@ -119,7 +140,10 @@ def list_sequences(words, count, bounds, start, who):
 
 @numba.njit(cache=True)
 def run_end(left, right, begin, stop):
-    """Where the sites end, ``stop`` at the latest, that lie between the same typed sites as site ``begin``."""
+    """End, at most ``stop``, of the run of sites that have the same flanking typed sites as site ``begin``.
+
+    ``left`` and ``right`` int64 [L] are the flanking typed sites of one query haplotype.
+    """
     end = begin + 1
     while end < stop and left[end] == left[begin] and right[end] == right[begin]:
         end += 1
@@ -128,8 +152,12 @@ def run_end(left, right, begin, stop):
 
 @ParallelLoop
 def mix_sequences(posterior, ids, sequence, count, bounds, start, who, left, right, share, dosage):
-    """:func:`mix` by sequences: a neighbour's weight goes to what it carries between two typed sites, and from there
-    to every site."""
+    """Copied dosage from distinct sequences: fill ``dosage`` float32 [B, L] as :func:`mix` does.
+
+    In every run of sites with the same flanking typed sites, the posterior float32 [B, M, K] is summed per sequence. A
+    site's dosage is then the sum over the sequences that carry ALT there. ``ids`` int64 [B, K]; for the other arguments
+    see :class:`embrag_ds.ops.dosage.Blocks` and :class:`embrag_ds.ops.dosage.FlankingSites`.
+    """
     for b in numba.prange(len(dosage)):
         own = ids[b].astype(np.uint32)
         before = np.empty(count.max(), dtype=np.float32)
@@ -157,7 +185,10 @@ def mix_sequences(posterior, ids, sequence, count, bounds, start, who, left, rig
 
 @ParallelLoop
 def mix_sequences_adjoint(gradient, ids, sequence, count, bounds, start, who, left, right, share, posterior_gradient):
-    """Add to posterior_gradient [B, N, K] what :func:`mix_sequences` hands back of ``gradient`` [B, L]."""
+    """Adjoint of :func:`mix_sequences`: add the gradient of the posterior to ``posterior_gradient`` float32 [B, M, K].
+
+    ``gradient`` float32 [B, L] is that of the dosage.
+    """
     for b in numba.prange(len(gradient)):
         own = ids[b].astype(np.uint32)
         before = np.empty(count.max(), dtype=np.float32)

@@ -1,9 +1,9 @@
-"""A CUDA kernel for weighted Hamming distances on bit-packed alleles, launched through CuPy.
+"""CUDA kernel for weighted Hamming distances on bit-packed alleles, launched through CuPy.
 
-Alleles stay packed, site by site, as the panel holds them. A thread owns one byte's eight haplotypes and
-one query: at every typed site it XORs the byte with the query's allele spread over eight bits, and adds the
-site's weight to the distances whose bit is set. Sites the query hides have weight 0 (the AND with its typed mask)
-and are skipped. The source is plain C, so that a test can compile it for the host.
+Alleles stay packed, site by site, as the panel holds them. A thread computes the distances of one query haplotype from
+the eight haplotypes of a byte. It XORs the byte of each observed site with the query's allele repeated over eight bits,
+and adds the site's weight at every set bit. Masked sites have weight 0 and are skipped. The source is plain C, so that
+a test can compile it for the host.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SOURCE = r"""
 extern "C" __global__ void mismatch_distances(
     const unsigned char* reference,  // [T, W], bit j of byte w is haplotype 8 w + j
     const unsigned char* query,      // [B, T], alleles
-    const float* weight,             // [B, T], 0 where the query hides the site
+    const float* weight,             // [B, T], 0 at the query's masked sites
     float* distance,                 // [B, H]
     const int sites, const int bytes, const int haplotypes)
 {
@@ -52,9 +52,11 @@ def _kernel() -> Any:
 
 
 def mismatch_distances(tokens: Tensor, weights: Tensor, packed: Tensor, haplotypes: int) -> Tensor:
-    """Distances float32 [B, H] of queries ``tokens`` int64 [B, T] from ``packed`` uint8 [T, ceil(H / 8)].
+    """Weighted Hamming distances of query from reference haplotypes, float32 [B, H], on a CUDA device.
 
-    ``weights`` float32 [B, T] are 0 where a query hides the site.
+    ``tokens`` int64 [B, T] are the queries. ``weights`` float32 [B, T] is what a mismatch at a site adds to a distance,
+    0 at masked sites. ``packed`` uint8 [T, ceil(H / 8)] holds the alleles of the ``haplotypes`` reference haplotypes.
+    CuPy must be installed.
     """
     queries, sites = tokens.shape
     distance = torch.empty(queries, haplotypes, dtype=torch.float32, device=packed.device)

@@ -1,18 +1,18 @@
-"""The copying model of Li and Stephens over retrieved haplotypes: posterior copying probabilities, match lengths.
+"""Li and Stephens copying model over retrieved haplotypes: posterior copying probabilities and match lengths.
 
-A query haplotype is an imperfect copy of its K neighbours, one at a time (Li & Stephens 2003, Genetics 165:2213).
-Mismatch: at a typed site the probability that a neighbour which differs from the query is the one copied is multiplied
-by ``exp(-mismatch_nats)``. Recombination: before each site the model chooses anew with probability
-``recombination``, neighbour k with probability ``prior[k]``. Forward-backward gives the posterior probability that
-each neighbour is the one being copied.
+In this hidden Markov model a query haplotype is an imperfect copy of its K neighbours, one at a time. The source is Li
+& Stephens 2003, Genetics 165:2213. Mismatch: at a typed site where neighbour and query differ, the emission factor is
+``exp(-mismatch_nats)`` instead of 1. Recombination: before each site, with probability ``recombination``, the copied
+neighbour is drawn anew, neighbour k with probability ``prior[k]``. The forward-backward algorithm gives the posterior
+probability that each neighbour is the one being copied.
 
-Every pass is normalised at every site, so nothing underflows. On a CPU forward, backward and their adjoints
-are compiled loops (:mod:`embrag_ds.ops.li_stephens_numba`), on a GPU CUDA kernels
-(:mod:`embrag_ds.ops.li_stephens_cuda`), and where there is no CuPy torch operations, differentiated by autograd.
-All compute the same function.
+Forward and backward probabilities are normalised at every site, so nothing underflows. Three back ends compute the same
+function and its gradients: numba loops (CPU), CUDA kernels (GPU with CuPy), and torch operations elsewhere. See
+:mod:`embrag_ds.ops.li_stephens_numba` and :mod:`embrag_ds.ops.li_stephens_cuda`.
 
-Evidence comes from all T typed sites of a window; posteriors are wanted around the core only, at the N typed sites of
-``near``.
+Two letters beside those of :mod:`embrag_ds.data.tokens`. C: chains, a multiple of B; chain c models query haplotype
+``c % B``. M: typed sites in the slice ``near``, in or next to the core. All T typed sites of a window are observations,
+but posteriors are returned at those M only.
 """
 
 from __future__ import annotations
@@ -26,16 +26,18 @@ from torch import Tensor
 from embrag_ds.ops import cuda, li_stephens_numba
 from embrag_ds.ops.li_stephens_cuda import CudaPosterior, cuda_match_lengths
 
-# Both far enough from the smallest float32 that no sum over neighbours is 0, whatever the evidence: not where
-# all of them differ from the query, nor where each differs somewhere and the map says nothing recombined.
+# Bounds that keep every sum over neighbours above the smallest float32. Without them the sum could be 0 where all
+# neighbours differ from the query, or where each differs somewhere and the genetic map is flat.
 _MOST_MISMATCH_NATS = 60.0
 _LEAST_RECOMBINATION = 1e-8
 
 
 def mismatches(alleles: Tensor, place: Tensor, ids: Tensor, tokens: Tensor, count: Tensor) -> Tensor:
-    """Where neighbours differ from what a query shows, bool [B, T, K]; False from a row's ``count`` int64 [B] on.
+    """Mismatch indicators: where neighbours differ from the query at its typed sites, bool [B, T, K].
 
-    ``alleles`` uint8 [T', H]; ``place`` int64 [B, T], rows of it; ``ids`` int64 [B, K]; ``tokens`` int64 [B, T].
+    ``alleles`` uint8 [sites, H] are those of the reference, and ``place`` int64 [B, T] its rows at the typed sites.
+    ``ids`` int64 [B, K] are the neighbours and ``tokens`` int64 [B, T] the query's alleles. Row b has ``count[b]``
+    (int64 [B]) typed sites; the rest of it is padding, and False in the result.
     """
     if alleles.device.type == "cpu":
         out = np.empty((*place.shape, ids.shape[1]), dtype=np.bool_)
@@ -46,7 +48,10 @@ def mismatches(alleles: Tensor, place: Tensor, ids: Tensor, tokens: Tensor, coun
 
 
 def count_true(rows: Tensor) -> Tensor:
-    """Sum over R of bool or 0/1 uint8 [B, R, C], int32 [B, C]. On a CPU torch would copy all of it as integers."""
+    """Number of true entries over the middle dimension: bool or 0/1 uint8 [B, T, K] to int32 [B, K].
+
+    On a CPU, a numba loop adds the bytes, because torch's sum would first convert all of them to integers.
+    """
     if rows.device.type != "cpu":
         return rows.sum(1, dtype=torch.int32)
     total = np.zeros((rows.shape[0], rows.shape[2]), dtype=np.int32)
@@ -55,7 +60,7 @@ def count_true(rows: Tensor) -> Tensor:
 
 
 def copying_backend(device: torch.device) -> str:
-    """What computes :func:`copying_posterior` there: compiled loops, the CUDA kernel (with CuPy), or torch."""
+    """Name of the back end of :func:`copying_posterior` on ``device``: ``compiled``, ``cuda kernel`` or ``torch``."""
     if device.type == "cpu":
         return "compiled"
     return "cuda kernel" if device.type == "cuda" and cuda.available() else "torch"
@@ -64,12 +69,13 @@ def copying_backend(device: torch.device) -> str:
 def copying_posterior(
     mismatch: Tensor, mismatch_nats: Tensor, recombination: Tensor, prior: Tensor, near: slice = slice(None)
 ) -> Tensor:
-    """Posterior copying probabilities at the sites ``near``, float32 [C, N, K], summing to 1 over K.
+    """Posterior copying probabilities at the typed sites ``near``, float32 [C, M, K], summing to 1 over K.
 
-    ``mismatch`` bool [B, T, K]; ``mismatch_nats`` and ``recombination`` float32 [C, T], the recombination before the
-    first site being ignored; ``prior`` float32 [B, K], positive, summing to 1 over K. C is B, or a multiple of it:
-    several chains with mismatch and recombination of their own, of which chain c is about query c % B. Differentiable
-    in all but ``mismatch``.
+    ``mismatch`` bool [B, T, K] marks where a neighbour differs. ``mismatch_nats`` float32 [C, T], not negative, is the
+    loss of log-probability at a mismatch, capped at 60. ``recombination`` float32 [C, T] is the probability of a
+    recombination before each site, at least 1e-8; the first one is ignored. ``prior`` float32 [B, K], positive and
+    summing to 1 over K, is the probability of each neighbour after a recombination. Differentiable in all but
+    ``mismatch``.
     """
     way = copying_backend(mismatch.device)
     if way == "torch":
@@ -84,7 +90,7 @@ def copying_posterior(
 def posterior_torch(
     mismatch: Tensor, mismatch_nats: Tensor, recombination: Tensor, prior: Tensor, near: slice = slice(None)
 ) -> Tensor:
-    """:func:`copying_posterior` in plain torch operations, a step per site."""
+    """:func:`copying_posterior` in plain torch operations, one step per site, differentiated by autograd."""
     mismatch_nats, recombination = _bounded(mismatch_nats, recombination)
     chains = len(mismatch_nats) // len(mismatch)
     mismatch, prior = mismatch.repeat(chains, 1, 1), prior.repeat(chains, 1)
@@ -109,12 +115,14 @@ def _bounded(mismatch_nats: Tensor, recombination: Tensor) -> tuple[Tensor, Tens
 
 
 def _arguments(mismatch: Tensor, mismatch_nats: Tensor, recombination: Tensor, prior: Tensor) -> list[np.ndarray]:
-    """As the compiled loops take them: the ratio exp(-nats) in place of the nats."""
+    """First arguments of the numba loops, with the ratio ``exp(-mismatch_nats)`` in place of the nats."""
     numbers = (torch.exp(-mismatch_nats.detach()), recombination.detach(), prior.detach())
     return [mismatch.contiguous().numpy(), *(each.float().contiguous().numpy() for each in numbers)]
 
 
 class _CompiledPosterior(torch.autograd.Function):
+    """Posterior copying probabilities float32 [C, M, K] by the numba loops, for bounded arguments."""
+
     @staticmethod
     def forward(
         ctx: Any, mismatch: Tensor, mismatch_nats: Tensor, recombination: Tensor, prior: Tensor, first: int, last: int
@@ -122,7 +130,7 @@ class _CompiledPosterior(torch.autograd.Function):
         posterior = torch.empty(len(mismatch_nats), last - first, mismatch.shape[2], dtype=torch.float32)
         given = _arguments(mismatch, mismatch_nats, recombination, prior)
         li_stephens_numba.forward_backward(*given, first, last, posterior.numpy())
-        # Not as arrays: whoever writes to one of them before the backward pass gets autograd's error.
+        # Saved as tensors, so that autograd raises an error if one is modified in place before the backward pass.
         ctx.save_for_backward(mismatch, mismatch_nats, recombination, prior, posterior)
         ctx.bounds = (first, last)
         return posterior
@@ -143,11 +151,11 @@ class _CompiledPosterior(torch.autograd.Function):
 
 
 def match_lengths(mismatch: Tensor, position: Tensor, count: Tensor, near: slice = slice(None)) -> Tensor:
-    """How far each neighbour matches the query around a typed site of ``near``, in cM, float32 [B, N, K].
+    """Length of the match of each neighbour with the query around the typed sites ``near``, in cM, float32 [B, M, K].
 
-    From the nearest mismatch at or left of the site to the nearest at or right of it, or to the first and the
-    last typed site. ``mismatch`` bool [B, T, K], ``position`` [B, T] in cM; ``count`` int64 [B] are a row's
-    typed sites, what follows them is filling.
+    A match reaches from the nearest mismatch at or left of the site to the nearest at or right of it. Without such a
+    mismatch it ends at the first or the last typed site. ``mismatch`` bool [B, T, K]; ``position`` [B, T] in cM. Row b
+    has ``count[b]`` (int64 [B]) typed sites; the rest of it is padding.
     """
     ends = torch.cat([position[:, :1], position.gather(1, (count - 1).clamp_min(0)[:, None])], dim=1)
     way = copying_backend(mismatch.device)

@@ -1,10 +1,10 @@
-"""CUDA kernels of the copying model: :mod:`embrag_ds.ops.li_stephens_numba` for GPUs, launched through CuPy.
+"""CUDA kernels of the Li and Stephens copying model and its adjoint, launched through CuPy.
 
-One block per chain; its threads share the K neighbours, keep their states in registers and walk the typed sites
-together. What takes the time of such a walk is not arithmetic but waiting for each other, so all sums a site
-needs are made in one go, by shuffles and one barrier, and sums that nothing waits for are left to the
-next site's. The recursions are those of the compiled loops, term by term. The source also compiles for the
-host, which is how the tests run it without a GPU.
+One block computes one chain. Its threads share the K neighbours, keep their states in registers and proceed over the
+typed sites in step. Synchronisation takes longer than arithmetic, so all sums of a site are reduced together, by
+shuffles and one barrier. Sums that no later term of the site uses are reduced with those of the next site. The
+recursions are those of :mod:`embrag_ds.ops.li_stephens_numba`, term by term. The source also compiles for the host, and
+the tests run it there without a GPU. For the letters see :mod:`embrag_ds.ops.li_stephens`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ SOURCE = r"""
 #define WARP 32
 #endif
 #define MOST_SUMS 4
-#define SCRATCH (2 * MOST_SUMS * 32)  // of at most 32 warps, used in turns
-// A block has THREADS threads, which bounds their registers, and a thread PER neighbours; i numbers its own.
+#define SCRATCH (2 * MOST_SUMS * 32)  // two rows, used in turns, of MOST_SUMS sums of at most 32 warps
+// A block has THREADS threads, which limits the registers of each. A thread has PER neighbours, numbered by i.
 #define EACH_NEIGHBOUR \
     _Pragma("unroll") for (int i = 0, k = threadIdx.x; i < PER; ++i, k += blockDim.x) if (k < K)
 
-// Sums of every thread's values, the same for all. A row of scratch is written again two calls later, when a barrier
-// has seen everybody through with it.
+// Sums over the block of every thread's values, returned to all threads. A row of scratch is written again two calls
+// later, after a barrier that no thread passes before all have read it.
 template <int N>
 __device__ void block_sums(float (&sum)[N], float* scratch, int& turn)
 {
@@ -51,12 +51,12 @@ __device__ void block_sums(float (&sum)[N], float* scratch, int& turn)
 
 extern "C" __global__ void __launch_bounds__(THREADS) copying_forward_backward(
     const unsigned char* mismatch,  // [B, T, K]
-    const float* mismatch_ratio,        // [C, T], of a mismatch
-    const float* recombination,         // [C, T]
+    const float* mismatch_ratio,    // [C, T], emission factor of a mismatch
+    const float* recombination,     // [C, T]
     const float* prior,             // [B, K]
-    float* alpha,                   // [C, last, K]: later ones say nothing of N
-    float* beta,                    // [C, T - first, K], from first on
-    float* posterior,               // [C, N, K]
+    float* alpha,                   // [C, last, K]: the posterior does not depend on later ones
+    float* beta,                    // [C, T - first, K], from site first on
+    float* posterior,               // [C, M, K]
     const int B, const int T, const int K, const int first, const int last)
 {
     __shared__ float scratch[SCRATCH];
@@ -108,11 +108,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_forward_backward(
 extern "C" __global__ void __launch_bounds__(THREADS) copying_adjoint(
     const unsigned char* mismatch, const float* mismatch_ratio, const float* recombination, const float* prior,
     const float* alpha, const float* beta, const float* posterior,
-    const float* gradient,    // [C, N, K]
-    float* moments,           // [C, N, 2], scratch
-    float* ratio_gradient,  // [C, T], zero, as is the next
-    float* recombination_gradient,      // [C, T]
-    float* prior_gradient,       // [C, K]
+    const float* gradient,          // [C, M, K]
+    float* moments,                 // [C, M, 2], scratch
+    float* ratio_gradient,          // [C, T], zero at the start
+    float* recombination_gradient,  // [C, T], zero at the start
+    float* prior_gradient,          // [C, K]
     const int B, const int T, const int K, const int first, const int last)
 {
     __shared__ float scratch[SCRATCH];
@@ -127,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_adjoint(
         weight[i] = prior[k];
         weight_gradient[i] = 0.f;
     }
-    // d L / d (alpha beta) at a site of N is (gradient - mean) / total.
+    // d loss / d (alpha beta) at one of the M sites is (gradient - mean) / total.
     for (int t = first; t < last; ++t) {
         const long long row = (long long)t * K, out = (long long)(t - first) * K;
         float sum[2] = {0.f, 0.f};
@@ -144,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_adjoint(
     __syncthreads();
 #define DIRECT(t, other) ((gradient[(long long)((t) - first) * K + k] - moments[2 * ((t) - first) + 1]) \
                           * moments[2 * ((t) - first)] * (other))
-    // beta's recursion went down from T - 1; chain is the gradient of beta at t - 1.
+    // The recursion of beta ran down from T - 1, so its adjoint runs up; chain is the gradient of beta at t - 1.
     EACH_NEIGHBOUR chain[i] = DIRECT(first, alpha[(long long)first * K + k]);
     float missed = 0.f, moved = 0.f;
     for (int t = first + 1; t < T; ++t) {
@@ -177,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_adjoint(
         block_sums(sum, scratch, turn);
         if (threadIdx.x == 0) ratio_gradient[T - 1] += sum[0];
     }
-    // alpha's went up from 0; chain is the gradient of alpha at t.
+    // The recursion of alpha ran up from 0, so its adjoint runs down; chain is the gradient of alpha at t.
     EACH_NEIGHBOUR chain[i] = DIRECT(last - 1, beta[(long long)(last - 1 - first) * K + k]);
     missed = 0.f;
     for (int t = last - 1; t >= 0; --t) {
@@ -215,12 +215,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_adjoint(
     EACH_NEIGHBOUR prior_gradient[k] = weight_gradient[i];
 }
 
-// A thread has one neighbour of one query, and nobody to wait for.
+// One thread per neighbour and query haplotype; the threads are independent.
 extern "C" __global__ void match_lengths(
     const unsigned char* mismatch,  // [B, T, K]
     const float* position,          // [B, T]
-    const float* bounds,            // [B, 2], of a row's first and last typed site
-    float* lengths,                 // [B, N, K]
+    const float* bounds,            // [B, 2], positions of a row's first and last typed site
+    float* lengths,                 // [B, M, K]
     const int tiles, const int T, const int K, const int first, const int last)
 {
     const long long b = blockIdx.x / tiles;
@@ -247,13 +247,16 @@ _MOST_THREADS = 1024
 
 
 def block_shape(neighbours: int) -> tuple[int, int]:
-    """Threads of a block, and neighbours of a thread: a few each where there are many, for fewer to wait for."""
+    """Number of threads of a block and of neighbours per thread, for K ``neighbours``.
+
+    Where K is large a thread has several neighbours, because fewer threads synchronise faster.
+    """
     per = 1 if neighbours <= 256 else max(4, -(-neighbours // _MOST_THREADS))
     return _WARP * -(-neighbours // (_WARP * per)), per
 
 
 def compile_options(neighbours: int) -> tuple[str, ...]:
-    """What the kernels are compiled with."""
+    """Compiler options of the kernels for K ``neighbours``."""
     threads, per = block_shape(neighbours)
     return (f"-DTHREADS={threads}", f"-DPER={per}")
 
@@ -273,9 +276,10 @@ def _run(name: str, tensors: list[Tensor], first: int, last: int) -> None:
 
 
 class CudaPosterior(torch.autograd.Function):
-    """Posterior [C, N, K] of mismatch bool [B, T, K], mismatch_ratio and recombination [C, T] and prior [B, K].
+    """Posterior copying probabilities float32 [C, M, K] on a GPU, differentiable in all but ``mismatch``.
 
-    All but ``mismatch`` are float32.
+    Arguments: mismatch bool [B, T, K]; mismatch_ratio ``exp(-mismatch_nats)`` and recombination float32 [C, T]; prior
+    float32 [B, K]; the M sites from ``first`` to ``last`` (exclusive). CuPy must be installed.
     """
 
     @staticmethod
@@ -313,8 +317,11 @@ class CudaPosterior(torch.autograd.Function):
 
 
 def cuda_match_lengths(mismatch: Tensor, position: Tensor, bounds: Tensor, first: int, last: int) -> Tensor:
-    """:func:`embrag_ds.ops.li_stephens_numba.match_lengths`: mismatch bool [B, T, K], position [B, T] and bounds [B, 2]
-    give lengths float32 [B, N, K]."""
+    """Match lengths in cM, float32 [B, M, K], on a GPU; see :func:`embrag_ds.ops.li_stephens.match_lengths`.
+
+    ``mismatch`` bool [B, T, K]; ``position`` [B, T] in cM; ``bounds`` [B, 2], the positions of a row's first and last
+    typed site. The M sites are those from ``first`` to ``last`` (exclusive).
+    """
     queries, sites, neighbours = mismatch.shape
     lengths = torch.empty(queries, last - first, neighbours, device=mismatch.device)
     given = [mismatch.contiguous().view(torch.uint8), position.float().contiguous(), bounds.float().contiguous()]

@@ -1,8 +1,9 @@
-"""The copying model's loops, compiled for CPUs (numba), one haplotype a task.
+"""CPU loops of the Li and Stephens copying model and its adjoint, compiled by numba.
 
-Shapes: B haplotypes, T typed sites, K neighbours; N typed sites from ``first`` to ``last``, around the core; C chains,
-a multiple of B, of which chain c is about haplotype c % B. All fill arrays that the caller made. Places looked up in
-inner loops are unsigned: numba wraps signed ones round where they are negative, which takes as long as reading.
+Every loop runs in parallel over query haplotypes or chains, and fills arrays allocated by its caller. Shapes: B query
+haplotypes, T typed sites, K neighbours; M typed sites from ``first`` to ``last`` (exclusive), in or next to the core. C
+are chains, a multiple of B; chain c models haplotype ``c % B``. Indices in inner loops are unsigned, because numba
+checks signed ones for negative values, which takes as long as the access itself.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from embrag_ds.ops.threads import ParallelLoop
 
 @ParallelLoop
 def mismatches(alleles, place, ids, tokens, count, out):
-    """out [B, T, K]: where haplotype ``ids`` [B, K] differs from ``tokens`` [B, T] at row ``place`` [B, T] of
-    ``alleles`` [T', H]; False from a row's ``count`` [B] on."""
+    """Mismatch indicators: fill ``out`` bool [B, T, K]; see :func:`embrag_ds.ops.li_stephens.mismatches`.
+
+    ``alleles`` uint8 [sites, H]; ``place`` and ``tokens`` int64 [B, T]; ``ids`` int64 [B, K]; ``count`` int64 [B].
+    """
     queries, sites, neighbours = out.shape
     for b in numba.prange(queries):
         own = ids[b].astype(np.uint32)
@@ -32,7 +35,7 @@ def mismatches(alleles, place, ids, tokens, count, out):
 
 @ParallelLoop
 def add_rows(rows, total):
-    """Add rows uint8 [B, R, C] to total int32 [B, C]."""
+    """Add ``rows`` uint8 [B, T, K], summed over T, to ``total`` int32 [B, K]."""
     for b in numba.prange(len(rows)):
         for r in range(rows.shape[1]):
             for c in range(rows.shape[2]):
@@ -41,11 +44,11 @@ def add_rows(rows, total):
 
 @ParallelLoop
 def forward_backward(mismatch, mismatch_ratio, recombination, prior, first, last, posterior):
-    """Fill posterior [C, N, K]; ``mismatch_ratio`` [C, T] is that of ``mismatch`` [B, T, K], ``prior`` [B, K] sums to 1
-    over K.
+    """Forward-backward algorithm: fill ``posterior`` float32 [C, M, K] with copying probabilities.
 
-    Nothing is kept for sites that are not asked for, and what a pass is divided by at a site is
-    multiplied into the next.
+    ``mismatch`` bool [B, T, K]; ``mismatch_ratio`` float32 [C, T] is the emission factor of a mismatch;
+    ``recombination`` float32 [C, T]; ``prior`` float32 [B, K] sums to 1 over K. Only the states of the M sites are
+    stored, and the normalisation of a site is multiplied into the step to the next.
     """
     queries, sites, neighbours = mismatch.shape
     for c in numba.prange(len(mismatch_ratio)):
@@ -105,18 +108,22 @@ def adjoint(
     recombination_gradient,
     prior_gradient,
 ):
-    """Add the gradients of mismatch_ratio and recombination [C, T] and prior [C, K], given that of posterior [C, N, K].
+    """Adjoint of :func:`forward_backward`, by reverse-mode differentiation of its recursions.
 
-    Reverse-mode differentiation of :func:`forward_backward`, whose passes are computed again here, a chain at a time:
-    kept for all chains they would take more memory than the rest of a small network. Recursion by recursion: the
-    backward pass ran from the last site to the first, so its adjoint runs from the first to the last, and the other
-    way round for the forward pass. For x = u / sum(u): du = (dx - sum(dx x)) / sum(u).
+    Given ``gradient`` float32 [C, M, K] of ``posterior``, adds to ``ratio_gradient`` and ``recombination_gradient``
+    float32 [C, T] and to ``prior_gradient`` float32 [C, K]. Forward and backward probabilities are computed again, one
+    chain at a time. Stored for all chains, they would take more memory than the rest of a small network.
+
+    The backward recursion ran from the last site to the first, so its adjoint runs from the first to the last. That of
+    the forward recursion runs from the last to the first. For ``x = u / sum(u)`` the rule is
+    ``du = (dx - sum(dx x)) / sum(u)``.
     """
     queries, sites, neighbours = mismatch.shape
     one, zero = np.float32(1), np.float32(0)
     for c in numba.prange(len(mismatch_ratio)):
         differs, chosen = mismatch[c % queries], prior[c % queries]
-        # alpha sums to 1, beta to 1 when weighed by the prior and what is seen; what either was divided by.
+        # Normalised forward (alpha) and backward (beta) probabilities, and the sums they were divided by. The
+        # normalisation: alpha sums to 1, and beta does when weighted by the prior and the emission.
         alpha = np.empty((last, neighbours), dtype=np.float32)
         beta = np.empty((sites - first, neighbours), dtype=np.float32)
         alpha_total, beta_total = np.empty(last, dtype=np.float32), np.empty(sites - first, dtype=np.float32)
@@ -144,7 +151,7 @@ def adjoint(
             for k in range(neighbours):
                 beta[t - 1 - first, k] = scale * beta[t - 1 - first, k] + recombination[c, t]
             beta_total[t - first] = total
-        # d L / d (alpha beta) at a site of N is (gradient - mean) / mass.
+        # d loss / d (alpha beta) at one of the M sites is (gradient - mean) / mass.
         mean, scale_of = np.empty(last - first, dtype=np.float32), np.empty(last - first, dtype=np.float32)
         for n in range(last - first):
             mass, weighed = zero, zero
@@ -152,7 +159,7 @@ def adjoint(
                 mass += alpha[first + n, k] * beta[n, k]
                 weighed += gradient[c, n, k] * posterior[c, n, k]
             mean[n], scale_of[n] = weighed, one / mass
-        # The gradient of beta, from site to site.
+        # chain: the gradient of beta, carried from site to site.
         chain = (gradient[c, 0] - mean[0]) * scale_of[0] * alpha[first]
         for t in range(first + 1, sites):
             stay, miss = one - recombination[c, t], mismatch_ratio[c, t]
@@ -176,7 +183,7 @@ def adjoint(
                 n = t - first
                 for k in range(neighbours):
                     chain[k] += (gradient[c, n, k] - mean[n]) * scale_of[n] * alpha[t, k]
-        # The gradient of alpha, the other way.
+        # chain: the gradient of alpha, carried from the last site to the first.
         chain[:] = zero
         for t in range(last - 1, -1, -1):
             if t >= first:
@@ -204,7 +211,11 @@ def adjoint(
 
 @ParallelLoop
 def match_lengths(mismatch, position, bounds, first, last, lengths):
-    """Fill lengths [B, N, K]; ``bounds`` [B, 2] are the positions of a row's first and last typed site."""
+    """Match lengths in cM: fill ``lengths`` float32 [B, M, K]; see :func:`embrag_ds.ops.li_stephens.match_lengths`.
+
+    ``mismatch`` bool [B, T, K]; ``position`` float32 [B, T]; ``bounds`` float32 [B, 2] are the positions of a row's
+    first and last typed site.
+    """
     queries, sites, neighbours = mismatch.shape
     for b in numba.prange(queries):
         bound = np.full(neighbours, bounds[b, 0], dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Threads of the loops that numba compiles for CPUs."""
+"""Parallel numba loops that respect torch's number of threads and may be called from several Python threads."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _starting = Lock()
 
 
 class ParallelLoop:
-    """A compiled loop over ``numba.prange``, run by as many threads as torch uses; any Python thread may call it.
+    """Decorator that compiles a loop over ``numba.prange`` and runs it with as many threads as torch uses.
 
-    Several ranks on a machine share its cores by torch's setting (``OMP_NUM_THREADS``), of which numba knows nothing.
+    Ranks on one machine share its cores by torch's setting (``OMP_NUM_THREADS``), which numba ignores. Any Python
+    thread may call the loop. Sums may be reassociated and contracted, but NaN and infinity are honoured.
     """
 
     def __init__(self, loop: Callable[..., None]):
@@ -32,23 +33,23 @@ class ParallelLoop:
         self.__doc__ = loop.__doc__
 
     def __call__(self, *arguments: Any) -> None:
-        with _alone():
+        with _exclusive():
             numba.set_num_threads(min(_MOST_THREADS, torch.get_num_threads()))
             self._compiled(*arguments)
 
 
-def _alone() -> AbstractContextManager[Any]:
-    """Excludes other threads where numba's threading layer would abort the process on meeting two of them."""
+def _exclusive() -> AbstractContextManager[Any]:
+    """Context of one call of a loop: a lock if numba's threading layer aborts the process on concurrent calls."""
     with _starting:
-        return _turns()
+        return _layer_lock()
 
 
 @cache
-def _turns() -> AbstractContextManager[Any]:
-    """Start numba's threads; a lock unless their layer is safe for several callers."""
+def _layer_lock() -> AbstractContextManager[Any]:
+    """Start numba's threads, and return a lock unless their threading layer is safe for several callers."""
     threads = torch.get_num_threads()
     numba.set_num_threads(1)
-    # Starting them sets OpenMP's number of threads, which is torch's as well, to that of all cores.
+    # Numba's start sets OpenMP's number of threads to that of all cores, and torch uses the same OpenMP.
     torch.set_num_threads(threads)
     layer = numba.threading_layer()
     if layer in _THREAD_SAFE:

@@ -1,4 +1,7 @@
-"""A batch with its neighbours, as the collate builds it and the network reads it: records only."""
+"""Records of a batch with its retrieved neighbours, as the collator builds it and the network reads it.
+
+For the dimension letters see :mod:`embrag_ds.data.tokens`.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,10 @@ from embrag_ds.ops.dosage import Neighbours
 
 @dataclass(frozen=True)
 class SiteTensors:
-    """:class:`~embrag_ds.data.windows.SiteFeatures` as tensors, float32.
+    """Site features of a window or core as tensors: the first two of :class:`~embrag_ds.data.windows.SiteFeatures`.
 
-    ``position`` [L] in cM, ``frequency`` [L] as the embedding layer sees it.
+    ``position`` float32 [L] is in cM from the core's centre. ``frequency`` float32 [L] is the ALT frequency, bounded
+    away from 0 and 1.
     """
 
     position: Tensor
@@ -23,14 +27,20 @@ class SiteTensors:
 
 @dataclass(frozen=True)
 class Retrieved:
-    """What was retrieved for a batch; here L counts the core's sites.
+    """Neighbours retrieved for a batch; L counts the sites of the core.
 
-    ``ids`` int64 [B, K] number haplotypes of the reference set, nearest first; ``alleles`` are theirs,
-    ``mismatch`` bool [B, T, K] says where they differ from what the query shows (in the order of
-    :attr:`WindowFrame.typed`; False in its filled-up part), ``population`` int64 [B, K] names their populations.
-    ``codebook`` [L, 2, D] encodes them, unless the encoding is ``live`` (None: the model's own). ``embeddings``
-    [B, K, L, D] come only from the dense store. ``tokens`` int64 [B, k, L], only in mode ``token``, are the alleles
-    of those that go through the transformer. ``generation`` and ``snapshot_step`` say how old the encoding is.
+    * ``ids`` int64 [B, K]: haplotypes of the reference set, nearest first (with local retrieval, by rank in the
+      chunks).
+    * ``alleles``: their alleles in the core.
+    * ``mismatch`` bool [B, T, K]: where they differ from the query at its typed sites, in the order of
+      :attr:`WindowFrame.typed`; False in the padding.
+    * ``population`` int64 [B, K]: their populations.
+    * ``codebook`` [L, 2, D]: embeddings of both alleles; None in mode ``token``, and with encoding ``live``, where the
+      model computes its own.
+    * ``embeddings`` [B, K, L, D]: stored embeddings, from the dense store only.
+    * ``tokens`` int64 [B, token_k, L]: alleles of the neighbours that pass through the transformer, in mode ``token``
+      only.
+    * ``generation`` and ``snapshot_step``: number of the encoding in use, and the step of its snapshot.
     """
 
     ids: Tensor
@@ -46,16 +56,21 @@ class Retrieved:
 
 @dataclass(frozen=True)
 class CoreFrame:
-    """What a batch holds over the L sites of its window's core, which are predicted.
+    """Data of a batch over the L sites of its window's core, the sites that are predicted.
 
-    ``sites`` are their features. ``tokens`` int64 [B, L] is what the query shows, ``masked`` bool [B, L] where it
-    hides, ``alleles`` int64 [B, L] the truth (meaningless at the masked sites of samples to be imputed). ``frequency``
-    [B, L] and ``population_frequency`` [B, P, L], float32, are those of ALT among the samples whom the query may
-    retrieve (see :mod:`embrag_ds.retrieval.frequency`); ``scored`` bool [B, L] are the masked sites with as many
-    copies left among them as the rarest site of the panel has. At the others the loss does not count: such a
-    site would not be in a panel without the query, so that it is here says that the query has the allele.
-    ``good_turing`` float32 [B, L] is what the panel's spectrum adds to the log-odds of ALT
-    (:attr:`embrag_ds.data.panel.PanelSubset.good_turing_odds`).
+    * ``sites``: their features.
+    * ``tokens`` int64 [B, L]: observed alleles of the query, MASK elsewhere.
+    * ``masked`` bool [B, L]: sites whose allele is not observed.
+    * ``alleles`` int64 [B, L]: true alleles, undefined at the masked sites of imputation targets.
+    * ``scored`` bool [B, L]: masked sites that count in the loss, see below.
+    * ``frequency`` float32 [B, L] and ``population_frequency`` float32 [B, P, L]: ALT frequencies, see
+      :mod:`embrag_ds.retrieval.frequency`.
+    * ``good_turing`` float32 [B, L]: correction of the log-odds of ALT by the panel's allele count spectrum, see
+      :attr:`embrag_ds.data.panel.PanelSubset.good_turing_odds`.
+
+    A masked site is scored if, without the excluded samples, the minor allele keeps the panel's minimum allele count. A
+    panel without those samples would not list the other sites, so the presence of such a site reveals the query's
+    allele.
     """
 
     sites: SiteTensors
@@ -70,12 +85,13 @@ class CoreFrame:
 
 @dataclass(frozen=True)
 class WindowFrame:
-    """What a batch holds over the L sites of its whole window, flanks included.
+    """Data of a batch over the L sites of its whole window, flanks included.
 
-    ``number`` is the window's, ``core`` the place of its core. ``sites`` are the features of all its sites, ``typed``
-    int64 [B, T] lists the sites each query shows, in order, ``typed_count`` int64 [B] says how many they are; the rest
-    of a row repeats the window's last site; ``near`` are the places in those rows of all typed sites that lie in the
-    core or next to it.
+    * ``number``: number of the window. ``core``: its core, as a slice of the window's sites.
+    * ``sites``: features of all its sites.
+    * ``typed`` int64 [B, T]: observed sites of each query haplotype, in order, padded with the window's last site.
+    * ``typed_count`` int64 [B]: number of observed sites of a row.
+    * ``near``: slice of the columns of ``typed`` that holds every row's typed sites in the core and next to it.
     """
 
     number: int
@@ -88,10 +104,11 @@ class WindowFrame:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch on the device: one window of some samples, in two frames, and what was retrieved for it.
+    """Micro-batch on the device: some samples in one window, over its core and over all its sites, with neighbours.
 
-    ``retrieved`` is None in mode ``none``. ``bytes_moved`` counts what went from host to device for it. ``ready``
-    marks, on a CUDA device, the end of what builds the batch (:func:`embrag_ds.retrieval.collate.receive`).
+    ``retrieved`` is None in mode ``none``. ``bytes_moved`` is the number of bytes copied from host to device for it.
+    ``ready`` is a CUDA event after the work that builds the batch, or None on a CPU; see
+    :func:`embrag_ds.retrieval.collate.receive`.
     """
 
     core: CoreFrame

@@ -1,8 +1,8 @@
-"""The reference cache: what the embedding layer says of every window, as numbered generations.
+"""Codebooks of allele embeddings, one per window, and the reference cache that holds them.
 
-A *generation* is one snapshot of the embedding layer. Because the layer is per site, a window of any
-number of reference haplotypes is described losslessly by its *codebook* C [L, 2, D]: the embeddings of
-both alleles at every site (a reference haplotype hides nothing). A reference embedding is a gather from it.
+A *generation* is one numbered snapshot of the embedding layer. The layer acts on each site alone, and reference
+haplotypes have no masked sites. So a window is described without loss by its *codebook* C [L, 2, D], the embeddings of
+both alleles at every site. The embedding of a reference haplotype is a gather from it.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
 
 ALLELES = 2
 Encoder = Callable[[int, Tensor], Tensor]
-"""(window, tokens int64 [R, L]) -> embeddings [R, L, D]."""
+"""Function of a window's number and tokens int64 [R, L] to embeddings [R, L, D]."""
 
 
 @dataclass(frozen=True)
 class WindowCodebook:
-    """What one generation says of a window, on the device.
+    """Codebook and site weights of one window in one generation, on the device.
 
-    ``codebook`` [L, 2, D] of the core's sites (None in mode ``token``) and ``weights`` float32 [L] of all the
-    window's: what disagreement at a site adds to a distance.
+    ``codebook`` [L, 2, D] covers the core's sites, and is None in mode ``token``. ``weights`` float32 [L] cover all
+    sites of the window: what a mismatch at a site adds to a distance.
     """
 
     codebook: Tensor | None
@@ -44,29 +44,32 @@ class WindowCodebook:
 
 
 class CodebookSource(Protocol):
-    """Where a batch's codebook comes from: the cache, or the live embedding layer."""
+    """Source of a batch's codebook: the cache, a snapshot, or the live embedding layer."""
 
     def code(self, window: int, step: int) -> WindowCodebook:
-        """What the batches of ``step`` use of ``window``."""
+        """Codebook and weights that batches of ``window`` at training step ``step`` use."""
         ...
 
 
 def site_weights(codebook: Tensor) -> Tensor:
-    """w_l = ||e_l(ALT) - e_l(REF)||^2, float32 [L]: what disagreement at site l adds to a distance."""
+    """Weight of a mismatch at each site in a distance, float32 [L], from a ``codebook`` [L, 2 or V, D].
+
+    It is ``w_l = ||e_l(ALT) - e_l(REF)||^2``, the squared distance of the embeddings of the two alleles.
+    """
     difference = codebook[:, ALT].float() - codebook[:, REF].float()
     return difference.square().sum(-1)
 
 
 @torch.no_grad()
 def encode_window(encoder: Encoder, window: Window, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Codebook [L, 2, D] of a window's core and weights [L] of its sites: both alleles at every site."""
+    """Codebook [L, 2, D] of a window's core, and weights float32 [L] of all its sites, without gradients."""
     tokens = torch.arange(REF, ALT + 1, device=device)[:, None].expand(ALLELES, len(window))
     codebook = encoder(window.index, tokens).transpose(0, 1)
     return codebook[window.core].contiguous(), site_weights(codebook)
 
 
 class _Buffer:
-    """One generation's codebooks and weights of all windows, in (pinned) host memory."""
+    """Codebooks and weights of all windows in one generation, in host memory (pinned for a CUDA device)."""
 
     def __init__(self, windows: list[Window], dims: int, dtype: torch.dtype, device: torch.device):
         cores = [window.core_stop - window.core_start for window in windows]
@@ -77,14 +80,14 @@ class _Buffer:
         ]
         self.weights = list(weights.split(list(map(len, windows))))
         self.bytes = codes.nbytes + weights.nbytes
-        self.reads: dict[int, Any] = {}  # the last one of every thread
+        self.reads: dict[int, Any] = {}  # CUDA event of the last read, by thread
 
 
 class ReferenceCache:
-    """Codebooks of every window, double-buffered: readers use one generation while the next is encoded.
+    """Double-buffered cache of the codebooks of all windows: one generation is read while the next is encoded.
 
-    Generation g lies in buffer g mod 2. Its predecessor but one is not read any more when it is begun: a
-    generation is begun only after the one before it was published, at a step whose earlier batches are built.
+    Generation g lies in buffer g mod 2 and replaces generation g - 2. That one is no longer read then, because g is
+    begun after the publication of g - 1, when all earlier batches have been built.
     """
 
     def __init__(
@@ -97,11 +100,12 @@ class ReferenceCache:
         asynchronous: bool = False,
         timeline: Timeline = NO_TIMELINE,
     ):
+        """``dims`` is D; ``asynchronous`` encodes on a thread and CUDA stream of its own."""
         self._windows = windows
         self._device = device
         self.schedule = schedule
         self._timeline = timeline
-        copies = 1 if schedule.config is None else 2  # one that never changes needs no back
+        copies = 1 if schedule.config is None else 2  # with a single generation no second buffer is needed
         self._buffers = [_Buffer(windows, dims, dtype, device) for _ in range(copies)]
         self._side = SideStream(device)
         self._encoded: dict[int, Future[None]] = {}
@@ -112,14 +116,14 @@ class ReferenceCache:
 
     @property
     def host_bytes(self) -> int:
-        """Host memory of both buffers (pinned on a CUDA machine)."""
+        """Size in bytes of the buffers in host memory (pinned for a CUDA device)."""
         return sum(buffer.bytes for buffer in self._buffers)
 
     def begin(self, generation: Generation, encoder: Encoder, finished: Callable[[], None] = lambda: None) -> None:
-        """Encode every window from ``encoder`` into the back buffer; ``finished`` is called at the end.
+        """Encode every window with ``encoder`` into the generation's buffer, and call ``finished`` at the end.
 
-        On the refresh thread if there is one, otherwise before returning. A failure surfaces in
-        :meth:`raise_failure` and in every :meth:`code` of that generation.
+        An asynchronous cache encodes on its refresh thread; an exception there is raised by :meth:`raise_failure` and
+        by every :meth:`code` of that generation. Otherwise the encoding is done, and raises, before this returns.
         """
         ready = mark_current(self._device)
 
@@ -157,13 +161,17 @@ class ReferenceCache:
         self.refresh_seconds = time.monotonic() - began
 
     def raise_failure(self) -> None:
-        """Raise what went wrong on the refresh thread, if anything did."""
+        """Raise the exception that ended an encoding on the refresh thread, if there was one."""
         for future in list(self._encoded.values()):
             if future.done():
                 future.result()
 
     def code(self, window: int, step: int) -> WindowCodebook:
-        """Copies, on the device, of what the generation in use at ``step`` says; waits until it is encoded."""
+        """Codebook and weights of the generation in use at ``step``, copied to the device.
+
+        Waits until the generation is encoded. Raises the exception that ended its encoding, and RuntimeError if the
+        cache is closed meanwhile.
+        """
         generation = self.schedule.in_use(step)
         with self._begun:
             self._begun.wait_for(lambda: self._closed or generation.number in self._encoded)
@@ -182,7 +190,7 @@ class ReferenceCache:
         return WindowCodebook(*copies, generation)
 
     def close(self) -> None:
-        """Release whoever waits, and the refresh thread."""
+        """End all waiting calls of :meth:`code` with an error, and stop the refresh thread."""
         with self._begun:
             self._closed = True
             self._begun.notify_all()
@@ -191,13 +199,13 @@ class ReferenceCache:
 
 
 def _yield_to_training() -> None:
-    """Let this thread have the processor time that nobody else wants: a CPU's low-priority stream."""
+    """Give the calling thread the lowest scheduling priority, on Linux, so that training comes first."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, get_native_id(), 19)
 
 
 class EqualWeights:
-    """Nothing is encoded: every site weighs the same, which makes the distance the plain Hamming distance."""
+    """Codebook source of mode ``token``: weight 1 at every site, so distances are plain Hamming distances."""
 
     def __init__(self, windows: list[Window], device: torch.device):
         self._weights = torch.ones(max(map(len, windows)), device=device)
@@ -208,9 +216,9 @@ class EqualWeights:
 
 
 class SnapshotCodebooks:
-    """One snapshot of the embedding layer, encoded window by window as batches come to them; nothing else is held.
+    """Codebook source for imputation: one snapshot of the embedding layer, encoded window by window on demand.
 
-    For imputation, which passes over every window once. An instance serves one thread.
+    Only the latest window is held, because imputation visits every window once. An instance serves one thread.
     """
 
     def __init__(self, encoder: Encoder, windows: list[Window], device: torch.device):
@@ -227,7 +235,7 @@ class SnapshotCodebooks:
 
 
 class LiveCodebooks:
-    """The embedding layer as it is now, encoded anew for every batch (encoding ``live``)."""
+    """Codebook source of encoding ``live``: the current embedding layer, encoded anew for every batch."""
 
     def __init__(self, encoder: Encoder, windows: list[Window], device: torch.device):
         self._encoder = encoder

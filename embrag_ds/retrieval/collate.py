@@ -1,7 +1,7 @@
-"""The retrieval collate: queries in, a batch with its neighbours out.
+"""Collator with retrieval: builds a batch on the device from queries, with their nearest reference haplotypes.
 
-This is where a batch is built and where retrieval happens: hide, encode the query's weights under the
-batch's generation, search, fetch. It runs in the rank's own process, never in a DataLoader worker.
+It masks the queries, takes the site weights of the batch's generation, searches, and fetches the neighbours' alleles.
+It runs in the rank's own process, never in a DataLoader worker.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
 
 
 class RetrievalCollator:
-    """Turns :class:`~embrag_ds.data.sampler.QueryBatch` into a :class:`Batch`.
+    """Builder of a :class:`Batch` on the device from a :class:`~embrag_ds.data.sampler.QueryBatch` on the CPU.
 
-    Copies and search run on a side stream; the batch is handed to the stream that is current when it is
-    *received* (:func:`receive`), which on a CPU, or without a thread in between, changes nothing. An instance
-    serves one thread.
+    On a CUDA device, copies and search run on a side stream. The consumer must call :func:`receive`, which makes its
+    current stream wait for them. An instance serves one thread.
     """
 
     def __init__(
@@ -52,9 +51,13 @@ class RetrievalCollator:
         token_k: int = 0,
         timeline: Timeline = NO_TIMELINE,
     ):
-        """``store`` and ``source`` are None in mode ``none``; ``exclusions`` int64 [N, E] lists, for
-        every panel sample, the samples it must not retrieve (itself first). A batch holds at most ``samples``
-        samples; ``slots`` of staging are used in turn. ``token_k`` of the neighbours are given as tokens, too."""
+        """Allocate staging for batches of at most ``samples`` samples, with ``slots`` slots used in turn.
+
+        ``store`` and ``source`` are None in mode ``none``. ``k`` is the number of neighbours, lowered to what every
+        query can have. ``exclusions`` int64 [panel samples, E] lists the samples that each must not retrieve, as
+        :func:`embrag_ds.data.sampler.exclusion_table` gives them. ``live`` leaves the codebook to the model. The
+        nearest ``token_k`` neighbours are also given as tokens. Raises UserError if the reference set is too small.
+        """
         self._data = data
         self._device = device
         self._panel = panel
@@ -64,7 +67,7 @@ class RetrievalCollator:
         self._token_k = token_k
         self._timeline = timeline
         reference = data.reference
-        # As many as every query can have, whoever is excluded for it.
+        # As many as remain for the query with the most exclusions, so that all rows have K neighbours.
         self.k = min(k, len(reference) - 2 * exclusions.shape[1])
         if store is not None and self.k < 1:
             raise UserError(
@@ -81,7 +84,7 @@ class RetrievalCollator:
         self._latest: tuple[int, WindowAlleles | None] = (-1, None)
 
     def _slot_bytes(self, samples: int, sites: int, core: int) -> int:
-        """The most a batch stages: alleles, masks, typed sites, features, exclusions, panel rows."""
+        """Largest staging memory of a batch in bytes: alleles, masks, typed sites, features, exclusions, panel rows."""
         populations = len(self._data.reference.populations.names)
         needed = samples * sites * (2 + 1 + 8) + 8 * samples * (self._excluded.shape[1] + 1)
         needed += sites * (8 + 4 * (2 + populations))
@@ -90,12 +93,15 @@ class RetrievalCollator:
 
     @property
     def backend(self) -> str:
-        """What searches."""
+        """Name of the search backend; ``none`` without retrieval."""
         return "none" if self._store is None else self._store.backend
 
     @torch.no_grad()
     def __call__(self, queries: QueryBatch, step: int) -> Batch:
-        """The batch of ``queries`` under the generation that ``step`` uses."""
+        """Build the batch of ``queries`` with the generation in use at training step ``step``.
+
+        On a CUDA device the batch is still being computed when this returns: pass it to :func:`receive`.
+        """
         moved = self.staging.bytes_moved
         with self._side as side:
             with self._timeline.phase("collate"):
@@ -145,10 +151,10 @@ class RetrievalCollator:
         )
         retrieved, fetched = None, 0
         if self._store is not None and self._source is not None:
-            # Found on the CPU: on a GPU the size of the result would force a synchronisation.
+            # On the CPU, because on a GPU the size of the result would force a synchronisation.
             observed = np.flatnonzero(~queries.masked.all(0))
             if not observed.size:
-                observed = np.zeros(1, dtype=np.int64)  # nothing to go by: a site of weight 0
+                observed = np.zeros(1, dtype=np.int64)  # nothing is observed: search one site, of weight 0
             query = Query(
                 window=queries.window,
                 tokens=tokens,
@@ -166,7 +172,7 @@ class RetrievalCollator:
         return Batch(core, frame, retrieved, bytes_moved=fetched, ready=None)
 
     def _core_alleles(self, window: int) -> WindowAlleles:
-        """Of the core; blocks of samples to be imputed come window by window."""
+        """Reference alleles of a window's core, kept for the next batch, which in imputation has the same window."""
         number, found = self._latest
         if found is None or number != window:
             core = self._data.windows[window].core
@@ -185,7 +191,7 @@ class RetrievalCollator:
     ) -> Retrieved:
         with self._timeline.phase("search"):
             ids = store.search(query, code, self.k)
-        # Where each typed site lies among the observed ones; what fills a row up lies anywhere.
+        # Index of each typed site among the observed ones; that of the padding is arbitrary.
         place = torch.searchsorted(query.observed_on_device, frame.typed).clamp_max_(len(query.observed) - 1)
         observed = query.tokens.gather(1, frame.typed)
         return Retrieved(
@@ -202,12 +208,17 @@ class RetrievalCollator:
 
 
 def receive(batch: Batch) -> Batch:
-    """Take over a batch on the current stream: wait for what builds it, and keep its memory until it is used."""
+    """Make a batch usable on the current stream, and return it.
+
+    The stream waits for the work that builds the batch, and the allocator keeps the batch's memory until the stream has
+    used it. Without effect on a CPU.
+    """
     hand_over(_tensors(batch), batch.ready)
     return batch
 
 
 def _tensors(part: object) -> Iterator[Tensor]:
+    """All tensors in a dataclass and in the dataclasses within it."""
     for field in fields(part):  # type: ignore[arg-type]
         value = getattr(part, field.name)
         if isinstance(value, Tensor):
@@ -217,21 +228,25 @@ def _tensors(part: object) -> Iterator[Tensor]:
 
 
 def _excluded_haplotypes(exclusions: np.ndarray, sample_of: np.ndarray) -> np.ndarray:
-    """Reference haplotypes that each panel sample must not find, int64 [N + 1, 2 E], filled up with H.
+    """Reference haplotypes that each panel sample must not retrieve, int64 [panel samples + 1, 2 E], padded with H.
 
-    The last row, for samples that are not in the panel (-1), names none.
+    ``exclusions`` int64 [panel samples, E]; ``sample_of`` int64 [H] is the panel sample of each reference haplotype.
+    The last row, for samples outside the panel (-1), is all padding.
     """
-    nobody = len(sample_of)
-    rows = np.full((len(exclusions) + 1, 2), nobody, dtype=np.int64)
-    places = np.arange(nobody)
-    # A sample's two haplotypes are neighbours.
-    rows[sample_of[0::2]] = np.stack([places[0::2], places[1::2]], axis=1)
-    barred = rows[exclusions].reshape(len(exclusions), -1)  # -1 picks the last row, nobody's
-    return np.concatenate([barred, np.full((1, barred.shape[1]), nobody, dtype=np.int64)])
+    padding = len(sample_of)
+    rows = np.full((len(exclusions) + 1, 2), padding, dtype=np.int64)
+    haplotypes = np.arange(padding)
+    # The two haplotypes of a sample are adjacent in the reference set.
+    rows[sample_of[0::2]] = np.stack([haplotypes[0::2], haplotypes[1::2]], axis=1)
+    barred = rows[exclusions].reshape(len(exclusions), -1)  # -1 selects the last row, which is padding
+    return np.concatenate([barred, np.full((1, barred.shape[1]), padding, dtype=np.int64)])
 
 
 def _typed_sites(masked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sites each sample shows, int64 [N, T], rows filled up with the last site, and their number [N]."""
+    """Observed sites of each sample, int64 [N, T], padded with the window's last site, and their number int64 [N].
+
+    ``masked`` is bool [N, L].
+    """
     count = (~masked).sum(1)
     order = np.argsort(masked, axis=1, kind="stable")[:, : max(1, int(count.max()))]
     filled = np.arange(order.shape[1]) >= count[:, None]
@@ -239,7 +254,10 @@ def _typed_sites(masked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _near(masked: np.ndarray, core: slice) -> slice:
-    """Of every sample's typed sites, in order: the places from the last before the core to the first beyond it."""
+    """Columns of the typed sites that cover, for every sample, the last before the core to the first beyond it.
+
+    ``masked`` is bool [N, L]; the slice indexes the T columns of :attr:`WindowFrame.typed`.
+    """
     before = (~masked[:, : core.start]).sum(1)
     until = (~masked[:, : core.stop]).sum(1)
     last = np.maximum((~masked).sum(1) - 1, 0)
@@ -247,11 +265,11 @@ def _near(masked: np.ndarray, core: slice) -> slice:
 
 
 def _common_cuts(masked: np.ndarray) -> np.ndarray | None:
-    """The sites that follow a typed one, if all samples of ``masked`` [N, L] are typed at the same."""
+    """Sites that directly follow a typed site, int64; None if the samples of ``masked`` [N, L] differ in these."""
     return None if (masked != masked[:1]).any() else np.flatnonzero(~masked[0]) + 1
 
 
 def site_tensors(data: WindowedPanel, window: int, device: torch.device) -> SiteTensors:
-    """A window's site features on the device."""
+    """Site features of all sites of a window, copied to ``device``."""
     features = data.features(window)
     return SiteTensors(*(torch.from_numpy(each).to(device) for each in (features.position, features.frequency)))

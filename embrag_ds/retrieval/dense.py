@@ -1,4 +1,4 @@
-"""The literal store of reference haplotypes, all of it: the oracle of the factored one."""
+"""Dense store: embeddings of all reference haplotypes in memory, as a test oracle of the factored store."""
 
 from __future__ import annotations
 
@@ -17,16 +17,21 @@ from embrag_ds.retrieval.store import Query
 
 
 class DenseStore:
-    """The literal form: stored embeddings [H, L, D] and FAISS ``IndexFlatL2`` over flattened L x D rows.
+    """Store of embeddings [H, L, D] of every window, searched with FAISS ``IndexFlatL2`` over rows of length L D.
 
-    It is the oracle of :class:`~embrag_ds.retrieval.store.FactoredStore`, for panels small enough to hold. What a
-    query hides is set to zero on both sides, so a masked site adds nothing to a distance.
+    It computes distances by their definition, for panels small enough to hold, and so serves as the oracle of
+    :class:`~embrag_ds.retrieval.store.FactoredStore`. Embeddings at a query's masked sites are set to zero on both
+    sides, so those sites add nothing to a distance.
     """
 
     backend = "faiss IndexFlatL2"
 
     def __init__(self, data: WindowedPanel, width: int, budget_gb: float, device: torch.device, generations: int = 1):
-        """``generations`` are held at once: two where they are refreshed."""
+        """Check that the embeddings fit into ``budget_gb`` GiB; raises UserError otherwise.
+
+        ``width`` is D. ``generations`` is the number held at once: two with encoding ``refresh``. Memory is allocated
+        by :meth:`refresh`.
+        """
         needed = generations * sum(map(len, data.windows)) * len(data.reference) * width * 4
         if needed > budget_gb * GIB:
             raise UserError(
@@ -40,7 +45,7 @@ class DenseStore:
         self._encoders: dict[int, Encoder] = {}
 
     def refresh(self, generation: Generation, encoder: Encoder) -> None:
-        """Encode every reference haplotype in every window."""
+        """Encode every reference haplotype in every window, and drop generations that are too old."""
         number = generation.number
         for old in [each for each in self._stored if each <= number - self._generations]:
             del self._stored[old], self._encoders[old]
@@ -52,6 +57,7 @@ class DenseStore:
             ]
 
     def search(self, query: Query, code: WindowCodebook, k: int) -> Tensor:
+        """Ids int64 [B, k] of the nearest reference haplotypes, nearest first, in the generation of ``code``."""
         import faiss
 
         tokens, number = query.tokens, code.generation.number
@@ -62,7 +68,7 @@ class DenseStore:
         count = len(stored)
         excluded = barred(query.excluded, count).numpy(force=True)
         ids = np.empty((len(queries), k), dtype=np.int64)
-        # Queries that hide the same sites share an index.
+        # Queries with the same masked sites share an index.
         patterns, pattern_of = np.unique(observed, axis=0, return_inverse=True)
         for kind, pattern in enumerate(patterns):
             index = faiss.IndexFlatL2(stored.shape[1] * stored.shape[2])
@@ -75,4 +81,5 @@ class DenseStore:
         return torch.from_numpy(ids).to(tokens.device)
 
     def embeddings(self, window: int, ids: Tensor, generation: Generation) -> Tensor:
+        """Stored embeddings [B, K, L, D] of ``ids`` int64 [B, K] in the window's core."""
         return self._stored[generation.number][window][ids][:, :, self._data.windows[window].core]

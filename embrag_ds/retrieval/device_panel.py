@@ -1,8 +1,8 @@
-"""The panel's bit-packed alleles, where the device can read them.
+"""Bit-packed alleles of the panel, resident on the device or streamed to it.
 
-The alleles never change, so they are copied to the device once when they fit its budget. Otherwise the
-rows of a batch are fetched from the memory-mapped panel and streamed through pinned staging, ahead of use
-because the collator works ahead of the training step.
+The alleles never change, so they are copied to the device once if they fit its budget. Otherwise the rows of a batch
+are read from the memory-mapped panel and copied through pinned staging. The collator runs ahead of the training step,
+so that copy overlaps with it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,14 @@ _COPY_ROWS = 1 << 16
 
 
 class DevicePanel:
-    """Site-major packed alleles [S, ceil(2N / 8)] of the whole panel, read as rows of the reference set."""
+    """Source of the reference alleles of a window's sites, on ``device``.
+
+    The panel is packed site by site, uint8 [S, ceil(panel haplotypes / 8)]; haplotypes outside the reference set are
+    dropped after unpacking.
+    """
 
     def __init__(self, data: WindowedPanel, device: torch.device, budget_gb: float):
+        """Copy the packed panel to a CUDA device if it takes at most ``budget_gb`` GiB."""
         panel = data.reference.panel
         self._packed = panel.packed
         self._windows = data.windows
@@ -39,22 +44,22 @@ class DevicePanel:
 
     @property
     def packed_bytes(self) -> int:
-        """Size of the packed panel."""
+        """Size of the packed panel in bytes."""
         return int(self._packed.nbytes)
 
     @property
     def device_bytes(self) -> int:
-        """Device memory held."""
+        """Device memory held, in bytes; 0 if the panel is not resident."""
         return 0 if self._resident is None else self._resident.numel()
 
     def staged_bytes(self, rows: int) -> int:
-        """Staging that a fetch of ``rows`` sites takes."""
+        """Staging memory that a call of :meth:`alleles` with ``rows`` sites takes, in bytes."""
         if self._device.type == "cpu":
             return 0
         return rows * (8 if self._resident is not None else self._packed.shape[1])
 
     def alleles(self, window: int, sites: np.ndarray, staging: Staging) -> Tensor:
-        """Alleles of the reference haplotypes at ``sites`` int64 [n] of a window: uint8 [n, H], site by site."""
+        """Alleles uint8 [n, H] of the reference haplotypes at ``sites`` int64 [n], indices into a window's sites."""
         places = self._windows[window].start + sites
         if self._device.type == "cpu":
             unpacked = torch.from_numpy(unpack_host(self._packed[places], 0, self._haplotypes))

@@ -1,12 +1,13 @@
-"""Allele frequencies as a query may know them: without the query.
+"""Allele frequencies without the query's own alleles, so that training queries do not leak their truth.
 
-A sample of the panel has a part in the panel's frequencies. For a common allele that is nothing; of an allele
-with two copies a carrier would see one copy among its neighbours where anybody else sees two, and what
-the network learned from it would not hold for samples who are not in the panel. So where a frequency is rare it
-is counted without those whom the query must not retrieve. Where it is common the plain one stays, and the
-embedding layer, which serves all queries alike, sees rare ones only as "rare"
-(:meth:`embrag_ds.data.windows.WindowedPanel.features`): no two numbers before the network differ by the
-query's own allele.
+A training query is a sample of the panel, so the panel's frequencies include its alleles. For a common allele that is
+negligible. For an allele with two copies, a carrier has one copy among its possible neighbours, and any other sample
+two. A network that learns from this does not generalise to samples outside the panel.
+
+So rare frequencies are counted without the samples that the query must not retrieve, and common ones are kept. The
+embedding layer has one input for all queries, in which rare frequencies are clipped to one value
+(:meth:`embrag_ds.data.windows.WindowedPanel.features`). No frequency that the network reads then depends on the query's
+own allele.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from embrag_ds.data.panel import FEW, RARE
 
 
 class Frequencies(NamedTuple):
-    """ALT frequencies float32 [B, L] ``overall`` and [B, P, L] by ``population``.
+    """ALT frequencies for each query sample: ``overall`` float32 [N, L] and by ``population`` float32 [N, P, L].
 
-    ``minor_allele_count`` [B, L] counts what the query may retrieve.
+    ``minor_allele_count`` float32 [N, L] is that of the haplotypes that are not excluded.
     """
 
     overall: Tensor
@@ -34,10 +35,11 @@ class Frequencies(NamedTuple):
 def frequencies_without(
     excluded: Tensor, alleles: Tensor, population_of: Tensor, counts: Tensor, sizes: Tensor
 ) -> Frequencies:
-    """Frequencies among the haplotypes that are not ``excluded`` int64 [B, E] (H: nobody).
+    """ALT frequencies in the reference set, those of rare alleles without the haplotypes ``excluded`` int64 [N, E].
 
-    ``alleles`` uint8 [H, L], ``population_of`` int64 [H]; ``counts`` float32 [P, L] of ALT and ``sizes`` float32 [P]
-    are the populations'. A population without anybody has the overall frequency.
+    ``excluded`` is padded with H. ``alleles`` uint8 [H, L] and ``population_of`` int64 [H] are the reference set's;
+    ``counts`` float32 [P, L] of ALT and ``sizes`` float32 [P], in haplotypes, its populations'. A population with no
+    haplotype left gets the overall frequency.
     """
     present = (excluded < len(alleles)).float()
     chosen = excluded.clamp_max(len(alleles) - 1)
@@ -55,5 +57,6 @@ def frequencies_without(
 
 
 def _frequency(count: Tensor, size: Tensor, without: Tensor, left: Tensor) -> Tensor:
+    """``without / left`` where the minor allele is rare among ``size`` haplotypes, and ``count / size`` elsewhere."""
     rare = torch.minimum(count, size - count) < (RARE * size).clamp_min(FEW)
     return torch.where(rare, without / left.clamp_min(1), count / size.clamp_min(1))

@@ -1,4 +1,4 @@
-"""Batches built ahead of the training step, on one thread of the rank's own process."""
+"""Prefetching of batches ahead of the training step, on one thread of the rank's own process."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _LOOK_EVERY_S = 0.5
 
 
 class Prefetcher:
-    """Batches number ``first`` to ``stop - 1`` in order, up to ``depth`` of them built before they are asked for.
+    """Prefetcher of batches number ``first`` to ``stop - 1``, in order, with a queue of ``depth`` finished ones.
 
-    With ``depth`` 0 every batch is built when it is asked for, in the caller's thread: the synchronous twin. What
-    fails in the thread is raised by the next :meth:`next`.
+    ``build`` makes a batch from its number, on the prefetch thread. With ``depth`` 0 there is no thread, and
+    :meth:`next` builds the batch itself. ``waited_seconds`` is the total time spent in :meth:`next`.
     """
 
     def __init__(self, build: Callable[[int], Batch], first: int, stop: int, depth: int):
@@ -33,7 +33,10 @@ class Prefetcher:
             self._thread.start()
 
     def next(self) -> Batch:
-        """The next batch, usable on the current stream."""
+        """Return the next batch, usable on the current stream, waiting until it is built.
+
+        Raises the exception that ``build`` raised for it, and RuntimeError if the prefetch thread died.
+        """
         began = time.monotonic()
         made = self._build(next(self._numbers)) if self._thread is None else self._take(self._thread)
         self.waited_seconds += time.monotonic() - began
@@ -42,7 +45,7 @@ class Prefetcher:
         return receive(made)
 
     def close(self) -> None:
-        """Stop the thread; a batch under construction is finished first."""
+        """Stop the thread, after the batch that it is building."""
         self._stopping.set()
         while self._thread is not None and self._thread.is_alive():
             with suppress(queue.Empty):
@@ -50,6 +53,7 @@ class Prefetcher:
             self._thread.join(timeout=0.05)
 
     def _take(self, thread: threading.Thread) -> Batch | BaseException:
+        """Next item of the queue, while the thread lives or items are left."""
         while True:
             with suppress(queue.Empty):
                 return self._ready.get(timeout=_LOOK_EVERY_S)
@@ -65,11 +69,12 @@ class Prefetcher:
                         return
                 if self._stopping.is_set():
                     return
-        except BaseException as fault:  # whatever it is, the training thread must hear of it
+        except BaseException as fault:  # also SystemExit: it is raised on the training thread
             while not self._offer(fault) and not self._stopping.is_set():
                 pass
 
     def _offer(self, item: Batch | BaseException) -> bool:
+        """Try for a short time to put ``item`` into the queue; False if it stayed full."""
         try:
             self._ready.put(item, timeout=_LOOK_EVERY_S / 10)
         except queue.Full:

@@ -1,4 +1,4 @@
-"""The reference side of a run: snapshots of the embedding layer, when they are taken, and the collators."""
+"""Reference side of a run: snapshots of the embedding layer, their encoding of the panel, and the collators."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from embrag_ds.retrieval.store import FactoredStore, Store
 from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
-"""A context in which these parameters are whole: a sharded run gathers them (collective)."""
+"""Function of parameters to a context in which a sharded run (ZeRO-3) has gathered them whole, a collective call."""
 
 
 class EmbeddingLayer(Protocol):
-    """The network's embedding layer, a :class:`torch.nn.Module`, as retrieval knows it."""
+    """Interface of the network's embedding layer, a :class:`torch.nn.Module`, of width ``dims``."""
 
     dims: int
 
     def __call__(self, tokens: Tensor, sites: SiteTensors) -> Tensor:
-        """Embeddings [R, L, D] of ``tokens`` int64 [R, L]."""
+        """Embeddings [R, L, D] of ``tokens`` int64 [R, L] of a window with these sites."""
         ...
 
     def twin(self) -> EmbeddingLayer:
-        """A layer of the same shape with weights of its own."""
+        """New layer of the same shape, with freshly initialised weights."""
         ...
 
     def to(self, device: torch.device, dtype: torch.dtype) -> EmbeddingLayer: ...
@@ -61,7 +61,7 @@ class EmbeddingLayer(Protocol):
 
 
 def window_encoder(embedding: EmbeddingLayer, data: WindowedPanel, device: torch.device) -> Encoder:
-    """``embedding`` as the callable that retrieval knows: (window, tokens) -> embeddings."""
+    """Wrap ``embedding`` as an :data:`~embrag_ds.retrieval.codebooks.Encoder` of the windows of ``data``."""
 
     @torch.no_grad()
     def encode(window: int, tokens: Tensor) -> Tensor:
@@ -71,10 +71,11 @@ def window_encoder(embedding: EmbeddingLayer, data: WindowedPanel, device: torch
 
 
 class Reference:
-    """Encodes the panel with the embedding layer alone and decides when to do it again.
+    """Encoding of the reference panel by the embedding layer, and its refreshes during training.
 
-    ``fixed`` keeps the first generation (the document's Strategy A), ``refresh`` re-encodes on a
-    schedule (Strategy B), ``live`` encodes inside the graph at every step.
+    Encoding ``fixed`` keeps the first generation, ``refresh`` re-encodes on a schedule, and ``live`` encodes each batch
+    with the current weights. ``schedule`` and ``prefetch`` (batches to build ahead) follow from the settings; ``cache``
+    is None where no generations are held.
     """
 
     def __init__(
@@ -89,8 +90,12 @@ class Reference:
         gather: Gather = lambda parameters: nullcontext(),
         snapshot: dict[str, Tensor] | None = None,
     ):
-        """``gather`` makes the layer's parameters whole while a snapshot of them is taken. With a ``snapshot`` (of an
-        exported model) the panel is encoded by that alone, window by window as they are used, and never again."""
+        """``embedding`` is the layer in training; ``exclusions`` int64 [panel samples, E] as the collator takes them.
+
+        ``gather`` makes the layer's parameters whole while a snapshot of them is taken. With ``snapshot``, the state
+        dict of an exported model, the panel is encoded with that alone, window by window on demand. Raises UserError if
+        the dense store exceeds its budget.
+        """
         self._settings = settings
         self._data = data
         self._live_embedding = embedding
@@ -133,7 +138,11 @@ class Reference:
         return f"{settings.mode}, {settings.encoding}" if settings.mode == "embedding" else settings.mode
 
     def collator(self, samples: int, slots: int = 1, search: Search | None = None) -> RetrievalCollator:
-        """A collator for one thread's use and batches of at most ``samples``; ``search`` in place of the backend's."""
+        """Create a collator for one thread, for batches of at most ``samples`` samples.
+
+        ``slots`` is the number of staging slots, and ``search`` replaces the search of the settings. Raises UserError
+        if the backend is not available or the reference set too small.
+        """
         store: Store | None = self._dense
         if self._source is not None and store is None:
             search = search or make_search(self._settings.backend, self._device)
@@ -154,9 +163,9 @@ class Reference:
         )
 
     def begin_refresh(self, step: int) -> None:
-        """Take a snapshot of the embedding layer and start encoding it, if that is due before ``step``.
+        """Take a snapshot of the embedding layer and start encoding it, if one is due before training step ``step``.
 
-        Raises what went wrong in an encoding begun earlier.
+        Collective in a sharded run. Raises the exception that ended an encoding begun earlier.
         """
         if self.cache is None:
             return
@@ -179,15 +188,18 @@ class Reference:
         self.cache.begin(generation, encoder, finished)
 
     def _encoder(self, state: dict[str, Tensor]) -> tuple[EmbeddingLayer, Encoder]:
-        """A snapshot from its weights, and what encodes with it."""
+        """Frozen embedding layer with the weights ``state``, and the encoder that uses it."""
         kind = next(iter(state.values())).dtype
         snapshot = self._live_embedding.twin().to(self._device, kind).requires_grad_(False)
         snapshot.load_state_dict(state)
         return snapshot, window_encoder(snapshot, self._data, self._device)
 
     def age(self, step: int) -> dict[str, int]:
-        """What the log says of the generation used at ``step``; empty where nothing is encoded."""
-        if self._live:  # a generation a step
+        """Log entries about the generation used at ``step``: its number, age in steps, and refreshes skipped so far.
+
+        Empty where nothing is encoded.
+        """
+        if self._live:  # every step is a generation
             return {"generation": step, "staleness": 0, "refreshes_skipped": 0}
         if self.cache is None:
             return {}
@@ -199,7 +211,7 @@ class Reference:
         }
 
     def memory(self, collators: list[RetrievalCollator]) -> str:
-        """What retrieval holds, in one line; all of it is allocated at the start."""
+        """Describe in one line the memory of reference cache, staging and packed panel, all allocated at the start."""
         cache = 0 if self.cache is None else self.cache.host_bytes
         staging = sum(each.staging.host_bytes for each in collators)
         where = "on the device" if self._panel.device_bytes else "memory-mapped"
@@ -210,13 +222,13 @@ class Reference:
         )
 
     def snapshot_weights(self, steps: int) -> dict[str, Tensor] | None:
-        """The embedding layer that encodes references after ``steps`` steps; None where no snapshot is taken."""
+        """State dict on the CPU of the snapshot in use after ``steps`` steps; None where no snapshots are taken."""
         if self.cache is None:
             return None
         return _on_cpu(self._snapshots[self.schedule.needed_after(steps)[0].number])
 
     def state_dict(self, steps: int) -> list[dict[str, Any]]:
-        """What a checkpoint after ``steps`` steps needs: generations and the weights of their snapshots."""
+        """State for a checkpoint after ``steps`` steps: generations, and the weights of their snapshots on the CPU."""
         if self.cache is None:
             return []
         return [
@@ -225,13 +237,13 @@ class Reference:
         ]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
-        """Encode again the generations saved by :meth:`state_dict`."""
+        """Restore the generations saved by :meth:`state_dict`, encoding the panel again with their weights."""
         for each in state:
             weights = {name: value.to(self._device) for name, value in each["weights"].items()}
             self._encode(weights, Generation(**each["generation"]))
 
     def close(self) -> None:
-        """Stop encoding."""
+        """Stop the refresh thread."""
         if self.cache is not None:
             self.cache.close()
 

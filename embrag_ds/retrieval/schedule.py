@@ -1,9 +1,9 @@
-"""When the reference cache is re-encoded, and which generation a step uses: pure functions of the step.
+"""Schedule of the reference cache: when it is re-encoded, and which generation a training step uses.
 
-A refresh that is due at step s takes its *snapshot* of the embedding layer before that step and is used
-from step ``s + lag_steps`` on, its *publication*. In between it is encoded while training goes on. Both
-steps follow from the settings alone, so all ranks publish at the same step without asking one another, a
-resumed run repeats the uninterrupted one, and the asynchronous run repeats the synchronous one.
+A refresh that is due at step s takes its *snapshot* of the embedding layer before that step. Its *publication* is at
+step ``s + lag_steps``, the first that uses it. In between it is encoded while training goes on. Both steps follow from
+the settings alone. So all ranks publish at the same step without communication, a resumed run repeats the uninterrupted
+one, and an asynchronous run the synchronous one.
 """
 
 from __future__ import annotations
@@ -19,16 +19,21 @@ from embrag_ds.settings import strict_settings
 
 @strict_settings
 class RefreshConfig:
-    """When the reference cache is re-encoded under ``encoding = "refresh"``; set exactly one of the first three."""
+    """Settings of the refresh schedule under ``encoding = "refresh"``; exactly one of the first three is set.
+
+    Raises UserError for values that break a rule.
+    """
 
     every_steps: int | None = None
+    """Optimiser steps between two refreshes."""
     every_epochs: int | None = None
+    """Epochs between two refreshes."""
     at_steps: tuple[int, ...] | None = None
-    """A list of steps, increasing."""
+    """Steps of the refreshes, increasing."""
     lag_steps: int = 4
-    """Steps from snapshot to publication: what the encoding may take without anybody waiting for it."""
+    """Steps from snapshot to publication: the time for encoding without making training wait."""
     asynchronous: bool = True
-    """Encode on a thread of its own; false encodes before the next step, with the same result."""
+    """Encode on a thread of its own; if false, encode before the next step, with the same result."""
 
     def __post_init__(self) -> None:
         where = "retrieval.refresh"
@@ -58,9 +63,9 @@ class Generation:
 
 @dataclass
 class RefreshSchedule:
-    """The generations of a run. Number 0 is taken and used from step 0; ``config`` None adds no other.
+    """Generations of a run, as a function of the step. Number 0 is taken at step 0; ``config`` None adds no other.
 
-    A refresh that falls due while another is unpublished is skipped, never queued.
+    A refresh that is due while another is unpublished is skipped, not queued. Safe for use from several threads.
     """
 
     config: RefreshConfig | None
@@ -68,34 +73,36 @@ class RefreshSchedule:
     _generations: list[Generation] = field(default_factory=lambda: [Generation(0, 0, 0)])
     _skipped: list[int] = field(default_factory=list)
     _known_until: int = 0
-    # The prefetch thread asks, too.
+    # The prefetch thread uses the schedule beside the training thread.
     _lock: Lock = field(default_factory=Lock)
 
     def taken_at(self, step: int) -> Generation | None:
-        """The generation whose snapshot is taken before ``step``, if there is one."""
+        """Generation whose snapshot is taken before ``step``, or None."""
         self._extend(step)
         newest = self._generations[bisect_right(self._generations, step, key=lambda each: each.snapshot_step) - 1]
         return newest if newest.snapshot_step == step else None
 
     def in_use(self, step: int) -> Generation:
-        """The generation that the batches of ``step`` are built with."""
+        """Generation with which the batches of ``step`` are built."""
         self._extend(step)
         return self._generations[bisect_right(self._generations, step, key=lambda each: each.first_step) - 1]
 
     def needed_after(self, steps: int) -> list[Generation]:
-        """What a run resumed after ``steps`` steps cannot take again: the generation last used, and the
-        unpublished one if there is one."""
+        """Generations whose snapshots a run resumed after ``steps`` steps cannot take again.
+
+        They are the last one used, and the unpublished one if there is one.
+        """
         self._extend(steps)
         last = self.in_use(max(steps - 1, 0))
         return [last] + [each for each in self._generations[last.number + 1 :] if each.snapshot_step < steps]
 
     def skipped_until(self, step: int) -> int:
-        """How many refreshes due before or at ``step`` were skipped."""
+        """Number of refreshes due before or at ``step`` that were skipped."""
         self._extend(step)
         return bisect_right(self._skipped, step)
 
     def _extend(self, step: int) -> None:
-        """Decide all that is due up to ``step``."""
+        """Add the generations and skipped refreshes that are due up to ``step``."""
         if self.config is None:
             return
         with self._lock:
@@ -108,6 +115,7 @@ class RefreshSchedule:
             self._known_until = max(step, self._known_until)
 
     def _due(self, config: RefreshConfig, first: int, last: int) -> list[int]:
+        """Steps from ``first`` to ``last``, inclusive, at which a refresh is due."""
         if config.at_steps is not None:
             return [step for step in config.at_steps if first <= step <= last]
         interval = config.every_steps or (config.every_epochs or 0) * self.steps_per_epoch

@@ -1,4 +1,4 @@
-"""Settings of retrieval and of the reference cache."""
+"""Settings of retrieval: the section ``embrag.retrieval`` of a configuration."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ from embrag_ds.settings import strict_settings
 
 @dataclass(frozen=True)
 class LocalRetrieval:
-    """Search in chunks of ``chunk_sites`` typed sites with ``context_sites`` on either side, the
-    ``per_chunk`` nearest of each."""
+    """Local retrieval: the ``per_chunk`` nearest neighbours in every chunk of typed sites.
+
+    A chunk has about ``chunk_sites`` typed sites, and its search uses ``context_sites`` more on either side.
+    """
 
     chunk_sites: int
     context_sites: int
     per_chunk: int
 
     def chunks(self, observed: int, typed: float) -> list[slice]:
-        """Chunks, context included, of ``observed`` sites of which a haplotype shows ``typed`` on average."""
+        """Cut the ``observed`` sites of a batch into chunks, with their context, as slices of those sites.
+
+        ``typed`` is the mean number of observed sites per haplotype, fewer than ``observed`` if masks differ.
+        """
         spread = observed / max(typed, 1.0)
         context = round(self.context_sites * spread)
         number = max(1, round(observed / (self.chunk_sites * spread)))
@@ -33,33 +38,41 @@ class LocalRetrieval:
 
 @strict_settings
 class RetrievalConfig:
-    """Which reference haplotypes are retrieved, and how they are encoded."""
+    """Settings of retrieval: which reference haplotypes are found, and how they are encoded.
+
+    Raises UserError for values that break a rule.
+    """
 
     mode: Literal["embedding", "token", "none"] = "embedding"
-    """``embedding`` (V18): nearest by the embedding layer, fused before the transformer. ``token`` (V17, baseline and
-    rollback): nearest by plain Hamming distance, sent through the transformer too, and fused after it."""
+    """``embedding`` (V18): nearest by the embedding layer, fused before the transformer. ``token`` (V17, the baseline):
+    nearest by Hamming distance, passed through the transformer too and fused after it. ``none``: no retrieval.
+    """
     token_k: int = 1
-    """Mode ``token``: so many of the nearest go through the transformer; their outputs are averaged."""
+    """Mode ``token``: number of nearest neighbours that pass through the transformer; their outputs are averaged."""
     encoding: Literal["fixed", "refresh", "live"] = "refresh"
+    """Encode the panel once at the start, again on a schedule, or for every batch with the current weights."""
     refresh: RefreshConfig = field(default_factory=lambda: RefreshConfig(every_epochs=1))
+    """Schedule of encoding ``refresh``."""
     store: Literal["factored", "dense"] = "factored"
+    """``factored``: packed alleles and codebooks. ``dense``: all embeddings, a check for small panels."""
     dense_budget_gb: float = 2.0
-    """The dense store refuses to hold more than this."""
+    """Largest size of the dense store, in GiB."""
     backend: Literal["auto", "torch", "faiss-cpu", "faiss-gpu", "cupy"] = "auto"
+    """Search backend of the factored store."""
     k: int = 64
     """Neighbours per query haplotype."""
     per_chunk: int = 0
-    """Of these, so many from every chunk of typed sites, before those over the whole window; 0: none."""
+    """Neighbours taken from every chunk of typed sites, before those over the whole window; 0: none."""
     chunk_sites: int = 32
     """Typed sites in a chunk."""
     context_sites: int = 32
-    """Typed sites on either side of a chunk that its search looks at, too."""
+    """Typed sites on either side of a chunk that its search uses too."""
     prefetch: int = 2
-    """Batches built ahead of the training step, on a thread of their own; 0: built when asked for."""
+    """Batches built ahead of the training step, on a thread of their own; 0: each is built when needed."""
     device_budget_gb: float = 8.0
-    """The packed panel lives on a CUDA device up to this size; a larger one is streamed."""
+    """Size in GiB up to which the packed panel is kept on a CUDA device; a larger one is streamed."""
     relatives: str | None = None
-    """File of related pairs (two sample ids a line) that never retrieve each other."""
+    """File of related pairs, two sample ids per line, that never retrieve each other."""
 
     def __post_init__(self) -> None:
         require(self.dense_budget_gb > 0, "retrieval.dense_budget_gb", "must be positive")
@@ -88,5 +101,5 @@ class RetrievalConfig:
 
     @property
     def local(self) -> LocalRetrieval | None:
-        """How to search in chunks, if at all."""
+        """Settings of local retrieval, or None without it."""
         return LocalRetrieval(self.chunk_sites, self.context_sites, self.per_chunk) if self.per_chunk else None

@@ -1,4 +1,4 @@
-"""Stores of reference haplotypes: what one is asked, and the factored one (the literal one: :mod:`.dense`)."""
+"""Stores of reference haplotypes: their interface, and the factored store; for the dense one see :mod:`.dense`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from embrag_ds.retrieval.settings import LocalRetrieval
 
 @dataclass(frozen=True)
 class Query:
-    """Whom to find neighbours for.
+    """Query haplotypes of one window, for a search in a store.
 
-    ``tokens`` int64 [B, L] of a window; ``observed`` int64 [T], the sites that at least one of them shows, on
-    the CPU (``observed_on_device``: the same there); ``alleles`` uint8 [T, H], the reference haplotypes at those
-    sites; ``excluded`` int64 [B, E], haplotypes that each must not find, filled up with H;
-    ``typed_per_haplotype``, the mean number of sites that one of them shows.
+    * ``tokens`` int64 [B, L]: their alleles, MASK at masked sites.
+    * ``observed`` int64 [T]: sites observed in at least one of them, on the CPU; ``observed_on_device``: the same
+      there.
+    * ``alleles`` uint8 [T, H]: reference haplotypes at those sites.
+    * ``excluded`` int64 [B, E]: haplotypes that each must not retrieve, padded with H.
+    * ``typed_per_haplotype``: mean number of observed sites of a query haplotype.
     """
 
     window: int
@@ -37,25 +39,24 @@ class Query:
 
 
 class Store(Protocol):
-    """What the collator asks of a store; ``backend`` is the name of what searches."""
+    """Interface of a store; ``backend`` is the name of its search."""
 
     backend: str
 
     def search(self, query: Query, code: WindowCodebook, k: int) -> Tensor:
-        """Ids int64 [B, k] of reference haplotypes near each query haplotype, nearest first."""
+        """Ids int64 [B, k] of distinct reference haplotypes near each query haplotype, nearest first."""
         ...
 
     def embeddings(self, window: int, ids: Tensor, generation: Generation) -> Tensor | None:
-        """Stored embeddings [B, K, L, D] of ``ids`` [B, K] in the core, or None: gather from the codebook."""
+        """Stored embeddings [B, K, L, D] of ``ids`` int64 [B, K] in the core; None if they follow from the codebook."""
         ...
 
 
 class FactoredStore:
-    """Packed alleles and a codebook: exact search on L-wide rows, nothing of size [H, L, D].
+    """Store that searches alleles with site weights, exactly, and holds no embeddings of size [H, L, D].
 
-    With ``local`` retrieval the ``per_chunk`` nearest of every chunk of typed sites come first, rank by rank, and
-    the nearest over the whole window fill up the rest: a haplotype that is shared over a stretch only is
-    found there, whatever it looks like elsewhere.
+    With ``local`` retrieval, the ``per_chunk`` nearest of every chunk of typed sites come first, rank by rank. The
+    nearest over the whole window fill the rest. This finds haplotypes that share only a stretch with the query.
     """
 
     def __init__(self, search: Search, local: LocalRetrieval | None = None):
@@ -64,6 +65,7 @@ class FactoredStore:
         self._local = local
 
     def search(self, query: Query, code: WindowCodebook, k: int) -> Tensor:
+        """Ids int64 [B, k] of distinct reference haplotypes: the local ones by rank, then the nearest."""
         tokens = query.tokens.index_select(1, query.observed_on_device)
         weights = code.weights[query.observed_on_device] * (tokens < MASK)
         count = query.alleles.shape[1]
@@ -79,17 +81,18 @@ class FactoredStore:
         if self._local is None:
             return everywhere
         chunks = self._local.chunks(len(query.observed), query.typed_per_haplotype)
-        near = torch.stack([nearest(chunk, min(k, self._local.per_chunk)) for chunk in chunks], dim=2)
-        return first_distinct(torch.cat([near.flatten(1), everywhere], dim=1), k, count)
+        by_chunk = torch.stack([nearest(chunk, min(k, self._local.per_chunk)) for chunk in chunks], dim=2)
+        return first_distinct(torch.cat([by_chunk.flatten(1), everywhere], dim=1), k, count)
 
     def embeddings(self, window: int, ids: Tensor, generation: Generation) -> None:
+        """None: embeddings follow from the codebook."""
         return None
 
 
 def first_distinct(candidates: Tensor, k: int, count: int) -> Tensor:
-    """The first ``k`` distinct ids of each row of ``candidates`` int64 [B, C] (all below ``count``), in order: [B, k].
+    """First ``k`` distinct ids of each row of ``candidates``, in order, int64 [B, k].
 
-    A row must hold at least ``k`` distinct ones.
+    ``candidates`` int64 [B, n] are below ``count``, and a row must hold at least ``k`` distinct ones.
     """
     width = candidates.shape[1]
     place = torch.arange(width, dtype=torch.int32, device=candidates.device).expand(len(candidates), -1)

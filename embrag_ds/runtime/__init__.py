@@ -1,1 +1,4 @@
-"""The machine: streams, timelines and samples of memory and devices (imports nothing of ours but errors)."""
+"""CUDA streams and pinned staging, timing of phases, and sampling of GPU and process memory.
+
+Of ``embrag_ds``, this package imports :mod:`embrag_ds.errors` only.
+"""

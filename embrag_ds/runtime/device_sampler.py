@@ -1,4 +1,4 @@
-"""What a run takes of its machine, sampled by a thread: GPU by NVML, torch's allocator, and the process itself."""
+"""Sampling of GPU (NVML), torch allocator and process load during a run, on a thread of its own."""
 
 from __future__ import annotations
 
@@ -16,22 +16,27 @@ import torch
 from embrag_ds.errors import UserError
 
 INTERVAL_S = 0.1
+"""Default seconds between two readings."""
 MOST_READINGS = 10_000
+"""Readings kept at most."""
 
 _NO_DRIVER = (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded)
 _UNAVAILABLE = (pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission, pynvml.NVMLError_FunctionNotFound)
-"""What a GPU, its driver or a container does not tell."""
+"""NVML errors for a value that the GPU, its driver or a container does not provide."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One look, ``seconds`` after the start. None where the machine does not tell.
+    """One sample of the machine, ``seconds`` after the start; a field is None where its value is not available.
 
-    Of the process: ``host_bytes`` resident and ``cpu_percent`` since the reading before (100 is one core; None in the
-    first reading and the last, too short after another). Of the GPU, by NVML: memory that this process uses
-    (``process_bytes``; masked in most containers) and that all do (``device_bytes``), utilisation, power, clocks, and
-    PCIe traffic to (``rx``) and from (``tx``) the GPU over 20 ms. Of torch's allocator: bytes in tensors, bytes
-    reserved, and the most that were in tensors so far.
+    Process: ``host_bytes`` is resident memory. ``cpu_percent`` is the load since the reading before (100 is one core).
+    It is None in the first and the last reading, which have no full interval before them.
+
+    GPU, by NVML: ``process_bytes`` is the memory of this process, which most containers hide; ``device_bytes`` that of
+    all processes. Utilisation, power and clocks follow, and PCIe traffic to (``rx``) and from (``tx``) the GPU,
+    averaged over 20 ms.
+
+    Torch's allocator: bytes in tensors, bytes reserved, and the peak of bytes in tensors so far.
     """
 
     seconds: float
@@ -51,17 +56,19 @@ class Reading:
 
 
 class _Gpu(Protocol):
+    """Source of the GPU fields of a reading."""
+
     def read(self) -> dict[str, Any]:
-        """The GPU's fields of a :class:`Reading`."""
+        """Current values of the GPU fields of a :class:`Reading`, by name."""
         ...
 
     def close(self) -> None:
-        """Let go of the driver."""
+        """Release the driver."""
         ...
 
 
 class _NoGpu:
-    """In place of NVML where there is no driver, or nothing of the run on a GPU."""
+    """Null source without GPU fields, for a run on a CPU or a machine without a driver."""
 
     def read(self) -> dict[str, Any]:
         return {}
@@ -71,7 +78,7 @@ class _NoGpu:
 
 
 class _NvmlGpu:
-    """One GPU through NVML, which is initialised already."""
+    """GPU fields of one CUDA device, read by NVML, which must be initialised; :meth:`close` shuts it down."""
 
     def __init__(self, device: torch.device):
         self._handle = _handle(device)
@@ -79,18 +86,22 @@ class _NvmlGpu:
 
     def read(self) -> dict[str, Any]:
         handle = self._handle
-        memory = _told(pynvml.nvmlDeviceGetMemoryInfo, handle)
-        busy = _told(pynvml.nvmlDeviceGetUtilizationRates, handle)
-        power = _told(pynvml.nvmlDeviceGetPowerUsage, handle)
+        memory = _query_or_none(pynvml.nvmlDeviceGetMemoryInfo, handle)
+        busy = _query_or_none(pynvml.nvmlDeviceGetUtilizationRates, handle)
+        power = _query_or_none(pynvml.nvmlDeviceGetPowerUsage, handle)
         return {
-            "process_bytes": _of_this_process(_told(pynvml.nvmlDeviceGetComputeRunningProcesses_v3, handle)),
+            "process_bytes": _of_this_process(_query_or_none(pynvml.nvmlDeviceGetComputeRunningProcesses_v3, handle)),
             "device_bytes": None if memory is None else memory.used,
             "gpu_percent": None if busy is None else busy.gpu,
             "power_w": None if power is None else power / 1000,
-            "sm_mhz": _told(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
-            "memory_mhz": _told(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM),
-            "pcie_rx_kb_per_s": _told(pynvml.nvmlDeviceGetPcieThroughput, handle, pynvml.NVML_PCIE_UTIL_RX_BYTES),
-            "pcie_tx_kb_per_s": _told(pynvml.nvmlDeviceGetPcieThroughput, handle, pynvml.NVML_PCIE_UTIL_TX_BYTES),
+            "sm_mhz": _query_or_none(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
+            "memory_mhz": _query_or_none(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM),
+            "pcie_rx_kb_per_s": _query_or_none(
+                pynvml.nvmlDeviceGetPcieThroughput, handle, pynvml.NVML_PCIE_UTIL_RX_BYTES
+            ),
+            "pcie_tx_kb_per_s": _query_or_none(
+                pynvml.nvmlDeviceGetPcieThroughput, handle, pynvml.NVML_PCIE_UTIL_TX_BYTES
+            ),
         }
 
     def close(self) -> None:
@@ -98,16 +109,20 @@ class _NvmlGpu:
 
 
 class DeviceSampler:
-    """QueryBatch the machine on a thread of its own, from :meth:`start` (or ``with``) to :meth:`stop`; used once.
+    """Sampler of the machine on a thread of its own, from :meth:`start` (or ``with``) to :meth:`stop`; used once.
 
-    ``source`` says in words what is sampled. :attr:`readings` never holds more than ``MOST_READINGS``: a long run keeps
-    every second, fourth, ... of them; the peaks are those of all.
+    ``source`` describes what is sampled. :attr:`readings` holds at most :data:`MOST_READINGS`: in
+    a long run only every second, fourth, ... reading is kept. The peaks are taken over all readings.
     """
 
     def __init__(self, device: torch.device, interval_s: float = INTERVAL_S):
-        """``interval_s`` lie between two readings. Raises a UserError where NVML does not know ``device``."""
+        """``interval_s`` is the time between two readings, in seconds.
+
+        Raises :class:`~embrag_ds.errors.UserError` if NVML does not know ``device``, and ``pynvml.NVMLError`` if NVML
+        fails to start for another reason than a missing driver.
+        """
         if device.type == "cuda" and device.index is None:
-            # Another thread has another current device.
+            # The current device is a property of the calling thread, and the sampling thread has its own.
             device = torch.device("cuda", torch.cuda.current_device())
         self._device = device
         self._interval_s = interval_s
@@ -123,13 +138,13 @@ class DeviceSampler:
         self._thread = threading.Thread(target=self._run, name="device-sampler", daemon=True)
 
     def start(self, began: float | None = None) -> None:
-        """Begin sampling; seconds count from ``began`` (of :func:`time.perf_counter`; default: now)."""
+        """Start the sampling thread. Seconds count from ``began``, a :func:`time.perf_counter` time; default: now."""
         self._began = time.perf_counter() if began is None else began
-        self._process.cpu_percent()  # the first call has nothing to compare with
+        self._process.cpu_percent()  # the first call only sets the start of the next interval
         self._thread.start()
 
     def stop(self) -> None:
-        """Take the last reading and end the thread; raises what went wrong on it."""
+        """Take the last reading and end the thread. Raises the exception that ended it early, if there was one."""
         self._stopping.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -145,11 +160,11 @@ class DeviceSampler:
         self.stop()
 
     def peaks(self) -> dict[str, float]:
-        """The highest value of every field that was ever told, by name."""
+        """Highest value of every field over all readings, by name, without fields that were never available."""
         return dict(self._peaks)
 
     def columns(self) -> dict[str, list[Any]]:
-        """The readings field by field, without fields that were never told."""
+        """Values of the kept readings, by field name, without fields that were never available."""
         names = [field.name for field in fields(Reading) if field.name == "seconds" or field.name in self._peaks]
         return {name: [getattr(reading, name) for reading in self.readings] for name in names}
 
@@ -159,7 +174,7 @@ class DeviceSampler:
             while not self._stopping.wait(self._interval_s):
                 self._keep(self._read_all(self._process.cpu_percent()))
             self._keep(self._read_all(cpu_percent=None))
-        except BaseException as fault:  # whatever it is, stop() raises it
+        except BaseException as fault:  # also SystemExit: stop() raises it on the caller's thread
             self._fault = fault
 
     def _read_all(self, cpu_percent: float | None) -> Reading:
@@ -184,7 +199,7 @@ class DeviceSampler:
 
 
 def _open_gpu(device: torch.device) -> tuple[_Gpu, str]:
-    """What reads the GPU of ``device``, and what is sampled, in words."""
+    """Source of the GPU fields for ``device``, and a description of what is sampled."""
     instead = "process memory and CPU are sampled instead"
     try:
         pynvml.nvmlInit()
@@ -198,7 +213,8 @@ def _open_gpu(device: torch.device) -> tuple[_Gpu, str]:
 
 
 def _handle(device: torch.device) -> Any:
-    # By UUID: CUDA_VISIBLE_DEVICES renumbers torch's devices, not NVML's.
+    """NVML handle of ``device``; raises :class:`UserError` if NVML does not list its UUID."""
+    # CUDA_VISIBLE_DEVICES renumbers torch's devices but not NVML's, so only the UUID identifies the GPU.
     uuid = torch.cuda.get_device_properties(device).uuid
     for kind in ("GPU", "MIG"):
         with contextlib.suppress(pynvml.NVMLError_NotFound):
@@ -206,8 +222,8 @@ def _handle(device: torch.device) -> Any:
     raise UserError(f"--profile: NVML does not know {device} (UUID {uuid})")
 
 
-def _told(query: Any, *arguments: Any) -> Any:
-    """What NVML answers; None for what this GPU does not tell."""
+def _query_or_none(query: Any, *arguments: Any) -> Any:
+    """Result of an NVML query, or None if this machine does not provide the value."""
     try:
         return query(*arguments)
     except _UNAVAILABLE:
@@ -215,15 +231,16 @@ def _told(query: Any, *arguments: Any) -> Any:
 
 
 def _of_this_process(processes: Any) -> int | None:
-    """Bytes that the processes with our id use; None where the driver lists none, or hides how much."""
+    """GPU memory of this process in bytes; None where the driver does not list it or hides its memory."""
     used = [each.usedGpuMemory for each in processes or [] if each.pid == os.getpid()]
     return sum(used) if used and None not in used else None
 
 
 def _allocator(device: torch.device) -> dict[str, int]:
+    """Allocator fields of a :class:`Reading`, by name; empty on a CPU."""
     if device.type != "cuda":
         return {}
-    stats = torch.cuda.memory_stats_as_nested_dict(device)  # memory_stats() also flattens and sorts hundreds of numbers
+    stats = torch.cuda.memory_stats_as_nested_dict(device)  # memory_stats() would flatten and sort hundreds of values
     if not stats:
         return {}
     return {

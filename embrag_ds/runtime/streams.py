@@ -1,4 +1,4 @@
-"""Side streams and pinned staging: asynchronous on a CUDA device, and without effect on a CPU."""
+"""CUDA side streams and pinned staging buffers: asynchronous on a CUDA device, without effect on a CPU."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from torch import Tensor
 from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
 
 _ALIGNMENT = 256
+"""Bytes to which an array in a staging slot is aligned."""
 
 
 class SideStream:
-    """A stream of its own for copies, searches or encoding; ``with`` runs operations on it.
+    """CUDA stream for copies, searches or encoding beside the training step; ``with`` makes it the current stream.
 
-    ``urgent`` work goes ahead of the training step's; CUDA knows no priority below the default one.
+    ``urgent`` gives it a higher priority than the default stream has. A lower one does not exist in CUDA. On a CPU
+    nothing changes.
     """
 
     def __init__(self, device: torch.device, urgent: bool = False):
@@ -37,22 +39,25 @@ class SideStream:
         self._context.__exit__(*failure)
 
     def wait_for_main(self, main: Any) -> None:
-        """Let what follows here see what was queued so far on ``main`` (None on a CPU)."""
+        """Make later work on this stream wait for the event ``main``; None on a CPU. The host does not wait."""
         if self._stream is not None and main is not None:
             self._stream.wait_event(main)
 
     def event(self) -> Any:
-        """A mark of what was queued so far; None on a CPU, where it is done already."""
+        """CUDA event after the work queued on this stream so far; None on a CPU, where that work is done."""
         return None if self._stream is None else self._stream.record_event()
 
 
 def mark_current(device: torch.device) -> Any:
-    """A mark of what was queued so far on the current stream; None on a CPU."""
+    """CUDA event after the work queued on the current stream so far; None on a CPU."""
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 def hand_over(tensors: Iterable[Tensor], event: Any) -> None:
-    """Make the current stream wait for ``event`` and keep the tensors' memory until it has used them."""
+    """Make the current stream wait for ``event``, and the allocator keep the tensors' memory until it has used them.
+
+    Does nothing where ``event`` is None, on a CPU.
+    """
     if event is None:
         return
     current = torch.cuda.current_stream(event.device)
@@ -62,18 +67,19 @@ def hand_over(tensors: Iterable[Tensor], event: Any) -> None:
 
 
 def host_buffer(size: int, device: torch.device) -> Tensor:
-    """``size`` bytes of host memory, pinned where the device is a CUDA one."""
+    """Host buffer uint8 [size], uninitialised, in pinned memory if ``device`` is a CUDA device."""
     return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
 class Staging:
-    """Preallocated pinned slots through which a batch's arrays reach the device, used in turn.
+    """Pinned staging buffers for copying a batch's arrays to the device; ``slots`` preallocated ones are used in turn.
 
-    A slot is written again only when the copies out of it are done. On a CPU nothing is staged: an array
-    becomes a tensor as it is.
+    A batch calls :meth:`begin`, :meth:`put` for each array, and :meth:`end`. A slot is written again only after the
+    copies out of it have finished. On a CPU nothing is staged: :meth:`put` returns a tensor on the array's memory.
     """
 
     def __init__(self, device: torch.device, slots: int, slot_bytes: int, timeline: Timeline = NO_TIMELINE):
+        """``slot_bytes`` must hold all arrays of a batch, each aligned to 256 bytes."""
         self.device = device
         self._timeline = timeline
         self.bytes_moved = 0
@@ -85,11 +91,11 @@ class Staging:
 
     @property
     def host_bytes(self) -> int:
-        """Pinned memory held."""
+        """Size of all slots in bytes; 0 on a CPU."""
         return sum(slot.numel() for slot in self._slots)
 
     def begin(self) -> None:
-        """Turn to the next slot, once nobody reads it any more."""
+        """Start a batch on the next slot, after waiting for the last copies out of it."""
         if not self._slots:
             return
         self._turn = (self._turn + 1) % len(self._slots)
@@ -98,7 +104,10 @@ class Staging:
             self._copied[self._turn].synchronize()
 
     def put(self, array: np.ndarray) -> Tensor:
-        """``array`` as a tensor on the device, copied on the current stream."""
+        """Copy ``array`` to a tensor on the device, asynchronously on the current stream.
+
+        Raises RuntimeError if the slot is too small for the batch's arrays.
+        """
         self.bytes_moved += array.nbytes
         source = torch.from_numpy(np.ascontiguousarray(array))
         if not self._slots:
@@ -114,6 +123,6 @@ class Staging:
             return pinned.to(self.device, non_blocking=True)
 
     def end(self) -> None:
-        """All of the slot's copies are queued on the current stream."""
+        """Finish a batch: record an event on the current stream after the copies out of its slot."""
         if self._slots:
             self._copied[self._turn] = mark_current(self.device)

@@ -1,8 +1,8 @@
-"""Where a step's time goes: spans of named phases, by thread and stream.
+"""Timing of named phases of a training step, by thread and CUDA stream.
 
-On a CUDA device a phase is a pair of timing events on the stream that is current when it begins, so nothing is
-waited for; on a CPU it is wall-clock time. Phases overlap: what runs ahead of the step or behind its back has a
-thread and a stream of its own, which every span names.
+On a CUDA device a phase is measured by a pair of events on the current stream, so the host never waits. On a CPU it is
+wall-clock time. Phases may overlap: prefetching and refreshing have threads and streams of their own, which every span
+names.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from typing import Any
 import torch
 
 PHASES = ("collate", "search", "h2d", "forward", "backward", "step", "refresh")
-"""What a run measures. ``collate`` contains ``search`` and ``h2d``; ``h2d`` is many copies a batch."""
+"""Names of the phases. ``collate`` contains ``search`` and ``h2d``; ``h2d`` is measured several times per batch."""
 
 CAPACITY = 4096
+"""Default number of spans kept per phase, thread and stream."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """One phase, from ``start_s`` to ``stop_s`` in seconds after the timeline's start.
+    """One execution of a phase, from ``start_s`` to ``stop_s`` in seconds after the timeline's start.
 
-    ``stream`` is ``cpu``, ``default stream`` or ``side stream``. On a stream a span begins when what was queued
-    before it is done, and lasts until what was queued in it is.
+    ``stream`` is ``cpu``, ``default stream`` or ``side stream``. On a CUDA stream a span begins when the work queued
+    before it is done, and ends when the work queued in it is.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Span:
 
 @dataclass(frozen=True)
 class PhaseTotal:
-    """A phase on one thread and stream: ``count`` spans, of which the latest ``kept`` make up the milliseconds."""
+    """Total and median time in ms of a phase on one thread and stream, over the ``kept`` latest of ``count`` spans."""
 
     name: str
     thread: str
@@ -54,27 +55,27 @@ class PhaseTotal:
 
 @dataclass
 class _Marks:
-    """Starts and stops of a phase on one thread and stream: times, or events of a CUDA stream."""
+    """Start and stop of the kept spans of a phase: :func:`time.perf_counter` times, or CUDA events."""
 
     pairs: deque[tuple[Any, Any]]
     count: int = 0
 
 
 class _Muted(threading.local):
-    """Whether the current thread's phases are left out."""
+    """Whether phases of the current thread are ignored."""
 
     now = False
 
 
 class Timeline:
-    """Collects the spans of a run; any thread may measure. Seconds count from its construction.
+    """Recorder of the spans of a run, usable from any thread. Seconds count from its construction.
 
-    The latest ``capacity`` spans of a phase on a thread are kept, older ones only counted. A phase that raises is
-    not recorded.
+    The latest ``capacity`` spans of a phase per thread and stream are kept; older ones are only counted. A phase that
+    raises an exception is not recorded.
     """
 
     def __init__(self, device: torch.device, capacity: int = CAPACITY):
-        """On a CUDA device this waits, once, for its current stream, so that both clocks begin together."""
+        """On a CUDA device, synchronises the current stream once, so that host and device clocks start together."""
         self._device = device
         self._capacity = capacity
         self._marks: dict[tuple[str, str, str], _Marks] = {}
@@ -86,17 +87,17 @@ class Timeline:
             self._origin.record(torch.cuda.current_stream(device))
             self._origin.synchronize()
         self.began = time.perf_counter()
-        """Of :func:`time.perf_counter`, in seconds."""
+        """Start of the timeline, a :func:`time.perf_counter` time in seconds."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Measure what is done, or queued on the current stream, inside ``with``."""
+        """Context that measures the work done, or queued on the current stream, inside it as phase ``name``."""
         if self._muted.now:
             return nullcontext()
         return self._on_cpu(name) if self._origin is None else self._on_stream(name)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out what the current thread does meanwhile; others are measured on."""
+        """Context in which phases of the current thread are not recorded; those of other threads are."""
         self._muted.now = True
         try:
             yield
@@ -104,7 +105,7 @@ class Timeline:
             self._muted.now = False
 
     def spans(self) -> list[Span]:
-        """What is kept, in the order of the starts; what the device has not finished is absent, not waited for."""
+        """Kept spans in the order of their starts, without those that the device has not finished; never waits."""
         with self._lock:
             copies = [(key, list(marks.pairs)) for key, marks in self._marks.items()]
         found = [
@@ -113,7 +114,7 @@ class Timeline:
         return sorted(found, key=lambda span: span.start_s)
 
     def totals(self) -> list[PhaseTotal]:
-        """Every phase by thread and stream, in the order of :data:`PHASES`."""
+        """Totals of every phase by thread and stream, in the order of :data:`PHASES`; unknown names follow."""
         lasted: dict[tuple[str, str, str], list[float]] = {}
         for span in self.spans():
             taken = lasted.setdefault((span.name, span.thread, span.stream), [])
@@ -151,13 +152,14 @@ class Timeline:
     def _seconds(self, start: Any, stop: Any) -> tuple[float, float]:
         if self._origin is None:
             return start - self.began, stop - self.began
-        # An event's distance is a float32 in ms: hours after the origin it is too coarse for a span's length.
+        # elapsed_time is a float32 in ms, which hours after the origin is too coarse for the length of a span. So the
+        # length is measured from the span's own start.
         begins = self._origin.elapsed_time(start) / 1000
         return begins, begins + start.elapsed_time(stop) / 1000
 
 
 class _NoTimeline(Timeline):
-    """Measures nothing, at no cost."""
+    """Timeline that records nothing."""
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
@@ -168,12 +170,14 @@ class _NoTimeline(Timeline):
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 NO_TIMELINE: Timeline = _NoTimeline()
-"""What is measured by default: nothing."""
+"""Default timeline, which records nothing."""
 
 
 def _done(mark: Any) -> bool:
+    """Whether a stop mark, a time or a CUDA event, has been reached."""
     return isinstance(mark, float) or mark.query()
 
 
 def _place(name: str) -> int:
+    """Position of a phase in :data:`PHASES`; unknown names come last."""
     return PHASES.index(name) if name in PHASES else len(PHASES)
