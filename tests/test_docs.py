@@ -84,7 +84,7 @@ def test_every_path_that_a_document_names_exists(root: Path, document: str) -> N
 
 @pytest.mark.parametrize("document", ("docs/configuration.md", "docs/design.md"))
 def test_every_name_that_a_document_uses_is_in_the_code(root: Path, document: str) -> None:
-    words = set(shipped_configurations())
+    words = {*shipped_configurations(), *constants(root / "tests" / "test_layering.py")["SHARED"]}
     for source in (root / "embrag_ds").rglob("*.py"):
         words.update(re.findall(r"\w+", source.read_text(encoding="utf-8")))
     name = re.compile(r"[A-Za-z_]\w+(?:\.[A-Za-z_]\w*)*")
@@ -116,6 +116,8 @@ def test_the_design_lists_the_imports_that_the_rules_allow(root: Path) -> None:
     text = read(root, "docs/design.md").split("## Rooms")[1].split("\n## ")[0]
     rooms = dict(re.findall(r"^\| `(\w+)` \| (.+?) \| .+ \|$", text, flags=re.MULTILINE))
     assert {room: tuple(CODE.findall(allowed)) for room, allowed in rooms.items()} == rules["ROOMS"]
+    (shared,) = re.findall(r"shared modules of the top level: (.+?)\.", text, flags=re.DOTALL)
+    assert tuple(CODE.findall(shared)) == rules["SHARED"]
     homes = dict(re.findall(r"^\| (\w+) \| (`.+?) \|$", text, flags=re.MULTILINE))
     assert {package: tuple(CODE.findall(places)) for package, places in homes.items()} == rules["HOMES"]
     assert tuple(package for package, places in homes.items() if "inside functions only" in places) == rules["LAZY"]
