@@ -1,4 +1,4 @@
-"""Writing VCF: phased panels and imputed targets, bgzipped and indexed."""
+"""VCF output: phased panels and imputed targets, bgzipped and indexed."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from embrag_ds.errors import UserError
 def write_phased(path: str | Path, sites: SiteTable, samples: tuple[str, ...] | list[str], alleles: np.ndarray) -> None:
     """Write ``alleles`` uint8 [S, 2N] as a bgzipped phased VCF with its index.
 
-    ``path`` must end in ``.vcf.gz``. The file appears only when complete. Raises :class:`UserError`
-    when it cannot be written.
+    ``path`` must end in ``.vcf.gz``. The file appears only when complete. Raises :class:`UserError` if it cannot be
+    written.
     """
     assert alleles.shape == (len(sites), 2 * len(samples)), alleles.shape
     _check_output(Path(path))
@@ -46,16 +46,15 @@ _IMPUTED_DEFINITIONS = [
 
 
 class ImputedVcfWriter:
-    """Imputed VCF of N samples at ``sites``, written block by block in site order.
+    """Writer of an imputed VCF of N samples at ``sites``, block by block in site order.
 
-    ``FORMAT`` is ``GT:DS:HDS:GP`` to three decimals: HDS is rounded, and GT, DS and GP follow from the
-    rounded HDS, so the columns of a sample agree exactly and GP sums to 1. ``INFO`` has ``AF``, ``DR2``
-    (minimac's Rsq, Das et al. 2016, Nat. Genet. 48:1284: the variance of HDS over p(1-p), 0 where p is 0
-    or 1, at most 1, and 1 at typed sites) and the flag ``IMP`` at imputed sites.
+    ``FORMAT`` is ``GT:DS:HDS:GP`` to three decimals. HDS is rounded, and GT, DS and GP follow from the rounded HDS. So
+    a sample's columns agree exactly, and GP sums to 1. ``INFO`` has ``AF``, ``DR2``, and the flag ``IMP`` at imputed
+    sites. DR2 is minimac's Rsq (Das et al. 2016, Nat. Genet. 48:1284): the variance of HDS over p(1-p). It is at most
+    1, and 0 where p is 0 or 1; typed sites have 1.
 
-    Use it as a context manager; ``path`` must end in ``.vcf.gz``. The file and its index appear when
-    the block ends without an exception, and nothing is left otherwise. Raises :class:`UserError` when
-    the file cannot be written.
+    Use it as a context manager; ``path`` must end in ``.vcf.gz``. File and index appear when the block ends without an
+    exception, and nothing is left otherwise. Raises :class:`UserError` if the file cannot be written.
     """
 
     def __init__(self, path: str | Path, sites: SiteTable, samples: tuple[str, ...] | list[str], source: str) -> None:
@@ -83,10 +82,10 @@ class ImputedVcfWriter:
         assert exc_type or self._next == len(self._sites), f"{self._next} of {len(self._sites)} sites written"
 
     def write(self, first: int, haplotype_dosage: np.ndarray, typed: np.ndarray, alleles_typed: np.ndarray) -> None:
-        """Write sites ``first`` to ``first + n``.
+        """Write the sites ``first`` to ``first + n``, which must follow those written before.
 
-        ``haplotype_dosage`` float32 [2N, n] are ALT probabilities, ``typed`` bool [n] marks typed sites,
-        at which ``alleles_typed`` uint8 [2N, n] is written unchanged and the dosage is not looked at.
+        ``haplotype_dosage`` float32 [2N, n] are ALT probabilities in [0, 1]. ``typed`` bool [n] marks typed sites;
+        there ``alleles_typed`` uint8 [2N, n] are written unchanged and the dosage is ignored.
         """
         assert first == self._next, f"sites {first}.. follow {self._next}"
         assert haplotype_dosage.shape == alleles_typed.shape == (2 * self._samples, len(typed))
@@ -124,7 +123,7 @@ _PERSON_WIDTH = len("0|0:0.000:0.000,0.000:1.000,0.000,0.000\t")
 
 @cache
 def _imputed_sample_text() -> np.ndarray:
-    """uint64 [1001 * 1001, 5]: the 40 bytes of a sample whose HDS are a/1000, b/1000, at 1001 a + b.
+    """Text of a sample whose HDS are a/1000 and b/1000, 40 bytes in row 1001 a + b: uint64 [1001 * 1001, 5].
 
     A sample's columns depend on these two numbers only, so a block of records is one gather.
     """

@@ -1,4 +1,4 @@
-"""Plots of an evaluation."""
+"""Plots of an evaluation report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from matplotlib import pyplot
 
 
 def plot_report(report: Report, folder: Path) -> list[Path]:
-    """Write ``r2.png`` (aggregate r2 against MAF, with intervals) and ``calibration.png`` into ``folder``."""
+    """Write ``r2.png`` (aggregate r2 against MAF, with intervals) and ``calibration.png`` into ``folder``.
+
+    Returns the two paths.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     return [_plot_r2(report, folder / "r2.png"), _plot_calibration(report, folder / "calibration.png")]
 

@@ -1,4 +1,4 @@
-"""The plot of a profile."""
+"""Plot of a profile."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _STEPS_SHOWN = 5
 
 
 def plot_profile(report: dict[str, Any], spans: list[Span], path: Path) -> Path:
-    """Memory over time, and below it the phases of a few steps, a row for each thread."""
+    """Plot memory over time and, below it, the phases of a few steps by thread and stream, into ``path``."""
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(9, 6.5))
     readings = report["readings"]
     for name, label in _MEMORY.items():
@@ -43,7 +43,7 @@ def plot_profile(report: dict[str, Any], spans: list[Span], path: Path) -> Path:
 
 
 def _few_steps(spans: list[Span]) -> list[Span]:
-    """Those of a few steps shortly before the last, for which nothing is built ahead any more."""
+    """Spans of a few steps shortly before the last ones, for which no batches are built ahead any more."""
     starts = [span.start_s for span in spans if span.name == "forward"][-2 * _STEPS_SHOWN :]
     since = starts[0] if starts else 0.0
     until = starts[_STEPS_SHOWN] if len(starts) > _STEPS_SHOWN else np.inf
