@@ -97,7 +97,7 @@ def _parse(path: Path, why: str) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON: {fault}") from fault
     if not isinstance(tree, dict):
         raise UserError(f"{path}: not a configuration: expected a JSON object, as in ds_configs/v18.json")
-    return json.loads(json.dumps(tree))  # hjson's ordered containers as plain ones
+    return json.loads(json.dumps(tree))  # plain containers instead of hjson's ordered ones
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

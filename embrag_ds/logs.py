@@ -33,11 +33,11 @@ class _Terminal(logging.Formatter):
 
     def __init__(self, rank: int):
         super().__init__("%(message)s")
-        self._speaker = f"rank {rank}: " if rank else ""
+        self._prefix = f"rank {rank}: " if rank else ""
 
     def format(self, record: logging.LogRecord) -> str:
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        return f"{self._speaker}{level}{super().format(record)}"
+        return f"{self._prefix}{level}{super().format(record)}"
 
 
 def rank_of_process() -> int:

@@ -48,7 +48,7 @@ def parse_settings(kind: type[Settings], tree: Any, where: str, source: str) -> 
     :class:`~embrag_ds.errors.UserError` for an unknown key, a wrong type or a broken rule. Unknown keys come first.
     """
     try:
-        # As JSON, because there a list is what a tuple looks like, and strict checks know that.
+        # Parsed as JSON, because strict checks then accept a list for a tuple.
         return TypeAdapter(kind).validate_json(json.dumps(tree))
     except ValidationError as fault:
         errors = sorted(fault.errors(include_url=False), key=lambda error: error["type"] != _UNKNOWN_KEY)
@@ -84,7 +84,7 @@ def _complaint(kind: type, tree: Any, where: str, error: ErrorDetails) -> str:
         elif typing.get_origin(hint) is dict:
             hint = typing.get_args(hint)[1]
         else:
-            break  # an item of a list: the list is named, as a whole
+            break  # the error names the whole list, not its item
         tree, where = tree[name], f"{where}.{name}"
     return f"{where} must be {_expected(hint)}, not {as_json(tree)}"
 

@@ -112,7 +112,7 @@ def score(rows: dict[str, Row], data: WindowedPanel, samples: np.ndarray, typed:
     tallies = {name: AggregateR2(1) for name in rows}
     reference = data.reference
     left = ~typed & reference.passes_minimum_count
-    spoken = time.monotonic()
+    last_logged = time.monotonic()
     for window in data.windows[::stride]:
         core = window.core_sites
         scored = left[core].copy()
@@ -127,9 +127,9 @@ def score(rows: dict[str, Row], data: WindowedPanel, samples: np.ndarray, typed:
             for name, row in rows.items():
                 dosage = row.dosage(queries)[scored]
                 tallies[name].add(truth.reshape(-1, 1), dosage.reshape(-1, 1), np.repeat(frequency, truth.shape[1]))
-        if time.monotonic() - spoken > 10:
+        if time.monotonic() - last_logged > 10:
             logger.info("  window %d/%d", window.index + 1, len(data.windows))
-            spoken = time.monotonic()
+            last_logged = time.monotonic()
     return {name: tally.result() for name, tally in tallies.items()}
 
 

@@ -61,7 +61,7 @@ class Meter:
         began = time.monotonic()
         with log.open("wb") as out:
             process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=subprocess.STDOUT)
-            # Not the kernel's account of the child, which starts with what its parent held.
+            # Sampled, because the kernel's account of a child starts with its parent's memory.
             while process.poll() is None:
                 self.peak_gb = max(self.peak_gb, (peak_resident_bytes(process.pid) or 0) / 1e9)
                 time.sleep(0.02)

@@ -84,8 +84,8 @@ def random_panel(haplotypes: int, windows: int, sites: int, seed: int = 1) -> Wi
         ["."] * total,
     )
     panel = Panel(Path("random"), table, tuple(f"s{i}" for i in range(samples)), np.concatenate(blocks), {})
-    everybody = Populations(("all",), np.zeros(samples, dtype=np.int64))
-    reference = PanelSubset(panel, everybody, np.arange(samples))
+    one_population = Populations(("all",), np.zeros(samples, dtype=np.int64))
+    reference = PanelSubset(panel, one_population, np.arange(samples))
     return WindowedPanel(reference, make_windows(table, sites, 0, 0), np.arange(total) / 1000.0)
 
 
@@ -153,7 +153,7 @@ def bench_collate(bench: Bench) -> dict[str, Any]:
     slow, fast = alternating(lambda: literal(queries), lambda: collate(queries, 0), rounds=bench.rounds)
 
     packed = data.reference.panel.packed.nbytes
-    numbers = bench.sites * 2 * bench.dims  # a codebook's
+    numbers = bench.sites * 2 * bench.dims  # of a codebook
     full, half = (numbers * size + bench.sites * 4 + packed for size in (4, 2))
     stored = literal.stored.nbytes
     index = literal.index.ntotal * literal.index.d * 4
@@ -285,7 +285,7 @@ def bench_training(config: RunConfig, bench: Bench) -> dict[str, Any]:
     waited = loop.batches.waited_seconds - waited_before
     loop.close()
     return {
-        # Neighbouring blocks are compared, so that a drift of the machine falls out.
+        # Neighbouring blocks are compared, so that a drift of the machine cancels.
         "throughput_during_refresh": statistics.median(b / a for a, b in zip(during, without, strict=True)),
         "block_s": {"during": during, "without": without},
         "retrieval_wait_fraction": waited / elapsed,

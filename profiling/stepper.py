@@ -32,7 +32,7 @@ from embrag_ds.training.distributed import DistributedContext, start_distributed
 from embrag_ds.training.trainer import Trainer
 
 _SAMPLE_EVERY_S = 0.02
-# Large blocks come from the system and go back to it at once, so that resident memory is what tensors hold.
+# Large blocks are mapped and returned to the system at once, so that resident memory is what tensors hold.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -103,15 +103,15 @@ class Stepper:
 
     def build(self, samples: int) -> Built:
         """Build the run, once, with micro-batches of ``samples`` samples."""
-        return self._ask("build", samples)
+        return self._request("build", samples)
 
     def steps(self, count: int) -> Block | None:
         """Take ``count`` steps; None if the GPU's memory does not suffice."""
-        return self._ask("steps", count)
+        return self._request("steps", count)
 
     def watch(self, count: int) -> MemoryCurve:
         """Memory over time during ``count`` steps, sampled."""
-        return self._ask("watch", count)
+        return self._request("watch", count)
 
     def close(self) -> None:
         """End the process."""
@@ -119,9 +119,9 @@ class Stepper:
             self._pipe.send(("close",))
         self._process.join()
 
-    def _ask(self, *question: Any) -> Any:
+    def _request(self, *request: Any) -> Any:
         try:
-            self._pipe.send(question)
+            self._pipe.send(request)
             good, answer = self._pipe.recv()
         except (EOFError, ConnectionError):
             self._process.join()
@@ -134,12 +134,12 @@ class Stepper:
 def _serve(pipe: Connection, recipe: Recipe) -> None:
     """Child process: answer requests until told to close. What training prints goes to stderr."""
     for name in _LAUNCHER:
-        os.environ.pop(name, None)  # every process is a group of its own, whoever started the parent
+        os.environ.pop(name, None)  # every process forms a process group of its own
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         run = _Run(recipe, Path(folder))
-        while (question := pipe.recv())[0] != "close":
+        while (request := pipe.recv())[0] != "close":
             try:
-                pipe.send((True, getattr(run, question[0])(*question[1:])))
+                pipe.send((True, getattr(run, request[0])(*request[1:])))
             except Exception:
                 pipe.send((False, traceback.format_exc()))
         run.close()
@@ -179,7 +179,7 @@ class _Run:
         trainer = Trainer(config, self._inputs, run_dir, self._distributed, resume=False, timeline=timeline)
         cache = trainer.reference.cache
         if cache is not None:
-            cache.code(0, 0)  # waits until it is encoded
+            cache.code(0, 0)  # wait until it is encoded
         synchronise(self._distributed.device)
         seconds = time.perf_counter() - began
         self._trainer = trainer

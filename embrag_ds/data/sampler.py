@@ -171,9 +171,9 @@ def exclusion_table(samples: Sequence[str], relatives: Path | None) -> np.ndarra
             if len(pair) != 2 or not all(sample in number_of for sample in pair):
                 raise UserError(f"{relatives}: line {number}: expected two sample ids of the panel")
             one, other = (number_of[sample] for sample in pair)
-            for number, relative in ((one, other), (other, one)):
-                if relative not in excluded[number]:
-                    excluded[number].append(relative)
+            for sample, relative in ((one, other), (other, one)):
+                if relative not in excluded[sample]:
+                    excluded[sample].append(relative)
     width = max(map(len, excluded))
     return np.array([row + [-1] * (width - len(row)) for row in excluded], dtype=np.int64)
 

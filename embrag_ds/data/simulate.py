@@ -30,7 +30,8 @@ MIN_TYPED_MAF = 0.05
 """Least minor-allele frequency (a fraction) of a typed site."""
 MUTATION_RATE = 1.25e-8
 """Mutations per base pair and generation."""
-BACKGROUND = 0.1  # of the mean recombination rate lies outside hotspots
+BACKGROUND = 0.1
+"""Fraction of the mean recombination rate that lies outside hotspots."""
 HOTSPOT_SPACING_BP = 50_000
 """Typical distance of recombination hotspots, in base pairs."""
 RECIPE_VERSION = 2
@@ -288,7 +289,7 @@ def _simulate(
     settings: SimulationSettings, samples: list[int], breakpoints: np.ndarray, rates: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Simulated 1-based positions int64 [S] and alleles uint8 [S, 2N], samples in the order of the populations."""
-    # msprime takes a second to import, and only those who simulate need it.
+    # Imported here, because msprime takes a second and only simulation needs it.
     import msprime
 
     tree_sequence = msprime.sim_ancestry(

@@ -42,7 +42,7 @@ class Spool:
         self._table = np.empty((max(_PAGE_ENTRIES, 4 * entries), columns), dtype=np.float32)
         self._used = 0
         self._rows = 0
-        # Of every page the first row, and where its table begins, in entries.
+        # For every page: its first row, and the place of its table, counted in entries.
         self._first_row = [0]
         self._begin = [0]
         self._page_in_table = -1
@@ -58,7 +58,7 @@ class Spool:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         for file in (self._codes, self._tables):
-            # On a full disk this fails, too, with what was still to be written.
+            # Closing writes what is still buffered, which fails on a full disk.
             with suppress(OSError):
                 file.close()
 

@@ -25,7 +25,7 @@ import pysam
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.errors import UserError
 
-# Our errors name the file, the record and the remedy; htslib's would only repeat them on stderr.
+# Our errors name file, record and remedy; htslib's messages on stderr would only repeat them.
 pysam.set_verbosity(0)
 
 _BGZF_EOF = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")

@@ -89,7 +89,7 @@ class ImputedVcfWriter:
         """
         assert first == self._next, f"sites {first}.. follow {self._next}"
         assert haplotype_dosage.shape == alleles_typed.shape == (2 * self._samples, len(typed))
-        step = max(1, 2**23 // (_PERSON_WIDTH * self._samples))
+        step = max(1, 2**23 // (_SAMPLE_WIDTH * self._samples))
         for start in range(0, len(typed), step):
             block = slice(start, start + step)
             self._write_block(haplotype_dosage[:, block], typed[block], alleles_typed[:, block])
@@ -118,7 +118,7 @@ class ImputedVcfWriter:
         self._next += len(typed)
 
 
-_PERSON_WIDTH = len("0|0:0.000:0.000,0.000:1.000,0.000,0.000\t")
+_SAMPLE_WIDTH = len("0|0:0.000:0.000,0.000:1.000,0.000,0.000\t")
 
 
 @cache
@@ -130,10 +130,10 @@ def _imputed_sample_text() -> np.ndarray:
     a, b = (part.ravel() for part in np.meshgrid(np.arange(1001), np.arange(1001), indexing="ij"))
     gp_millionths = np.stack([(1000 - a) * (1000 - b), a * (1000 - b) + (1000 - a) * b, a * b], axis=1)
     gp = (gp_millionths + 500) // 1000
-    # The largest takes up what rounding left, so that the written values sum to 1.
+    # The largest probability absorbs the rounding errors, so that the written values sum to 1.
     gp[np.arange(len(gp)), gp.argmax(axis=1)] += 1000 - gp.sum(axis=1)
     digits = np.array([list(f"{i / 1000:.3f}".encode()) for i in range(2001)], dtype=np.uint8)
-    text = np.empty((len(a), _PERSON_WIDTH), dtype=np.uint8)
+    text = np.empty((len(a), _SAMPLE_WIDTH), dtype=np.uint8)
     text[:] = np.frombuffer(b"0|0:0.000:0.000,0.000:1.000,0.000,0.000\t", dtype=np.uint8)
     text[:, 0] += a > 500
     text[:, 2] += b > 500

@@ -260,7 +260,7 @@ class Calibration:
 
     def curve(self) -> list[tuple[float, float, int]]:
         """Calibration curve: (mean probability, fraction called correctly, genotypes) of every bin with genotypes."""
-        return [(said / n, right / n, int(n)) for n, said, right in self.sums.tolist() if n]
+        return [(confidence / n, correct / n, int(n)) for n, confidence, correct in self.sums.tolist() if n]
 
 
 def estimate_correlation(estimated_r2: np.ndarray, true_r2: np.ndarray, panel_af: np.ndarray) -> dict[str, float]:

@@ -46,9 +46,9 @@ def _plot_calibration(report: Report, path: Path) -> Path:
     ):
         axes.plot([0.33, 1], [0.33, 1], color="grey", linewidth=0.8)
         for tool, scores in report.tools.items():
-            said, right, _ = np.array(getattr(scores, curve)).reshape(-1, 3).T
-            if len(said):
-                axes.plot(said, right, marker="o", label=tool)
+            confidence, correct, _ = np.array(getattr(scores, curve)).reshape(-1, 3).T
+            if len(confidence):
+                axes.plot(confidence, correct, marker="o", label=tool)
         axes.set(xlabel="probability of the called genotype", title=title)
     both[0].set_ylabel("share called correctly")
     return _save(figure, both[1], path)

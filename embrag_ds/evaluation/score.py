@@ -145,9 +145,9 @@ def _scored_sites(panel: Panel, truth: AlignedFile, targets: Targets, tools: Map
 def _baselines(panel: Panel, panel_af: np.ndarray, targets: Targets, columns: np.ndarray) -> dict[str, Tool]:
     """Both baselines, for the samples in these columns int64 [N] of the target."""
     haplotypes = np.stack([2 * columns, 2 * columns + 1], axis=1).reshape(-1)
-    everybody = slice(0, len(targets.samples))
+    all_samples = slice(0, len(targets.samples))
     nearest = NearestHaplotype(
-        panel, targets.match.panel_index, lambda typed: targets.typed_alleles(typed, everybody)[:, haplotypes]
+        panel, targets.match.panel_index, lambda typed: targets.typed_alleles(typed, all_samples)[:, haplotypes]
     )
     return {
         ALLELE_FREQUENCY: Tool(lambda rows: allele_frequency_dosage(panel_af[rows], len(columns))),

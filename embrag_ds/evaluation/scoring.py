@@ -56,11 +56,11 @@ def score(
 
     ``files`` and ``typed_sites`` only go into the report. Memory: see :mod:`embrag_ds.evaluation.score`.
     """
-    # One measure for all: probabilities and best guesses do not compare.
+    # The same input for all tools: IQS of probabilities and of best guesses do not compare.
     from_probabilities = all(tool.gp is not None for tool in tools.values())
     sums = {name: _Sums(scored, tool, from_probabilities) for name, tool in tools.items()}
     missing = 0
-    spoken = time.monotonic()
+    last_logged = time.monotonic()
     at_once = max(1, min(BLOCK_SITES, BLOCK_GENOTYPES // scored.samples))
     for start in range(0, len(scored.sites), at_once):
         block = slice(start, start + at_once)
@@ -68,9 +68,9 @@ def score(
         missing += int(np.isnan(truth).sum())
         for each in sums.values():
             each.add(block, truth)
-        if time.monotonic() - spoken > _SECONDS_BETWEEN_LINES:
+        if time.monotonic() - last_logged > _SECONDS_BETWEEN_LINES:
             logger.info("scored %d of %d sites", block.stop, len(scored.sites))
-            spoken = time.monotonic()
+            last_logged = time.monotonic()
     if missing:
         genotypes = scored.samples * len(scored.sites)
         logger.info("%d of %d truth genotypes are missing and not scored", missing, genotypes)

@@ -70,9 +70,9 @@ class Imputation:
         (:meth:`embrag_ds.model.imputer.Imputer.forward`), and windows are longer.
         """
         config = model.config
-        everybody = np.arange(len(inputs.panel.samples))
-        settings = config.data if transformer else _with_longer_windows(config.data, 2 * len(everybody))
-        self.data: WindowedPanel = windowed(inputs, settings, everybody)
+        all_samples = np.arange(len(inputs.panel.samples))
+        settings = config.data if transformer else _with_longer_windows(config.data, 2 * len(all_samples))
+        self.data: WindowedPanel = windowed(inputs, settings, all_samples)
         left_out = uncovered(self.data.windows, len(inputs.panel.sites))
         if left_out:
             raise UserError(
@@ -134,7 +134,7 @@ def impute_to_vcf(imputation: Imputation, targets: Targets, out: Path) -> None:
     source = f"embrag_ds {embrag_ds.__version__}"
     pending = np.zeros((2 * len(targets.samples), 0), dtype=np.float32)
     written = 0
-    spoken = time.monotonic()
+    last_logged = time.monotonic()
     with ImputedVcfWriter(out, sites, targets.samples, source) as writer:
         for number, probability in imputation.windows(targets):
             window = windows[number]
@@ -145,13 +145,13 @@ def impute_to_vcf(imputation: Imputation, targets: Targets, out: Path) -> None:
             last = number + 1 == len(windows)
             settled = window.core_stop if last else windows[number + 1].core_start
             span = slice(written, settled)
-            everybody = slice(0, len(targets.samples))
-            writer.write(written, grown[:, : settled - written], targets.typed[span], targets.alleles(span, everybody))
+            samples = slice(0, len(targets.samples))
+            writer.write(written, grown[:, : settled - written], targets.typed[span], targets.alleles(span, samples))
             pending = grown[:, settled - written :]
             written = settled
-            if time.monotonic() - spoken > 2 or last:
+            if time.monotonic() - last_logged > 2 or last:
                 logger.info("imputed window %d/%d, %d/%d sites", number + 1, len(windows), written, len(sites))
-                spoken = time.monotonic()
+                last_logged = time.monotonic()
 
 
 def impute(

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from embrag_ds.errors import UserError
 
-# Functions of DeepSpeed's engine that read settings and touch nothing else. Its parser lets pass what they refuse.
+# Functions of DeepSpeed's engine that only read settings. They refuse values that its parser accepts.
 _READERS = {
     ("deepspeed.runtime.engine", "_do_sanity_check"),
     ("deepspeed.runtime.engine", "_configure_basic_optimizer"),
@@ -23,7 +23,7 @@ _READERS = {
     ("deepspeed.runtime.zero.stage3", "_configure_tensor_swapping"),
     ("deepspeed.utils.logging", "set_log_level_from_string"),
 }
-# Their constructors begin by refusing settings that do not go together, and go on to partition the parameters.
+# Their constructors first refuse settings that do not go together, and then partition the parameters.
 _OPTIMIZERS = (
     "deepspeed.runtime.zero.stage_1_and_2",
     "deepspeed.runtime.zero.stage3",

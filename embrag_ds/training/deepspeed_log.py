@@ -13,15 +13,15 @@ from contextlib import contextmanager, redirect_stdout
 
 from embrag_ds.logs import RunLog
 
-_said = io.StringIO()
-with redirect_stdout(_said):
+_printed = io.StringIO()
+with redirect_stdout(_printed):
     from deepspeed.utils import logger
 
 _held = RunLog()
 for _handler in list(logger.handlers):
     logger.removeHandler(_handler)
 logger.addHandler(_held)
-for _line in _said.getvalue().splitlines():
+for _line in _printed.getvalue().splitlines():
     logger.warning(_line)
 
 

@@ -59,7 +59,7 @@ def _keys(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Neither models nor one list of names in DeepSpeed 0.19; the tests record what it looks for and compare.
+# DeepSpeed 0.19 has neither models nor a list of these; the tests record which keys it reads, and compare.
 LISTED: dict[str, frozenset[str]] = {
     "": _keys(
         """
@@ -105,11 +105,11 @@ LISTED: dict[str, frozenset[str]] = {
     "scheduler": _keys("params type"),
 }
 """Section -> keys that DeepSpeed reads without a model."""
-# DeepSpeed takes these out of optimizer.params itself.
+# DeepSpeed removes these from optimizer.params itself.
 _ADAM = _keys("adam_w_mode foreach fp32_optimizer_states torch_adam")
-# Importing Muon compiles its kernels, and what it does not know it leaves out silently.
+# Listed, because importing Muon compiles its kernels; it ignores keys that it does not know.
 _MUON = _ADAM | _keys("adam_lr betas eps lr momentum muon_lr ns_method weight_decay")
-# Which class it will be depends on the machine and on where the optimizer's state is.
+# The class depends on the machine and on where the optimizer's state is kept.
 _OPTIMIZERS: dict[str, tuple[type, ...]] = {
     "adam": (torch.optim.AdamW, FusedAdam, DeepSpeedCPUAdam),
     "adamw": (torch.optim.AdamW, FusedAdam, DeepSpeedCPUAdam),
@@ -138,7 +138,7 @@ def check_deepspeed_settings(tree: dict[str, Any], source: str) -> None:
     _check_keys("optimizer.params", _optimizer_parameters(tree, source), tree, source)
     if "scheduler" in tree:
         _check_keys("scheduler.params", _scheduler_parameters(tree, source), tree, source)
-    _ask_deepspeed(tree, source)
+    _parse_with_deepspeed(tree, source)
 
 
 def known_keys() -> dict[str, frozenset[str]]:
@@ -164,7 +164,7 @@ def _check_keys(section: str, known: frozenset[str] | None, tree: dict[str, Any]
     for name in filter(None, section.split(".")):
         node = node.get(name, {}) if isinstance(node, dict) else {}
     if node is None and "." in section:
-        return  # DeepSpeed's way to say that there is none
+        return  # null stands for a section that is absent
     if not isinstance(node, dict):
         raise UserError(f"{source}: {section} must be a section, not {as_json(node)}")
     for key in node:
@@ -183,7 +183,7 @@ def _optimizer_parameters(tree: dict[str, Any], source: str) -> frozenset[str] |
     if name in _OPTIMIZERS:
         return _parameters(*_OPTIMIZERS[name]) | (_ADAM if "adam" in name else frozenset())
     if name in DEEPSPEED_OPTIMIZERS:
-        return None  # those of mup, a package of its own
+        return None  # classes of the package mup, which may not be installed
     return _parameters(_class_called(kind, torch.optim, torch.optim.Optimizer, "optimizer", tuple(_OPTIMIZERS), source))
 
 
@@ -212,10 +212,10 @@ def _parameters(*kinds: type) -> frozenset[str]:
     return frozenset(names) - _GIVEN_BY_DEEPSPEED
 
 
-def _ask_deepspeed(tree: dict[str, Any], source: str) -> None:
+def _parse_with_deepspeed(tree: dict[str, Any], source: str) -> None:
     """Let DeepSpeed parse its settings, without an engine and without the other ranks."""
-    deepspeed_logger.setLevel(logging.WARNING)  # it tells how it reads them
-    # The global batch is right or wrong for a number of ranks, which only the engine knows.
+    deepspeed_logger.setLevel(logging.WARNING)  # it logs how it reads them
+    # Whether the global batch is right depends on the number of ranks, which only the engine knows.
     alone = {key: value for key, value in copy.deepcopy(tree).items() if key != "train_batch_size"}
     try:
         DeepSpeedConfig(alone)

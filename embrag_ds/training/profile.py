@@ -73,7 +73,7 @@ class Profile:
             return
         try:
             self._close()
-        except Exception as another:  # the failure of what was measured is the one to raise
+        except Exception as another:  # the failure of the measured code is the one to raise
             logger.error("the profile failed: %r", another)
 
     def _close(self) -> None:
@@ -93,7 +93,7 @@ class Profile:
         torch.cuda.memory._record_memory_history(enabled=None)
 
     def _write(self) -> None:
-        # Here, because a run without a profile need not load matplotlib.
+        # Imported here, because a run without a profile does not need matplotlib.
         from embrag_ds.training.profile_plot import plot_profile
 
         report = self.report()
@@ -141,5 +141,5 @@ def table(report: dict[str, Any]) -> list[str]:
             f"{'-' if share is None else format(share, '.3f'):>19}"
         )
     peaks = report["peaks"]
-    said = [f"{label} {peaks[name] * scale:.4g} {unit}" for name, label, scale, unit in _PEAKS if name in peaks]
-    return [*lines, f"peaks: {', '.join(said)}"]
+    parts = [f"{label} {peaks[name] * scale:.4g} {unit}" for name, label, scale, unit in _PEAKS if name in peaks]
+    return [*lines, f"peaks: {', '.join(parts)}"]

@@ -51,10 +51,10 @@ def train(
     return folder
 
 
-def _choose_run_dir(asked: Path | None, stem: str, resume: bool, distributed: DistributedContext) -> Path:
+def _choose_run_dir(given: Path | None, stem: str, resume: bool, distributed: DistributedContext) -> Path:
     """The run folder given, the newest one to resume, or a new one named by the clock of rank 0."""
-    if asked is not None:
-        run_dir = asked
+    if given is not None:
+        run_dir = given
     elif resume:
         found = sorted(Path("runs").glob(f"{stem}-*/checkpoints/latest"))
         if not found:

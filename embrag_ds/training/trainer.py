@@ -133,7 +133,7 @@ class Trainer:
             timeline,
             gather=deepspeed.zero.GatheredParameters,
         )
-        # One for the thread that prefetches, one for validation.
+        # A collator serves one thread: this one prefetches, the other one validates.
         self.collate = self.reference.collator(micro_batch, slots=self.reference.prefetch + 2)
         self._validation_collate = self.reference.collator(micro_batch)
         self.validator = Validator(data, self.embrag.validation, held_out, micro_batch, distributed)
