@@ -212,8 +212,8 @@ def largest_batches(recipes: dict[str, Recipe], options: argparse.Namespace, dev
     on_gpu = device.type == "cuda"
     budget = torch.cuda.get_device_properties(device).total_memory if on_gpu else options.budget_gb * GB
     found = {}
-    asked = [(variant, *way) for variant in LARGEST if variant in recipes for way in LARGEST[variant].items()]
-    for variant, suffix, more in asked:
+    sought = [(variant, *way) for variant in LARGEST if variant in recipes for way in LARGEST[variant].items()]
+    for variant, suffix, more in sought:
         name = variant + suffix
         recipe = replace(recipes[variant], overrides=(*recipes[variant].overrides, *more))
         found[name] = largest_batch(recipe, name, budget, options.most_samples)

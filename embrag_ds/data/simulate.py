@@ -1,4 +1,4 @@
-"""Simulated data: a small panel with targets, so that nothing needs to be downloaded (the default data set)."""
+"""Simulated data sets: a panel with targets and their truth; a small one is the default data set of all commands."""
 
 from __future__ import annotations
 
@@ -111,9 +111,8 @@ def simulate_default(directory: Path, settings: SimulationSettings) -> DefaultDa
     """Simulate a data set into ``directory``, or reuse one that was made there with the same settings.
 
     ``out-of-africa`` has three populations under the model of Gutenkunst et al. (2009, PLoS Genet. 5:e1000695).
-    ``american-admixture`` has four under that of Browning et al. (2018, PLoS Genet. 14:e1007385), all of them growing
-    and one admixed. Both recombine along a map with hotspots. The same settings and version of msprime give the same
-    genotypes.
+    ``american-admixture`` has four under that of Browning et al. (2018, PLoS Genet. 14:e1007385), one of them admixed.
+    Both recombine along a map with hotspots. The same settings and version of msprime give the same genotypes.
 
     The directory appears only when complete, and replaces one with other settings. Raises :class:`UserError` if it
     holds anything else.
@@ -257,9 +256,7 @@ def _out_of_africa() -> msprime.Demography:
 
 
 def _american_admixture() -> msprime.Demography:
-    """Four populations with the parameters of Browning et al. (2018), growing until today, one admixed 12 generations
-    ago.
-    """
+    """Four populations of Browning et al. (2018): all but AFR grow until today, and ADMIX mixed 12 generations ago."""
     import msprime
 
     split_eurasia, split_africa, expansion = 920, 2040, 5920

@@ -93,8 +93,8 @@ class Spool:
             self._tables.flush()
 
     def read(self, rows: np.ndarray, columns: slice, entries: np.ndarray | None = None) -> np.ndarray:
-        """Read any ``rows`` int64 [n]: float32 [n, N, C] of some ``columns``, for all entries or those numbered int64
-        [N].
+        """Read some ``columns`` of any ``rows`` int64 [n], for all ``entries`` or those numbered int64 [N]: float32 [n,
+        N, C].
         """
         codes = self._read_codes(rows, np.arange(self._entries) if entries is None else entries)
         values = np.empty((*codes.shape, len(range(self._table.shape[1])[columns])), dtype=np.float32)

@@ -73,8 +73,7 @@ def aligned(path: Path, panel: Panel, folder: Path, truth: DosageFile | None = N
 
 
 def columns_of(names: tuple[str, ...], samples: tuple[str, ...], path: Path, truth_path: Path) -> np.ndarray:
-    """Column of each of ``names``, the samples of the truth, among ``samples``, those of the file at ``path``: int64
-    [N].
+    """Columns int64 [N] of the truth's samples ``names`` among ``samples``, those of the file at ``path``.
 
     Raises :class:`UserError` if a name is missing.
     """

@@ -92,7 +92,7 @@ class Imputation:
         self._collate = self._reference.collator(block, slots=_AHEAD + 2)
 
     def windows(self, targets: Targets) -> Iterator[tuple[int, np.ndarray]]:
-        """Iterate over (window number, ALT probabilities of all target haplotypes in its core, float32 [2N, L]), in
+        """Iterate over (window number, ALT probabilities float32 [2N, L] of the target haplotypes in its core), in
         order.
 
         While the network computes one block of samples, retrieval works on the next.

@@ -22,8 +22,7 @@ _PACKAGES = ("embrag_ds", "torch", "deepspeed", "numpy", "pysam", "faiss-cpu", "
 
 
 class RunRecord:
-    """Writer of a run's configuration and metrics. Only rank 0 writes files; the monitors choose their ranks
-    themselves.
+    """Writer of a run's configuration and metrics. Only rank 0 writes files; DeepSpeed's monitors do so on their own.
     """
 
     def __init__(self, directory: Path, distributed: DistributedContext):
@@ -38,8 +37,8 @@ class RunRecord:
             self._path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
 
     def describe(self, config: RunConfig, engine: deepspeed.DeepSpeedEngine, inputs: dict[str, Any]) -> None:
-        """Write ``config.json`` (the effective settings) and ``versions.json`` (versions, device, batch sizes and
-        ``inputs``).
+        """Write ``config.json``, the effective settings, and ``versions.json``: versions, device, batch sizes,
+        ``inputs``.
         """
         if not self._distributed.is_main:
             return

@@ -46,7 +46,8 @@ class Interval:
     """Sums between two log lines.
 
     ``losses`` float32 [3] (total, haplotype, genotype) stay on the device until a line is written. ``skipped_before``
-    and ``waited_before`` are counts at the interval's start. Times are those of ``time.monotonic``, in seconds.
+    (steps) and ``waited_before`` (seconds) are the run's totals at the interval's start. Times are those of
+    ``time.monotonic``, in seconds.
     """
 
     losses: torch.Tensor
