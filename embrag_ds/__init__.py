@@ -1,3 +1,3 @@
-"""Embedding RAG for genotype imputation, trained with DeepSpeed."""
+"""Genotype imputation with retrieval from a reference panel, trained with DeepSpeed."""
 
 __version__ = "0.1.0"

@@ -1,11 +1,12 @@
-"""The run's configuration: one JSON file, DeepSpeed's keys at top level, ours under ``"embrag"``.
+"""Run configuration: one JSON file with DeepSpeed's keys at the top level and this package's keys under ``"embrag"``.
 
-Our section is parsed into strict frozen dataclasses (:mod:`embrag_ds.settings`). An unknown key, a wrong type or a
-value out of range is a :class:`~embrag_ds.errors.UserError` that names the key and, for a typo, the nearest valid one.
-How a file is found and what it may extend: :mod:`embrag_ds.config_files`. Of DeepSpeed's half only what this package
-reads itself is checked here, because imputing runs without DeepSpeed. Where training starts, DeepSpeed is asked about
-the rest (:mod:`embrag_ds.training.deepspeed_settings`). Batch size, precision, clipping, learning rate and ZeRO live
-only on DeepSpeed's side.
+The section ``"embrag"`` is parsed into strict frozen dataclasses (:mod:`embrag_ds.settings`). An unknown key, a wrong
+type or a value out of range raises :class:`~embrag_ds.errors.UserError`. Its message names the key and, for a typo, the
+nearest valid key. :mod:`embrag_ds.config_files` finds the file and merges what it extends.
+
+Of DeepSpeed's keys, only those that this package reads are checked here, because imputation runs without DeepSpeed.
+Training checks the others (:mod:`embrag_ds.training.deepspeed_settings`). Batch size, precision, clipping, learning
+rate and ZeRO have DeepSpeed's keys only.
 """
 
 from __future__ import annotations
@@ -28,22 +29,28 @@ from embrag_ds.settings import as_json, parse_settings, strict_settings
 
 @strict_settings
 class TrainConfig:
-    """The loop. A step is one optimiser step (``gradient_accumulation_steps`` micro-batches)."""
+    """Settings of the training loop. A step is one optimiser step: ``gradient_accumulation_steps`` micro-batches."""
 
     max_steps: int = 100_000
+    """Optimiser steps after which training ends. DeepSpeed's learning-rate schedule does not depend on it."""
     log_every: int = 10
+    """Optimiser steps between two log lines."""
     eval_every: int = 500
+    """Optimiser steps between two validations. The weights of the best validation become the exported model."""
     checkpoint_every: int = 500
+    """Optimiser steps between two checkpoints. The last step always writes one."""
     keep_checkpoints: int = 2
+    """Number of checkpoints kept; older ones are deleted."""
     patience: int | None = None
-    """Stop after this many validations without a better score; null: never."""
+    """Validations in a row without a better score after which training stops; null: it never stops early."""
     frozen: tuple[str, ...] = ()
-    """Parts of the network whose weights stay as they are: ``pooling``, ``confidence``, ``embedding``, ..."""
+    """Parts of the network whose weights are not trained, such as ``embedding``, ``pooling`` or ``confidence``."""
     compile: bool = False
-    """Compile the transformer's blocks with ``torch.compile``: a minute at the start, and a C++ compiler on a CPU."""
+    """Compile the transformer blocks with ``torch.compile``. This takes about a minute, and a C++ compiler on a CPU."""
     recompute_projections: bool = False
-    """Keep three tenths of a block's activations for the backward pass and do its projections, but not its attention,
-    again."""
+    """Recompute a transformer block's projections, but not its attention, in the backward pass. This keeps about three
+    tenths of the block's activations.
+    """
 
     def __post_init__(self) -> None:
         for key in ("max_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
@@ -53,12 +60,12 @@ class TrainConfig:
 
 @strict_settings
 class ValidationConfig:
-    """Frozen validation masks (see :data:`embrag_ds.data.masking.VALIDATION_MASKS`)."""
+    """Settings of validation, which uses the frozen masks :data:`embrag_ds.data.masking.VALIDATION_MASKS`."""
 
     windows: int = 8
-    """Validate on at most this many windows, spread evenly."""
+    """Number of windows, spread evenly over the panel; all of them if there are fewer."""
     samples: int = 48
-    """... and this many of the held-out samples."""
+    """Number of held-out samples; all of them if there are fewer."""
 
     def __post_init__(self) -> None:
         require(self.windows >= 1 and self.samples >= 1, "validation", "windows and samples must be at least 1")
@@ -66,9 +73,10 @@ class ValidationConfig:
 
 @strict_settings
 class EmbragConfig:
-    """The ``"embrag"`` section."""
+    """The section ``"embrag"``: all settings of this package."""
 
     seed: int = 1
+    """Seed, in [0, 2^64), of held-out samples, order of batches, masks, augmentation, initial weights and dropout."""
     data: DataConfig = field(default_factory=DataConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
@@ -84,23 +92,30 @@ class EmbragConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Both halves of a run's file."""
+    """Run configuration: the settings of this package (``embrag``) and DeepSpeed's settings as a JSON tree."""
 
     embrag: EmbragConfig
     deepspeed: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
-        """The resolved configuration, in the shape of the file it came from."""
+        """The configuration as one JSON tree in the layout of its file, with the defaults of ``"embrag"`` filled in."""
         return {**self.deepspeed, "embrag": asdict(self.embrag)}
 
 
 def load_config(name: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a run's file, or a shipped configuration, and apply ``dotted.key=value`` overrides."""
+    """Read a configuration, given by path or shipped name, and apply ``dotted.key=value`` overrides.
+
+    Raises :class:`UserError` as :func:`embrag_ds.config_files.read_tree` and :func:`parse_config` do.
+    """
     return parse_config(*read_tree(name, overrides))
 
 
 def parse_config(tree: dict[str, Any], source: str) -> RunConfig:
-    """Split and check a configuration tree; ``source`` names it in errors."""
+    """Check a configuration tree and split it into its two halves; ``source`` names the tree in errors.
+
+    Raises :class:`UserError` for a missing ``optimizer`` or ``train_micro_batch_size_per_gpu``, for a batch size that
+    is no positive whole number, and for any fault of ``"embrag"``.
+    """
     theirs = {key: value for key, value in tree.items() if key != "embrag"}
     for key in ("train_micro_batch_size_per_gpu", "optimizer"):
         if key not in theirs:
@@ -115,5 +130,8 @@ def parse_config(tree: dict[str, Any], source: str) -> RunConfig:
 
 
 def parse_embrag(tree: dict[str, Any], source: str) -> EmbragConfig:
-    """Parse our section alone (as an exported model carries it)."""
+    """Parse the section ``"embrag"`` alone, as an exported model holds it; ``source`` names it in errors.
+
+    Raises :class:`UserError` for an unknown key, a wrong type, and a value out of range.
+    """
     return parse_settings(EmbragConfig, tree, "embrag", source)

@@ -1,16 +1,15 @@
-"""Configuration files as trees of JSON: where they are found, what they extend, and single keys set on top.
+"""Configuration files as JSON trees: where they are found, what they extend, and single keys set on top.
 
-*Names.* A configuration is the path of a file, or the bare name of one that comes with the package (``v18``). A path
-that exists wins.
+*Names.* A configuration is the path of a file, or the bare name of a shipped one (``v18``). An existing path wins.
 
-*Extending.* ``"extends": "v18.json"`` takes a file's settings from another one, which may extend a third. The path is
-relative to the extending file; the name of a shipped configuration will do, too. Sections are merged key by key, on
-DeepSpeed's side and on ours; numbers, texts and lists replace what is inherited, and so does ``masking.policies``,
-whose weights mean something only together. Of keys that exclude one another, setting one removes the inherited
-others. ``null`` removes a key of DeepSpeed's, which then has DeepSpeed's default. Under ``"embrag"`` it is
-a value like any other (``train.patience``: never), and refused where it means nothing.
+*Extending.* ``"extends": "v18.json"`` inherits the settings of another file, which may extend a third. The path is
+relative to the extending file; the name of a shipped configuration works too. Sections are merged key by key, both
+DeepSpeed's and ours. Numbers, texts and lists replace the inherited value. So does ``masking.policies``, whose weights
+mean something only together. Of keys that exclude one another, setting one removes the inherited others. ``null``
+removes a key of DeepSpeed's, which then has DeepSpeed's default. Under ``"embrag"`` it is an ordinary value
+(``train.patience``: never), refused by keys that do not allow it.
 
-*Overrides.* ``dotted.key=value`` is a file of one key that extends the run's: what is said above holds for it.
+*Overrides.* ``dotted.key=value`` acts like a file with this one key that extends the run's configuration.
 """
 
 from __future__ import annotations
@@ -28,14 +27,19 @@ from embrag_ds.errors import UserError
 from embrag_ds.settings import as_json
 
 EXCLUSIVE = {"embrag.retrieval.refresh": ("every_steps", "every_epochs", "at_steps")}
-"""Section -> keys of which a run has one."""
+"""Section -> keys of which a configuration keeps only one."""
 REPLACED_WHOLE = ("embrag.masking.policies",)
+"""Sections that replace the inherited section instead of being merged with it."""
 _EXTENDS = "extends"
 _PYTHON_ONLY = ("True", "False", "None")
 
 
 def read_tree(name: Path | str, overrides: Iterable[str] = ()) -> tuple[dict[str, Any], str]:
-    """The configuration called ``name`` with all it extends and the overrides, and what errors should call it."""
+    """Read a configuration with all that it extends, and apply the overrides.
+
+    Returns the merged JSON tree and the name for it in errors. Raises :class:`UserError` for a missing, unreadable or
+    malformed file, for files that extend one another in a circle, and for a malformed override.
+    """
     path = _find(name, Path())
     tree, extended = _read(path, ())
     for override in overrides:
@@ -44,7 +48,7 @@ def read_tree(name: Path | str, overrides: Iterable[str] = ()) -> tuple[dict[str
 
 
 def shipped_configurations() -> dict[str, Path]:
-    """Name -> file of the configurations that come with the package."""
+    """Configurations shipped with the package: name -> file."""
     package = Path(str(importlib.resources.files("embrag_ds")))
     installed = package / "ds_configs"
     # setup.py puts the folder there; in a checkout, also one that is installed with ``-e``, it lies beside the package.
@@ -60,7 +64,7 @@ def _find(name: Path | str, folder: Path) -> Path:
 
 
 def _read(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, Any], list[Path]]:
-    """A file's tree on top of what it extends, and the files extended, nearest first."""
+    """Tree of one file merged over the files that it extends, and those files, nearest first."""
     chain = (*extending, path)
     if os.path.realpath(path) in map(os.path.realpath, extending):
         raise UserError(f"{chain[0]}: extends go round in a circle: {' -> '.join(map(str, chain))}")
@@ -93,7 +97,7 @@ def _parse(path: Path, why: str) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON: {fault}") from fault
     if not isinstance(tree, dict):
         raise UserError(f"{path}: not a configuration: expected a JSON object, as in ds_configs/v18.json")
-    return json.loads(json.dumps(tree))  # hjson's ordered containers as plain ones
+    return json.loads(json.dumps(tree))  # plain containers instead of hjson's ordered ones
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -106,7 +110,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _override(override: str) -> dict[str, Any]:
-    """The tree of one key that ``dotted.key=value`` stands for; values are JSON, or plain text."""
+    """Tree with the one key that ``dotted.key=value`` sets; the value is JSON, or else plain text."""
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise UserError(f"--set {override}: write it as dotted.key=value, for example embrag.model.dims=128")
@@ -126,7 +130,7 @@ def _override(override: str) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any], source: str, section: str = "") -> dict[str, Any]:
-    """``base`` with ``over`` on top; ``section`` is the dotted name of both, ``source`` names ``over`` in errors."""
+    """``over`` merged into ``base``; ``section`` is the dotted name of both, ``source`` names ``over`` in errors."""
     result = dict(base)
     exclusive = EXCLUSIVE.get(section, ())
     if any(over.get(key) is not None for key in exclusive):

@@ -1,16 +1,15 @@
-"""The one exception that means: the user's input or settings are at fault."""
+"""The exception for faults of the user's input or settings."""
 
 
 class UserError(Exception):
-    """A fault the user can mend.
+    """A fault of the user's input or settings, as opposed to a bug.
 
-    The message is one line that names the file, the record or key, and the remedy. The entry
-    points print it as ``error: ...`` and exit with status 2; anything else is a bug and shows
-    its traceback.
+    The message is one line that names the file, the record or key, and the remedy. Commands print it as ``error: ...``
+    and exit with status 2. Any other exception is a bug and keeps its traceback.
     """
 
 
 def require(condition: bool, key: str, rule: str) -> None:
-    """Raise a :class:`UserError` about ``embrag.key`` unless ``condition`` holds."""
+    """Raise a :class:`UserError` about the setting ``embrag.<key>``, with the text ``rule``, if ``condition`` fails."""
     if not condition:
         raise UserError(f"embrag.{key}: {rule}")

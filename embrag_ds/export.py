@@ -1,7 +1,8 @@
-"""The exported model: one safetensors file, which is all that imputation needs.
+"""Exported models: one safetensors file, which is all that imputation needs.
 
-It holds the network's weights, the snapshot of the embedding layer that encodes reference panels (encodings ``fixed``
-and ``refresh``), and our half of the configuration.
+The file holds the network's weights, the section ``"embrag"`` of the configuration, and a snapshot of the embedding
+layer. The snapshot encodes reference panels (encodings ``fixed`` and ``refresh``). It is absent where panels are
+encoded by the current weights (``live``) or not at all.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import ModelConfig
 
 EXPORT_FORMAT = 2
+"""Version of the file's layout; other versions are refused."""
 MODEL_FILE = "model.safetensors"
+"""Name of the exported model in a run folder."""
 PRETRAINED = Path(__file__).resolve().parent / "pretrained" / MODEL_FILE
-"""The model that comes with the package; how it was trained is in docs/results.md."""
+"""The model shipped with the package; docs/results.md describes its training."""
 _HEADER = "embrag_ds"
 _SNAPSHOT = "snapshot."
 _WEIGHTLESS: dict[str, Any] = {"dropout": 0.0, "good_turing": False}
@@ -31,7 +34,11 @@ _WEIGHTLESS: dict[str, Any] = {"dropout": 0.0, "good_turing": False}
 def write_export(
     path: Path, weights: dict[str, Tensor], snapshot: dict[str, Tensor] | None, config: EmbragConfig
 ) -> None:
-    """Write an export; it appears complete or not at all."""
+    """Write an exported model; the file appears only when complete.
+
+    ``weights`` are the network's tensors by name, ``snapshot`` those of the embedding layer that encodes panels, or
+    None.
+    """
     tensors = dict(weights)
     if snapshot is not None:
         tensors |= {_SNAPSHOT + name: value.contiguous() for name, value in snapshot.items()}
@@ -47,7 +54,11 @@ def write_export(
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """An export read back: weights in fp32; ``snapshot`` is None when the model encodes references live."""
+    """Contents of an exported model; all tensors are fp32 on the CPU.
+
+    ``weights`` are the network's tensors by name, ``snapshot`` those of the layer that encodes panels. It is None where
+    panels are encoded live or not at all.
+    """
 
     config: EmbragConfig
     weights: dict[str, Tensor]
@@ -55,7 +66,10 @@ class ExportedModel:
 
 
 def read_export(path: Path) -> ExportedModel:
-    """Read what :func:`write_export` wrote."""
+    """Read a file written by :func:`write_export`.
+
+    Raises :class:`UserError` if the file cannot be read, or is not an export of this format.
+    """
     try:
         with safe_open(path, framework="pt") as stored:
             header = json.loads((stored.metadata() or {}).get(_HEADER, "{}"))
@@ -71,7 +85,11 @@ def read_export(path: Path) -> ExportedModel:
 
 
 def start_from(model: nn.Module, settings: ModelConfig, export: ExportedModel, path: Path) -> None:
-    """Give ``model`` an export's weights; its network must be the same, but for what has no weights."""
+    """Load the weights of ``export`` into ``model``, whose network is described by ``settings``.
+
+    The two networks must agree in all settings but ``dropout`` and ``good_turing``, which have no weights. Raises
+    :class:`UserError`, naming ``path``, if they do not.
+    """
     if replace(export.config.model, **_WEIGHTLESS) != replace(settings, **_WEIGHTLESS):
         raise UserError(f"--init-from {path}: its network is {export.config.model}; set embrag.model to that")
     model.load_state_dict(export.weights)

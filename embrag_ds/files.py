@@ -1,4 +1,4 @@
-"""Small text files named by the user."""
+"""Text files named by the user."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from embrag_ds.errors import UserError
 
 
 def read_lines(path: Path, what: str) -> list[str]:
-    """Lines of a plain or gzipped text file; ``what`` names it in the error when it cannot be read."""
+    """Lines of a plain or gzipped UTF-8 text file; ``what`` describes it in errors.
+
+    Raises :class:`UserError` if the file cannot be read or decoded.
+    """
     try:
         content = path.read_bytes()
         if content.startswith(b"\x1f\x8b"):

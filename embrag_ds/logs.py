@@ -1,7 +1,7 @@
-"""Log lines: every module has a logger of its name; commands decide here where the lines go.
+"""Log lines: every module has a logger of its own name, and commands decide where the lines go.
 
-Progress and remarks go to stderr, so that stdout holds a command's result alone. Of several ranks the first one
-speaks; the others are heard from ``WARNING`` on, by their number.
+Progress and remarks go to stderr, so that stdout holds only a command's result. Rank 0 logs everything. Other ranks log
+only warnings and errors, prefixed with their rank.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MOST_HELD = 10_000
 
 
 class RankFilter(logging.Filter):
-    """Lets everything of rank 0 pass, and of any other rank what is at least a warning."""
+    """Logging filter that passes all records of rank 0, and only warnings and errors of other ranks."""
 
     def __init__(self, rank: int):
         super().__init__()
@@ -29,25 +29,25 @@ class RankFilter(logging.Filter):
 
 
 class _Terminal(logging.Formatter):
-    """Remarks as they are, warnings and errors by their name, ranks other than the first by their number."""
+    """Formatter for stderr: warnings and errors start with their level, lines of ranks other than 0 with the rank."""
 
     def __init__(self, rank: int):
         super().__init__("%(message)s")
-        self._speaker = f"rank {rank}: " if rank else ""
+        self._prefix = f"rank {rank}: " if rank else ""
 
     def format(self, record: logging.LogRecord) -> str:
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        return f"{self._speaker}{level}{super().format(record)}"
+        return f"{self._prefix}{level}{super().format(record)}"
 
 
 def rank_of_process() -> int:
-    """This process's rank, as a launcher set it; 0 without one."""
+    """Rank of this process as its launcher set it; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 @contextmanager
 def on_terminal(verbose: bool = False) -> Iterator[None]:
-    """Write the package's log lines to stderr meanwhile, debugging ones too if ``verbose``."""
+    """Write the package's log lines to stderr inside ``with``; debug lines too if ``verbose``."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Terminal(rank_of_process()))
     handler.addFilter(RankFilter(rank_of_process()))
@@ -56,13 +56,13 @@ def on_terminal(verbose: bool = False) -> Iterator[None]:
 
 
 class RunLog(MemoryHandler):
-    """Keeps log lines until it is told which file they belong in, and then writes them there as they come."""
+    """Log handler that buffers records until :meth:`write_to` names a file, and then writes all records there."""
 
     def __init__(self) -> None:
         super().__init__(_MOST_HELD, flushOnClose=False)
 
     def write_to(self, path: Path) -> None:
-        """Append to ``path`` what was kept, and what follows."""
+        """Append the buffered records and all later ones to the file ``path``."""
         path.parent.mkdir(parents=True, exist_ok=True)
         file = logging.FileHandler(path, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -80,7 +80,7 @@ class RunLog(MemoryHandler):
 
 @contextmanager
 def kept_for_run() -> Iterator[RunLog]:
-    """Keep the package's log lines meanwhile, debugging ones too."""
+    """Collect the package's log lines, debug lines included, inside ``with``; yields the :class:`RunLog`."""
     run_log = RunLog()
     with _attached(run_log, logging.DEBUG):
         yield run_log

@@ -1,10 +1,11 @@
-"""Settings classes: strict frozen dataclasses, and how a section of a configuration file becomes one.
+"""Strict settings: frozen dataclasses with type checks, and the parsing of a configuration section into one.
 
-:func:`strict_settings` makes a pydantic dataclass of a class: it checks types without converting them (a whole number
-passes for a number, nothing else passes for anything else), refuses unknown keys, and cannot be changed afterwards.
-Rules about values stand in ``__post_init__``, said with :func:`embrag_ds.errors.require`. Built in Python, a settings
-object with a wrong type or key is a ``pydantic.ValidationError``. Read from a file by :func:`parse_settings`, it is a
-:class:`~embrag_ds.errors.UserError` of one line.
+:func:`strict_settings` makes a pydantic dataclass of a class. It checks types without converting them; only a whole
+number also passes as a float. It refuses unknown keys and later changes. Rules about values are checked in
+``__post_init__`` with :func:`embrag_ds.errors.require`.
+
+Constructed in Python, settings with a wrong type or key raise ``pydantic.ValidationError``. Read from a file by
+:func:`parse_settings`, they raise a :class:`~embrag_ds.errors.UserError` of one line.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ _LONGEST_VALUE = 60
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def strict_settings(kind: type[Settings]) -> type[Settings]:
-    """Class decorator: a frozen dataclass whose types are checked when it is built."""
+    """Class decorator that makes a frozen dataclass whose field types are checked on construction."""
     made: Any = pydantic.dataclasses.dataclass(kind, frozen=True, config=_STRICT)
     return made
 
 
 def parse_settings(kind: type[Settings], tree: Any, where: str, source: str) -> Settings:
-    """``tree``, as JSON has it, as settings of ``kind``.
+    """Parse a JSON tree into settings of the class ``kind``.
 
-    ``where`` is the section's dotted name and ``source`` its file, for the errors. An unknown key, a wrong type and a
-    broken rule are :class:`~embrag_ds.errors.UserError`; an unknown key is named before anything else.
+    ``where`` is the section's dotted name and ``source`` its file, both for errors. Raises
+    :class:`~embrag_ds.errors.UserError` for an unknown key, a wrong type or a broken rule. Unknown keys come first.
     """
     try:
-        # As JSON, because there a list is what a tuple looks like, and strict checks know that.
+        # Parsed as JSON, because strict checks then accept a list for a tuple.
         return TypeAdapter(kind).validate_json(json.dumps(tree))
     except ValidationError as fault:
         errors = sorted(fault.errors(include_url=False), key=lambda error: error["type"] != _UNKNOWN_KEY)
@@ -57,20 +58,20 @@ def parse_settings(kind: type[Settings], tree: Any, where: str, source: str) -> 
 
 
 def nearest(name: str, known: Iterable[str], what: str = "keys") -> str:
-    """What to say of an unknown name: the one it resembles, or all ``what`` there are."""
+    """Advice about an unknown name: the known name that it resembles, or all known ``what``."""
     spellings = {each.lower(): each for each in sorted(known, reverse=True)}
     close = difflib.get_close_matches(name.lower(), spellings, n=1, cutoff=0.5)
     return f"did you mean {spellings[close[0]]!r}?" if close else f"known {what}: {', '.join(sorted(known))}"
 
 
 def as_json(value: Any) -> str:
-    """A value of a configuration as its file spells it, cut short if it is long."""
+    """A configuration value as JSON text, cut off after 60 characters."""
     text = json.dumps(value, default=repr)
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
 def _complaint(kind: type, tree: Any, where: str, error: ErrorDetails) -> str:
-    """One of pydantic's errors in words, with the innermost key that a file can name."""
+    """One of pydantic's errors in words, naming the innermost key that a file can contain."""
     if error["type"] == _NOT_UNICODE:
         return f"{where}: a text in it is not Unicode"
     hint: Any = kind
@@ -83,13 +84,13 @@ def _complaint(kind: type, tree: Any, where: str, error: ErrorDetails) -> str:
         elif typing.get_origin(hint) is dict:
             hint = typing.get_args(hint)[1]
         else:
-            break  # an item of a list: the list is named, as a whole
+            break  # the error names the whole list, not its item
         tree, where = tree[name], f"{where}.{name}"
     return f"{where} must be {_expected(hint)}, not {as_json(tree)}"
 
 
 def _expected(hint: Any) -> str:
-    """A type annotation in words; only what JSON can say and our settings use."""
+    """A type annotation in words; covers the types that settings use."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         (inner,) = (argument for argument in arguments if argument is not type(None))

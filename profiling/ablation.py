@@ -1,4 +1,4 @@
-"""What each part of a trained model adds, on the samples its training held out.
+"""Ablation of a trained model: accuracy of each of its parts on the samples held out of its training.
 
     python profiling/ablation.py --run-dir RUN --panel P [--map M] [--samples S] --typed sparse=A.vcf.gz \\
         --typed dense=B.vcf.gz [--without-retrieval RUN2] --json FILE
@@ -10,7 +10,7 @@ Rows, each with the same samples, sites and windows:
     top 1             the single nearest haplotype
     copying, fixed    the untrained copying model over the K nearest
     copying, learned  the trained copying model, the residual left out
-    with confidence   and the correction from what the dosage rests on, the transformer left out
+    with confidence   with the correction from the evidence for the dosage, the transformer left out
     with residual     the whole trained model
 """
 
@@ -49,7 +49,7 @@ BLOCK = 25
 
 
 class RandomSearch(TorchSearch):
-    """Neighbours at random, as many and with the same exclusions as the real search."""
+    """Search that returns random neighbours, as many and with the same exclusions as the real search."""
 
     name = "random"
 
@@ -63,7 +63,7 @@ class RandomSearch(TorchSearch):
 
 @dataclass(frozen=True)
 class Row:
-    """A way to impute: what builds its batches, the network, and what it reads off the prediction."""
+    """One row of the ablation: the batches, the network, and the part of its prediction that is scored."""
 
     collate: RetrievalCollator
     network: Imputer
@@ -72,12 +72,13 @@ class Row:
 
     @torch.no_grad()
     def dosage(self, queries: QueryBatch) -> np.ndarray:
-        """ALT dosage [n sites, N]."""
+        """ALT dosage in the core, float32 [L, N]."""
         haplotypes = self.read(self.network(self.collate(queries, 0), self.transformer)).sigmoid()
         return haplotypes.unflatten(0, (-1, 2)).sum(1).T.numpy()
 
 
 def network_of(model: ExportedModel, trained: bool) -> Imputer:
+    """The model's network, with its trained weights or with initial ones."""
     network = Imputer(model.config.model)
     if trained:
         network.load_state_dict(model.weights)
@@ -93,6 +94,7 @@ def make_row(
     search: TorchSearch | None = None,
     transformer: bool = True,
 ) -> Row:
+    """Row of a model over ``data``, with ``k`` neighbours and ``search`` in place of those of its settings."""
     settings = model.config.retrieval if k is None else replace(model.config.retrieval, k=k)
     network = network_of(model, trained)
     exclusions = exclusion_table(data.reference.panel.samples, None)
@@ -103,11 +105,14 @@ def make_row(
 
 
 def score(rows: dict[str, Row], data: WindowedPanel, samples: np.ndarray, typed: np.ndarray, stride: int) -> dict:
-    """Aggregate r2 by MAF bin of every row, at the sites that are not ``typed`` bool [S], each counted once."""
+    """Aggregate r2 by MAF bin of every row, at the sites that are not ``typed`` bool [S].
+
+    Every ``stride``-th window is scored; a site in two cores counts once.
+    """
     tallies = {name: AggregateR2(1) for name in rows}
     reference = data.reference
     left = ~typed & reference.passes_minimum_count
-    spoken = time.monotonic()
+    last_logged = time.monotonic()
     for window in data.windows[::stride]:
         core = window.core_sites
         scored = left[core].copy()
@@ -122,16 +127,16 @@ def score(rows: dict[str, Row], data: WindowedPanel, samples: np.ndarray, typed:
             for name, row in rows.items():
                 dosage = row.dosage(queries)[scored]
                 tallies[name].add(truth.reshape(-1, 1), dosage.reshape(-1, 1), np.repeat(frequency, truth.shape[1]))
-        if time.monotonic() - spoken > 10:
+        if time.monotonic() - last_logged > 10:
             logger.info("  window %d/%d", window.index + 1, len(data.windows))
-            spoken = time.monotonic()
+            last_logged = time.monotonic()
     return {name: tally.result() for name, tally in tallies.items()}
 
 
 def rows_of(
     model: ExportedModel, without: ExportedModel | None, data: WindowedPanel, which: Iterable[str]
 ) -> dict[str, Row]:
-    """The wanted rows, by name."""
+    """The rows named in ``which``, or all, by name; raises :class:`UserError` for an unknown name."""
     prior, whole = (lambda found: found.prior), (lambda found: found.logits)
     makers: dict[str, Callable[[], Row]] = {
         "random": lambda: make_row(model, data, prior, search=RandomSearch()),
@@ -166,7 +171,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def held_out(config: EmbragConfig, inputs: PanelInputs, sites: int | None) -> tuple[WindowedPanel, np.ndarray]:
-    """The panel as the training saw it, or with cores of so many ``sites``, and whom it held out."""
+    """The panel in the windows of the training, or with cores of ``sites`` sites, and the held-out samples' indices."""
     training, samples = split_samples(len(inputs.panel.samples), config.data.validation_samples, config.seed)
     settings = replace(config.data, window_sites=sites or config.data.window_sites)
     return windowed(inputs, settings, training), samples

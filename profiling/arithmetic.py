@@ -1,4 +1,4 @@
-"""Floating-point operations of the network, and how many of them a second the machine can do at best."""
+"""Floating-point operations of the network, and the rate of matrix products that the machine reaches."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from embrag_ds.model.embedding import FREQUENCY_FEATURES
 from embrag_ds.model.imputer import ModelConfig
 
 _BACKWARD = 2
-"""The backward pass of a matrix product is two of them."""
+"""Matrix products in the backward pass for each one in the forward pass."""
 
 
 def step_flops(model: ModelConfig, haplotypes: int, sites: int, references: int) -> float:
-    """Operations of the matrix products of a training step, forward and backward, recomputation not counted.
+    """Floating-point operations of the matrix products of a training step, without recomputation.
 
-    ``haplotypes`` queries of ``sites`` sites; for each of them ``references`` haplotypes go through the transformer
-    too (V17; 0 in V18). A multiplication and an addition are two operations. Attention counts all pairs of sites.
+    ``haplotypes`` queries have ``sites`` sites each. ``references`` haplotypes per query also go through the
+    transformer (V17; 0 in V18). A multiplication and an addition are two operations. Attention counts all pairs of
+    sites. The backward pass is included.
     """
     dims, places = model.dims, haplotypes * sites
     linear = 2 * dims * dims * (4 + 2 * model.ffn_multiple)
@@ -31,7 +32,7 @@ def step_flops(model: ModelConfig, haplotypes: int, sites: int, references: int)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int, rounds: int = 7) -> float:
-    """Operations a second of a product of two ``size`` x ``size`` matrices: a median after a warm-up."""
+    """Operations per second of a product of two ``size`` x ``size`` matrices, a median after a warm-up."""
     one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     taken = []
     for _ in range(rounds + 2):

@@ -1,11 +1,11 @@
-"""Speed and memory of imputation beside Beagle and minimac4, on one machine in one run.
+"""Benchmark of imputation: speed and memory beside Beagle and minimac4, on one machine in one run.
 
     python profiling/bench_impute.py --panel P --target T [--map M] [--run-dir DIR] --json FILE
 
-Every tool runs as its user would run it, in a process of its own, from reading the files to the finished output; the
-tools take turns, and the median of the rounds is reported. minimac4's time includes the conversion of the panel;
-ours includes packing it, in an empty cache (and the same run again with the panel packed, with and without the
-transformer). Peers that are not installed are left empty.
+Every tool runs as its user would run it, in a process of its own, from reading the files to the finished output. The
+tools take turns, and the median of the rounds is reported. minimac4's time includes the conversion of the panel; ours
+includes packing it, in an empty cache. We also run with the panel packed, with and without the transformer. Tools that
+are not installed are reported as missing.
 """
 
 from __future__ import annotations
@@ -43,24 +43,25 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass
 class Cost:
-    """Seconds of every round and the peak resident memory in GB (1e9 bytes)."""
+    """Seconds of every round, and the peak resident memory in GB (1e9 bytes)."""
 
     seconds: list[float]
     peak_gb: float = 0.0
 
 
 class Meter:
-    """Runs commands and adds up what they cost."""
+    """Runs commands and sums up their seconds and peak memory."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.peak_gb = 0.0
 
     def run(self, command: Sequence[str | Path], log: Path) -> None:
+        """Run a command with its output in ``log``; raises :class:`UserError` if it fails."""
         began = time.monotonic()
         with log.open("wb") as out:
             process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=subprocess.STDOUT)
-            # Not the kernel's account of the child, which starts with what its parent held.
+            # Sampled, because the kernel's account of a child starts with its parent's memory.
             while process.poll() is None:
                 self.peak_gb = max(self.peak_gb, (peak_resident_bytes(process.pid) or 0) / 1e9)
                 time.sleep(0.02)
@@ -81,11 +82,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 OURS = {"": (), ", panel packed": (), ", panel packed, without transformer": ("--without-transformer",)}
-"""How we are run, in this order; the first run packs the panel."""
+"""Our runs in this order, with their options; the first one packs the panel."""
 
 
 def ours(options: argparse.Namespace, device: str, more: Sequence[str], folder: Path, meter: Meter) -> None:
-    """Impute with launch/impute.py."""
+    """Impute with launch/impute.py, with the options ``more``."""
     model = ["--run-dir", options.run_dir] if options.run_dir else []
     given = ["--map", options.map] if options.map else []
     files = ["--panel", options.panel, "--target", options.target, "--out", folder / "ours.vcf.gz"]
@@ -94,7 +95,7 @@ def ours(options: argparse.Namespace, device: str, more: Sequence[str], folder: 
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Cost]:
-    """Cost of every tool, taking turns."""
+    """Measure every tool, in turns: name -> cost."""
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     os.environ["PYTHONPATH"] = str(ROOT)
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]

@@ -1,11 +1,11 @@
-"""Retrieval and the reference cache beside the literal form they replace, as ratios in one run.
+"""Benchmark of retrieval and the reference cache beside their literal form, as ratios in one run.
 
     python profiling/bench_retrieval.py --json FILE [--plot FILE.png]
 
-The literal form: every reference haplotype embedded and stored, [H, L, D]; a FAISS ``IndexFlatL2`` over its
-flattened rows; in the collate a loop over samples with one search per haplotype; a refresh embeds every
-haplotype of every window again. Ours: packed alleles, a codebook per window, one search for the batch.
-Timings that are compared alternate, after a warm-up of both; medians are reported.
+The literal form embeds and stores every reference haplotype, [H, L, D], with a FAISS ``IndexFlatL2`` over its flattened
+rows. Its collate loops over samples, with one search per haplotype. A refresh embeds every haplotype of every window
+again. Ours has packed alleles, a codebook per window, and one search per batch. Timings that are compared alternate,
+after a warm-up of both; medians are reported.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _BLOCK = 50
 
 @dataclass(frozen=True)
 class Bench:
-    """Shapes, and how much is measured."""
+    """Shapes of the benchmark, and how many rounds, windows and steps are measured."""
 
     reference: int
     sites: int
@@ -70,7 +70,7 @@ class Bench:
 
 
 def random_panel(haplotypes: int, windows: int, sites: int, seed: int = 1) -> WindowedPanel:
-    """Random alleles in ``windows`` windows of ``sites`` sites without flanks."""
+    """Panel of random alleles, in ``windows`` windows of ``sites`` sites without flanks."""
     total, samples = sites * windows, haplotypes // 2
     rng = np.random.default_rng(seed)
     blocks = [rng.integers(0, 256, (sites, (haplotypes + 7) // 8), dtype=np.uint8) for _ in range(windows)]
@@ -84,13 +84,13 @@ def random_panel(haplotypes: int, windows: int, sites: int, seed: int = 1) -> Wi
         ["."] * total,
     )
     panel = Panel(Path("random"), table, tuple(f"s{i}" for i in range(samples)), np.concatenate(blocks), {})
-    everybody = Populations(("all",), np.zeros(samples, dtype=np.int64))
-    reference = PanelSubset(panel, everybody, np.arange(samples))
+    one_population = Populations(("all",), np.zeros(samples, dtype=np.int64))
+    reference = PanelSubset(panel, one_population, np.arange(samples))
     return WindowedPanel(reference, make_windows(table, sites, 0, 0), np.arange(total) / 1000.0)
 
 
 def some_queries(data: WindowedPanel, window: int, samples: int, seed: int) -> QueryBatch:
-    """Samples of the panel, typed at a fifth of the sites, the same for all."""
+    """Queries of random panel samples, all typed at the same fifth of the sites."""
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(len(data.reference.panel.samples))[:samples]
     masked = np.repeat(rng.random((1, len(data.windows[window]))) >= TYPED, samples, axis=0)
@@ -98,7 +98,7 @@ def some_queries(data: WindowedPanel, window: int, samples: int, seed: int) -> Q
 
 
 def make_reference(data: WindowedPanel, dims: int, **settings: Any) -> Reference:
-    """Retrieval over ``data`` with a fresh embedding layer of its own, generation 0 encoded."""
+    """Retrieval over ``data`` with a new embedding layer, its generation 0 encoded."""
     embedding = HaplotypeEmbedding(dims).to(DEVICE).requires_grad_(False)
     exclusions = np.arange(len(data.reference.panel.samples))[:, None]
     reference = Reference(RetrievalConfig(**settings), data, embedding, DEVICE, exclusions)
@@ -107,7 +107,7 @@ def make_reference(data: WindowedPanel, dims: int, **settings: Any) -> Reference
 
 
 def alternating(*functions: Callable[[], object], rounds: int) -> list[float]:
-    """Median seconds of each function, called in turn."""
+    """Median seconds of each function; they are called in turns, ``rounds`` times after a warm-up."""
     times: list[list[float]] = [[] for _ in functions]
     for round_ in range(rounds + 1):
         for function, kept in zip(functions, times, strict=True):
@@ -121,7 +121,7 @@ def alternating(*functions: Callable[[], object], rounds: int) -> list[float]:
 
 
 class LiteralCollate:
-    """The document's collate over one window: always on the CPU, as its FAISS index and store are."""
+    """The literal collate over one window. It runs on the CPU, where its FAISS index and its store are."""
 
     def __init__(self, data: WindowedPanel, dims: int):
         self._embedding = HaplotypeEmbedding(dims).requires_grad_(False)
@@ -143,7 +143,7 @@ class LiteralCollate:
 
 
 def bench_collate(bench: Bench) -> dict[str, Any]:
-    """One batch, K = 1, and the memory of one generation."""
+    """Time of the collate of one batch with K = 1, and memory of one generation."""
     data = random_panel(bench.reference, 1, bench.sites)
     queries = some_queries(data, 0, bench.samples, 2)
     literal = LiteralCollate(data, bench.dims)
@@ -153,7 +153,7 @@ def bench_collate(bench: Bench) -> dict[str, Any]:
     slow, fast = alternating(lambda: literal(queries), lambda: collate(queries, 0), rounds=bench.rounds)
 
     packed = data.reference.panel.packed.nbytes
-    numbers = bench.sites * 2 * bench.dims  # a codebook's
+    numbers = bench.sites * 2 * bench.dims  # of a codebook
     full, half = (numbers * size + bench.sites * 4 + packed for size in (4, 2))
     stored = literal.stored.nbytes
     index = literal.index.ntotal * literal.index.d * 4
@@ -171,7 +171,7 @@ def bench_collate(bench: Bench) -> dict[str, Any]:
 
 
 def bench_refresh(bench: Bench) -> dict[str, Any]:
-    """Time per window: ours over all of them, every haplotype over as many as were asked for."""
+    """Time of a refresh per window: ours over all windows, the literal one over ``literal_windows``."""
     data = random_panel(bench.reference, bench.windows, bench.sites)
     embedding = HaplotypeEmbedding(bench.dims).to(DEVICE).requires_grad_(False)
     kept = torch.empty(bench.reference, bench.sites, bench.dims)
@@ -196,7 +196,7 @@ def bench_refresh(bench: Bench) -> dict[str, Any]:
 
 
 def bench_scaling(haplotypes: list[int], bench: Bench) -> list[dict[str, Any]]:
-    """Collate time as the panel grows; with K = 128 over the window, and locally."""
+    """Time of the collate as the panel grows, with K = 128: over the whole window, and in chunks."""
     rows = []
     for count in haplotypes:
         data = random_panel(count, 1, bench.sites)
@@ -213,7 +213,7 @@ def bench_scaling(haplotypes: list[int], bench: Bench) -> list[dict[str, Any]]:
 
 
 class TrainingLoop:
-    """A training step of the configured model over a random panel, batches prefetched, refreshes on demand."""
+    """Training steps of the configured model over a random panel, with prefetched batches and due refreshes."""
 
     def __init__(self, config: RunConfig, bench: Bench, lag: int):
         embrag = config.embrag
@@ -240,6 +240,7 @@ class TrainingLoop:
         self.step_number = 0
 
     def step(self) -> None:
+        """Take one training step."""
         self.reference.begin_refresh(self.step_number)
         batch = self.batches.next()
         prediction = self.model(batch)
@@ -251,7 +252,7 @@ class TrainingLoop:
         self.step_number += 1
 
     def block(self, steps: int) -> float:
-        """Seconds of so many steps."""
+        """Seconds of ``steps`` training steps."""
         synchronise(DEVICE)
         began = time.perf_counter()
         for _ in range(steps):
@@ -260,12 +261,13 @@ class TrainingLoop:
         return time.perf_counter() - began
 
     def close(self) -> None:
+        """End the threads."""
         self.reference.close()
         self.batches.close()
 
 
 def bench_training(config: RunConfig, bench: Bench) -> dict[str, Any]:
-    """Blocks of ``lag`` steps, by turns with and without a refresh under way."""
+    """Training throughput with and without a refresh under way, in alternating blocks of ``lag`` steps."""
     lag = bench.steps
     loop = TrainingLoop(config, bench, lag)
     loop.block(2 * lag)  # warm-up; the first snapshot is due right after it
@@ -283,7 +285,7 @@ def bench_training(config: RunConfig, bench: Bench) -> dict[str, Any]:
     waited = loop.batches.waited_seconds - waited_before
     loop.close()
     return {
-        # Neighbouring blocks are compared, so that a drift of the machine falls out.
+        # Neighbouring blocks are compared, so that a drift of the machine cancels.
         "throughput_during_refresh": statistics.median(b / a for a, b in zip(during, without, strict=True)),
         "block_s": {"during": during, "without": without},
         "retrieval_wait_fraction": waited / elapsed,
@@ -296,12 +298,12 @@ def bench_training(config: RunConfig, bench: Bench) -> dict[str, Any]:
 
 
 def progress(text: str) -> None:
-    """Say how far it is."""
+    """Log a line about progress."""
     logger.info(text)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Collate time against panel size, both axes logarithmic."""
+    """Plot the time of the collate against the panel's size, both axes logarithmic."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")

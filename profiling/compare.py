@@ -1,14 +1,18 @@
-"""V17 beside V18: time, memory and the largest batch, measured in one run.
+"""Comparison of V17 and V18: time, memory and the largest batch, measured in one run.
 
     python profiling/compare.py [--deepspeed_config ds_configs/v18.json] --out FOLDER [--json FILE]
 
-Variants of one configuration, or some of them (--variants), with the same data, masks, width and batch: no retrieval;
-V17 (the nearest haplotype by tokens goes through the transformer too and is fused after it); V18 with encodings fixed,
-refresh and live (fused before a single pass); and V18 lean, whose projections are computed again in the backward
-pass: part of the time that it saves over V17, given for memory. Each trains in a process of its own, and they take
-turns, one block of steps at a time; ratios are medians over rounds of neighbouring blocks. Then the largest batch of
-V17 and V18 is found by bisection: on a GPU to its memory's end, on a CPU to --budget-gb for all of the run but the
-libraries. FOLDER gets compare.md, compare.json and compare.png.
+The variants of one configuration (some of them with --variants) share data, masks, width and batch:
+
+- no retrieval;
+- V17: the nearest haplotype by tokens goes through the transformer too and is fused after it;
+- V18, fused before a single pass, with the encodings fixed, refresh and live;
+- V18 lean: projections are recomputed in the backward pass, which gives part of the time saved over V17 for memory.
+
+Each variant trains in a process of its own. They take turns, one block of steps at a time, and ratios are medians over
+rounds of neighbouring blocks. Then the largest batch of V17 and V18 is found by bisection. Its limit is the GPU's
+memory or, on a CPU, --budget-gb for all of the run but the libraries. FOLDER gets compare.md, compare.json and
+compare.png.
 """
 
 from __future__ import annotations
@@ -47,7 +51,7 @@ LEAN = ", lean"
 
 
 def variants(steps: int) -> dict[str, tuple[str, ...]]:
-    """What can be compared: names, and what each changes in the configuration; a refresh falls due in every block."""
+    """Variants that can be compared: name -> overrides of the configuration, with a refresh due in every block."""
     embedding = "embrag.retrieval.mode=embedding"
     refresh = f'embrag.retrieval.refresh={{"every_steps": {steps}, "lag_steps": {min(4, steps - 1)}}}'
     chosen = (embedding, "embrag.retrieval.encoding=refresh", refresh)
@@ -73,7 +77,7 @@ LARGEST: dict[str, dict[str, tuple[str, ...]]] = {
     },
     CHOSEN: {"": (), LEAN: (PROJECTIONS_AGAIN,), RECOMPUTED: ("activation_checkpointing={}",)},
 }
-"""Of which variants, and with what more, the largest batch is sought. In V18 more neighbours change nothing."""
+"""Variants whose largest batch is sought, with further overrides. In V18 more neighbours change nothing."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -102,11 +106,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def largest(cost: Callable[[int], int | None], budget: float, most: int) -> int:
-    """The most samples up to ``most`` whose ``cost`` in bytes is known and within ``budget`` (0: not even one's).
+    """Greatest number of samples, up to ``most``, whose ``cost`` in bytes is known and within ``budget``, or 0.
 
-    The cost must grow with the samples. Where the line through the last two costs meets the budget is tried first, so
-    that few batches are; from the fifth on the bracket is halved, once it has an end. Never more than four times what
-    is known to fit: a machine that runs out of memory may kill more than the one who asked.
+    The cost must grow with the samples. To try few batches, the first four guesses are where the line through the last
+    two costs meets the budget. From the fifth on the bracket is halved, once it has an end. No guess exceeds four times
+    a number known to fit: a machine that runs out of memory may kill other processes, too.
     """
     low, high, tried = 0, most + 1, 0
     known: list[tuple[int, int]] = []
@@ -125,7 +129,7 @@ def largest(cost: Callable[[int], int | None], budget: float, most: int) -> int:
 
 
 def _meets(known: list[tuple[int, int]], budget: float) -> int:
-    """Samples at which the line through the last two costs meets the budget; the next number while there are fewer."""
+    """Samples at which the line through the last two costs meets the budget; without two costs, the next number."""
     if len(known) < 2:
         return len(known) + 1
     (one, small), (other, large) = known[-2:]
@@ -134,9 +138,9 @@ def _meets(known: list[tuple[int, int]], budget: float) -> int:
 
 
 def largest_batch(recipe: Recipe, name: str, budget: float, most: int) -> int:
-    """Most samples of a micro-batch with which two steps stay within ``budget`` bytes, and within the GPU.
+    """Greatest number of samples with which two steps stay within ``budget`` bytes and the GPU's memory.
 
-    Every batch is tried in a process of its own: what one leaves behind must not count for the next.
+    Every batch is tried in a process of its own, so that what one leaves behind does not count for the next.
     """
 
     def cost(samples: int) -> int | None:
@@ -171,7 +175,7 @@ def measure(name: str, stepper: Stepper, blocks: list[Block], built: Built) -> M
 
 
 def ratio(one: list[Block] | None, other: list[Block] | None) -> float | None:
-    """Median over rounds of the time of ``one`` over that of ``other``; None where one was not measured."""
+    """Median over rounds of the time of ``one`` over that of ``other``; None if one was not measured."""
     if one is None or other is None:
         return None
     return statistics.median(a.seconds / b.seconds for a, b in zip(one, other, strict=True))
@@ -179,7 +183,7 @@ def ratio(one: list[Block] | None, other: list[Block] | None) -> float | None:
 
 @dataclass(frozen=True)
 class Timed:
-    """What was measured of every variant, by name, over windows of at most ``sites`` sites."""
+    """Measurements of every variant, by name, over windows of at most ``sites`` sites."""
 
     measured: dict[str, Measured]
     blocks: dict[str, list[Block]]
@@ -187,7 +191,7 @@ class Timed:
 
 
 def time_variants(recipes: dict[str, Recipe], options: argparse.Namespace) -> Timed:
-    """Build every variant, let them take turns, and sum up."""
+    """Build every variant, measure them in turns, and sum up."""
     steppers = {name: Stepper(recipe) for name, recipe in recipes.items()}
     built = {}
     for name, stepper in steppers.items():
@@ -204,12 +208,12 @@ def time_variants(recipes: dict[str, Recipe], options: argparse.Namespace) -> Ti
 
 
 def largest_batches(recipes: dict[str, Recipe], options: argparse.Namespace, device: torch.device) -> dict[str, int]:
-    """Samples of the largest micro-batch of every way in :data:`LARGEST`."""
+    """Samples of the largest micro-batch of every variant in :data:`LARGEST`."""
     on_gpu = device.type == "cuda"
     budget = torch.cuda.get_device_properties(device).total_memory if on_gpu else options.budget_gb * GB
     found = {}
-    asked = [(variant, *way) for variant in LARGEST if variant in recipes for way in LARGEST[variant].items()]
-    for variant, suffix, more in asked:
+    sought = [(variant, *way) for variant in LARGEST if variant in recipes for way in LARGEST[variant].items()]
+    for variant, suffix, more in sought:
         name = variant + suffix
         recipe = replace(recipes[variant], overrides=(*recipes[variant].overrides, *more))
         found[name] = largest_batch(recipe, name, budget, options.most_samples)
@@ -269,7 +273,7 @@ def main() -> None:
 
 
 def compared_times(timed: Timed | None, config: RunConfig, samples: int, ceiling: float) -> dict[str, float | None]:
-    """The ratios of time and memory, and the model FLOPs utilisation of V18; None where they were not measured."""
+    """Ratios of time and memory, and V18's model FLOPs utilisation; None for what was not measured."""
     of, blocks, sites = (timed.measured, timed.blocks, timed.sites) if timed else ({}, {}, None)
     memory = {name: each.activation_gb for name, each in of.items()}
     utilisation = None
@@ -288,12 +292,12 @@ def compared_times(timed: Timed | None, config: RunConfig, samples: int, ceiling
 
 
 def over(one: float | None, other: float | None) -> float | None:
-    """Their ratio; None where one is missing."""
+    """Ratio of two numbers; None if one is missing."""
     return one / other if one is not None and other else None
 
 
 def shapes(config: RunConfig, options: argparse.Namespace) -> dict[str, int]:
-    """What was compared, in numbers."""
+    """Shapes and settings of the comparison."""
     model = config.embrag.model
     return {
         "samples": options.micro_batch,

@@ -1,4 +1,4 @@
-"""The comparison of V17 and V18 as a table and a picture."""
+"""Report of the comparison of V17 and V18: a table and a plot."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ CLAIMED: dict[str, tuple[str, str]] = {
     "time per step, batch 16": ("210 ms", "115 ms"),
     "largest batch": ("16", "48"),
 }
-"""What the document that V18 comes from says of V17 and V18."""
+"""Figures that V18 was proposed with, of V17 and V18: another machine, another width, batch 16."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A variant: time of a step, median over blocks; memory above what is held between steps (``activation_gb``) and of
-    the whole run, in GB (1e9 bytes); seconds to build the run, and of that to encode the panel; milliseconds of each
-    phase a step."""
+    """Measurements of one variant.
+
+    ``step_ms`` is the median over blocks. ``activation_gb`` is the peak memory above what is held between steps,
+    ``peak_gb`` that of the whole run, in GB (1e9 bytes). ``build_s`` is the time to build the run, of which
+    ``encoding_s`` encodes the panel. ``phase_ms`` has the milliseconds of each phase per step.
+    """
 
     name: str
     step_ms: float
@@ -33,12 +36,12 @@ class Measured:
     memory: MemoryCurve
 
     def as_dict(self) -> dict[str, Any]:
-        """All but the memory timeline, which is in the picture."""
+        """All measurements but the memory curve, which is in the plot."""
         return {name: value for name, value in asdict(self).items() if name not in ("name", "memory")}
 
 
 def markdown(result: dict[str, Any], measured: list[Measured]) -> str:
-    """The document's table with measured columns, and the phases."""
+    """Table of claimed and measured figures, the phases, the largest batches and the ratios, in Markdown."""
     batches = result["largest_batch"]
     shape = ", ".join(f"{name} {value}" for name, value in result["shapes"].items())
     limit = "the GPU's memory" if result["budget_gb"] is None else f"{result['budget_gb']:g} GB"
@@ -62,8 +65,8 @@ def markdown(result: dict[str, Any], measured: list[Measured]) -> str:
         "",
         *_table(header, rows),
         "",
-        "Claimed: by the document, on another machine, of another width. collate, search, h2d and refresh run beside",
-        "the step, on threads of their own. Lean: with `embrag.train.recompute_projections`.",
+        "Claimed: the figures that V18 was proposed with, for another machine and width. collate, search, h2d and",
+        "refresh run beside the step, on threads of their own. Lean: with `embrag.train.recompute_projections`.",
         "",
         *_table([f"largest batch within {limit}", "samples"], [[name, str(most)] for name, most in batches.items()]),
         "",
@@ -110,7 +113,7 @@ def _phase(measured: Measured, name: str) -> str:
 
 
 def draw(measured: list[Measured], result: dict[str, Any], path: Path) -> None:
-    """Memory over two steps, and time per phase."""
+    """Plot memory over two steps, and time per phase."""
     import matplotlib
 
     matplotlib.use("Agg")

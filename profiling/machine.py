@@ -1,4 +1,4 @@
-"""What the benchmarks ask of the machine."""
+"""Functions of the machine that the benchmarks share."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for what was queued on the device."""
+    """Wait until the work queued on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_resident_bytes(process: int | str = "self") -> int | None:
-    """The most memory a process has held so far (or since the peak was set back); None once it has ended."""
+    """Peak resident memory of a process, since its start or since the peak was reset; None once it has ended."""
     try:
         lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
     except OSError:

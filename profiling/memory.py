@@ -3,9 +3,9 @@
     python profiling/memory.py --deepspeed_config ds_configs/v18_cpu.json --steps 20 --out DIR
     python profiling/memory.py --deepspeed_config ds_configs/quickstart.json --steps 400 --out DIR --overhead
 
-With ``--overhead`` blocks of steps are by turns measured and not, in one run; ``overhead.json`` has their seconds, of
-the clock and of the processors, and the median, over the measured blocks, of the ratio to the mean of the two
-neighbours that are not, with a 95 % bootstrap interval. On a machine with other work the processor time says more.
+With ``--overhead``, blocks of steps run with and without profiling in turns. ``overhead.json`` has their wall-clock and
+processor seconds. It also has the median ratio of profiled blocks to the mean of their two neighbours, with a 95 %
+bootstrap interval. On a machine with other work, the processor time is the more reliable one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Block:
-    """What a block of micro-batches took: seconds of the clock, and of the processors in all threads."""
+    """Time of a block of micro-batches: wall-clock seconds, and processor seconds of all threads."""
 
     wall_s: float
     cpu_s: float
@@ -49,7 +49,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Measured blocks beside their neighbours: the median ratio, and its 95 % bootstrap interval."""
+    """Median ratio of profiled blocks to their neighbours, and its 95 % bootstrap interval."""
 
     median: float
     interval: tuple[float, float]
@@ -57,9 +57,9 @@ class Ratio:
 
 
 class Alternating(Timeline):
-    """A timeline, and a sampler with it, that are off and on by turns, ``block`` micro-batches each.
+    """Timeline with a device sampler, on and off in turns of ``block`` micro-batches.
 
-    ``blocks`` are the finished ones, beginning with one that is off; a warm-up before them is left out.
+    ``blocks`` are the finished blocks, of which the first is off. A warm-up block before them is left out.
     """
 
     def __init__(self, device: torch.device, block: int):
@@ -97,13 +97,13 @@ class Alternating(Timeline):
         self._block_began = (time.perf_counter(), time.process_time())
 
     def close(self) -> None:
-        """End a block under way."""
+        """End the current block."""
         if self._sampler is not None:
             self._sampler.stop()
 
 
 def paired_ratio(seconds: list[float]) -> Ratio:
-    """Measured blocks over the mean of their neighbours; the blocks alternate, off first."""
+    """Ratios of profiled blocks to the mean of their neighbours; the blocks alternate and the first is off."""
     measured = range(1, len(seconds) - 1, 2)
     ratios = np.array([2 * seconds[each] / (seconds[each - 1] + seconds[each + 1]) for each in measured])
     drawn = np.random.default_rng(1).choice(ratios, (RESAMPLES, len(ratios)))
@@ -114,6 +114,7 @@ def paired_ratio(seconds: list[float]) -> Ratio:
 def measure_overhead(
     trainer: Trainer, timeline: Alternating, block: int, distributed: DistributedContext, out: Path
 ) -> None:
+    """Run the training, and write the cost of profiling to ``overhead.json`` in ``out``."""
     try:
         trainer.run()
     finally:

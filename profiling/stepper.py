@@ -1,6 +1,6 @@
-"""A training run of its own process whose steps are taken, timed and weighed one by one from outside.
+"""Training run in a process of its own, whose steps are taken and measured one by one from outside.
 
-Used by ``compare.py``: every variant is a :class:`Stepper`, so that memory is the process's own and the variants can
+``compare.py`` uses a :class:`Stepper` for every variant. So memory is that of the variant alone, and the variants can
 take turns within one run.
 """
 
@@ -32,14 +32,14 @@ from embrag_ds.training.distributed import DistributedContext, start_distributed
 from embrag_ds.training.trainer import Trainer
 
 _SAMPLE_EVERY_S = 0.02
-# Large blocks come from the system and go back to it at once, so that resident memory is what tensors hold.
+# Large blocks are mapped and returned to the system at once, so that resident memory is what tensors hold.
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is run: a configuration with overrides, on a panel."""
+    """A run: a configuration with overrides, on a panel."""
 
     config: Path
     overrides: tuple[str, ...]
@@ -48,8 +48,9 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Built:
-    """A run that is ready: ``seconds`` to build it, ``encoding_s`` of that for encoding the panel (None: nothing is
-    encoded)."""
+    """A run that is ready: ``seconds`` to build it, of which ``encoding_s`` encoded the panel (None: nothing is
+    encoded).
+    """
 
     seconds: float
     encoding_s: float | None
@@ -59,9 +60,11 @@ class Built:
 
 @dataclass(frozen=True)
 class Block:
-    """Some steps: ``seconds`` of all of them, one after another as in training, without waiting for a GPU in between;
-    the most bytes over what was held before them (activations and gradients), and of the whole run; ``spans`` of
-    their phases."""
+    """Measurements of some consecutive steps, which do not wait for a GPU in between.
+
+    ``seconds`` are those of all steps. ``activation_bytes`` is the peak above what was held before (activations and
+    gradients), ``peak_bytes`` that of the whole run. ``spans`` are the steps' phases.
+    """
 
     steps: int
     seconds: float
@@ -72,14 +75,17 @@ class Block:
 
 @dataclass(frozen=True)
 class MemoryCurve:
-    """Bytes of the run, above what the process held before it, at some seconds."""
+    """Memory of a run over time: bytes above what the process held before it, at some seconds."""
 
     seconds: tuple[float, ...]
     held_bytes: tuple[int, ...]
 
 
 class Stepper:
-    """The parent's side of a process that trains by ``recipe``; use :meth:`build`, then :meth:`steps`."""
+    """Handle of a process that trains by ``recipe``: call :meth:`build`, then :meth:`steps`.
+
+    Raises ``RuntimeError`` if the process fails or dies.
+    """
 
     def __init__(self, recipe: Recipe):
         before = {name: os.environ.get(name) for name in _ALLOCATOR}
@@ -96,16 +102,16 @@ class Stepper:
                 os.environ[name] = value
 
     def build(self, samples: int) -> Built:
-        """Build the run, once, with micro-batches of so many samples."""
-        return self._ask("build", samples)
+        """Build the run, once, with micro-batches of ``samples`` samples."""
+        return self._request("build", samples)
 
     def steps(self, count: int) -> Block | None:
-        """Take so many steps; None when the GPU's memory does not suffice."""
-        return self._ask("steps", count)
+        """Take ``count`` steps; None if the GPU's memory does not suffice."""
+        return self._request("steps", count)
 
     def watch(self, count: int) -> MemoryCurve:
-        """Memory over time during so many steps, sampled."""
-        return self._ask("watch", count)
+        """Memory over time during ``count`` steps, sampled."""
+        return self._request("watch", count)
 
     def close(self) -> None:
         """End the process."""
@@ -113,9 +119,9 @@ class Stepper:
             self._pipe.send(("close",))
         self._process.join()
 
-    def _ask(self, *question: Any) -> Any:
+    def _request(self, *request: Any) -> Any:
         try:
-            self._pipe.send(question)
+            self._pipe.send(request)
             good, answer = self._pipe.recv()
         except (EOFError, ConnectionError):
             self._process.join()
@@ -126,21 +132,21 @@ class Stepper:
 
 
 def _serve(pipe: Connection, recipe: Recipe) -> None:
-    """The child: answer questions until told to close. What training prints goes to stderr."""
+    """Child process: answer requests until told to close. What training prints goes to stderr."""
     for name in _LAUNCHER:
-        os.environ.pop(name, None)  # every process is a group of its own, whoever started the parent
+        os.environ.pop(name, None)  # every process forms a process group of its own
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         run = _Run(recipe, Path(folder))
-        while (question := pipe.recv())[0] != "close":
+        while (request := pipe.recv())[0] != "close":
             try:
-                pipe.send((True, getattr(run, question[0])(*question[1:])))
+                pipe.send((True, getattr(run, request[0])(*request[1:])))
             except Exception:
                 pipe.send((False, traceback.format_exc()))
         run.close()
 
 
 class _Run:
-    """The trainer and what is asked of it."""
+    """The trainer in the child process, and the requests that it answers."""
 
     def __init__(self, recipe: Recipe, folder: Path):
         self._recipe = recipe
@@ -173,7 +179,7 @@ class _Run:
         trainer = Trainer(config, self._inputs, run_dir, self._distributed, resume=False, timeline=timeline)
         cache = trainer.reference.cache
         if cache is not None:
-            cache.code(0, 0)  # waits until it is encoded
+            cache.code(0, 0)  # wait until it is encoded
         synchronise(self._distributed.device)
         seconds = time.perf_counter() - began
         self._trainer = trainer
@@ -220,7 +226,7 @@ class _Run:
 
 
 def _give_back(device: torch.device) -> None:
-    """Return freed memory, so that what is held is what is used."""
+    """Return freed memory to the system, so that only memory in use counts."""
     synchronise(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -241,7 +247,7 @@ def _reset_peak(device: torch.device) -> None:
 
 
 def _peak(device: torch.device) -> int:
-    """The most bytes held since :func:`_reset_peak`."""
+    """Most bytes held since :func:`_reset_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = peak_resident_bytes()
@@ -250,7 +256,7 @@ def _peak(device: torch.device) -> int:
 
 
 def alternating(steppers: Mapping[str, Stepper], rounds: int, steps: int) -> dict[str, list[Block]]:
-    """Blocks of ``steps`` of every stepper, taking turns so that a drift of the machine meets all alike."""
+    """Blocks of ``steps`` of every stepper, in turns, so that a drift of the machine affects all alike."""
     blocks: dict[str, list[Block]] = {name: [] for name in steppers}
     for _ in range(rounds):
         for name, stepper in steppers.items():

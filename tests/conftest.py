@@ -1,4 +1,4 @@
-"""What every test may use: one in-process rank of DeepSpeed, a small simulated data set, and the visible skips."""
+"""Fixtures of all tests: one rank of DeepSpeed in this process, a small simulated data set, and skipped tests."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from embrag_ds.training.distributed import DistributedContext, start_distributed
 ROOT = Path(__file__).resolve().parents[1]
 REAL_DATA = ROOT.parent / "shared" / "data" / "kgp_chr20"
 
-# How long an example takes says how busy the machine is, nothing about the code.
+# The time of an example depends on how busy the machine is, not on the code.
 hypothesis.settings.register_profile("tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("tests")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, with a reason, what this machine cannot run."""
+    """Skip, with a reason, the tests that this machine cannot run."""
     reasons = {}
     if not REAL_DATA.is_dir():
         reasons["real"] = f"no 1000 Genomes data at {REAL_DATA}"
@@ -61,7 +61,7 @@ KeptBytes = Callable[[Callable[[], torch.Tensor]], int]
 
 @pytest.fixture(scope="session")
 def kept_bytes() -> KeptBytes:
-    """What a forward pass keeps for the backward one, in bytes."""
+    """Function that counts the bytes which a forward pass keeps for the backward pass."""
 
     def count(forward: Callable[[], torch.Tensor]) -> int:
         storages: dict[int, int] = {}
@@ -71,7 +71,7 @@ def kept_bytes() -> KeptBytes:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            made = forward()  # keeps alive what is counted
+            made = forward()  # keeps the counted tensors alive
         assert made.requires_grad
         return sum(storages.values())
 
@@ -80,7 +80,7 @@ def kept_bytes() -> KeptBytes:
 
 @pytest.fixture(scope="session")
 def distributed() -> Iterator[DistributedContext]:
-    """A process group of one, in this process: what ``deepspeed`` would start."""
+    """Process group of one rank in this process, as ``deepspeed`` would start it."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     before = {name: os.environ.pop(name) for name in names if name in os.environ}
     distributed = start_distributed()
@@ -102,7 +102,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> DefaultData:
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tests' packed panels go."""
+    """Folder of the tests' packed panels."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -140,7 +140,7 @@ MakeConfig = Callable[..., RunConfig]
 
 @pytest.fixture
 def make_config(tmp_path: Path, cache_dir: Path) -> MakeConfig:
-    """The tiny run's configuration with ``dotted.key=value`` overrides."""
+    """Function that builds the tiny run's configuration with ``dotted.key=value`` overrides."""
 
     def make(*overrides: str) -> RunConfig:
         path = tmp_path / "tiny.json"

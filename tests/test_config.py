@@ -1,4 +1,4 @@
-"""The run's file: what is accepted, what is refused, and how it is said."""
+"""Run configuration: the files and keys that are accepted or refused, and the errors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def parse(dotted: str, value: Any) -> Any:
 
 
 def sections(kind: type = EmbragConfig, name: str = "embrag") -> dict[str, type]:
-    """Every section of ours: dotted name and dataclass."""
+    """Every section of this package: dotted name and dataclass."""
     found = {name: kind}
     for key, hint in typing.get_type_hints(kind).items():
         if dataclasses.is_dataclass(hint):
@@ -85,7 +85,7 @@ def test_offloading_is_v18_but_for_zero() -> None:
 
 
 def leaves(tree: dict[str, Any], name: str = "") -> dict[str, Any]:
-    """Dotted key -> value; an empty section is a value."""
+    """Leaves of a tree, dotted key -> value; an empty section is a leaf."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= leaves(value, f"{name}{key}.") if isinstance(value, dict) and value else {f"{name}{key}": value}
@@ -341,7 +341,7 @@ def test_what_makes_no_sense_is_refused_and_the_key_named(key: str, value: Any) 
         ("model", 3, "a section, not 3"),
     ],
 )
-def test_a_wrong_type_is_said_in_words(key: str, value: Any, complaint: str) -> None:
+def test_the_error_of_a_wrong_type_is_in_words(key: str, value: Any, complaint: str) -> None:
     with pytest.raises(UserError) as caught:
         parse(f"embrag.{key}", value)
     assert str(caught.value) == f"run.json: embrag.{key} must be {complaint}"
@@ -367,7 +367,7 @@ def test_a_text_that_is_not_unicode_is_a_users_error() -> None:
 
 
 def fits(hint: Any, value: Any) -> bool:
-    """Whether a value as JSON has it is of the annotated type."""
+    """Whether a JSON value is of the annotated type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return any(value is None if each is type(None) else fits(each, value) for each in arguments)
@@ -423,7 +423,7 @@ def test_types_are_as_strict_as_their_annotations(key: tuple[str, Any], value: A
         (EmbragConfig, {"model": {"dims": 64}}, "model\n  Input should be an instance of ModelConfig"),
     ],
 )
-def test_settings_built_in_python_are_strict_and_say_what_is_wrong(
+def test_settings_built_in_python_are_strict_and_name_the_key(
     kind: type, arguments: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(ValidationError) as caught:
@@ -464,7 +464,7 @@ def test_the_micro_batch_is_a_positive_whole_number(size: Any) -> None:
 
 
 @pytest.mark.parametrize("key", MINIMAL)
-def test_what_every_run_needs_is_asked_for(key: str) -> None:
+def test_the_keys_that_every_run_needs_are_required(key: str) -> None:
     with pytest.raises(UserError, match=f"{key} is missing"):
         parse_config({name: value for name, value in MINIMAL.items() if name != key}, "run.json")
 

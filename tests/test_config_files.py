@@ -1,4 +1,4 @@
-"""Where configurations are found, what extends what, and keys set on top."""
+"""Configuration files: where they are found, what they extend, and keys set on top."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """A file ``name`` with this tree; ``base.json`` is there."""
+    """Write a file ``name`` with this tree beside ``base.json``, which is there."""
 
     def make(name: str, tree: dict[str, Any]) -> Path:
         path = tmp_path / name
@@ -53,7 +53,7 @@ def extended(write: Write, tree: dict[str, Any], base: str = "base.json") -> dic
 
 
 def changed(dotted: str, value: Any) -> dict[str, Any]:
-    """BASE with one value in another place's stead."""
+    """BASE with one value changed."""
     tree = copy.deepcopy(BASE)
     *parents, last = dotted.split(".")
     node = tree
@@ -196,13 +196,13 @@ def test_what_was_null_becomes_a_section(write: Write) -> None:
 )
 def test_a_value_is_no_section_to_set_keys_in(write: Write, key: str, place: str, there: str) -> None:
     override = f"{key}=0.5"
-    said = message(lambda: read_tree(write("run.json", BASE), [override]))
-    assert said == f"--set {override}: {place} is not a section but {there}"
+    error = message(lambda: read_tree(write("run.json", BASE), [override]))
+    assert error == f"--set {override}: {place} is not a section but {there}"
     tree: Any = 0.5
     for name in reversed(key.split(".")):
         tree = {name: tree}
-    said = message(lambda: extended(write, tree))
-    assert said.endswith(f"run.json: {place} is not a section but {there}")
+    error = message(lambda: extended(write, tree))
+    assert error.endswith(f"run.json: {place} is not a section but {there}")
 
 
 @pytest.mark.parametrize(
@@ -218,9 +218,9 @@ def test_a_value_is_no_section_to_set_keys_in(write: Write, key: str, place: str
         ("extends.more=1", "only a file can extend another"),
     ],
 )
-def test_an_override_that_would_not_do_what_it_says_is_refused(write: Write, override: str, complaint: str) -> None:
-    said = message(lambda: read_tree(write("run.json", BASE), [override]))
-    assert said.startswith(f"--set {override}: ") and complaint in said
+def test_a_malformed_override_is_refused(write: Write, override: str, complaint: str) -> None:
+    error = message(lambda: read_tree(write("run.json", BASE), [override]))
+    assert error.startswith(f"--set {override}: ") and complaint in error
 
 
 def test_a_chain_is_followed_from_folder_to_folder_and_leaves_no_trace(
@@ -235,8 +235,8 @@ def test_a_chain_is_followed_from_folder_to_folder_and_leaves_no_trace(
     assert source == "below/run.json (extends below/middle.json, below/../base.json)"
     config = load_config(path)
     assert "extends" not in config.deepspeed and "extends" not in json.dumps(config.as_dict())
-    said = message(lambda: load_config(Path("below/run.json"), ["embrag.modle.dims=1"]))
-    assert said.startswith(f"{source}: unknown key embrag.modle; did you mean 'model'?")
+    error = message(lambda: load_config(Path("below/run.json"), ["embrag.modle.dims=1"]))
+    assert error.startswith(f"{source}: unknown key embrag.modle; did you mean 'model'?")
 
 
 @pytest.mark.parametrize(
@@ -250,9 +250,9 @@ def test_a_chain_is_followed_from_folder_to_folder_and_leaves_no_trace(
 def test_a_circle_is_named(write: Write, tmp_path: Path, files: dict[str, str], chain: list[str]) -> None:
     for name, base in files.items():
         write(name, {"extends": base})
-    said = message(lambda: read_tree(tmp_path / "run.json"))
+    error = message(lambda: read_tree(tmp_path / "run.json"))
     circle = " -> ".join(str(tmp_path / name) for name in chain)
-    assert said == f"{tmp_path / 'run.json'}: extends go round in a circle: {circle}"
+    assert error == f"{tmp_path / 'run.json'}: extends go round in a circle: {circle}"
 
 
 def test_a_circle_under_changing_names_ends_too(write: Write, tmp_path: Path) -> None:
@@ -264,8 +264,8 @@ def test_a_circle_under_changing_names_ends_too(write: Write, tmp_path: Path) ->
 
 @pytest.mark.parametrize("base", [None, 3, ["base.json"], {"a": 1}])
 def test_extends_is_one_name(write: Write, base: Any) -> None:
-    said = message(lambda: extended(write, {}, base))
-    assert said.endswith(f"extends must be the path or the name of one configuration, not {json.dumps(base)}")
+    error = message(lambda: extended(write, {}, base))
+    assert error.endswith(f"extends must be the path or the name of one configuration, not {json.dumps(base)}")
 
 
 def test_extends_inside_our_section_is_a_key_like_any_other(write: Write) -> None:
@@ -273,9 +273,9 @@ def test_extends_inside_our_section_is_a_key_like_any_other(write: Write) -> Non
     assert "unknown key embrag.extends" in message(lambda: load_config(path))
 
 
-def test_what_is_missing_or_damaged_is_named_with_who_asks_for_it(write: Write, tmp_path: Path) -> None:
-    said = message(lambda: extended(write, {}, "none.json"))
-    assert said.startswith(
+def test_a_missing_or_damaged_file_is_named_with_the_file_that_extends_it(write: Write, tmp_path: Path) -> None:
+    error = message(lambda: extended(write, {}, "none.json"))
+    assert error.startswith(
         f"{tmp_path / 'none.json'}: cannot read the configuration, which {tmp_path / 'run.json'} extends: "
         "there is no such file"
     )
@@ -312,7 +312,7 @@ def test_an_unknown_name_lists_the_shipped_ones(tmp_path: Path, monkeypatch: pyt
 
 
 def test_what_setup_py_builds_holds_the_shipped_configurations(root: Path, tmp_path: Path) -> None:
-    """As ``pip install .`` leaves it: the package in one place, with no checkout around it."""
+    """The package is built as ``pip install .`` leaves it: in one place, without a checkout around it."""
     source, built = tmp_path / "source", tmp_path / "built"
     source.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md"):

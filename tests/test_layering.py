@@ -1,4 +1,4 @@
-"""Imports point one way, rooms stay small, and every third-party package with a home stays there."""
+"""Rules of imports: they point one way, rooms stay small, and third-party packages with a home stay there."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
 }
 """What each room, or module of the top level, may import of ours beside itself and SHARED."""
 NARROW = {"model": {"retrieval": ("retrieval.batch",)}}
-"""Where only some modules of a room may be imported: a network sees the records of a batch, and no more."""
+"""Rooms of which another room may import only some modules: the network sees only the records of a batch."""
 HOMES = {
     "pysam": ("data/vcf.py",),
     "msprime": ("data/simulate.py",),
@@ -53,14 +53,14 @@ MOST_MODULES = 14
 
 @dataclass(frozen=True)
 class Import:
-    """One imported module, absolute, and whether the statement stands at the module's top level."""
+    """An imported module, absolute, and whether the statement stands at the top level of its file."""
 
     module: str
     top_level: bool
 
 
 def imports_of(source: Path) -> list[Import]:
-    """Every import of a file, wherever it stands; those for type checkers only count as inner ones."""
+    """Every import of a file, wherever it stands; those for type checkers count as inner ones."""
     tree = ast.parse(source.read_text(encoding="utf-8"))
     inner: set[int] = set()
     for node in ast.walk(tree):
@@ -91,7 +91,7 @@ def room_of(place: str) -> str:
 
 
 def violations(root: Path) -> list[str]:
-    """What breaks the rules in the source tree at ``root``."""
+    """Every violation of the rules in the source tree at ``root``, as text."""
     faults = []
     for place, path in sorted(sources(root).items()):
         for each in imports_of(path):
@@ -102,7 +102,7 @@ def violations(root: Path) -> list[str]:
 
 
 def _fault(place: str, imported: Import) -> str | None:
-    """Why the file at ``place`` must not import it, or None."""
+    """Reason why the file at ``place`` must not import a module, or None."""
     room, package = room_of(place), imported.module.split(".")[0]
     if package == "embrag_ds":
         return _inner_fault(room, imported.module.removeprefix("embrag_ds").lstrip("."))
@@ -118,7 +118,7 @@ def _fault(place: str, imported: Import) -> str | None:
 
 
 def _inner_fault(room: str, imported: str) -> str | None:
-    """Why ``room`` must not import ``embrag_ds.<imported>``, or None."""
+    """Reason why ``room`` must not import ``embrag_ds.<imported>``, or None."""
     target = imported.split(".")[0]
     if target in SHARED or target == room or target not in ROOMS:
         return None

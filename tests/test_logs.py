@@ -1,4 +1,4 @@
-"""Where log lines go: the terminal, the run's log, and whose they are."""
+"""Log lines: on the terminal, in the run's log, and by rank."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOGGER = logging.getLogger("embrag_ds.somewhere")
         ("3", True, ["rank 3: warning: careful"]),
     ],
 )
-def test_the_first_rank_speaks_and_the_others_warn(
+def test_rank_0_logs_everything_and_other_ranks_only_warnings(
     rank: str, verbose: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", rank)
@@ -33,17 +33,17 @@ def test_the_first_rank_speaks_and_the_others_warn(
     assert streams.err.splitlines() == expected and streams.out == ""
 
 
-def test_a_run_log_has_what_was_said_before_it_had_a_file(tmp_path: Path) -> None:
+def test_a_run_log_has_the_records_from_before_it_had_a_file(tmp_path: Path) -> None:
     path = tmp_path / "run" / "run.log"
     with logs.kept_for_run() as run_log:
         LOGGER.debug("before")
         assert not path.parent.exists()
         run_log.write_to(path)
         LOGGER.info("after")
-        said = path.read_text().splitlines()
-        assert [line.split("embrag_ds.somewhere: ")[1] for line in said] == ["before", "after"]
+        lines = path.read_text().splitlines()
+        assert [line.split("embrag_ds.somewhere: ")[1] for line in lines] == ["before", "after"]
     LOGGER.warning("too late")
-    assert path.read_text().splitlines() == said
+    assert path.read_text().splitlines() == lines
 
 
 def test_a_run_log_without_a_file_leaves_none(tmp_path: Path) -> None:

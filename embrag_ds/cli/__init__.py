@@ -1,1 +1,1 @@
-"""The command line: argparse, and nothing else. What a command does is a function of another room."""
+"""Command line: argparse only; the work of a command is a function of another package."""

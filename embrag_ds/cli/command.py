@@ -1,4 +1,4 @@
-"""How a command ends: with its result, or with one line that says what to mend."""
+"""Execution of a command: log lines, the one-line error, and the exit status."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from embrag_ds.errors import UserError
 
 
 def run_command(main: Callable[[], None], verbose: bool = False, debug: bool = False) -> None:
-    """Run ``main`` with its log lines on stderr. A :class:`UserError` becomes one line there and exit status 2.
+    """Run ``main`` with log lines on stderr; a :class:`UserError` becomes one line there and exit status 2.
 
-    With ``debug`` a fault's traceback is shown. SIGTERM unwinds like an exception, so temporary files are removed.
+    ``debug`` keeps its traceback instead. SIGTERM ends the command like an exception, so that temporary files are
+    removed; an interrupt gives exit status 130.
     """
 
     def terminate(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""``embrag evaluate``."""
+"""The command ``embrag evaluate``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXAMPLES = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Add the command's options to its parser."""
     files = parser.add_argument_group("files (default: the simulated default data)")
     files.add_argument("--truth", type=Path, metavar="VCF", help="the same samples at all sites")
     files.add_argument("--panel", type=Path, metavar="VCF", help="reference panel; decides the minor allele")
@@ -53,7 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def named(imputed: list[str]) -> dict[str, str | Path]:
-    """{name: file}; a file given without a name goes by its path."""
+    """Imputed files {name: path} of the options ``[NAME=]FILE``; without a name, the path is the name.
+
+    Raises :class:`UserError` for a repeated name.
+    """
     files: dict[str, str | Path] = {}
     for each in imputed:
         name, equals, path = each.partition("=")
@@ -66,7 +69,7 @@ def named(imputed: list[str]) -> dict[str, str | Path]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Evaluate as the options say."""
+    """Run the command with parsed options; raises :class:`UserError`."""
     from embrag_ds.data.inputs import default_data
     from embrag_ds.data.windows import DataConfig
     from embrag_ds.evaluation.external_tools import impute_with_tools

@@ -1,4 +1,4 @@
-"""``embrag impute``."""
+"""The command ``embrag impute``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXAMPLES = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Add the command's options to its parser."""
     files = parser.add_argument_group("files (default: the simulated default data)")
     files.add_argument("--panel", type=Path, metavar="VCF", help="phased, indexed .vcf.gz or .bcf")
     files.add_argument("--target", type=Path, metavar="VCF", help="phased targets, indexed")
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Impute as the options say."""
+    """Run the command with parsed options; raises :class:`UserError`."""
     from embrag_ds.export import MODEL_FILE, PRETRAINED
     from embrag_ds.imputation.impute import impute
 

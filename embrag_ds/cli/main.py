@@ -1,4 +1,4 @@
-"""``embrag``: one command for training, imputing, evaluating and simulating."""
+"""The command ``embrag``: one parser for training, imputing, evaluating and simulating."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Run = Callable[[argparse.Namespace], None]
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of ``embrag`` and its commands."""
+    """Parser of ``embrag`` with all its commands."""
     parser = argparse.ArgumentParser(
         prog="embrag",
         description="Genotype imputation with retrieval from a reference panel.",
@@ -30,7 +30,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(command: str | None = None, arguments: Sequence[str] | None = None) -> None:
-    """Run ``embrag``, or one ``command`` of it under the name of a script of its own."""
+    """Run ``embrag``, or only its ``command`` as a script in ``launch/`` does; ``arguments`` default to the process's.
+
+    A fault of the user's input ends the process with status 2 (:func:`embrag_ds.cli.command.run_command`).
+    """
     if command is None:
         parser = make_parser()
     else:

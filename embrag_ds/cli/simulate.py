@@ -1,4 +1,4 @@
-"""``embrag simulate``."""
+"""The command ``embrag simulate``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXAMPLES = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Add the command's options to its parser."""
     default = SimulationSettings()
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder, or one made by this")
     parser.add_argument("--length-bp", type=int, default=default.length_bp, help="region (%(default)s)")
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Simulate as the options say."""
+    """Run the command with parsed options; raises :class:`UserError`."""
     arguments = {field.name: getattr(options, field.name) for field in fields(SimulationSettings)}
     data = simulate_default(options.out, SimulationSettings(**arguments))
     logger.info("panel %s, target %s, truth %s, map %s", data.panel, data.target, data.truth, data.genetic_map)

@@ -1,4 +1,4 @@
-"""``embrag train``, on one rank; several are started by ``deepspeed launch/train.py``, with the same options."""
+"""The command ``embrag train``, which runs one rank; ``deepspeed launch/train.py`` starts several."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXAMPLES = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Add the command's options to its parser."""
     run = parser.add_argument_group("run")
     run.add_argument(
         "--deepspeed_config", required=True, metavar="JSON", help="settings: a file, or the name of a shipped one (v18)"
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train as the options say."""
+    """Run the command with parsed options; raises :class:`UserError`."""
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError("training needs DeepSpeed, which is not installed; pip install 'embrag_ds[train]'")
     from embrag_ds.training.run import train

@@ -1,1 +1,1 @@
-"""Panels, sites, windows, masks and samples: everything read from files (lowest layer)."""
+"""Data read from files: panels, genetic maps, sites, windows, masks and micro-batches (numpy only)."""

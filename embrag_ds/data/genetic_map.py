@@ -1,4 +1,4 @@
-"""Genetic maps: from base pairs to centimorgans."""
+"""Genetic maps: base-pair positions converted to centimorgans."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _CM_NAMES = {"cm", "map", "genetic_map"}
 
 @dataclass(frozen=True)
 class GeneticMap:
-    """Genetic positions along each contig.
+    """Genetic map: piecewise linear positions in cM along one or more contigs.
 
-    ``points`` maps a contig, without its prefix ``chr``, to (bp [n] float64, increasing; cM [n] float64,
-    not decreasing); a contig that is not there has ``cm_per_mb`` everywhere, or no map where that is
-    None. ``name`` stands for the map in error messages.
+    ``points`` maps a contig, without the prefix ``chr``, to its points (bp, cM), two float64 [n]. bp increases and cM
+    does not decrease. A contig without points has the rate ``cm_per_mb`` everywhere, or no map if that is None.
+    ``name`` stands for the map in errors.
     """
 
     name: str
@@ -32,18 +32,19 @@ class GeneticMap:
 
     @staticmethod
     def uniform(cm_per_mb: float = 1.0) -> GeneticMap:
-        """The same rate, in cM per Mb, everywhere on every contig."""
+        """Map with the same recombination rate, in cM per Mb, everywhere on every contig."""
         return GeneticMap(name="uniform map", points={}, cm_per_mb=cm_per_mb)
 
     @staticmethod
     def read(path: str | Path) -> GeneticMap:
         """Read a plain or gzipped map of whitespace-separated columns.
 
-        Without a header line it is a PLINK map (contig, id, cM, bp). With one, the columns are found by
-        name, as in the HapMap and Eagle (``chr position COMBINED_rate(cM/Mb) Genetic_Map(cM)``) and
-        SHAPEIT (``pos chr cM``) maps. Raises :class:`UserError` with the file and line when a value is
-        not a number, bp does not increase or cM decreases, and when a contig has fewer than two points
-        or no recombination.
+        Without a header line the columns are those of PLINK: contig, id, cM, bp. With one they are found by name. This
+        covers HapMap and Eagle maps (``chr position COMBINED_rate(cM/Mb) Genetic_Map(cM)``) and SHAPEIT maps
+        (``pos chr cM``).
+
+        Raises :class:`UserError` with file and line for a value that is no finite number, bp that do not increase, or
+        cM that decrease. It also raises one for a contig with fewer than two points or without recombination.
         """
         path = Path(path)
         points = _read_points(path, read_lines(path, "genetic map"))
@@ -58,18 +59,18 @@ class GeneticMap:
         return GeneticMap(name=str(path), points=points)
 
     def write_plink(self, path: Path, contigs: Sequence[str]) -> None:
-        """Write the map's points as a PLINK map (contig, ``.``, cM, bp), of these contigs and under their names."""
+        """Write the points of the contigs named, under these names, as a PLINK map (contig, ``.``, cM, bp)."""
         with path.open("w", encoding="utf-8") as out:
             for contig in contigs:
                 bp, cm = self.points.get(_canonical(contig), (np.empty(0), np.empty(0)))
                 out.writelines(f"{contig}\t.\t{c:.8f}\t{b:.0f}\n" for b, c in zip(bp, cm, strict=True))
 
     def positions(self, sites: SiteTable) -> np.ndarray:
-        """Genetic position of every site, in cM: float64 [S], not decreasing along a contig.
+        """Genetic position of every site in cM: float64 [S], not decreasing along a contig.
 
-        Linear between the map's points; beyond its ends it goes on with the contig's mean rate, so that
-        sites there stay apart (and may be negative). Raises :class:`UserError` where the map lacks a
-        contig.
+        Positions are interpolated linearly between the map's points. Beyond its ends they continue with the contig's
+        mean rate, so sites there stay apart and may have negative positions. Raises :class:`UserError` if the map lacks
+        a contig.
         """
         cm = np.empty(len(sites), dtype=np.float64)
         for start, stop in sites.contig_runs():
@@ -94,7 +95,7 @@ class GeneticMap:
 
 
 def _canonical(contig: str) -> str:
-    """Maps and files disagree on the prefix: ``chr20`` and ``20`` are one contig."""
+    """Contig name without ``chr``: maps and files disagree on the prefix, and ``chr20`` and ``20`` are one contig."""
     return contig.removeprefix("chr")
 
 
@@ -138,7 +139,7 @@ def _read_points(path: Path, lines: list[str]) -> dict[str, tuple[np.ndarray, np
 
 
 def _header_columns(path: Path, fields: list[str]) -> tuple[int, int, int]:
-    """Columns of contig, bp and cM."""
+    """Column numbers of contig, bp and cM."""
     names = [field.lower().lstrip("#").partition("(")[0] for field in fields]
     found = []
     for wanted, what in ((_CONTIG_NAMES, "contig"), (_POS_NAMES, "bp"), (_CM_NAMES, "cM")):

@@ -1,4 +1,4 @@
-"""What a run reads: panel, map and samples named by the user, or the embedded default data set."""
+"""Inputs of a run: a panel with its genetic map and sample table, or else the simulated default data set."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from embrag_ds.errors import UserError
 
 @dataclass(frozen=True)
 class PanelFiles:
-    """Paths of a panel and what goes with it; no panel means the embedded default."""
+    """Paths of a panel, its genetic map and its sample table; without a panel, the default data set is used."""
 
     panel: Path | None = None
     genetic_map: Path | None = None
@@ -34,7 +34,7 @@ class PanelFiles:
 
 @dataclass(frozen=True)
 class PanelInputs:
-    """An opened panel, its populations and the position of every site in cM, float64 [S]."""
+    """Opened panel, the population of each sample, and the position of every site in cM, float64 [S]."""
 
     panel: Panel
     populations: Populations
@@ -42,19 +42,24 @@ class PanelInputs:
 
 
 def cache_directory(settings: DataConfig) -> Path:
-    """Where packed panels and the default data set are kept."""
+    """Folder of packed panels and of the default data set."""
     return Path(settings.cache_dir) if settings.cache_dir else default_cache_dir()
 
 
 def default_data(settings: DataConfig) -> DefaultData:
-    """The embedded default data set, simulated on first use, by one of those who ask at once."""
+    """The default data set, simulated on first use; concurrent processes wait for the one that simulates."""
     directory = cache_directory(settings) / "default"
     with locked(directory):
         return simulate_default(directory, SimulationSettings())
 
 
 def open_inputs(files: PanelFiles, settings: DataConfig, progress: bool = True) -> PanelInputs:
-    """Open the panel through its cache; without a map positions are 1 cM per Mb."""
+    """Open a panel through the cache, with its populations and genetic positions.
+
+    Without a map, positions follow 1 cM per Mb; without a sample table, all samples form one population. ``progress``
+    displays a progress bar while a panel is packed. Raises :class:`UserError` for a map or sample table without a
+    panel, and for faulty files.
+    """
     if files.panel is None:
         if files.genetic_map is not None or files.samples is not None:
             raise UserError("--map and --samples describe a panel: name it with --panel")
@@ -69,7 +74,11 @@ def open_inputs(files: PanelFiles, settings: DataConfig, progress: bool = True) 
 def windowed(
     inputs: PanelInputs, settings: DataConfig, samples: np.ndarray, manifest: str | None = None
 ) -> WindowedPanel:
-    """The panel's windows with ``samples`` as the reference set."""
+    """Cut the panel into windows; ``samples``, panel indices int64, become the reference set.
+
+    ``manifest`` is a file that lists the sites of an array (:func:`read_manifest`). Raises :class:`UserError` if it, or
+    the file of windows, is faulty.
+    """
     reference = PanelSubset(inputs.panel, inputs.populations, samples)
     typed = None if manifest is None else read_manifest(Path(manifest), inputs.panel)
     return WindowedPanel(reference, settings.windows(inputs.panel), inputs.position_cm, typed)

@@ -1,13 +1,14 @@
-"""Which sites are masked: the one mask that the query, the distance and the loss all use.
+"""Genotype masks: which sites of a query are masked, that is, withheld from the network and predicted by it.
 
-A mask is a pure function of (seed, epoch, window, scope, policy): nothing here keeps state. One mask
-row serves both haplotypes of a sample, as a genotyping array types both.
+The query's tokens, the retrieval distance and the loss all use the same mask. A mask is a pure function of (seed,
+epoch, window, scope, policy); nothing here keeps state. One mask row serves both haplotypes of a sample, as a
+genotyping array types both.
 
-Policies
-    ``array``             everything but an array-like choice is masked: one common site per cell of a
-                          grid of the given spacing, or exactly the sites of a manifest
-    ``random``            every site is masked independently with the curriculum's rate
-    ``frequency_guided``  rare sites are masked with ``rare_rate``, the others with the curriculum's rate
+Policies:
+
+- ``array`` masks all sites but those of an array: one common site per cell of a grid, or the sites of a manifest.
+- ``random`` masks every site independently with the curriculum's rate.
+- ``frequency_guided`` masks rare sites with ``rare_rate``, and the others with the curriculum's rate.
 """
 
 from __future__ import annotations
@@ -26,26 +27,26 @@ _TRAINING, _VALIDATION = 0, 1
 
 @strict_settings
 class MaskingConfig:
-    """What the training hides."""
+    """Settings of the masks of training queries."""
 
     policies: dict[str, float] = field(default_factory=lambda: {"array": 0.6, "random": 0.2, "frequency_guided": 0.2})
-    """Policy -> relative weight with which it is drawn."""
+    """Relative weight of each policy: ``array``, ``random``, ``frequency_guided``. Every mask draws its policy."""
     scope: Literal["sample", "window"] = "sample"
-    """Draw a mask for every sample, or one for all samples of a micro-batch."""
+    """``sample`` draws a mask for every sample; ``window`` draws one for all samples of a micro-batch."""
     random_rate: tuple[float, float] = (0.3, 0.8)
-    """Share of sites masked by ``random`` at the start and at the end of the curriculum."""
+    """Fraction of sites that ``random`` masks at the start and at the end of the curriculum."""
     curriculum_steps: int = 1000
-    """Optimiser steps over which ``random_rate`` rises linearly."""
+    """Optimiser steps over which the rate of ``random`` rises linearly from its first to its second value."""
     rare_maf: float = 0.01
-    """``frequency_guided``: sites below this minor-allele frequency count as rare ..."""
+    """``frequency_guided``: minor-allele frequency (a fraction) below which a site is rare."""
     rare_rate: float = 0.7
-    """... and are masked with this probability (the others with the ``random`` rate)."""
+    """``frequency_guided``: probability that a rare site is masked. The other sites have the rate of ``random``."""
     array_spacing_bp: tuple[float, float] = (1000.0, 8000.0)
-    """``array``: range of the mean distance of typed sites (drawn log-uniformly)."""
+    """``array``: least and greatest mean distance of typed sites, in base pairs. Each mask draws one log-uniformly."""
     array_min_maf: float = 0.05
-    """``array``: typed sites have at least this minor-allele frequency."""
+    """``array``: least minor-allele frequency (a fraction) of a typed site."""
     array_manifest: str | None = None
-    """``array``: type exactly the sites of this file (VCF, or ``contig pos`` per line) instead."""
+    """``array``: file of the typed sites (VCF, or ``contig pos`` per line), which replaces the random choice."""
 
     def __post_init__(self) -> None:
         known = ("array", "random", "frequency_guided")
@@ -63,7 +64,11 @@ class MaskingConfig:
 
 @dataclass(frozen=True)
 class MaskSites:
-    """What masking looks at: ``pos`` [L] base pairs, ``maf`` [L], ``manifest`` [L] bool or None."""
+    """Properties of a window's sites that masks depend on.
+
+    ``pos`` int64 [L] is in base pairs and ``maf`` float32 [L] is the minor-allele frequency. ``manifest`` bool [L]
+    marks the sites of an array; None without one.
+    """
 
     pos: np.ndarray
     maf: np.ndarray
@@ -71,7 +76,7 @@ class MaskSites:
 
 
 def curriculum_rate(settings: MaskingConfig, step: int) -> float:
-    """The ``random`` policy's rate at an optimiser step: linear, then constant."""
+    """Rate of the policy ``random`` at an optimiser step: it rises linearly, then stays constant."""
     low, high = settings.random_rate
     return low + (high - low) * min(1.0, step / settings.curriculum_steps)
 
@@ -79,7 +84,8 @@ def curriculum_rate(settings: MaskingConfig, step: int) -> float:
 def array_typed(sites: MaskSites, spacing_bp: float, min_maf: float, rng: np.random.Generator) -> np.ndarray:
     """Typed sites of an array-like design, bool [L]: one random common site per cell of a grid.
 
-    The grid's origin is random. Cells without a site of at least ``min_maf`` type nothing.
+    Cells are ``spacing_bp`` wide and the grid's origin is random. A cell without a site of at least ``min_maf`` has no
+    typed site.
     """
     origin = rng.random() * spacing_bp
     order = rng.random(len(sites.pos))
@@ -96,7 +102,7 @@ def array_typed(sites: MaskSites, spacing_bp: float, min_maf: float, rng: np.ran
 def masked_by(
     policy: Policy, settings: MaskingConfig, sites: MaskSites, rate: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """One mask of the given policy, bool [L], True where masked."""
+    """One mask drawn by a policy, bool [L], True where masked; ``rate`` is the curriculum's."""
     if policy == "array" and sites.manifest is not None:
         return ~sites.manifest
     if policy == "array":
@@ -118,10 +124,10 @@ def training_masks(
     window: int,
     samples: np.ndarray,
 ) -> np.ndarray:
-    """Masks of a micro-batch, bool [N, L]; ``samples`` [N] are panel indices.
+    """Masks of a micro-batch, bool [N, L], True where masked; ``samples`` int64 [N] are panel indices.
 
-    ``step`` enters only through the curriculum's rate. With scope ``sample`` a sample's mask does not
-    depend on who else is in the batch.
+    ``step`` matters only for the curriculum's rate. With scope ``sample``, a sample's mask does not depend on the other
+    samples of the batch.
     """
     rate = curriculum_rate(settings, step)
     names: list[Policy] = sorted(settings.policies)  # type: ignore[arg-type]
@@ -140,7 +146,10 @@ def training_masks(
 
 @dataclass(frozen=True)
 class ValidationMask:
-    """A frozen validation mask set. Its name carries a version: change the recipe, change the name."""
+    """A frozen validation mask. Its name ends in a version: a changed recipe needs a new name.
+
+    ``rate`` is the masked fraction under the policy ``random``, ``spacing_bp`` the grid spacing under ``array``.
+    """
 
     name: str
     policy: Policy
@@ -154,12 +163,13 @@ VALIDATION_MASKS = (
     ValidationMask("random-50-1", "random", rate=0.5),
     ValidationMask("random-80-1", "random", rate=0.8),
 )
+"""The masks of every validation."""
 
 
 def validation_mask(mask: ValidationMask, sites: MaskSites, window: int) -> np.ndarray:
-    """The frozen mask of a window, bool [L], the same for every sample, seed and training run.
+    """The frozen mask of a window, bool [L], True where masked; the same for every sample, seed and training run.
 
-    The array designs use a minor-allele frequency of at least 5 %, whatever the training uses.
+    Masks of the policy ``array`` type sites with a minor-allele frequency of at least 5 %, whatever the training uses.
     """
     number = VALIDATION_MASKS.index(mask)
     rng = np.random.default_rng([_VALIDATION, number, window])

@@ -1,6 +1,6 @@
-"""The reference panel: a packed on-disk cache of a phased VCF/BCF, and views of its samples.
+"""Reference panels: a phased VCF or BCF packed into an on-disk cache, and views of subsets of its samples.
 
-Layout of a cached panel (one directory, named by the input's identity):
+A cached panel is a directory named after a digest of the input:
 
 ================  ===========================================================================
 file              content
@@ -37,16 +37,22 @@ from embrag_ds.files import read_lines
 from embrag_ds.ops.bits import pack_host, unpack_chosen, unpack_host
 
 FORMAT = 1
+"""Version of the cache's layout."""
 RARE = 0.01
+"""Frequency (a fraction) below which an allele is rare."""
 FEW = 10
-"""An allele is rare among n haplotypes if it has fewer than max(RARE n, FEW) copies: one more would show."""
+"""Number of copies below which an allele is rare in any set: among n haplotypes the limit is max(RARE n, FEW)."""
 _SITES_PER_READ = 2048
 _STEADY = 10
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A cached panel: ``sites``, ``samples`` (N samples) and packed alleles [S, ceil(2N / 8)]."""
+    """A cached panel of N samples at S sites, with one bit per allele.
+
+    ``packed`` uint8 [S, ceil(2N / 8)] is memory-mapped; sample i owns the bits 2i and 2i + 1. ``skipped`` counts the
+    input's skipped records by reason.
+    """
 
     path: Path
     sites: SiteTable
@@ -55,13 +61,13 @@ class Panel:
     skipped: dict[str, int]
 
     def alleles(self, start: int, stop: int, haplotypes: np.ndarray | None = None) -> np.ndarray:
-        """Alleles of sites [start, stop) as uint8 [H, L]; all haplotypes, or those numbered."""
+        """Alleles of the sites [start, stop), uint8 [H, L]: of all haplotypes, or of those numbered (int64 [H])."""
         bits = unpack_host(self.packed[start:stop], 0, 2 * len(self.samples))
         chosen = bits if haplotypes is None else bits[:, haplotypes]
         return np.ascontiguousarray(chosen.T)
 
     def alleles_at(self, sites: np.ndarray, haplotypes: np.ndarray | None = None) -> np.ndarray:
-        """Alleles at any sites, row by row, uint8 [L, H]; all haplotypes, or those numbered."""
+        """Alleles at any site rows int64 [L], uint8 [L, H]: of all haplotypes, or of those numbered (int64 [H])."""
         rows = self.packed[sites]
         if haplotypes is None:
             return unpack_host(rows, 0, 2 * len(self.samples))
@@ -69,7 +75,7 @@ class Panel:
 
     @cached_property
     def alt_count(self) -> np.ndarray:
-        """Copies of ALT at every site, int64 [S]. One pass over the packed alleles, a block of sites at a time."""
+        """Number of ALT copies at every site, int64 [S]; takes one pass over the packed alleles."""
         copies = np.empty(len(self.packed), dtype=np.int64)
         for start in range(0, len(copies), _SITES_PER_READ):
             block = self.packed[start : start + _SITES_PER_READ]
@@ -78,23 +84,26 @@ class Panel:
 
     @cached_property
     def minimum_allele_count(self) -> int:
-        """Copies of the minor allele at the rarest site: what it took to be a site of this panel."""
+        """Least minor-allele count, above 0, of the panel's sites: the filter that its call set had passed."""
         minor = np.minimum(self.alt_count, 2 * len(self.samples) - self.alt_count)
         return int(minor[minor > 0].min(initial=2 * len(self.samples)))
 
 
 def skipped_records(skipped: dict[str, int]) -> str:
-    """What reading left out, by reason; empty when nothing was."""
+    """Text that lists skipped records by reason, for the log; empty if there are none."""
     return ", ".join(f"{count} records skipped ({reason})" for reason, count in skipped.items() if count)
 
 
 def default_cache_dir() -> Path:
-    """``$XDG_CACHE_HOME/embrag_ds``, or ``~/.cache/embrag_ds``."""
+    """Default cache folder: ``$XDG_CACHE_HOME/embrag_ds``, or ``~/.cache/embrag_ds``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "embrag_ds"
 
 
 def open_panel(path: Path, cache_dir: Path, progress: bool = True) -> Panel:
-    """Open ``path`` (phased VCF.gz or BCF) through the cache, packing it first if need be."""
+    """Open a phased VCF.gz or BCF through the cache; it is packed on first use, with a bar if ``progress``.
+
+    Raises :class:`UserError` as :class:`PhasedVcf` does, and for a file without biallelic records.
+    """
     directory = cache_dir / f"panel-{_identity(path)}"
     with building(directory) as target:
         if target is not None:
@@ -109,10 +118,10 @@ def open_panel(path: Path, cache_dir: Path, progress: bool = True) -> Panel:
 
 @contextmanager
 def building(directory: Path) -> Iterator[Path | None]:
-    """Yield a temporary directory that becomes ``directory``, or None when that exists already.
+    """Yield a temporary directory that becomes ``directory`` on success, or None if ``directory`` exists.
 
-    Several ranks or runs may ask at once. On failure nothing is left; what a killed process left is removed by the
-    next one.
+    A lock makes concurrent ranks and runs wait for the one that builds. A failure leaves nothing behind. What a killed
+    process left is removed by the next build.
     """
     with locked(directory):
         if directory.exists():
@@ -130,7 +139,7 @@ def building(directory: Path) -> Iterator[Path | None]:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Exclude everybody else who asks for ``directory``, on this machine, by a lock file beside it."""
+    """Hold an exclusive lock on ``directory`` among the processes of this machine, by a lock file beside it."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with open(directory.parent / f".{directory.name}.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -138,7 +147,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def _identity(path: Path) -> str:
-    """A key of the file's content: size, modification time, and a digest of both ends."""
+    """Cache key of a file: a digest of its size, modification time, first MiB and last MiB."""
     try:
         status = path.stat()
         with path.open("rb") as stream:
@@ -186,16 +195,17 @@ def _pack(path: Path, directory: Path, progress: bool) -> None:
 
 @dataclass(frozen=True)
 class Populations:
-    """Population of every sample: ``names`` (P of them) and ``of`` int64 [N] indexing them."""
+    """Population of every sample: the P ``names``, and ``of`` int64 [N], indices into them."""
 
     names: tuple[str, ...]
     of: np.ndarray
 
 
 def read_populations(path: Path | None, samples: tuple[str, ...]) -> Populations:
-    """Read ``sample <tab> population`` lines (more columns and a header line are ignored).
+    """Read the population of every one of ``samples`` from a table with lines ``sample <tab> population``.
 
-    Without a file everybody belongs to one population, ``all``.
+    More columns, other samples and a header line are ignored. Without a file all samples form the one population
+    ``all``. Raises :class:`UserError` for a malformed line, contradictory lines, or a sample without a line.
     """
     if path is None:
         return Populations(("all",), np.zeros(len(samples), dtype=np.int64))
@@ -219,10 +229,10 @@ def read_populations(path: Path | None, samples: tuple[str, ...]) -> Populations
 
 
 class PanelSubset:
-    """Some of a panel's samples as a reference: their haplotypes, and frequencies from them alone.
+    """Reference set: a subset of a panel's samples, with allele frequencies computed from it alone.
 
-    Haplotypes are numbered 0..H-1 within the set; sample ``i`` *of the panel* owns the two rows
-    where ``sample_of == i``.
+    Haplotypes are numbered 0 to H - 1 within the set. ``haplotypes`` int64 [H] are their numbers in the panel,
+    ``sample_of`` int64 [H] the panel indices of their samples, and ``population_of`` int64 [H] their populations.
     """
 
     def __init__(self, panel: Panel, populations: Populations, samples: np.ndarray):
@@ -237,18 +247,18 @@ class PanelSubset:
         return len(self.haplotypes)
 
     def alleles(self, start: int, stop: int) -> np.ndarray:
-        """Alleles of sites [start, stop), uint8 [H, L]."""
+        """Alleles of the sites [start, stop), uint8 [H, L]."""
         whole = len(self.samples) == len(self.panel.samples)
         return self.panel.alleles(start, stop, None if whole else self.haplotypes)
 
     @cached_property
     def population_sizes(self) -> np.ndarray:
-        """Haplotypes of every population, float32 [P]."""
+        """Number of haplotypes in every population, float32 [P]."""
         return np.bincount(self.population_of, minlength=len(self.populations.names)).astype(np.float32)
 
     @cached_property
     def population_counts(self) -> np.ndarray:
-        """Copies of ALT in every population, float32 [P, S]."""
+        """Number of ALT copies in every population, float32 [P, S]."""
         members = np.zeros((len(self), len(self.populations.names)), dtype=np.float32)
         members[np.arange(len(self)), self.population_of] = 1
         counts = np.empty((members.shape[1], len(self.panel.sites)), dtype=np.float32)
@@ -259,25 +269,27 @@ class PanelSubset:
 
     @cached_property
     def allele_frequency(self) -> np.ndarray:
-        """ALT frequency over the set, float32 [S]."""
+        """ALT frequency in the set, float32 [S]."""
         return self.population_counts.sum(0) / len(self)
 
     @cached_property
     def minor_allele_count(self) -> np.ndarray:
-        """Copies of the minor allele in the set, float32 [S]."""
+        """Number of copies of the minor allele in the set, float32 [S]."""
         copies = self.population_counts.sum(0)
         return np.minimum(copies, len(self) - copies)
 
     @cached_property
     def good_turing_odds(self) -> np.ndarray:
-        """How much likelier somebody new has an allele with r copies here than r copies alone tell: logarithm,
-        float32 [FEW + 1] by r; 0 for the last, which stands for all that are more.
+        """Good-Turing correction of a minor allele's log odds, float32 [FEW + 1], by its number r of copies.
 
-        Good and Turing (Good 1953, Biometrika 40:237): of n_r alleles that have r copies among the haplotypes, the next
-        haplotype carries each with probability (r + 1) n_{r + 1} / n_r over the number of haplotypes. It holds for
-        whoever might as well have been among these samples. Where a site needed a minimum allele count among more
-        samples, few sites have a lower count here, and their alleles are likelier in the rest than the count tells. Ten
-        sites' worth of no difference keeps small panels steady.
+        Let n_r alleles have r copies among H haplotypes. Then a new haplotype carries each of them with probability
+        ``(r + 1) n_{r+1} / (n_r H)`` (Good 1953, Biometrika 40:237). The correction is the logarithm of this over the
+        plain estimate ``r / H``. It is 0 for counts that are not rare; the last entry stands for all greater counts.
+
+        The estimate holds for any new haplotype from the same source as the set's. It matters where sites were filtered
+        by their allele count in more samples than the set has. Alleles with few copies in the set are then scarce, and
+        likelier in the other samples than their count suggests. Ten sites without any correction are added to every
+        n_r, which keeps small panels steady.
         """
         most = min(FEW - 1, len(self) // 4)
         sites = np.bincount(self.minor_allele_count.astype(np.int64), minlength=FEW + 2).astype(np.float64)
@@ -289,8 +301,8 @@ class PanelSubset:
 
     @property
     def passes_minimum_count(self) -> np.ndarray:
-        """Sites bool [S] with as many copies in the set as the panel's rarest has in the panel.
+        """Sites whose minor-allele count in the set reaches the panel's minimum allele count, bool [S].
 
-        Any other is a site of the panel only because samples outside the set have the rest of its copies.
+        Any other site is in the panel only because of the copies that samples outside the set have.
         """
         return self.minor_allele_count >= self.panel.minimum_allele_count

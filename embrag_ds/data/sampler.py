@@ -1,7 +1,7 @@
-"""From a panel to CPU micro-batches.
+"""Training sampler: micro-batches of queries on the CPU, drawn from a panel.
 
-A micro-batch is one window and some samples. Which ones is a pure function of (seed, rank, micro-batch
-number), so a run is resumed by its step alone.
+A micro-batch is one window and a group of samples. It is a pure function of (seed, rank, micro-batch number), so a run
+resumes from its step alone.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _AUGMENTATION = 3
 
 @strict_settings
 class AugmentationConfig:
-    """Errors added to training queries; 0: none."""
+    """Settings of errors added to training queries; 0 adds none."""
 
     typing_error: float = 0.0
-    """Share of observed alleles that are read wrongly."""
+    """Probability, below 0.5, that an observed allele is read wrongly."""
     switch_errors_per_cm: float = 0.0
-    """Mean number of places, per sample and cM, where the two haplotypes change sides."""
+    """Mean number of switch errors per sample and cM: places where the two haplotypes change sides."""
 
     def __post_init__(self) -> None:
         require(0 <= self.typing_error < 0.5, "augmentation.typing_error", "must lie in [0, 0.5)")
@@ -39,10 +39,11 @@ class AugmentationConfig:
 
 @dataclass(frozen=True)
 class QueryBatch:
-    """A micro-batch before retrieval, on the CPU.
+    """Micro-batch of queries before retrieval, on the CPU.
 
-    ``alleles`` uint8 [B, L]; ``masked`` bool [N, L], True where the query hides the site; ``samples``
-    int64 [N], panel indices of the samples, or -1 for samples that are not in the panel.
+    ``alleles`` uint8 [B, L] are the observed alleles and, at masked sites, the truth (REF where unknown). ``masked``
+    bool [N, L] is True where a site is masked. ``samples`` int64 [N] are panel indices, -1 for samples outside the
+    panel.
     """
 
     window: int
@@ -52,7 +53,10 @@ class QueryBatch:
 
 
 def split_samples(count: int, held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Training and validation samples of a panel of ``count``: disjoint, sorted, seeded."""
+    """Split ``count`` panel samples into training and validation samples: two sorted, disjoint int64 arrays of indices.
+
+    ``held_out`` samples are for validation, but at most a tenth of the panel (and at least one).
+    """
     held_out = min(held_out, max(1, count // 10))
     order = np.random.default_rng([seed, 7]).permutation(count)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
@@ -62,7 +66,11 @@ NO_AUGMENTATION = AugmentationConfig()
 
 
 class TrainingSampler:
-    """Micro-batches of the training samples: every (window, group of samples) once an epoch."""
+    """Sampler of training micro-batches: every pair of window and group of samples comes once an epoch.
+
+    Groups have ``samples_per_batch`` samples, or all if there are fewer, and are drawn anew for every epoch and window.
+    The ranks share an epoch's micro-batches in turn. Raises :class:`UserError` for fewer than two training samples.
+    """
 
     def __init__(
         self,
@@ -90,7 +98,7 @@ class TrainingSampler:
 
     @property
     def micro_batches_per_epoch(self) -> int:
-        """Micro-batches of one epoch, over all ranks; samples beyond the last full group sit it out."""
+        """Micro-batches of one epoch over all ranks; samples beyond the last full group are left out."""
         return self.groups * len(self.data)
 
     @property
@@ -99,7 +107,7 @@ class TrainingSampler:
         return max(1, self.micro_batches_per_epoch // (self.ranks * self.accumulation))
 
     def queries(self, micro_batch: int) -> QueryBatch:
-        """This rank's micro-batch number ``micro_batch``, counted from the start of training."""
+        """Micro-batch number ``micro_batch`` of this rank, counted from the start of training."""
         epoch, place = divmod(micro_batch * self.ranks + self.rank, self.micro_batches_per_epoch)
         order = _epoch_order(self.seed, epoch, self.micro_batches_per_epoch)
         window, group = divmod(int(order[place]), self.groups)
@@ -128,7 +136,10 @@ def _epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 def read_manifest(path: Path, panel: Panel) -> np.ndarray:
-    """Sites of an array, bool [S]: a VCF (plain or .gz), or ``contig pos`` per line; matched on position."""
+    """Read the sites of a genotyping array, bool [S], from a VCF (plain or gzipped) or from ``contig pos`` lines.
+
+    Sites are matched by position. Raises :class:`UserError` for a malformed line, and if no site is in the panel.
+    """
     listed: set[tuple[str, int]] = set()
     for number, line in enumerate(read_lines(path, "manifest"), start=1):
         fields = line.split()
@@ -146,7 +157,10 @@ def read_manifest(path: Path, panel: Panel) -> np.ndarray:
 
 
 def exclusion_table(samples: Sequence[str], relatives: Path | None) -> np.ndarray:
-    """Whom each panel sample must not retrieve, int64 [N, E]: itself, its relatives, -1 for nobody."""
+    """Panel samples that each sample must not retrieve, int64 [N, E]: itself and its relatives, padded with -1.
+
+    ``relatives`` is a file of related pairs, two sample ids per line. Raises :class:`UserError` for any other line.
+    """
     excluded: list[list[int]] = [[number] for number in range(len(samples))]
     if relatives is not None:
         number_of = {sample: number for number, sample in enumerate(samples)}
@@ -157,9 +171,9 @@ def exclusion_table(samples: Sequence[str], relatives: Path | None) -> np.ndarra
             if len(pair) != 2 or not all(sample in number_of for sample in pair):
                 raise UserError(f"{relatives}: line {number}: expected two sample ids of the panel")
             one, other = (number_of[sample] for sample in pair)
-            for number, relative in ((one, other), (other, one)):
-                if relative not in excluded[number]:
-                    excluded[number].append(relative)
+            for sample, relative in ((one, other), (other, one)):
+                if relative not in excluded[sample]:
+                    excluded[sample].append(relative)
     width = max(map(len, excluded))
     return np.array([row + [-1] * (width - len(row)) for row in excluded], dtype=np.int64)
 
@@ -174,12 +188,12 @@ def augmented(
     window: int,
     samples: np.ndarray,
 ) -> np.ndarray:
-    """Errors of typing and phasing put into training queries, as targets have them and panel samples do not.
+    """Training queries with typing and phasing errors added, uint8 [2N, L], since real targets have such errors.
 
-    A pure function of (seed, epoch, window, sample). A wrongly typed allele is observed wrong; where it is masked the
-    truth stays. Beyond a switch error the two haplotypes of a sample have changed sides, and so has their truth:
-    what is asked for is the haplotype as it is observed. ``alleles`` uint8 [2N, L]; ``masked`` bool [N, L],
-    ``position_cm`` [L], ``samples`` [N].
+    The errors are a pure function of (seed, epoch, window, sample). A typing error changes an observed allele; the
+    truth of a masked site never changes. Beyond a switch error the sample's two haplotypes have changed sides, at
+    masked sites too: the truth follows the haplotype as observed. Arguments: ``alleles`` uint8 [2N, L], ``masked`` bool
+    [N, L], ``position_cm`` [L] in cM, and ``samples`` int64 [N], panel indices.
     """
     if not (settings.typing_error or settings.switch_errors_per_cm):
         return alleles

@@ -1,4 +1,4 @@
-"""The default data set: a small simulated panel and target, so that nothing need be downloaded."""
+"""Simulated data sets: a panel with targets and their truth; a small one is the default data set of all commands."""
 
 from __future__ import annotations
 
@@ -22,13 +22,18 @@ POPULATIONS = {
     "out-of-africa": ("YRI", "CEU", "CHB"),
     "american-admixture": ("AFR", "EUR", "EAS", "ADMIX"),
 }
-"""Demographies and the populations that are sampled under each."""
+"""Demographic model -> populations that are sampled under it."""
 CONTIG = "1"
 MIN_COPIES = 2
+"""Least number of copies of each allele in the panel, at every site."""
 MIN_TYPED_MAF = 0.05
+"""Least minor-allele frequency (a fraction) of a typed site."""
 MUTATION_RATE = 1.25e-8
-BACKGROUND = 0.1  # of the mean recombination rate lies outside hotspots
+"""Mutations per base pair and generation."""
+BACKGROUND = 0.1
+"""Fraction of the mean recombination rate that lies outside hotspots."""
 HOTSPOT_SPACING_BP = 50_000
+"""Typical distance of recombination hotspots, in base pairs."""
 RECIPE_VERSION = 2
 """Raised whenever the same settings come to mean other data, so that cached data sets are rebuilt."""
 
@@ -47,28 +52,32 @@ _DATA_FILES = (
 
 @dataclass(frozen=True)
 class SimulationSettings:
-    """Size of the simulated region and of its samples, which are split evenly over the populations.
-
-    Real panels carry errors of phasing and calling: ``switch_errors_per_mb`` is the mean number of places per
-    sample where the two haplotypes change sides, ``missed_calls`` the share of copies of a minor allele that are
-    read as the major one (sequencing at low depth misses a carrier far more often than it invents one).
-
-    A panel and its targets are often parts of one call set whose sites were filtered before: an allele is listed if it
-    has ``call_set_copies`` of its minor allele in panel and targets together. Of an allele with fewer in the panel
-    the targets then carry more than the panel's frequency tells. ``cm_per_mb`` is the mean recombination rate; along
-    human chromosomes it varies several times over.
-    """
+    """Settings of a simulated data set; a value out of range raises :class:`UserError` that names its option."""
 
     length_bp: int = 1_000_000
+    """Length of the region in base pairs."""
     panel_samples: int = 750
+    """Number of panel samples, split evenly over the populations."""
     target_samples: int = 60
+    """Number of target samples, split evenly over the populations."""
     typed_spacing_bp: int = 4_000
+    """Length in base pairs of the stretches in each of which the targets are typed at one common site."""
     seed: int = 1
+    """Seed of everything random."""
     switch_errors_per_mb: float = 0.0
+    """Phasing errors: mean number of places per sample and Mb where the two haplotypes change sides."""
     missed_calls: float = 0.0
+    """Calling errors: fraction of minor-allele copies that are read as the major allele. Sequencing at low depth misses
+    a carrier far more often than it invents one.
+    """
     call_set_copies: int = MIN_COPIES
+    """Least minor-allele count of a site in panel and targets together, as if both came from one filtered call set. An
+    allele with fewer copies in the panel is then more frequent in the targets than in the panel.
+    """
     cm_per_mb: float = 1.0
+    """Mean recombination rate in cM per Mb; along human chromosomes it varies several times over."""
     demography: str = "out-of-africa"
+    """Demographic model, a key of :data:`POPULATIONS`."""
 
     def __post_init__(self) -> None:
         for name in ("length_bp", "panel_samples", "target_samples", "typed_spacing_bp"):
@@ -99,15 +108,14 @@ class DefaultData:
 
 
 def simulate_default(directory: Path, settings: SimulationSettings) -> DefaultData:
-    """Simulate into ``directory``, or reuse what an earlier call with the same settings left there.
+    """Simulate a data set into ``directory``, or reuse one that was made there with the same settings.
 
-    Three populations under the out-of-Africa model of Gutenkunst et al. (2009, PLoS Genet. 5:e1000695), or four, one of
-    them admixed and all of them growing, under that of Browning et al. (2018, PLoS Genet. 14:e1007385),
-    recombine along a map with hotspots. Sites have at least two copies of each allele in the panel (and
-    ``call_set_copies`` in panel and targets);
-    the target is typed at about one common site in ``typed_spacing_bp``. The same settings (and version
-    of msprime) give the same genotypes. The directory appears only when complete; one with other
-    settings is replaced. Raises :class:`UserError` when it holds anything else.
+    ``out-of-africa`` has three populations under the model of Gutenkunst et al. (2009, PLoS Genet. 5:e1000695).
+    ``american-admixture`` has four under that of Browning et al. (2018, PLoS Genet. 14:e1007385), one of them admixed.
+    Both recombine along a map with hotspots. The same settings and version of msprime give the same genotypes.
+
+    The directory appears only when complete, and replaces one with other settings. Raises :class:`UserError` if it
+    holds anything else.
     """
     data = DefaultData(
         panel=directory / "panel.vcf.gz",
@@ -185,19 +193,19 @@ def _build(directory: Path, settings: SimulationSettings) -> None:
 
 
 def _minor_allele_count(alleles: np.ndarray) -> np.ndarray:
-    """Copies of the rarer allele [S] among ``alleles`` [S, H]."""
+    """Number of copies of the rarer allele, int64 [S], among ``alleles`` [S, H]."""
     copies = alleles.sum(axis=1, dtype=np.int64)
     return np.minimum(copies, alleles.shape[1] - copies)
 
 
 def _split(samples: int, populations: int) -> list[int]:
-    """Equal shares; the first populations take what is left over."""
+    """Sizes of equal shares of ``samples``; the first populations take the remainder."""
     share, rest = divmod(samples, populations)
     return [share + (i < rest) for i in range(populations)]
 
 
 def _hotspot_map(length_bp: int, cm_per_mb: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Breakpoints [n + 1] in bp and rates [n] in cM/Mb, with mean ``cm_per_mb``."""
+    """Recombination map with hotspots: breakpoints [n + 1] in bp and rates [n] in cM/Mb, with mean ``cm_per_mb``."""
     edges = [0]
     rates = []
     while True:
@@ -248,8 +256,7 @@ def _out_of_africa() -> msprime.Demography:
 
 
 def _american_admixture() -> msprime.Demography:
-    """Four populations with the parameters of Browning et al. (2018): growth until today, admixture 12 generations
-    ago."""
+    """Four populations of Browning et al. (2018): all but AFR grow until today, and ADMIX mixed 12 generations ago."""
     import msprime
 
     split_eurasia, split_africa, expansion = 920, 2040, 5920
@@ -278,8 +285,8 @@ _DEMOGRAPHIES = {"out-of-africa": _out_of_africa, "american-admixture": _america
 def _simulate(
     settings: SimulationSettings, samples: list[int], breakpoints: np.ndarray, rates: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """1-based positions [S] int64 and alleles [S, 2N] uint8, samples in the order of the populations."""
-    # msprime takes a second to import, and only those who simulate need it.
+    """Simulated 1-based positions int64 [S] and alleles uint8 [S, 2N], samples in the order of the populations."""
+    # Imported here, because msprime takes a second and only simulation needs it.
     import msprime
 
     tree_sequence = msprime.sim_ancestry(
@@ -297,7 +304,7 @@ def _simulate(
 
 
 def _spoil(alleles: np.ndarray, positions: np.ndarray, settings: SimulationSettings) -> None:
-    """Put switch errors and missed calls into ``alleles`` [S, 2N]."""
+    """Add switch errors and missed calls to ``alleles`` [S, 2N], in place."""
     rng = np.random.default_rng([settings.seed, 3])
     if settings.switch_errors_per_mb > 0:
         for sample in range(alleles.shape[1] // 2):
@@ -329,7 +336,7 @@ def _site_table(positions: np.ndarray, length_bp: int, rng: np.random.Generator)
 
 
 def _choose_typed(pos: np.ndarray, maf: np.ndarray, spacing_bp: int, rng: np.random.Generator) -> np.ndarray:
-    """Row numbers [T] of one common site, chosen at random, in every stretch of ``spacing_bp``."""
+    """Rows [T] of the typed sites: one common site, chosen at random, in every stretch of ``spacing_bp``."""
     common = np.flatnonzero(maf >= MIN_TYPED_MAF)
     shuffled = rng.permutation(common)
     _, first = np.unique(pos[shuffled] // spacing_bp, return_index=True)
@@ -350,7 +357,7 @@ def _select(sites: SiteTable, rows: np.ndarray) -> SiteTable:
 
 
 def _write_map(path: Path, breakpoints: np.ndarray, rates: np.ndarray) -> None:
-    """PLINK map; base ``b`` of the simulation is position ``b + 1`` of the files."""
+    """Write the map in PLINK's format; base ``b`` of the simulation is position ``b + 1`` of the files."""
     cm = np.concatenate([[0.0], np.cumsum(rates * np.diff(breakpoints) * 1e-6)])
     with path.open("w", encoding="utf-8") as out:
         for bp, value in zip((breakpoints + 1).tolist(), cm.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""The site table, and its harmonisation: the one place where sites are matched or dropped."""
+"""Site tables and their harmonisation. Only here are sites of two files matched, or dropped."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from embrag_ds.errors import UserError
 
 @dataclass(frozen=True)
 class SiteTable:
-    """Biallelic sites in file order.
+    """Table of biallelic sites in file order.
 
-    ``contigs`` and ``contig_lengths`` (base pairs, 0 where the header does not say) come from the
-    file's header; ``contig`` [S] int32 indexes into them; ``pos`` [S] int64 is 1-based; ``ref``,
-    ``alt`` and ``id`` are lists of S strings.
+    ``contigs`` and ``contig_lengths`` come from the file's header; lengths are in base pairs, 0 where not given.
+    ``contig`` int32 [S] indexes ``contigs`` and ``pos`` int64 [S] is 1-based. ``ref``, ``alt`` and ``id`` are lists of
+    S strings.
     """
 
     contigs: tuple[str, ...]
@@ -33,12 +33,12 @@ class SiteTable:
         return len(self.pos)
 
     def identities(self) -> Iterator[tuple[str, int, str, str]]:
-        """(contig, pos, ref, alt) of every site: what identifies a site across files."""
+        """Iterate over (contig, pos, ref, alt) of every site, which identifies a site across files."""
         for code, pos, ref, alt in zip(self.contig.tolist(), self.pos.tolist(), self.ref, self.alt, strict=True):
             yield self.contigs[code], pos, ref, alt
 
     def contig_runs(self) -> list[tuple[int, int]]:
-        """[start, stop) of each contig's run of sites, in file order."""
+        """Row ranges [start, stop) of consecutive sites on one contig, in file order."""
         if len(self) == 0:
             return []
         bounds = np.flatnonzero(np.diff(self.contig)) + 1
@@ -46,7 +46,7 @@ class SiteTable:
         return list(pairwise(edges))
 
     def save(self, path: Path) -> None:
-        """Write as a text table: header lines for the contigs, then one line per site."""
+        """Write the table as text: a header line per contig, then one line per site."""
         with path.open("w", encoding="utf-8") as out:
             for name, length in zip(self.contigs, self.contig_lengths, strict=True):
                 out.write(f"#{name}\t{length}\n")
@@ -57,6 +57,7 @@ class SiteTable:
 
     @staticmethod
     def load(path: Path) -> SiteTable:
+        """Read a table written by :meth:`save`."""
         contigs: list[tuple[str, int]] = []
         rows: list[list[str]] = []
         with path.open(encoding="utf-8") as lines:
@@ -79,11 +80,11 @@ class SiteTable:
 
 @dataclass(frozen=True)
 class Harmonised:
-    """Which panel site each usable target site is.
+    """Matched sites of a target and a panel.
 
-    ``panel_index`` [T] and ``target_index`` [T] are row numbers in the two tables, increasing in
-    the panel; ``swapped`` [T] marks sites whose REF and ALT are exchanged between the files (the
-    target's alleles must be flipped 0 <-> 1). ``dropped`` counts target sites by reason.
+    ``panel_index`` int64 [T] and ``target_index`` int64 [T] are rows of the two tables, increasing in the panel.
+    ``swapped`` bool [T] marks sites whose REF and ALT are exchanged, so that 0 and 1 must be exchanged in the target.
+    ``dropped`` counts the target's dropped sites by reason.
     """
 
     panel_index: np.ndarray
@@ -92,6 +93,7 @@ class Harmonised:
     dropped: dict[str, int] = field(default_factory=dict)
 
     def report(self) -> str:
+        """Text with the numbers of matched and dropped sites, for the log."""
         matched = len(self.panel_index)
         parts = [f"{matched} sites matched", f"{int(self.swapped.sum())} of them with REF/ALT exchanged"]
         parts += [f"{count} dropped ({reason})" for reason, count in self.dropped.items() if count]
@@ -99,11 +101,11 @@ class Harmonised:
 
 
 def harmonise(target: SiteTable, panel: SiteTable, target_name: str, panel_name: str) -> Harmonised:
-    """Match the target's sites to the panel's on (contig, pos, ref, alt).
+    """Match the target's sites to the panel's by (contig, pos, ref, alt).
 
-    A site whose REF and ALT are exchanged is matched and marked; other alleles at a known position
-    and positions the panel lacks are dropped and counted. Strands are never guessed. Raises
-    :class:`UserError` when nothing matches.
+    A site with REF and ALT exchanged is matched and marked, unless the target also has its exact twin. All other sites
+    are dropped and counted. Strand flips are never inferred. Raises :class:`UserError` if no site matches;
+    ``target_name`` and ``panel_name`` stand for the files in it.
     """
     where = {key: row for row, key in enumerate(panel.identities())}
     positions = {(contig, pos) for contig, pos, _, _ in where}

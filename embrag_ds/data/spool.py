@@ -1,10 +1,12 @@
-"""Rows of numbers on disk among which few are distinct: written one after another, read in blocks.
+"""Spool: rows of numbers on disk with few distinct entries, written one after another and read in blocks.
 
-A row has N entries of C numbers each. A *page* is a run of rows with one table of their distinct entries; a row is N
-codes, which number entries of its page's table. A page ends when its table might not hold the next row's entries.
+A row has N entries of C numbers each. A *page* is a run of rows that share one table of distinct entries. A row is
+stored as N codes, which are indices into its page's table. A page ends when its table might not hold the entries of the
+next row.
 
-Memory: one page's table, ``4 C max(65,536, 4 N)`` bytes, and the rows asked for. Disk: 2 bytes an entry (4 where
-N > 16,384) and ``4 C`` for every distinct one of a page; so at most ``4 C + 4`` an entry, even where all differ.
+Memory: one page's table, ``4 C max(65,536, 4 N)`` bytes, and the rows that are read. Disk: 2 bytes per entry (4 where N
+> 16,384) and ``4 C`` bytes per distinct entry of a page. That is at most ``4 C + 4`` bytes per entry, even where all
+differ.
 """
 
 from __future__ import annotations
@@ -25,12 +27,13 @@ _READ_BYTES = 1 << 24
 
 
 class Spool:
-    """Rows of ``entries`` entries of ``columns`` numbers, float32, in files without a name in a folder.
+    """Spool of rows with ``entries`` entries of ``columns`` float32 numbers each, in unnamed scratch files.
 
-    While rows are written, :meth:`new_page_if_full` comes before each, :meth:`add` codes the entries that the page
-    has not seen, and :meth:`append` takes the row's codes; then :meth:`finish`, and :meth:`read` as often as needed.
-    It is a context manager; a file without a name is gone with the process, however that ends. Raises
-    :class:`UserError` when the folder cannot be written to.
+    To write a row, call :meth:`new_page_if_full`, then :meth:`add` for each entry that is new in the page, then
+    :meth:`append` with the row's codes. Call :meth:`finish` after the last row; then :meth:`read` works.
+
+    Use it as a context manager. The files lie in ``folder`` and vanish with the process, however that ends. Raises
+    :class:`UserError` if the folder cannot be written to.
     """
 
     def __init__(self, folder: Path, entries: int, columns: int) -> None:
@@ -39,7 +42,7 @@ class Spool:
         self._table = np.empty((max(_PAGE_ENTRIES, 4 * entries), columns), dtype=np.float32)
         self._used = 0
         self._rows = 0
-        # Of every page the first row, and where its table begins, in entries.
+        # For every page: its first row, and the place of its table, counted in entries.
         self._first_row = [0]
         self._begin = [0]
         self._page_in_table = -1
@@ -55,39 +58,44 @@ class Spool:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         for file in (self._codes, self._tables):
-            # On a full disk this fails, too, with what was still to be written.
+            # Closing writes what is still buffered, which fails on a full disk.
             with suppress(OSError):
                 file.close()
 
     def new_page_if_full(self) -> bool:
-        """Begin a page, whose codes are all new, unless this one has room for a row of nothing but new entries."""
+        """Begin a new page if another row of new entries might not fit.
+
+        Returns True if it did: then no entry has a code in the page yet.
+        """
         full = self._used + self._entries > len(self._table)
         if full:
             self._end_page()
         return full
 
     def add(self, entry: Sequence[float]) -> int:
-        """Code of one more entry."""
+        """Store one more entry of ``columns`` numbers in the page, and return its code."""
         self._table[self._used] = entry
         self._used += 1
         return self._used - 1
 
     def append(self, codes: np.ndarray) -> None:
-        """Take in a row of codes [N] of :attr:`code_type`."""
+        """Write a row of N codes with dtype :attr:`code_type`."""
         assert codes.shape == (self._entries,) and codes.dtype == self.code_type, (codes.shape, codes.dtype)
         with self._writing():
             self._codes.write(codes.tobytes())
         self._rows += 1
 
     def finish(self) -> None:
-        """No more rows are coming."""
+        """End the last page; no rows may follow."""
         self._end_page()
         with self._writing():
             self._codes.flush()
             self._tables.flush()
 
     def read(self, rows: np.ndarray, columns: slice, entries: np.ndarray | None = None) -> np.ndarray:
-        """Some ``columns`` of the entries, all or those numbered, of any ``rows`` [n]: float32 [n, N, C]."""
+        """Read some ``columns`` of any ``rows`` int64 [n], for all ``entries`` or those numbered int64 [N]: float32 [n,
+        N, C].
+        """
         codes = self._read_codes(rows, np.arange(self._entries) if entries is None else entries)
         values = np.empty((*codes.shape, len(range(self._table.shape[1])[columns])), dtype=np.float32)
         page_of = np.searchsorted(self._first_row, rows, side="right") - 1

@@ -1,4 +1,4 @@
-"""Target samples at the panel's sites: typed at some of them, packed on disk."""
+"""Target samples at the panel's sites, with their alleles packed on disk."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Targets:
-    """Target samples at the panel's sites, of which ``typed`` bool [S] they were typed at.
+    """Target samples matched to the panel's sites.
 
-    Their alleles stay packed where they are, on disk as a rule; ``match`` says which panel site each of their sites is.
+    ``typed`` bool [S] marks the panel sites at which the targets are typed. ``packed`` holds the target file's alleles
+    as :class:`Panel` does, usually memory-mapped. ``match`` maps the target's sites to the panel's.
     """
 
     samples: tuple[str, ...]
@@ -29,7 +30,7 @@ class Targets:
     match: Harmonised
 
     def alleles(self, span: slice, samples: slice) -> np.ndarray:
-        """Alleles of some samples at the panel's sites ``span``, uint8 [2N, L], REF where they were not typed."""
+        """Alleles of some samples at the panel's sites ``span``, uint8 [2N, L]; REF at untyped sites."""
         first, last = np.searchsorted(self.match.panel_index, [span.start, span.stop])
         typed = self.typed_alleles(slice(first, last), samples)
         found = np.full((typed.shape[1], span.stop - span.start), REF, dtype=np.uint8)
@@ -37,13 +38,16 @@ class Targets:
         return found
 
     def typed_alleles(self, sites: slice, samples: slice) -> np.ndarray:
-        """Alleles of some samples at some of the T typed sites, by their number, uint8 [T, 2N]."""
+        """Alleles of some samples at some of the typed sites (numbers 0 to T - 1), uint8 [T, 2N]."""
         bits = unpack_host(self.packed[self.match.target_index[sites]], 2 * samples.start, 2 * samples.stop)
         return bits ^ self.match.swapped[sites, None]
 
 
 def harmonise_targets(target: Panel, panel: Panel, allow_overlap: bool) -> Targets:
-    """Bring the targets, packed, to the panel's site table, once; nothing filters sites afterwards."""
+    """Match the targets' sites to the panel's; no later step drops sites.
+
+    Raises :class:`UserError` if no site matches, or if a target sample is in the panel and ``allow_overlap`` is False.
+    """
     shared = sorted(set(target.samples) & set(panel.samples))
     if shared and not allow_overlap:
         raise UserError(

@@ -1,12 +1,11 @@
-"""Phased VCF and BCF files, and bgzipped output. The only module that knows pysam.
+"""Phased VCF and BCF files, and bgzipped output. The only module that imports pysam.
 
-What counts as a site is the same everywhere: a record with exactly one ALT. Records with more than
-one ALT, without ALT (``.``) or with ALT ``*`` are skipped and counted by reason; a symbolic ALT such
-as ``<DEL>`` is an allele like any other and is kept. Splitting multi-allelic records beforehand
-(``bcftools norm -m -any``) keeps them.
+A site is a record with exactly one ALT. Records with more than one ALT, without ALT (``.``) or with ALT ``*`` are
+skipped and counted by reason. A symbolic ALT such as ``<DEL>`` is kept like any other allele. Multi-allelic records are
+kept if they are split beforehand (``bcftools norm -m -any``).
 
-A VCF is read as its decompressed text, one line a record, and a BCF as the text htslib formats from
-it, so that a record of thousands of samples becomes one numpy operation instead of a Python loop.
+A VCF is parsed from its text, one line a record; a BCF from the text that htslib makes of it. A record of thousands of
+samples is then one numpy operation instead of a Python loop.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import pysam
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.errors import UserError
 
-# Our errors name the file, the record and the remedy; htslib's would only repeat them on stderr.
+# Our errors name file, record and remedy; htslib's messages on stderr would only repeat them.
 pysam.set_verbosity(0)
 
 _BGZF_EOF = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
@@ -36,7 +35,7 @@ _Self = TypeVar("_Self", bound="BiallelicFile")
 
 
 class VcfRow(NamedTuple):
-    """One kept record as text: ``info``, ``format`` and ``body`` (the sample columns) are undecoded."""
+    """A kept record; ``info``, ``format`` and ``body`` (the sample columns) are text that is not parsed."""
 
     contig_code: int
     pos: int
@@ -49,7 +48,7 @@ class VcfRow(NamedTuple):
 
 
 class BiallelicFile:
-    """Header and biallelic records of a bgzipped VCF or a BCF, checked for order and duplicates."""
+    """Reader of the biallelic records of a bgzipped VCF or a BCF; raises :class:`UserError` for faulty files."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -96,15 +95,16 @@ class BiallelicFile:
             seen.add(name)
 
     def fault(self, where: str, what: str, remedy: str) -> UserError:
+        """A :class:`UserError` about this file."""
         return UserError(f"{self.path}: {where}: {what}; {remedy}")
 
     def _declare(self, contig: str, where: str) -> None:
-        """Take in a contig the header lacks; tools such as Beagle write their output so."""
+        """Add a contig that the header lacks; Beagle, among others, writes such files."""
         self.contigs = (*self.contigs, contig)
         self.contig_lengths = (*self.contig_lengths, 0)
 
     def _lines(self) -> Iterator[bytes]:
-        """Text of every record, from the first one on."""
+        """Iterate over the text of every record, from the first one on."""
         last = b"the header"
         try:
             if self._is_bcf:
@@ -127,7 +127,7 @@ class BiallelicFile:
             ) from error
 
     def rows(self) -> Iterator[VcfRow]:
-        """Kept records in file order; counts the others in ``skipped``."""
+        """Iterate over the kept records in file order; counts the others in ``skipped``."""
         self.skipped = {"more than one ALT": 0, "no ALT": 0, "ALT is *": 0}
         code_of = {name: code for code, name in enumerate(self.contigs)}
         finished: set[str] = set()
@@ -167,6 +167,7 @@ class BiallelicFile:
             yield VcfRow(code_of[name], here, fields[2].decode(), ref, alt, fields[7], fields[8], fields[9])
 
     def sample_fields(self, row: VcfRow) -> list[bytes]:
+        """Sample columns of a record, N texts; raises :class:`UserError` if their number is wrong."""
         fields = row.body.split(b"\t")
         if len(fields) != len(self.samples):
             raise self.fault(
@@ -178,7 +179,7 @@ class BiallelicFile:
 
 
 class PhasedRecord(NamedTuple):
-    """A biallelic site with its phased alleles: uint8 [2N], sample i owns 2i and 2i + 1; 1 is ALT."""
+    """A biallelic site with its phased alleles, uint8 [2N]; sample i owns 2i and 2i + 1, and ALT is 1."""
 
     contig_code: int
     pos: int
@@ -189,15 +190,14 @@ class PhasedRecord(NamedTuple):
 
 
 class PhasedVcf(BiallelicFile):
-    """A phased, indexed VCF.gz or BCF of N samples without missing genotypes.
+    """Reader of a phased, indexed VCF.gz or BCF of N samples without missing genotypes.
 
-    ``samples`` [N], ``contigs`` and ``contig_lengths`` (base pairs, 0 where the header does not say)
-    come from the header. ``skipped`` counts the records that are not biallelic by reason (see the
-    module's docstring) and is filled while :meth:`records` is iterated.
+    ``samples`` [N], ``contigs`` and ``contig_lengths`` (base pairs, 0 where not given) come from the header.
+    ``skipped`` counts the records that are not biallelic, by reason, while :meth:`records` is iterated.
 
-    Raises :class:`UserError` when opened (missing, not bgzipped VCF or BCF, truncated, no index, no or
-    repeated samples) and while iterated (undeclared or reappearing contig, unsorted or repeated site,
-    damaged record, genotype that is not two phased alleles).
+    Raises :class:`UserError` when opened, for a file that is missing, truncated, not bgzipped or not indexed, or has no
+    or repeated samples. Iteration raises it for an undeclared or reappearing contig and an unsorted or repeated site.
+    It also does so for a damaged record and a genotype that is not two phased alleles.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -211,12 +211,12 @@ class PhasedVcf(BiallelicFile):
         )
 
     def records(self) -> Iterator[PhasedRecord]:
-        """Every biallelic record, in file order."""
+        """Iterate over the biallelic records in file order."""
         for row in self.rows():
             yield PhasedRecord(row.contig_code, row.pos, row.id, row.ref, row.alt, self._alleles(row))
 
     def _alleles(self, row: VcfRow) -> np.ndarray:
-        """uint8 [2N] from the genotype columns."""
+        """Alleles uint8 [2N] of a record's genotype columns."""
         if row.format == b"GT":
             alleles = _decode_phased(row.body, len(self.samples))
             if alleles is not None:
@@ -253,7 +253,7 @@ class PhasedVcf(BiallelicFile):
 
 @dataclass(frozen=True)
 class PhasedData:
-    """A whole phased file: ``alleles`` uint8 [S, 2N], sample i owns columns 2i and 2i + 1.
+    """A whole phased file: ``alleles`` uint8 [S, 2N], where sample i owns columns 2i and 2i + 1.
 
     ``skipped`` counts the records that are not biallelic by reason.
     """
@@ -265,7 +265,7 @@ class PhasedData:
 
 
 def read_phased(path: str | Path) -> PhasedData:
-    """Read a phased file whole. Raises :class:`UserError` as :class:`PhasedVcf` does."""
+    """Read a whole phased file. Raises :class:`UserError` as :class:`PhasedVcf` does."""
     with PhasedVcf(path) as vcf:
         rows = list(vcf.records())
         alleles = np.empty((len(rows), 2 * len(vcf.samples)), dtype=np.uint8)
@@ -309,9 +309,9 @@ def _bgzf(path: Path, mode: Any) -> pysam.BGZFile:
 
 
 def _header_text(path: Path, is_bcf: bool) -> list[str]:
-    """Header lines, the last being the column names.
+    """Header lines, of which the last has the column names.
 
-    Read here because htslib's own header gains the undeclared contigs of the records and of the index.
+    They are read here because htslib's own header gains the undeclared contigs of the records and of the index.
     """
     with _bgzf(path, "rb") as file:
         if is_bcf:
@@ -352,7 +352,7 @@ def _skip_reason(alt: str) -> str | None:
 
 
 def _decode_phased(text: bytes, samples: int) -> np.ndarray | None:
-    """uint8 [2 samples] from tab-separated ``a|b`` with a and b 0 or 1; None where anything else is there."""
+    """Alleles uint8 [2 samples] of tab-separated ``a|b`` with a and b 0 or 1; None for any other text."""
     if len(text) != 4 * samples - 1:
         return None
     words = np.frombuffer(text + b"\t", dtype="<u4")
@@ -363,7 +363,7 @@ def _decode_phased(text: bytes, samples: int) -> np.ndarray | None:
 
 
 def site_table(vcf: BiallelicFile, rows: list[PhasedRecord] | list[VcfRow]) -> SiteTable:
-    """The site table of records read from ``vcf``."""
+    """Site table of records read from ``vcf``."""
     return SiteTable(
         contigs=vcf.contigs,
         contig_lengths=vcf.contig_lengths,
@@ -377,7 +377,7 @@ def site_table(vcf: BiallelicFile, rows: list[PhasedRecord] | list[VcfRow]) -> S
 
 @contextmanager
 def published(path: Path, sites: SiteTable) -> Iterator[Any]:
-    """BGZF file that becomes ``path``, with its index, when the block ends; nothing is left otherwise."""
+    """Context with a BGZF file that becomes ``path``, with its index, on success; a failure leaves nothing."""
     temporary = path.with_name(f".{path.name.removesuffix('.vcf.gz')}.{os.getpid()}.tmp.vcf.gz")
     # A .tbi cannot hold positions from 512 Mb on, which some plant and animal chromosomes reach.
     suffix, other = (".tbi", ".csi") if sites.pos.max(initial=0) < _TBI_LIMIT else (".csi", ".tbi")

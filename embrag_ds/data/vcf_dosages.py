@@ -1,6 +1,6 @@
-"""Reading imputed dosages: this package's own files, Beagle's and minimac4's.
+"""Reader of imputed dosages: this package's own files, Beagle's and minimac4's.
 
-A file is read once, in a stream, and its values lie on disk while they are used: :class:`DosageFile`.
+A file is read once, as a stream, and its values are kept on disk while they are used (:class:`DosageFile`).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _COLUMNS = 6
 
 @dataclass(frozen=True)
 class DosageFile:
-    """Imputed dosages of N samples at S sites, on disk; blocks of any ``rows`` [n] (sites) are read from there.
+    """Imputed dosages of N samples at S sites, kept on disk and read in blocks of site rows int64 [n].
 
-    ``dr2`` float32 [S] is the file's own estimate of r2, NaN where it gives none; ``imputed`` bool [S] marks
-    imputed sites; both are None unless the header defines their INFO key. ``has_gp`` and ``has_haplotypes`` say
-    whether every record has them. ``samples`` are all or those numbered.
+    ``dr2`` float32 [S] is the file's own estimate of r2, NaN where a record has none. ``imputed`` bool [S] marks
+    imputed sites. Both are None unless the header defines their INFO key. ``has_gp`` and ``has_haplotypes`` are True if
+    every record has such values. The methods return all samples, or those numbered int64 [N].
     """
 
     path: Path
@@ -43,11 +43,11 @@ class DosageFile:
     _spool: Spool
 
     def dosage(self, rows: np.ndarray, samples: np.ndarray | None = None) -> np.ndarray:
-        """ALT copies (0 to 2), float32 [n, N]."""
+        """ALT dosage (0 to 2), float32 [n, N]."""
         return self._spool.read(rows, _DOSAGE, samples)[..., 0]
 
     def gp(self, rows: np.ndarray, samples: np.ndarray | None = None) -> np.ndarray:
-        """Genotype probabilities, float32 [n, N, 3]."""
+        """Genotype probabilities of 0, 1 and 2 ALT copies, float32 [n, N, 3]."""
         return self._spool.read(rows, _GP, samples)
 
     def haplotype_dosage(self, rows: np.ndarray, samples: np.ndarray | None = None) -> np.ndarray:
@@ -57,17 +57,17 @@ class DosageFile:
 
 @contextmanager
 def spool_dosages(path: str | Path, folder: Path, allow_missing: bool = False) -> Iterator[DosageFile]:
-    """Read what this package, Beagle (GT:DS:AP1:AP2:GP) or minimac4 (HDS, GT, DS, GP) wrote.
+    """Open a file written by this package (GT:DS:HDS:GP), Beagle (GT:DS:AP1:AP2:GP) or minimac4 (HDS, GT, DS, GP).
 
-    The dosage is DS; where FORMAT has no DS, the sum of AP1 and AP2 or of HDS, else GP's, else the
-    count of ALT alleles in GT, phased or not. ``dr2`` is INFO DR2 or R2, ``imputed`` the INFO flag IMP
-    or IMPUTED. No index is needed. Scratch files lie in ``folder`` until the block ends.
+    The dosage is DS. Without DS it is the sum of HDS, or of AP1 and AP2; without these the mean of GP. Else it is the
+    ALT count of GT, phased or not. ``dr2`` is INFO DR2 or R2, ``imputed`` the INFO flag IMP or IMPUTED. No index is
+    needed. Scratch files lie in ``folder`` until the block ends.
+
+    With ``allow_missing``, for a truth, missing values (``.``, also as an allele of GT) are NaN. Raises
+    :class:`UserError` for a damaged file, an unsorted or repeated site, and a FORMAT without any of these keys. It also
+    raises one for a value that is missing or no number, and for a dosage outside [0, 2].
 
     Memory: a page of the :class:`embrag_ds.data.spool.Spool`, the texts of its distinct columns, and the site table.
-
-    With ``allow_missing``, for a truth, a missing value (``.``, or an allele of GT that is) is NaN. Raises
-    :class:`UserError` on a damaged file, an unsorted or repeated site, a value that is missing or no number, a
-    dosage that is not from 0 to 2, and no value to derive the dosage from.
     """
     with BiallelicFile(path) as vcf, Spool(folder, len(vcf.samples), _COLUMNS) as spool:
         yield _spooled(vcf, spool, allow_missing)
@@ -123,7 +123,7 @@ def _spooled(vcf: BiallelicFile, spool: Spool, allow_missing: bool) -> DosageFil
 
 @dataclass(frozen=True)
 class Dosages:
-    """A whole :class:`DosageFile` in memory, sites by samples; what not every record has is None."""
+    """A whole :class:`DosageFile` in memory, as arrays of sites by samples; values that some record lacks are None."""
 
     sites: SiteTable
     samples: tuple[str, ...]
@@ -135,7 +135,7 @@ class Dosages:
 
 
 def read_dosages(path: str | Path) -> Dosages:
-    """Read a file whole, as :func:`spool_dosages` does and with its errors; for small ones."""
+    """Read a whole file into memory, with the values and errors of :func:`spool_dosages`; for small files."""
     with tempfile.TemporaryDirectory() as folder, spool_dosages(path, Path(folder)) as file:
         every = np.arange(len(file.sites))
         return Dosages(
@@ -156,8 +156,8 @@ class _ImpossibleDosage(ValueError):
 class _DosageFields(dict[bytes, int]):
     """Codes, in a page of the spool, of the sample columns met so far under one FORMAT.
 
-    Few distinct columns make up an imputed file (most are confident), so each text is parsed once.
-    An entry is (dosage, haplotype 0, haplotype 1, GP 0, GP 1, GP 2), NaN where FORMAT does not say.
+    An imputed file has few distinct columns (most are confident), so each text is parsed only once. An entry is
+    (dosage, haplotype 0, haplotype 1, GP 0, GP 1, GP 2), NaN where FORMAT lacks the value.
     """
 
     def __init__(self, format_text: bytes, spool: Spool, allow_missing: bool) -> None:
@@ -215,7 +215,7 @@ class _DosageFields(dict[bytes, int]):
         return float(int(left) + int(right))
 
     def _value(self, parts: list[bytes], key: bytes) -> bytes:
-        """The text of one key; VCF leaves out trailing keys that are missing."""
+        """Text of one key; VCF omits trailing keys that are missing."""
         place = self._place[key]
         return parts[place] if place < len(parts) else b"."
 

@@ -1,4 +1,4 @@
-"""Writing VCF: phased panels and imputed targets, bgzipped and indexed."""
+"""VCF output: phased panels and imputed targets, bgzipped and indexed."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from embrag_ds.errors import UserError
 def write_phased(path: str | Path, sites: SiteTable, samples: tuple[str, ...] | list[str], alleles: np.ndarray) -> None:
     """Write ``alleles`` uint8 [S, 2N] as a bgzipped phased VCF with its index.
 
-    ``path`` must end in ``.vcf.gz``. The file appears only when complete. Raises :class:`UserError`
-    when it cannot be written.
+    ``path`` must end in ``.vcf.gz``. The file appears only when complete. Raises :class:`UserError` if it cannot be
+    written.
     """
     assert alleles.shape == (len(sites), 2 * len(samples)), alleles.shape
     _check_output(Path(path))
@@ -46,16 +46,15 @@ _IMPUTED_DEFINITIONS = [
 
 
 class ImputedVcfWriter:
-    """Imputed VCF of N samples at ``sites``, written block by block in site order.
+    """Writer of an imputed VCF of N samples at ``sites``, block by block in site order.
 
-    ``FORMAT`` is ``GT:DS:HDS:GP`` to three decimals: HDS is rounded, and GT, DS and GP follow from the
-    rounded HDS, so the columns of a sample agree exactly and GP sums to 1. ``INFO`` has ``AF``, ``DR2``
-    (minimac's Rsq, Das et al. 2016, Nat. Genet. 48:1284: the variance of HDS over p(1-p), 0 where p is 0
-    or 1, at most 1, and 1 at typed sites) and the flag ``IMP`` at imputed sites.
+    ``FORMAT`` is ``GT:DS:HDS:GP`` to three decimals. HDS is rounded, and GT, DS and GP follow from the rounded HDS. So
+    a sample's columns agree exactly, and GP sums to 1. ``INFO`` has ``AF``, ``DR2``, and the flag ``IMP`` at imputed
+    sites. DR2 is minimac's Rsq (Das et al. 2016, Nat. Genet. 48:1284): the variance of HDS over p(1-p). It is at most
+    1, and 0 where p is 0 or 1; typed sites have 1.
 
-    Use it as a context manager; ``path`` must end in ``.vcf.gz``. The file and its index appear when
-    the block ends without an exception, and nothing is left otherwise. Raises :class:`UserError` when
-    the file cannot be written.
+    Use it as a context manager; ``path`` must end in ``.vcf.gz``. File and index appear when the block ends without an
+    exception, and nothing is left otherwise. Raises :class:`UserError` if the file cannot be written.
     """
 
     def __init__(self, path: str | Path, sites: SiteTable, samples: tuple[str, ...] | list[str], source: str) -> None:
@@ -83,14 +82,14 @@ class ImputedVcfWriter:
         assert exc_type or self._next == len(self._sites), f"{self._next} of {len(self._sites)} sites written"
 
     def write(self, first: int, haplotype_dosage: np.ndarray, typed: np.ndarray, alleles_typed: np.ndarray) -> None:
-        """Write sites ``first`` to ``first + n``.
+        """Write the sites ``first`` to ``first + n``, which must follow those written before.
 
-        ``haplotype_dosage`` float32 [2N, n] are ALT probabilities, ``typed`` bool [n] marks typed sites,
-        at which ``alleles_typed`` uint8 [2N, n] is written unchanged and the dosage is not looked at.
+        ``haplotype_dosage`` float32 [2N, n] are ALT probabilities in [0, 1]. ``typed`` bool [n] marks typed sites;
+        there ``alleles_typed`` uint8 [2N, n] are written unchanged and the dosage is ignored.
         """
         assert first == self._next, f"sites {first}.. follow {self._next}"
         assert haplotype_dosage.shape == alleles_typed.shape == (2 * self._samples, len(typed))
-        step = max(1, 2**23 // (_PERSON_WIDTH * self._samples))
+        step = max(1, 2**23 // (_SAMPLE_WIDTH * self._samples))
         for start in range(0, len(typed), step):
             block = slice(start, start + step)
             self._write_block(haplotype_dosage[:, block], typed[block], alleles_typed[:, block])
@@ -119,22 +118,22 @@ class ImputedVcfWriter:
         self._next += len(typed)
 
 
-_PERSON_WIDTH = len("0|0:0.000:0.000,0.000:1.000,0.000,0.000\t")
+_SAMPLE_WIDTH = len("0|0:0.000:0.000,0.000:1.000,0.000,0.000\t")
 
 
 @cache
 def _imputed_sample_text() -> np.ndarray:
-    """uint64 [1001 * 1001, 5]: the 40 bytes of a sample whose HDS are a/1000, b/1000, at 1001 a + b.
+    """Text of a sample whose HDS are a/1000 and b/1000, 40 bytes in row 1001 a + b: uint64 [1001 * 1001, 5].
 
     A sample's columns depend on these two numbers only, so a block of records is one gather.
     """
     a, b = (part.ravel() for part in np.meshgrid(np.arange(1001), np.arange(1001), indexing="ij"))
     gp_millionths = np.stack([(1000 - a) * (1000 - b), a * (1000 - b) + (1000 - a) * b, a * b], axis=1)
     gp = (gp_millionths + 500) // 1000
-    # The largest takes up what rounding left, so that the written values sum to 1.
+    # The largest probability absorbs the rounding errors, so that the written values sum to 1.
     gp[np.arange(len(gp)), gp.argmax(axis=1)] += 1000 - gp.sum(axis=1)
     digits = np.array([list(f"{i / 1000:.3f}".encode()) for i in range(2001)], dtype=np.uint8)
-    text = np.empty((len(a), _PERSON_WIDTH), dtype=np.uint8)
+    text = np.empty((len(a), _SAMPLE_WIDTH), dtype=np.uint8)
     text[:] = np.frombuffer(b"0|0:0.000:0.000,0.000:1.000,0.000,0.000\t", dtype=np.uint8)
     text[:, 0] += a > 500
     text[:, 2] += b > 500

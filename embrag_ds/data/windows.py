@@ -1,6 +1,6 @@
 """Windows: stretches of consecutive sites on one contig, the unit of retrieval and of a micro-batch.
 
-A :class:`WindowedPanel` is a reference set cut into them.
+A :class:`WindowedPanel` is a reference set cut into windows.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from embrag_ds.settings import strict_settings
 
 @dataclass(frozen=True)
 class Window:
-    """Sites [start, stop) of the panel, of which [core_start, core_stop) are predicted.
+    """Window of the panel's sites [start, stop), of which the core [core_start, core_stop) is predicted.
 
-    The flanks outside the core are seen by retrieval only: a match that runs far beyond the core says
-    more than what fits in it.
+    The flanks outside the core serve retrieval and the copying model only. A match that extends far beyond the core is
+    stronger evidence than one that ends within it.
     """
 
     index: int
@@ -38,20 +38,20 @@ class Window:
 
     @property
     def core(self) -> slice:
-        """The core's place within the window."""
+        """The core as a slice of the window."""
         return slice(self.core_start - self.start, self.core_stop - self.start)
 
     @property
     def core_sites(self) -> slice:
-        """The core's place in the panel."""
+        """The core as a slice of the panel."""
         return slice(self.core_start, self.core_stop)
 
 
 def make_windows(sites: SiteTable, window_sites: int, overlap_sites: int, flank_sites: int) -> list[Window]:
-    """Cover every contig with cores of at most ``window_sites``, overlapping by ``overlap_sites``.
+    """Cover every contig with windows whose cores have at most ``window_sites`` sites and overlap by ``overlap_sites``.
 
-    A contig's cores are equally long (to one site), so none is a small remainder; no window crosses a
-    contig's end, and none is padded. ``flank_sites`` are added to both sides where the contig has them.
+    The cores of a contig are equally long, to one site, so that none is a small remainder. No window crosses a contig's
+    end, and none is padded. ``flank_sites`` sites are added on both sides where the contig has them.
     """
     windows: list[Window] = []
     step = window_sites - overlap_sites
@@ -71,9 +71,10 @@ def _flanked(index: int, core: tuple[int, int], contig: tuple[int, int], flank_s
 
 
 def read_windows(path: Path, sites: SiteTable, flank_sites: int) -> list[Window]:
-    """Read the windows' cores from a file: ``contig start end`` per line, base pairs, 1-based and inclusive.
+    """Read windows from a file with the core as ``contig start end`` per line, in base pairs, 1-based and inclusive.
 
-    Windows that hold no site of the panel are left out; lines must be sorted as the panel is.
+    Windows without a site of the panel are left out. Raises :class:`UserError` for a malformed line, an unknown contig,
+    windows that are not sorted as the panel is, and sites in more than two windows.
     """
     codes = {name: code for code, name in enumerate(sites.contigs)}
     runs = {int(sites.contig[first]): (first, last) for first, last in sites.contig_runs()}
@@ -106,7 +107,7 @@ def read_windows(path: Path, sites: SiteTable, flank_sites: int) -> list[Window]
 
 
 def uncovered(windows: list[Window], size: int) -> int:
-    """How many of ``size`` sites lie in no core."""
+    """Number of sites, of ``size``, that lie in no core."""
     covered = np.zeros(size, dtype=bool)
     for window in windows:
         covered[window.core_sites] = True
@@ -114,9 +115,10 @@ def uncovered(windows: list[Window], size: int) -> int:
 
 
 def blend_weights(windows: list[Window]) -> list[np.ndarray]:
-    """Weight of each window at the sites of its core, float64: linear ramps that sum to 1 at every site.
+    """Weights that blend overlapping windows: per window, float64 over its core; they sum to 1 at every covered site.
 
-    At most two cores may share a site, which :func:`make_windows` guarantees.
+    Weights rise and fall linearly over an overlap. At most two cores may share a site, as :func:`make_windows` and
+    :func:`read_windows` ensure.
     """
     weights = [np.ones(window.core_stop - window.core_start) for window in windows]
     for left, right in pairwise(windows):
@@ -131,20 +133,24 @@ def blend_weights(windows: list[Window]) -> list[np.ndarray]:
 
 @strict_settings
 class DataConfig:
-    """Windows and samples."""
+    """Settings of windows, held-out samples and the cache."""
 
     window_sites: int = 1024
-    """Sites a window predicts (a contig's windows are made equally long, so this is the upper bound)."""
+    """Greatest number of sites in a window's core, the part that is predicted. A contig's cores are equally long."""
     overlap_sites: int = 128
-    """Sites shared by consecutive windows; imputed values are blended across them."""
+    """Sites shared by consecutive cores, where imputed values are blended; at most a third of ``window_sites``."""
     flank_sites: int = 1024
-    """Sites on either side that retrieval looks at, too."""
+    """Sites on either side of the core that retrieval uses, too."""
     windows_file: str | None = None
-    """Take windows from this file (``contig start end``, 1-based inclusive) instead."""
+    """File with the windows' cores (``contig start end`` per line, 1-based, inclusive), which replaces
+    ``window_sites``.
+    """
     validation_samples: int = 48
-    """Samples of the panel held out of training for validation (at most a tenth of the panel)."""
+    """Panel samples held out of training for validation, but at most a tenth of the panel."""
     cache_dir: str | None = None
-    """Where packed panels and the default data set are kept; default ``$XDG_CACHE_HOME/embrag_ds``."""
+    """Folder of packed panels and of the default data set; null: ``$XDG_CACHE_HOME/embrag_ds`` or
+    ``~/.cache/embrag_ds``.
+    """
 
     def __post_init__(self) -> None:
         require(self.window_sites >= 2, "data.window_sites", "must be at least 2")
@@ -157,7 +163,7 @@ class DataConfig:
         require(self.validation_samples >= 1, "data.validation_samples", "must be at least 1")
 
     def windows(self, panel: Panel) -> list[Window]:
-        """The panel's windows under these settings."""
+        """Windows of a panel under these settings; raises :class:`UserError` if the file of windows is faulty."""
         if self.windows_file is not None:
             return read_windows(Path(self.windows_file), panel.sites, self.flank_sites)
         return make_windows(panel.sites, self.window_sites, self.overlap_sites, self.flank_sites)
@@ -165,11 +171,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class SiteFeatures:
-    """What the network knows of a window's sites, all float32 on the CPU.
+    """Features of a window's sites for the network, float32 on the CPU.
 
-    ``position`` [L] is in cM from the core's centre; ``frequency`` [L] is the ALT frequency over the reference
-    set, no nearer to 0 or 1 than a frequency that one sample more or less does not show in (see
-    :mod:`embrag_ds.retrieval.frequency`); ``counts`` [P, L] are the copies of ALT in every population.
+    ``position`` [L] is the distance from the core's centre in cM. ``frequency`` [L] is the ALT frequency in the
+    reference set, clipped at the limit of rarity. Below it one sample more or less would change the frequency
+    noticeably (:mod:`embrag_ds.retrieval.frequency`). ``counts`` [P, L] are the ALT copies in every population.
     """
 
     position: np.ndarray
@@ -178,7 +184,7 @@ class SiteFeatures:
 
 
 class WindowedPanel:
-    """A reference set cut into windows: the alleles, features and mask view of each."""
+    """A reference set cut into windows: alleles, site features and properties for masks of each window."""
 
     def __init__(
         self,
@@ -187,7 +193,7 @@ class WindowedPanel:
         position_cm: np.ndarray,
         manifest: np.ndarray | None = None,
     ):
-        """``position_cm`` [S] in cM; ``manifest`` [S] bool marks the sites of an array."""
+        """``position_cm`` float64 [S] is in cM; ``manifest`` bool [S] marks the sites of an array."""
         self.reference = reference
         self.windows = windows
         self.position_cm = position_cm
@@ -197,7 +203,7 @@ class WindowedPanel:
         return len(self.windows)
 
     def features(self, window: int) -> SiteFeatures:
-        """Site features of a window."""
+        """Site features of a window, given by its number."""
         span = slice(self.windows[window].start, self.windows[window].stop)
         position = self.position_cm[span]
         core = position[self.windows[window].core]
@@ -210,14 +216,14 @@ class WindowedPanel:
         )
 
     def mask_sites(self, window: int) -> MaskSites:
-        """What masking looks at in a window."""
+        """Properties of a window's sites that masks depend on."""
         span = slice(self.windows[window].start, self.windows[window].stop)
         frequency = self.reference.allele_frequency[span]
         manifest = None if self.manifest is None else self.manifest[span]
         return MaskSites(self.reference.panel.sites.pos[span], np.minimum(frequency, 1 - frequency), manifest)
 
     def samples_alleles(self, window: int, samples: np.ndarray) -> np.ndarray:
-        """Alleles of panel samples in a window, uint8 [B, L]."""
+        """Alleles of panel samples (indices int64 [N]) in a window, uint8 [B, L]."""
         rows = (2 * samples[:, None] + np.arange(2)).reshape(-1)
         return self.reference.panel.alleles(self.windows[window].start, self.windows[window].stop, rows)
 

@@ -1,0 +1,1 @@
+"""Evaluation: imputed files scored against a truth (numpy only)."""

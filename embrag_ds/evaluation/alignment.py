@@ -1,4 +1,4 @@
-"""Truth and imputed files in the panel's order, with REF and ALT as the panel has them."""
+"""Alignment of truth and imputed files to the panel: its site order, its REF and ALT, and the truth's samples."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AlignedFile:
-    """A file of dosages, read by rows of the panel, all of which it must have; ``samples`` are the columns chosen."""
+    """File of dosages that is read by rows of the panel, with REF and ALT as in the panel.
+
+    It must have every row that is read. ``samples`` int64 [N] are the columns of the file that are returned.
+    """
 
     file: DosageFile
     match: Harmonised
     samples: np.ndarray
 
     def dosage(self, rows: np.ndarray) -> np.ndarray:
-        """ALT copies at these rows [n] of the panel, float32 [n, N]."""
+        """ALT dosage at panel rows int64 [n], float32 [n, N]."""
         at = self._at(rows)
         dosage = self.file.dosage(self.match.target_index[at], self.samples)
         swapped = self.match.swapped[at]
@@ -35,7 +38,7 @@ class AlignedFile:
         return dosage
 
     def gp(self, rows: np.ndarray) -> np.ndarray:
-        """Genotype probabilities at these rows [n] of the panel, float32 [n, N, 3]."""
+        """Genotype probabilities at panel rows int64 [n], float32 [n, N, 3]."""
         at = self._at(rows)
         gp = self.file.gp(self.match.target_index[at], self.samples)
         swapped = self.match.swapped[at]
@@ -43,7 +46,7 @@ class AlignedFile:
         return gp
 
     def dr2(self, rows: np.ndarray) -> np.ndarray | None:
-        """The file's own estimate of r2 at these rows [n] of the panel, or None."""
+        """The file's own estimate of r2 at panel rows int64 [n], float32 [n]; None if no record has one."""
         # A header may define DR2 though no record gives it.
         if self.file.dr2 is None or np.isnan(self.file.dr2).all():
             return None
@@ -55,9 +58,11 @@ class AlignedFile:
 
 @contextmanager
 def aligned(path: Path, panel: Panel, folder: Path, truth: DosageFile | None = None) -> Iterator[AlignedFile]:
-    """An imputed file with the samples of ``truth``, matched by name; or, without one, the truth itself.
+    """Open a file of dosages aligned to the panel; scratch files lie in ``folder`` until the block ends.
 
-    The truth may lack genotypes. Scratch files lie in ``folder`` until the block ends.
+    With ``truth``, it is an imputed file and has the truth's samples, matched by name. Without, it is the truth itself,
+    which may lack genotypes. Raises :class:`UserError` for a faulty file, for no site of the panel, and for missing
+    samples.
     """
     logger.info("reading %s", path)
     with spool_dosages(path, folder, allow_missing=truth is None) as file:
@@ -68,7 +73,10 @@ def aligned(path: Path, panel: Panel, folder: Path, truth: DosageFile | None = N
 
 
 def columns_of(names: tuple[str, ...], samples: tuple[str, ...], path: Path, truth_path: Path) -> np.ndarray:
-    """Where each of the truth's ``names`` is among the ``samples`` of the file at ``path``."""
+    """Columns int64 [N] of the truth's samples ``names`` among ``samples``, those of the file at ``path``.
+
+    Raises :class:`UserError` if a name is missing.
+    """
     column = {sample: number for number, sample in enumerate(samples)}
     missing = [name for name in names if name not in column]
     if missing:
@@ -80,7 +88,7 @@ def columns_of(names: tuple[str, ...], samples: tuple[str, ...], path: Path, tru
 
 
 def refuse_overlap(truth: DosageFile, panel: Panel) -> None:
-    """A sample who is in the panel is copied, not imputed; a score with them in it means nothing."""
+    """Raise :class:`UserError` for truth samples that are in the panel: their haplotypes are copied, not imputed."""
     both = sorted(set(truth.samples) & set(panel.samples))
     if both:
         raise UserError(

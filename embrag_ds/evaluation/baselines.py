@@ -1,4 +1,4 @@
-"""Two cheap imputation methods that any model must beat."""
+"""Baselines: two cheap imputation methods that any model must beat."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ _SCORES = 1 << 24
 
 
 def allele_frequency_dosage(panel_af: np.ndarray, samples: int) -> np.ndarray:
-    """Dosage [S, N] float32 of samples of whom nothing is known: twice the panel's ALT frequency [S]."""
+    """Baseline that ignores the samples: twice the panel's ALT frequency [n] as dosage of each, float32 [n, N]."""
     return np.repeat(2.0 * np.asarray(panel_af, dtype=np.float32)[:, None], samples, axis=1)
 
 
 class NearestHaplotype:
-    """Dosages copied from the nearest panel haplotype of each stretch of a contig.
+    """Baseline that copies the nearest panel haplotype, stretch by stretch along a contig.
 
-    ``typed_index`` [T] are the typed sites, increasing rows of the panel; ``typed_alleles`` gives the target
-    haplotypes' alleles at some of the T by their number, uint8 [T, 2N] (missing alleles count for nothing). For
-    each block of consecutive typed sites, every target haplotype copies, at all sites of the block's stretch, the
-    panel haplotype with the smallest Hamming distance over the block and ``context`` typed sites on either side
-    (the lowest index on ties). Stretches meet half way, by site index, between the last typed site of a block and
-    the first of the next.
+    A block of ``block`` consecutive typed sites has a stretch of sites around it. Stretches of neighbouring blocks meet
+    half way, by site index, between the last typed site of one and the first of the next. At all sites of a stretch,
+    each target haplotype copies the panel haplotype with the least Hamming distance. The distance counts the typed
+    sites of the block and ``context`` more on either side; the lowest index wins ties.
 
-    Memory: 64 MB of scores at most, the panel at one block's typed sites, and what is asked for.
+    ``typed_index`` int64 [T] are the typed rows of the panel, increasing. ``typed_alleles`` returns the target's
+    alleles at a slice of the T typed sites, uint8 [T, 2N]; missing alleles are ignored.
+
+    Memory: at most 64 MB of distances, the panel at one block's typed sites, and the dosages that are returned.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class NearestHaplotype:
         self._latest = (-1, np.empty(0, dtype=np.int64))
 
     def dosage(self, rows: np.ndarray) -> np.ndarray:
-        """Dosage [n, N] float32 at these rows [n] of the panel; fastest when they increase from call to call."""
+        """ALT dosage at panel rows int64 [n], float32 [n, N]; fastest if rows increase from call to call."""
         stretch_of = np.searchsorted(self._begin, rows, side="right") - 1
         dosage = np.empty((len(rows), self._samples), dtype=np.float32)
         for stretch in np.unique(stretch_of).tolist():
@@ -64,7 +65,7 @@ class NearestHaplotype:
         return dosage
 
     def _nearest(self, stretch: int) -> np.ndarray:
-        """Number of the nearest panel haplotype of every target haplotype, int64 [2N]."""
+        """Nearest panel haplotype of every target haplotype in a stretch, int64 [2N]."""
         if self._latest[0] != stretch:
             compared = self._compared[stretch]
             panel_signs = _signs(self._panel.alleles_at(self._typed_index[compared]))
@@ -80,5 +81,5 @@ class NearestHaplotype:
 
 
 def _signs(alleles: np.ndarray) -> np.ndarray:
-    """REF as -1, ALT as +1 and anything else as 0, float32."""
+    """Alleles as float32: REF is -1, ALT is 1 and anything else is 0."""
     return (alleles == ALT).astype(np.float32) - (alleles == REF).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Beagle and minimac4 on the same panel and targets, with their default settings."""
+"""External imputation tools, Beagle and minimac4, run with their default settings."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from embrag_ds.errors import UserError
 
 logger = logging.getLogger(__name__)
 Run = Callable[[Sequence[str | Path], Path], None]
-"""Runs a command, its output going to a log file, and raises UserError if it fails."""
+"""Runs a command, writes its output to a log file, and raises :class:`UserError` if it fails."""
 
 
 def run_logged(command: Sequence[str | Path], log: Path) -> None:
-    """Run a command with its output in ``log``."""
+    """Run a command with its output in ``log``; raises :class:`UserError` if it fails."""
     with log.open("wb") as out:
         code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False).returncode
     check_ended_well(command, code, log)
 
 
 def check_ended_well(command: Sequence[str | Path], code: int, log: Path) -> None:
-    """Raise :class:`UserError` with the last line of ``log`` unless ``code`` is 0."""
+    """Raise :class:`UserError` with the last line of ``log`` unless the exit status ``code`` is 0."""
     if code:
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         raise UserError(f"{command[0]} ended with {code} ({' '.join(last)}); see {log}")
 
 
 def beagle(panel: Path, target: Path, genetic_map: Path | None, folder: Path, threads: int, run: Run) -> Path:
-    """Impute with Beagle 5 (Browning et al. 2018) and return the file it wrote."""
+    """Impute with Beagle 5 (Browning et al. 2018, Am. J. Hum. Genet. 103:338) and return the output file."""
     given = [f"map={genetic_map}"] if genetic_map else []
     arguments = [
         f"ref={panel}",
@@ -47,7 +47,7 @@ def beagle(panel: Path, target: Path, genetic_map: Path | None, folder: Path, th
 
 
 def minimac4(panel: Path, target: Path, genetic_map: Path | None, folder: Path, threads: int, run: Run) -> Path:
-    """Impute with minimac4 (Das et al. 2016), the panel's conversion included, and return the file it wrote."""
+    """Convert the panel, impute with minimac4 (Das et al. 2016, Nat. Genet. 48:1284) and return the output file."""
     out, converted = folder / "minimac4.vcf.gz", folder / "panel.msav"
     run(["minimac4", "--compress-reference", panel, "-o", converted], folder / "minimac4-panel.out")
     given: list[str | Path] = ["--map", genetic_map] if genetic_map else []
@@ -57,15 +57,19 @@ def minimac4(panel: Path, target: Path, genetic_map: Path | None, folder: Path, 
 
 
 TOOLS = {"beagle": beagle, "minimac4": minimac4}
+"""Name of the program -> function that imputes with it."""
 
 
 def installed() -> list[str]:
-    """The tools whose programs are there."""
+    """Names of the tools whose programs are installed."""
     return [name for name in TOOLS if shutil.which(name)]
 
 
 def plink_map(genetic_map: Path, panel: Path, folder: Path) -> Path:
-    """A genetic map as both tools read it, with the panel's contig names."""
+    """Rewrite a genetic map in PLINK's format, which both tools read, with the panel's contig names.
+
+    Returns the path of the new map in ``folder``.
+    """
     path = folder / "genetic.map"
     with PhasedVcf(panel) as vcf:
         GeneticMap.read(genetic_map).write_plink(path, vcf.contigs)
@@ -75,7 +79,10 @@ def plink_map(genetic_map: Path, panel: Path, folder: Path) -> Path:
 def impute_with_tools(
     panel: Path, target: Path, genetic_map: Path | None, folder: Path, threads: int
 ) -> dict[str, Path]:
-    """Impute with every installed tool into ``folder``; {name: file}. Raises :class:`UserError` if there is none."""
+    """Impute with every installed tool into ``folder``: {name: output file}.
+
+    Raises :class:`UserError` if no tool is installed, or if one fails.
+    """
     names = installed()
     if not names:
         raise UserError("--run-tools: neither beagle nor minimac4 is installed (apt-get install beagle minimac4)")

@@ -1,10 +1,13 @@
-"""Accuracy of imputed genotypes, in numpy.
+"""Accuracy measures of imputed genotypes, in numpy.
 
-Conventions, for every function here: ``truth`` [n, N] holds ALT counts 0, 1 or 2 and NaN where the
-true genotype is unknown; ``dosage`` [n, N] is the expected ALT count in [0, 2]; ``panel_af`` [n] is
-the frequency of ALT in the reference panel. n sites of one block, N samples, G = 7 bins. The panel
-decides which allele is minor (the one with a frequency of at most 0.5; ALT at exactly 0.5), never
-the target or the truth, so that the bins are the same for every tool and every cohort.
+Conventions of all functions: n sites of a block, N samples, G = 7 MAF bins, R bootstrap resamples.
+
+- ``truth`` [n, N] is the ALT count 0, 1 or 2; NaN where the true genotype is unknown.
+- ``dosage`` [n, N] is the expected ALT count, in [0, 2].
+- ``panel_af`` [n] is the ALT frequency in the reference panel.
+
+The panel decides which allele is minor: the one with a frequency of at most 0.5, ALT at exactly 0.5. Neither target nor
+truth does, so the bins are the same for every tool and every cohort.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ MAF_BINS: tuple[MafBin, ...] = (
     MafBin("all <1 %", 0.0, 0.01),
     MafBin("all", 0.0, 0.51),
 )
+"""Bins of the minor-allele frequency: five disjoint ones, and two that pool them."""
 BIN_NAMES: tuple[str, ...] = tuple(each.name for each in MAF_BINS)
 DISJOINT_BINS = tuple(name for name in BIN_NAMES if not name.startswith("all"))
 CALIBRATION_BINS = 15
@@ -40,28 +44,28 @@ RARE_MAF = 0.01
 
 
 def minor_allele_frequency(panel_af: np.ndarray) -> np.ndarray:
-    """[n] frequency of the rarer allele.
+    """Frequency of the rarer allele, float64 [n].
 
-    Rounded to 12 decimals, so that 4995 and 5 copies in 5000 (0.999 and 0.001) share a bin.
+    It is rounded to 12 decimals, so that 4995 and 5 copies in 5000 (0.999 and 0.001) share a bin.
     """
     panel_af = np.asarray(panel_af, dtype=np.float64)
     return np.round(np.minimum(panel_af, 1.0 - panel_af), 12)
 
 
 def bin_members(panel_af: np.ndarray) -> np.ndarray:
-    """[G, n] bool: which sites are in which of :data:`MAF_BINS`. The two pooled bins overlap the others."""
+    """Sites of each of :data:`MAF_BINS`, bool [G, n]. The two pooled bins overlap the others."""
     maf = minor_allele_frequency(panel_af)
     return np.stack([(maf >= each.low) & (maf < each.high) for each in MAF_BINS])
 
 
 def polarise(counts: np.ndarray, panel_af: np.ndarray) -> np.ndarray:
-    """Counts of the panel's minor allele [n, N] float64, from ALT counts or dosages [n, N]."""
+    """Counts of the panel's minor allele, float64 [n, N], from ALT counts or dosages [n, N]."""
     counts = np.asarray(counts, dtype=np.float64)
     return np.where(np.asarray(panel_af)[:, None] > 0.5, 2.0 - counts, counts)
 
 
 def best_guess(dosage: np.ndarray, probabilities: np.ndarray | None = None) -> np.ndarray:
-    """Called genotype [n, N] int64: the most probable of ``probabilities`` [n, N, 3], else the nearest count.
+    """Called genotype, int64 [n, N]: the most probable one of ``probabilities`` [n, N, 3], else the nearest count.
 
     A dosage half way between two counts goes to the homozygote, which treats REF and ALT alike.
     """
@@ -71,7 +75,7 @@ def best_guess(dosage: np.ndarray, probabilities: np.ndarray | None = None) -> n
 
 
 def by_bin(values: np.ndarray, panel_af: np.ndarray) -> dict[str, float]:
-    """Mean of per-site ``values`` [n] in each bin, over the sites where it is defined (not NaN)."""
+    """Mean of per-site ``values`` [n] in each bin, by name, over the sites where they are defined (not NaN)."""
     defined = np.isfinite(values)
     means = {}
     for name, member in zip(BIN_NAMES, bin_members(panel_af), strict=True):
@@ -96,12 +100,11 @@ def squared_correlation(moments: np.ndarray) -> np.ndarray:
 
 
 class AggregateR2:
-    """Aggregate dosage r2 by panel-MAF bin, accumulated over blocks of sites.
+    """Aggregate dosage r2 by MAF bin, accumulated over blocks of sites.
 
-    Minor-allele dosage and true count are pooled over the sites of a bin and over samples; the
-    result is their squared Pearson correlation (as in Das et al. 2016, Browning et al. 2018). The
-    six moments are kept for each sample in float64, ``moments`` [G, N, 6], so that a group of
-    samples, or a bootstrap resample of them, is a weighted sum of what is already there.
+    Minor-allele dosage and true count are pooled over the sites of a bin and over samples. The result is their squared
+    Pearson correlation (Das et al. 2016; Browning et al. 2018). Six moments are kept for each sample: ``moments``
+    float64 [G, N, 6]. The value of a group of samples, or of a bootstrap resample, then follows from a weighted sum.
     """
 
     def __init__(self, samples: int) -> None:
@@ -109,7 +112,7 @@ class AggregateR2:
         self.site_counts = np.zeros(len(MAF_BINS), dtype=np.int64)
 
     def add(self, truth: np.ndarray, dosage: np.ndarray, panel_af: np.ndarray) -> None:
-        """Take in a block: truth [n, N], dosage [n, N], panel_af [n]."""
+        """Add a block: truth [n, N], dosage [n, N], panel_af [n]."""
         members = bin_members(panel_af)
         self.site_counts += members.sum(axis=1)
         known = np.isfinite(truth)
@@ -120,7 +123,7 @@ class AggregateR2:
             self.moments[:, :, column] += weight @ values
 
     def result(self, weights: np.ndarray | None = None) -> dict[str, float]:
-        """r2 by bin name, NaN where a bin is empty or lacks variance.
+        """Aggregate r2 by bin name; NaN where a bin is empty or lacks variance.
 
         ``weights`` [N] counts each sample that often: 0 and 1 choose a population.
         """
@@ -134,15 +137,15 @@ class AggregateR2:
         return dict(zip(BIN_NAMES, self.site_counts.tolist(), strict=True))
 
     def resample(self, weights: np.ndarray) -> np.ndarray:
-        """r2 [R, G] of R weightings of the samples, ``weights`` [R, N]."""
+        """Aggregate r2, [R, G], of R weightings of the samples, ``weights`` [R, N]."""
         return squared_correlation(np.einsum("rp,gpm->rgm", weights, self.moments, optimize=True))
 
 
 def bootstrap_weights(samples: int, resamples: int, seed: int) -> np.ndarray:
-    """[R, N] float64: how often each sample is drawn in each of R resamples with replacement.
+    """Number of times each sample is drawn in each of R bootstrap resamples, with replacement: float64 [R, N].
 
-    Samples are resampled, not sites or genotypes, which are correlated (Efron & Tibshirani 1993).
-    Use the same weights for every tool: the differences are then paired.
+    Samples are resampled, not sites or genotypes, which are correlated (Efron & Tibshirani 1993). Use the same weights
+    for every tool: the differences are then paired.
     """
     draws = np.random.default_rng(seed).multinomial(samples, np.full(samples, 1.0 / samples), size=resamples)
     return draws.astype(np.float64)
@@ -151,7 +154,7 @@ def bootstrap_weights(samples: int, resamples: int, seed: int) -> np.ndarray:
 def interval(values: np.ndarray) -> dict[str, tuple[float, float]]:
     """95 % percentile interval by bin name, from resampled values [R, G]; NaN where none is defined.
 
-    For a paired difference, give ``a.resample(weights) - b.resample(weights)``.
+    For a paired difference, pass ``a.resample(weights) - b.resample(weights)``.
     """
     limits = {}
     for name, column in zip(BIN_NAMES, values.T, strict=True):
@@ -162,10 +165,10 @@ def interval(values: np.ndarray) -> dict[str, tuple[float, float]]:
 
 
 def site_r2(truth: np.ndarray, dosage: np.ndarray) -> np.ndarray:
-    """Squared Pearson correlation over samples at each site [n].
+    """Squared Pearson correlation of truth and dosage over samples, at each site: float64 [n].
 
-    NaN where the truth has no variance: nothing can be measured there, and the caller counts those
-    sites. 0 where only the dosage has none: the tool missed all the variation that there is.
+    NaN where the truth has no variance, so that nothing can be measured; the caller counts those sites. 0 where only
+    the dosage has none, because the tool missed all variation.
     """
     known = np.isfinite(truth)
     x = np.where(known, truth, 0.0).astype(np.float64)
@@ -178,18 +181,18 @@ def site_r2(truth: np.ndarray, dosage: np.ndarray) -> np.ndarray:
 
 
 class Concordance:
-    """Best-guess genotype concordance by panel-MAF bin, accumulated over blocks of sites.
+    """Concordance of best-guess genotypes by MAF bin, accumulated over blocks of sites.
 
-    *Concordance*: share of genotypes whose best guess is the true one. *Non-reference
-    concordance*: the same among genotypes in which the truth or the best guess carries the panel's
-    minor allele, so that the many homozygotes of the major allele cannot flatter it.
+    *Concordance* is the fraction of genotypes whose best guess is the true one. *Non-reference concordance* is the same
+    among genotypes whose truth or best guess carries the panel's minor allele. The many homozygotes of the major allele
+    do not raise it.
     """
 
     def __init__(self) -> None:
         self._counts = np.zeros((len(MAF_BINS), 4), dtype=np.float64)
 
     def add(self, truth: np.ndarray, called: np.ndarray, panel_af: np.ndarray) -> None:
-        """Take in a block: truth [n, N], called genotypes [n, N] of 0, 1, 2, panel_af [n]."""
+        """Add a block: truth [n, N], called genotypes 0, 1 or 2 [n, N], panel_af [n]."""
         known = np.isfinite(truth)
         agree = known & (truth == called)
         carrier = known & ((polarise(truth, panel_af) > 0) | (polarise(called, panel_af) > 0))
@@ -209,17 +212,17 @@ class Concordance:
 
 
 def one_hot(called: np.ndarray) -> np.ndarray:
-    """Genotype probabilities [n, N, 3] that are certain of the called genotypes [n, N]."""
+    """Genotype probabilities [n, N, 3] with all weight on the called genotypes [n, N]."""
     return np.eye(3)[called]
 
 
 def iqs(truth: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Imputation quality score of each site [n] (Lin et al. 2010, PLoS ONE 5:e9697).
+    """Imputation quality score of each site, float64 [n] (Lin et al. 2010, PLoS ONE 5:e9697).
 
-    Agreement of true genotypes with genotype probabilities [n, N, 3], corrected for chance:
-    ``(Po - Pc) / (1 - Pc)``, with Po the mean probability given to the true genotype and Pc the
-    agreement expected from the margins; for best guesses give :func:`one_hot` of them, which makes
-    it Cohen's kappa. NaN where Pc is 1: truth and imputation hold one and the same genotype only.
+    It is the chance-corrected agreement ``(Po - Pc) / (1 - Pc)`` of the truth with ``probabilities`` [n, N, 3]. Po is
+    the mean probability of the true genotype, and Pc the agreement expected from the margins. With :func:`one_hot` of
+    best guesses, this is Cohen's kappa. NaN where Pc is 1: truth and imputation then hold one and the same genotype
+    only.
     """
     known = np.isfinite(truth)
     true_class = one_hot(np.where(known, truth, 0).astype(np.int64)) * known[..., None]
@@ -232,18 +235,17 @@ def iqs(truth: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
 
 
 class Calibration:
-    """Expected calibration error of genotype probabilities, accumulated over blocks of sites.
+    """Expected calibration error of genotype probabilities (Guo et al. 2017, ICML), accumulated over blocks of sites.
 
-    The definition of Guo et al. 2017 (ICML): genotypes are sorted by the probability of the called
-    (most probable) genotype into 15 bins of equal width on [0, 1]; the result is the mean over
-    genotypes of |share called correctly - mean probability| of their bin. 0 is perfect.
+    Genotypes are sorted into 15 equal bins on [0, 1] by the probability of the called (most probable) genotype. The
+    error is the mean over genotypes of |fraction called correctly - mean probability| of their bin. 0 is perfect.
     """
 
     def __init__(self) -> None:
         self.sums = np.zeros((CALIBRATION_BINS, 3), dtype=np.float64)
 
     def add(self, truth: np.ndarray, probabilities: np.ndarray, chosen: np.ndarray | None = None) -> None:
-        """Take in a block: truth [n, N], probabilities [n, N, 3]; only the ``chosen`` bool [n, N], if given."""
+        """Add a block: truth [n, N], probabilities [n, N, 3]; only genotypes ``chosen`` bool [n, N], if given."""
         known = np.isfinite(truth) if chosen is None else np.isfinite(truth) & chosen
         confidence = probabilities.max(axis=-1)[known].astype(np.float64)
         correct = (probabilities.argmax(axis=-1) == truth)[known]
@@ -252,19 +254,19 @@ class Calibration:
             self.sums[:, column] += np.bincount(row, weights=values, minlength=CALIBRATION_BINS)
 
     def result(self) -> float:
-        """The error, a fraction; NaN before any genotype was added."""
+        """Expected calibration error, a fraction; NaN before any genotype was added."""
         count, confidence, correct = self.sums.T
         return float(np.abs(correct - confidence).sum() / count.sum()) if count.sum() else float("nan")
 
     def curve(self) -> list[tuple[float, float, int]]:
-        """(mean probability, share called correctly, genotypes) of every bin that has genotypes."""
-        return [(said / n, right / n, int(n)) for n, said, right in self.sums.tolist() if n]
+        """Calibration curve: (mean probability, fraction called correctly, genotypes) of every bin with genotypes."""
+        return [(confidence / n, correct / n, int(n)) for n, confidence, correct in self.sums.tolist() if n]
 
 
 def estimate_correlation(estimated_r2: np.ndarray, true_r2: np.ndarray, panel_af: np.ndarray) -> dict[str, float]:
-    """Pearson correlation over a bin's sites between a tool's own DR2 [n] and the true per-site r2 [n].
+    """Pearson correlation, by bin name, of a tool's own DR2 [n] with the true per-site r2 [n].
 
-    Sites where either is NaN are left out; NaN when fewer than two remain or either is constant.
+    Sites where either is NaN are left out. NaN when fewer than two sites remain or either is constant.
     """
     both = np.isfinite(estimated_r2) & np.isfinite(true_r2)
     found = {}

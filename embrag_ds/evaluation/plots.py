@@ -1,4 +1,4 @@
-"""Plots of an evaluation."""
+"""Plots of an evaluation report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from matplotlib import pyplot
 
 
 def plot_report(report: Report, folder: Path) -> list[Path]:
-    """Write ``r2.png`` (aggregate r2 against MAF, with intervals) and ``calibration.png`` into ``folder``."""
+    """Write ``r2.png`` (aggregate r2 against MAF, with intervals) and ``calibration.png`` into ``folder``.
+
+    Returns the two paths.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     return [_plot_r2(report, folder / "r2.png"), _plot_calibration(report, folder / "calibration.png")]
 
@@ -43,9 +46,9 @@ def _plot_calibration(report: Report, path: Path) -> Path:
     ):
         axes.plot([0.33, 1], [0.33, 1], color="grey", linewidth=0.8)
         for tool, scores in report.tools.items():
-            said, right, _ = np.array(getattr(scores, curve)).reshape(-1, 3).T
-            if len(said):
-                axes.plot(said, right, marker="o", label=tool)
+            confidence, correct, _ = np.array(getattr(scores, curve)).reshape(-1, 3).T
+            if len(confidence):
+                axes.plot(confidence, correct, marker="o", label=tool)
         axes.set(xlabel="probability of the called genotype", title=title)
     both[0].set_ylabel("share called correctly")
     return _save(figure, both[1], path)

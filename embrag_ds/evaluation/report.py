@@ -1,4 +1,4 @@
-"""What an evaluation found, as tables and as JSON."""
+"""Evaluation report: scores of every tool, as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from embrag_ds.evaluation import metrics
 
 @dataclass(frozen=True)
 class Scores:
-    """What one tool reached. A dict has one value for each of ``metrics.MAF_BINS``, by name.
+    """Scores of one tool. A dict of numbers has one for each of ``metrics.MAF_BINS``, by name.
 
-    ``aggregate_r2_interval`` is a 95 % bootstrap interval over samples. ``calibration_error``, of all genotypes
-    and of called carriers of an allele below 1 % MAF, is None for a tool without genotype probabilities; the curves are
-    (mean probability, share right, genotypes). ``dr2_correlation`` (its DR2 against the true per-site r2)
-    is None for a tool without DR2.
+    ``aggregate_r2_interval`` is a 95 % bootstrap interval over samples. ``calibration_error`` is over all genotypes,
+    ``rare_calibration_error`` over called carriers of an allele below 1 % MAF. Both are None for a tool without
+    genotype probabilities. A curve is (mean probability, fraction called correctly, genotypes) per bin of the
+    probability. ``dr2_correlation`` compares the tool's DR2 with the true per-site r2; None without DR2.
+    ``populations`` has the aggregate r2 of each population.
     """
 
     aggregate_r2: dict[str, float]
@@ -45,7 +46,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Section:
-    """One table of a report."""
+    """One table of a report, with cells of text."""
 
     title: str
     header: list[str]
@@ -54,12 +55,11 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything :func:`evaluate` measured.
+    """Result of :func:`embrag_ds.evaluation.score.evaluate`.
 
-    ``sites`` counts the scored sites by bin; ``sites_without_truth_variance`` those of them that
-    the per-site r2 leaves out; ``missing_truth_genotypes`` counts genotypes of the scored sites that the truth
-    lacks and nothing scores; ``iqs_from`` says what every tool's IQS was computed from;
-    ``populations`` has the number of samples of each.
+    ``sites`` counts the scored sites by bin, ``sites_without_truth_variance`` those of them without a per-site r2.
+    ``missing_truth_genotypes`` counts genotypes at scored sites that the truth lacks; they are not scored. ``iqs_from``
+    names the values that every tool's IQS was computed from. ``populations`` has the number of samples of each.
     """
 
     files: dict[str, str]
@@ -76,7 +76,7 @@ class Report:
     differences: list[Difference]
 
     def sections(self) -> list[Section]:
-        """The report as tables of text."""
+        """The report's tables."""
         header = ["", *metrics.BIN_NAMES]
         counts = ["sites", *(str(self.sites[name]) for name in metrics.BIN_NAMES)]
         sections = [
@@ -139,15 +139,15 @@ class Report:
         )
 
     def table(self) -> str:
-        """Plain text with aligned columns."""
+        """The tables as plain text with aligned columns."""
         return "\n\n".join(_text_table(section) for section in self.sections()) + "\n"
 
     def markdown(self) -> str:
-        """The same tables in Markdown."""
+        """The tables in Markdown."""
         return "\n\n".join(_markdown_table(section) for section in self.sections()) + "\n"
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, in types that ``json`` writes; undefined numbers are None."""
+        """The whole report as types that ``json`` writes; undefined numbers are None."""
         result = _plain(vars(self))
         assert isinstance(result, dict)
         return result
@@ -185,7 +185,7 @@ def _markdown_table(section: Section) -> str:
 
 
 def _plain(value: object) -> object:
-    """Dataclasses as dicts, tuples as lists, NaN as None."""
+    """A value as JSON types: dataclasses as dicts, tuples as lists, NaN as None."""
     if isinstance(value, Scores | Difference):
         return _plain(vars(value))
     if isinstance(value, dict):

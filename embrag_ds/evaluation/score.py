@@ -1,19 +1,19 @@
-"""Score imputed files against the truth: the same untyped sites and samples for every tool.
+"""Scoring of imputed files against a truth, at the same untyped sites and samples for every tool.
 
-The panel and the target are opened packed (:mod:`embrag_ds.data.panel`), the truth and every imputed file are read
-once and spooled (:mod:`embrag_ds.data.spool`), and all measures are added up over blocks of sites.
+Panel and target are opened packed (:mod:`embrag_ds.data.panel`). The truth and every imputed file are read once and
+spooled (:mod:`embrag_ds.data.spool`). All measures are sums over blocks of sites.
 
 Peak memory, with N samples in a file, R resamples and T tools, is the sum of
 
-- ``200 min(2048 N, 2^19)`` bytes: a block of sites while it is scored, 105 MB at most;
-- ``24 max(2^16, 4 N)`` bytes for every file: a page of its spool; and about 300 bytes for each of these entries, once,
-  while a file is read: 20 MB up to 16,384 samples;
+- ``200 min(2048 N, 2^19)`` bytes for a block of sites while it is scored, 105 MB at most;
+- ``24 max(2^16, 4 N)`` bytes for every file, a page of its spool;
+- about ``300 max(2^16, 4 N)`` bytes, once, while a file is read: 20 MB up to 16,384 samples;
 - with baselines, at most 64 MB and about 1 KB for every panel haplotype: the nearest haplotype's scores;
-- ``(336 T + 8 R) N`` bytes: sums of every sample;
-- about ``0.5 + 0.1 (T + 1)`` KB for every site of the panel: site tables, their matching, 16 bytes of measures a tool.
+- ``(336 T + 8 R) N`` bytes for the sums of every sample;
+- about ``0.5 + 0.1 (T + 1)`` KB for every site of the panel: site tables, matches, and 16 bytes of measures a tool.
 
-Only the last grows with the sites, and nothing with sites times samples. Packed alleles are mapped, not read, so their
-pages are the system's to drop. Scratch takes 2 to 28 bytes of disk a genotype of a file, as its values differ.
+Only the last term grows with the sites, and none with sites times samples. Packed alleles are memory-mapped, so the
+system may drop their pages. Scratch files take 2 to 28 bytes per genotype of a file, the more its values differ.
 """
 
 from __future__ import annotations
@@ -52,14 +52,15 @@ def evaluate(
     seed: int = 0,
     cache_dir: PathLike | None = None,
 ) -> Report:
-    """Compare imputed files, by name, with the truth.
+    """Score imputed files {name: path} against the truth.
 
-    Scored are the panel's sites that are in the truth and in every imputed file and that the target
-    was not typed at; samples are those of the truth, matched by name. Missing genotypes of the truth are
-    counted and not scored. ``baselines`` adds two cheap methods, computed from the panel and the target.
-    ``samples_path`` is a tab-separated table (first column sample, second population) and adds scores by
-    population. The packed panel is kept in ``cache_dir`` (default: :func:`default_cache_dir`), and scratch
-    files lie there while this runs. Raises :class:`UserError`.
+    Sites are scored if they are in the panel, in the truth and in every imputed file, and if the target is not typed
+    there. Samples are those of the truth, matched by name. Missing genotypes of the truth are counted and not scored.
+
+    ``baselines`` adds two cheap methods, computed from panel and target. ``samples_path`` is a table of sample and
+    population and adds scores by population. ``bootstrap`` resamples, drawn with ``seed``, give the intervals. Packed
+    panels and scratch files lie in ``cache_dir`` (default: :func:`default_cache_dir`). Raises :class:`UserError` for
+    faulty files, and if there is nothing to score.
     """
     if not imputed and not baselines:
         raise UserError("nothing to score: give an imputed file, or ask for the baselines")
@@ -103,7 +104,7 @@ def evaluate(
 
 @contextmanager
 def _scratch(cache: Path) -> Iterator[Path]:
-    """A folder in the cache, where there is room as a rule; nothing is left of it."""
+    """A temporary folder in the cache, where there is usually room."""
     with ExitStack() as stack:
         try:
             cache.mkdir(parents=True, exist_ok=True)
@@ -122,13 +123,13 @@ def _open(path: Path, cache: Path) -> Panel:
 
 
 def _population_members(path: PathLike, samples: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Which samples [N] bool are of each population, in alphabetical order of the populations."""
+    """Members of each population among the samples, bool [N], in alphabetical order of the populations."""
     populations = read_populations(Path(path), samples)
     return {name: populations.of == code for code, name in enumerate(populations.names)}
 
 
 def _scored_sites(panel: Panel, truth: AlignedFile, targets: Targets, tools: Mapping[str, AlignedFile]) -> np.ndarray:
-    """Rows of the panel that the truth and every tool have and the targets were not typed at, int64 [S]."""
+    """Panel rows that the truth and every tool have and at which the targets are not typed, int64 [S]."""
     scored = ~targets.typed
     for each in (truth, *tools.values()):
         in_file = np.zeros(len(panel.sites), dtype=bool)
@@ -142,11 +143,11 @@ def _scored_sites(panel: Panel, truth: AlignedFile, targets: Targets, tools: Map
 
 
 def _baselines(panel: Panel, panel_af: np.ndarray, targets: Targets, columns: np.ndarray) -> dict[str, Tool]:
-    """Both cheap methods, for the samples in these columns of the target."""
+    """Both baselines, for the samples in these columns int64 [N] of the target."""
     haplotypes = np.stack([2 * columns, 2 * columns + 1], axis=1).reshape(-1)
-    everybody = slice(0, len(targets.samples))
+    all_samples = slice(0, len(targets.samples))
     nearest = NearestHaplotype(
-        panel, targets.match.panel_index, lambda typed: targets.typed_alleles(typed, everybody)[:, haplotypes]
+        panel, targets.match.panel_index, lambda typed: targets.typed_alleles(typed, all_samples)[:, haplotypes]
     )
     return {
         ALLELE_FREQUENCY: Tool(lambda rows: allele_frequency_dosage(panel_af[rows], len(columns))),

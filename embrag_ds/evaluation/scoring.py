@@ -1,4 +1,4 @@
-"""Every measure of every tool, added up over blocks of sites."""
+"""Scoring loop: every measure of every tool, accumulated over blocks of sites."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ logger = logging.getLogger(__name__)
 
 BLOCK_SITES = 2048
 BLOCK_GENOTYPES = 1 << 19
-"""The sites that are in memory at a time: as many as make so many genotypes, and no more than ``BLOCK_SITES``."""
+"""Most genotypes in a block. A block has as many sites as that allows, but at most ``BLOCK_SITES``."""
 _SECONDS_BETWEEN_LINES = 5.0
 
 
 @dataclass(frozen=True)
 class Tool:
-    """What is scored: ``dosage`` and, where it has them, genotype probabilities ``gp`` of the truth's samples.
+    """Imputed values of one tool, for the truth's samples.
 
-    Both are asked for blocks of panel rows [n], float32 [n, N] and [n, N, 3]. ``dr2`` [S], of all scored sites, is the
-    tool's own estimate of r2, where it gives one.
+    ``dosage`` and, where the tool has genotype probabilities, ``gp`` are functions of panel rows int64 [n]. They return
+    float32 [n, N] and [n, N, 3]. ``dr2`` float32 [S] is the tool's own estimate of r2 at all scored sites, or None.
     """
 
     dosage: Callable[[np.ndarray], np.ndarray]
@@ -35,10 +35,11 @@ class Tool:
 
 @dataclass(frozen=True)
 class Scored:
-    """What all tools are scored at: rows of the panel ``sites`` [S], their ALT frequency ``panel_af`` [S], and samples.
+    """Sites, samples and truth that all tools are scored against.
 
-    ``truth`` gives the true dosage at panel rows [n], float32 [n, N], NaN where the genotype is missing.
-    ``populations`` says of each who belongs to it, bool [N].
+    ``sites`` int64 [S] are rows of the panel and ``panel_af`` [S] is their ALT frequency. ``truth`` returns the true
+    dosage at panel rows int64 [n], float32 [n, N], NaN where a genotype is missing. ``populations`` has the members of
+    each population, bool [N].
     """
 
     sites: np.ndarray
@@ -51,15 +52,15 @@ class Scored:
 def score(
     scored: Scored, tools: Mapping[str, Tool], files: dict[str, str], typed_sites: int, bootstrap: int, seed: int
 ) -> Report:
-    """Every measure of every tool. The truth and every tool are read once, in the same blocks of sites.
+    """Compute every measure of every tool; the truth and the tools are read once, in the same blocks of sites.
 
-    Memory: see :mod:`embrag_ds.evaluation.score`.
+    ``files`` and ``typed_sites`` only go into the report. Memory: see :mod:`embrag_ds.evaluation.score`.
     """
-    # One measure for all: probabilities and best guesses do not compare.
+    # The same input for all tools: IQS of probabilities and of best guesses do not compare.
     from_probabilities = all(tool.gp is not None for tool in tools.values())
     sums = {name: _Sums(scored, tool, from_probabilities) for name, tool in tools.items()}
     missing = 0
-    spoken = time.monotonic()
+    last_logged = time.monotonic()
     at_once = max(1, min(BLOCK_SITES, BLOCK_GENOTYPES // scored.samples))
     for start in range(0, len(scored.sites), at_once):
         block = slice(start, start + at_once)
@@ -67,9 +68,9 @@ def score(
         missing += int(np.isnan(truth).sum())
         for each in sums.values():
             each.add(block, truth)
-        if time.monotonic() - spoken > _SECONDS_BETWEEN_LINES:
+        if time.monotonic() - last_logged > _SECONDS_BETWEEN_LINES:
             logger.info("scored %d of %d sites", block.stop, len(scored.sites))
-            spoken = time.monotonic()
+            last_logged = time.monotonic()
     if missing:
         genotypes = scored.samples * len(scored.sites)
         logger.info("%d of %d truth genotypes are missing and not scored", missing, genotypes)
@@ -96,7 +97,7 @@ def score(
 
 
 def _differences(scores: dict[str, Scores], resampled: dict[str, np.ndarray]) -> list[Difference]:
-    """Every pair of tools; ``resampled`` r2 [R, G] of each."""
+    """Differences of every pair of tools; ``resampled`` is the aggregate r2 [R, G] of each."""
     names = list(scores)
     return [
         Difference(
@@ -111,7 +112,7 @@ def _differences(scores: dict[str, Scores], resampled: dict[str, np.ndarray]) ->
 
 
 class _Sums:
-    """One tool's measures so far; ``true_r2`` [S] is its r2 at every site."""
+    """Sums of one tool's measures so far; ``true_r2`` float64 [S] is its r2 at every site."""
 
     def __init__(self, scored: Scored, tool: Tool, iqs_from_probabilities: bool) -> None:
         self._scored = scored
@@ -125,7 +126,7 @@ class _Sums:
         self._quality = np.empty(len(scored.sites))
 
     def add(self, block: slice, truth: np.ndarray) -> None:
-        """Take in a block of the scored sites, with its truth [n, N]."""
+        """Add a block of the scored sites, with its truth [n, N]."""
         rows, panel_af = self._scored.sites[block], self._scored.panel_af[block]
         dosage = self._tool.dosage(rows)
         gp = None if self._tool.gp is None else self._tool.gp(rows)
@@ -142,7 +143,7 @@ class _Sums:
             self._rare_calls.add(truth, gp, carried & self._rare[block, None])
 
     def result(self, weights: np.ndarray) -> Scores:
-        """The tool's scores; ``weights`` [R, N] of the resamples."""
+        """The tool's scores; ``weights`` [R, N] are those of the resamples."""
         overall, non_reference = self._concordance.result()
         panel_af, dr2 = self._scored.panel_af, self._tool.dr2
         has_gp = self._tool.gp is not None

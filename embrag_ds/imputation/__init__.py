@@ -1,0 +1,1 @@
+"""Imputation with an exported model (no DeepSpeed)."""

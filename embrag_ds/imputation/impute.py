@@ -1,8 +1,8 @@
-"""Imputation: phased targets typed at some sites in, every panel site out.
+"""Imputation: from phased targets typed at some sites to dosages at every site of the panel.
 
-Windows are computed one after another and blended over their overlap; sites are written as soon as no
-later window can change them, so memory holds two windows of the targets, whatever the chromosome; the rest of
-them, typed sites only, is packed on disk.
+Windows are computed one after another and blended where they overlap. Sites are written as soon as no later window can
+change them. Memory therefore holds two windows of the targets, whatever the chromosome. Their typed alleles stay packed
+on disk.
 """
 
 from __future__ import annotations
@@ -47,24 +47,32 @@ _MOST_CORE_BYTES = 1 << 28
 
 
 def _with_longer_windows(settings: DataConfig, haplotypes: int) -> DataConfig:
-    """Longer cores, for the same flanks are retrieved from and copied along for each; retrieval and copying do not ask
-    how long a core is, as the transformer does. The alleles of the panel's ``haplotypes`` in a core are in memory."""
+    """Settings with longer cores, for imputation without the transformer.
+
+    Retrieval and copying run along the flanks of every window, so fewer and longer cores are faster. Only the
+    transformer is tied to the core's length. The alleles of all ``haplotypes`` of the panel in a core are held in
+    memory, which limits its length.
+    """
     most = max(settings.window_sites, _MOST_CORE_BYTES // haplotypes)
     return replace(settings, window_sites=min(_TIMES_AS_LONG * settings.window_sites, most))
 
 
 class Imputation:
-    """An exported model applied to a panel: one window and one block of samples at a time."""
+    """An exported model applied to a panel, one window and one block of samples at a time.
+
+    Raises :class:`UserError` if sites of the panel lie in no window.
+    """
 
     def __init__(
         self, model: ExportedModel, inputs: PanelInputs, device: torch.device, block: int, transformer: bool = True
     ):
-        """``block`` samples at a time; ``transformer``: :meth:`embrag_ds.model.imputer.Imputer.forward`. Without it
-        windows are longer."""
+        """``block`` samples are computed at a time. Without ``transformer`` its residual is left out
+        (:meth:`embrag_ds.model.imputer.Imputer.forward`), and windows are longer.
+        """
         config = model.config
-        everybody = np.arange(len(inputs.panel.samples))
-        settings = config.data if transformer else _with_longer_windows(config.data, 2 * len(everybody))
-        self.data: WindowedPanel = windowed(inputs, settings, everybody)
+        all_samples = np.arange(len(inputs.panel.samples))
+        settings = config.data if transformer else _with_longer_windows(config.data, 2 * len(all_samples))
+        self.data: WindowedPanel = windowed(inputs, settings, all_samples)
         left_out = uncovered(self.data.windows, len(inputs.panel.sites))
         if left_out:
             raise UserError(
@@ -84,9 +92,10 @@ class Imputation:
         self._collate = self._reference.collator(block, slots=_AHEAD + 2)
 
     def windows(self, targets: Targets) -> Iterator[tuple[int, np.ndarray]]:
-        """(window, ALT probability of every target haplotype in its core, float32 [2N, L]), in order.
+        """Iterate over (window number, ALT probabilities float32 [2N, L] of the target haplotypes in its core), in
+        order.
 
-        While the network works on one block of samples, retrieval works on the next.
+        While the network computes one block of samples, retrieval works on the next.
         """
         number = {sample: code for code, sample in enumerate(self._samples)}
         numbers = np.array([number.get(sample, -1) for sample in targets.samples], dtype=np.int64)
@@ -115,14 +124,17 @@ class Imputation:
 
 
 def impute_to_vcf(imputation: Imputation, targets: Targets, out: Path) -> None:
-    """Impute every window, blend the overlaps, and write a bgzipped, indexed VCF."""
+    """Impute every window, blend the overlaps, and write a bgzipped, indexed VCF.
+
+    Raises :class:`UserError` if ``out`` cannot be written.
+    """
     windows = imputation.data.windows
     sites = imputation.data.reference.panel.sites
     weights = blend_weights(windows)
     source = f"embrag_ds {embrag_ds.__version__}"
     pending = np.zeros((2 * len(targets.samples), 0), dtype=np.float32)
     written = 0
-    spoken = time.monotonic()
+    last_logged = time.monotonic()
     with ImputedVcfWriter(out, sites, targets.samples, source) as writer:
         for number, probability in imputation.windows(targets):
             window = windows[number]
@@ -133,13 +145,13 @@ def impute_to_vcf(imputation: Imputation, targets: Targets, out: Path) -> None:
             last = number + 1 == len(windows)
             settled = window.core_stop if last else windows[number + 1].core_start
             span = slice(written, settled)
-            everybody = slice(0, len(targets.samples))
-            writer.write(written, grown[:, : settled - written], targets.typed[span], targets.alleles(span, everybody))
+            samples = slice(0, len(targets.samples))
+            writer.write(written, grown[:, : settled - written], targets.typed[span], targets.alleles(span, samples))
             pending = grown[:, settled - written :]
             written = settled
-            if time.monotonic() - spoken > 2 or last:
+            if time.monotonic() - last_logged > 2 or last:
                 logger.info("imputed window %d/%d, %d/%d sites", number + 1, len(windows), written, len(sites))
-                spoken = time.monotonic()
+                last_logged = time.monotonic()
 
 
 def impute(
@@ -155,10 +167,10 @@ def impute(
 ) -> None:
     """Impute every panel site of the samples in ``target`` into ``out``, a bgzipped VCF with its index.
 
-    ``model`` is an exported model. Without a panel and a target those of the default data set are taken.
-    ``samples_per_batch`` trades memory for speed; ``transformer``: :meth:`embrag_ds.model.imputer.Imputer.forward`;
-    ``allow_overlap``: targets may also be in the panel. ``device`` is a CUDA device by default, where there is one.
-    Raises :class:`UserError`.
+    ``model`` is an exported model. Without panel and target, those of the default data set are used. More
+    ``samples_per_batch`` take more memory and less time. Without ``transformer`` its residual is left out
+    (:meth:`embrag_ds.model.imputer.Imputer.forward`). With ``allow_overlap``, targets may also be in the panel.
+    ``device`` defaults to CUDA where there is a device. Raises :class:`UserError` for faulty files and arguments.
     """
     if samples_per_batch < 1:
         raise UserError("--samples-per-batch must be at least 1")

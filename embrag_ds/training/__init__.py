@@ -1,3 +1,3 @@
-"""Training, the only home of DeepSpeed (imports every room below but ``imputation``)."""
+"""Training with DeepSpeed, which is imported nowhere else."""
 
 from embrag_ds.training import deepspeed_log as deepspeed_log

@@ -1,4 +1,4 @@
-"""DeepSpeed checkpoints with the full state of a run."""
+"""Checkpoints: DeepSpeed's, with the full state of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SPEED_ONLY = ("backend", "prefetch", "device_budget_gb", "dense_budget_gb")
 
 @dataclass
 class TrainState:
-    """All that must survive a restart beside weights, optimiser and scheduler.
+    """Training state to be restored besides weights, optimiser and scheduler.
 
     Sampler position, masks, curriculum and random numbers are functions of ``step``.
     """
@@ -42,7 +42,7 @@ def save_checkpoint(
     keep: int,
     distributed: DistributedContext,
 ) -> None:
-    """Save under ``directory/step<N>`` (collective) and drop all but the newest ``keep``."""
+    """Save a checkpoint in ``directory/step<N>`` and delete all but the newest ``keep`` (collective)."""
     client = {
         "state": asdict(state),
         "reference": reference.state_dict(state.step),
@@ -68,7 +68,11 @@ def load_checkpoint(
     config: EmbragConfig,
     distributed: DistributedContext,
 ) -> TrainState:
-    """Restore the newest checkpoint (collective); settings that change the sequence of batches must agree."""
+    """Restore the newest checkpoint (collective).
+
+    Raises :class:`UserError` if there is none, or if settings that decide the run's results differ from the
+    checkpoint's.
+    """
     if not (directory / "latest").exists():
         raise UserError(f"{directory}: no checkpoint to resume from; start without --resume")
     # Before the weights: they would not fit another network.
@@ -104,13 +108,13 @@ def _check_compatible(client: dict[str, Any], config: EmbragConfig, batches: dic
 
 
 def _deciding(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings without those of retrieval that say how fast something is done, not what."""
+    """Settings that decide a run's results: those of retrieval that only affect speed are left out."""
     retrieval = {name: value for name, value in config["retrieval"].items() if name not in _SPEED_ONLY}
     refresh = {name: value for name, value in retrieval["refresh"].items() if name != "asynchronous"}
     return {**config, "retrieval": {**retrieval, "refresh": refresh}}
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Make the step's random numbers (dropout) a function of (seed, step, rank)."""
+    """Seed torch's random numbers (dropout) of a step by (seed, step, rank)."""
     mixed = np.random.SeedSequence(seed, spawn_key=(step, rank)).generate_state(1, np.uint64)
     torch.manual_seed(int(mixed[0]))

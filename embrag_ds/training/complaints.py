@@ -1,4 +1,4 @@
-"""Telling DeepSpeed's complaints about settings, which are the user's to mend, from bugs."""
+"""Conversion of DeepSpeed's exceptions about settings into :class:`UserError`; bugs keep their exceptions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from embrag_ds.errors import UserError
 
-# Functions of DeepSpeed's engine that read settings and touch nothing else. Its parser lets pass what they refuse.
+# Functions of DeepSpeed's engine that only read settings. They refuse values that its parser accepts.
 _READERS = {
     ("deepspeed.runtime.engine", "_do_sanity_check"),
     ("deepspeed.runtime.engine", "_configure_basic_optimizer"),
@@ -23,7 +23,7 @@ _READERS = {
     ("deepspeed.runtime.zero.stage3", "_configure_tensor_swapping"),
     ("deepspeed.utils.logging", "set_log_level_from_string"),
 }
-# Their constructors begin by refusing settings that do not go together, and go on to partition the parameters.
+# Their constructors first refuse settings that do not go together, and then partition the parameters.
 _OPTIMIZERS = (
     "deepspeed.runtime.zero.stage_1_and_2",
     "deepspeed.runtime.zero.stage3",
@@ -34,12 +34,10 @@ _THEIRS = {"deepspeed", "torch", *sys.stdlib_module_names}
 
 @contextmanager
 def complaints(everything: bool) -> Iterator[None]:
-    """Raise DeepSpeed's complaints about settings in this context as one line; other exceptions pass.
+    """Raise DeepSpeed's exceptions about settings inside ``with`` as a one-line :class:`UserError`; others pass.
 
-    With ``everything`` nothing but settings is looked at there; otherwise :func:`about_settings` decides.
-
-    Raises:
-        UserError: Settings are at fault; what DeepSpeed raised is its cause.
+    ``everything`` means that the block only reads settings, so that every exception is about them. Otherwise
+    :func:`about_settings` decides. DeepSpeed's exception is the cause of the :class:`UserError`.
     """
     try:
         yield
@@ -50,11 +48,12 @@ def complaints(everything: bool) -> Iterator[None]:
 
 
 def about_settings(fault: Exception) -> bool:
-    """Whether settings are at fault for what was raised while DeepSpeed built its engine.
+    """Whether an exception that was raised while DeepSpeed built its engine is about settings.
 
-    Type and message do not say: an assertion may be about a setting or about a parameter. So the place decides:
+    Type and message do not tell: an assertion may be about a setting or about a parameter. So the place decides.
+    Settings are at fault
 
-    - anywhere below a function that reads settings, unless other code than DeepSpeed's and torch's was called there;
+    - anywhere below a function that reads settings, unless code other than DeepSpeed's, torch's or Python's was called;
     - in the constructor of one of DeepSpeed's optimizers itself, with a message. Those without are about its own state.
     """
     if isinstance(fault, (DeepSpeedConfigError, ValidationError)):

@@ -1,7 +1,7 @@
-"""What DeepSpeed says in our ranks: held back from its import on, and written to the run's log.
+"""DeepSpeed's log lines: held back from its import on, and written to the run's log.
 
-DeepSpeed's logger writes to stdout, and begins while it is being imported. Importing this module, which
-:mod:`embrag_ds.training` does before any other of its own, takes that logger over.
+DeepSpeed's logger writes to stdout, from the moment it is imported. Importing this module redirects that logger.
+:mod:`embrag_ds.training` therefore imports it before any other of its modules.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from contextlib import contextmanager, redirect_stdout
 
 from embrag_ds.logs import RunLog
 
-_said = io.StringIO()
-with redirect_stdout(_said):
+_printed = io.StringIO()
+with redirect_stdout(_printed):
     from deepspeed.utils import logger
 
 _held = RunLog()
 for _handler in list(logger.handlers):
     logger.removeHandler(_handler)
 logger.addHandler(_held)
-for _line in _said.getvalue().splitlines():
+for _line in _printed.getvalue().splitlines():
     logger.warning(_line)
 
 
 @contextmanager
 def written_to(handler: logging.Handler) -> Iterator[None]:
-    """Hand ``handler`` what was said so far, and what is said meanwhile."""
+    """Pass DeepSpeed's records to ``handler`` inside ``with``, after those held back so far."""
     for record in _held.buffer:
         handler.handle(record)
     _held.buffer.clear()
@@ -42,7 +42,7 @@ def written_to(handler: logging.Handler) -> Iterator[None]:
 
 @contextmanager
 def prints_logged() -> Iterator[None]:
-    """Log what is printed meanwhile: DeepSpeed prints some of its remarks."""
+    """Log what is printed to stdout inside ``with``: DeepSpeed prints some of its remarks."""
     printed = io.StringIO()
     try:
         with redirect_stdout(printed):

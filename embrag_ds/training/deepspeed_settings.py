@@ -1,9 +1,9 @@
-"""DeepSpeed's half of a configuration: DeepSpeed is asked about it before anything heavy is done.
+"""Checks of DeepSpeed's half of a configuration, before anything expensive is done.
 
-DeepSpeed refuses unknown keys in the sections that it describes by pydantic models, but only once the engine is built.
-Elsewhere it passes over them without a word, so that ``gradient_cliping`` would train without clipping. Here every key
-is compared with what DeepSpeed knows: the fields of its models, the parameters of its optimizers and schedulers and,
-where it has neither, a list. Then DeepSpeed reads the whole, which finds wrong values and settings it no longer has.
+DeepSpeed refuses unknown keys in sections with a pydantic model, but only once the engine is built. In the others it
+ignores them, so that ``gradient_cliping`` would train without clipping. Here every key is compared with the keys that
+DeepSpeed knows. They come from the fields of its models and the parameters of its optimizers and schedulers, or else
+from a list. Then DeepSpeed parses the whole, which finds wrong values and settings that it no longer has.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ MODELS: dict[str, type[BaseModel]] = {
     "weight_quantization": WeightQuantConfig,
     "zero_optimization": DeepSpeedZeroConfig,
 }
-"""Section -> the model that DeepSpeed reads it with; the monitors are four sections of the top level."""
+"""Section -> the pydantic model that DeepSpeed reads it with; the monitors are four sections of the top level."""
 
 
 def _keys(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Neither models nor one list of names in DeepSpeed 0.19; the tests record what it looks for and compare.
+# DeepSpeed 0.19 has neither models nor a list of these; the tests record which keys it reads, and compare.
 LISTED: dict[str, frozenset[str]] = {
     "": _keys(
         """
@@ -104,11 +104,12 @@ LISTED: dict[str, frozenset[str]] = {
     "optimizer": _keys("legacy_fusion params type"),
     "scheduler": _keys("params type"),
 }
-# DeepSpeed takes these out of optimizer.params itself.
+"""Section -> keys that DeepSpeed reads without a model."""
+# DeepSpeed removes these from optimizer.params itself.
 _ADAM = _keys("adam_w_mode foreach fp32_optimizer_states torch_adam")
-# Importing Muon compiles its kernels, and what it does not know it leaves out silently.
+# Listed, because importing Muon compiles its kernels; it ignores keys that it does not know.
 _MUON = _ADAM | _keys("adam_lr betas eps lr momentum muon_lr ns_method weight_decay")
-# Which class it will be depends on the machine and on where the optimizer's state is.
+# The class depends on the machine and on where the optimizer's state is kept.
 _OPTIMIZERS: dict[str, tuple[type, ...]] = {
     "adam": (torch.optim.AdamW, FusedAdam, DeepSpeedCPUAdam),
     "adamw": (torch.optim.AdamW, FusedAdam, DeepSpeedCPUAdam),
@@ -120,7 +121,10 @@ _GIVEN_BY_DEEPSPEED = _keys("self params model_params optimizer adamw_mode set_g
 
 
 def load_training_config(name: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
-    """:func:`embrag_ds.config.load_config` for training: DeepSpeed's half is checked, too."""
+    """Read a configuration for training: :func:`embrag_ds.config.load_config`, with DeepSpeed's half checked as well.
+
+    Raises :class:`UserError` for a fault in either half.
+    """
     tree, source = read_tree(name, overrides)
     config = parse_config(tree, source)
     check_deepspeed_settings(config.deepspeed, source)
@@ -128,23 +132,23 @@ def load_training_config(name: Path | str, overrides: Iterable[str] = ()) -> Run
 
 
 def check_deepspeed_settings(tree: dict[str, Any], source: str) -> None:
-    """Refuse what DeepSpeed would not understand; ``source`` names the file in the :class:`UserError`."""
+    """Raise :class:`UserError` if DeepSpeed would not accept all of ``tree``, its half; ``source`` names the file."""
     for section, known in known_keys().items():
         _check_keys(section, known, tree, source)
     _check_keys("optimizer.params", _optimizer_parameters(tree, source), tree, source)
     if "scheduler" in tree:
         _check_keys("scheduler.params", _scheduler_parameters(tree, source), tree, source)
-    _ask_deepspeed(tree, source)
+    _parse_with_deepspeed(tree, source)
 
 
 def known_keys() -> dict[str, frozenset[str]]:
-    """Section -> its keys, from DeepSpeed's models and from the lists."""
+    """Section -> its keys, from DeepSpeed's models and from :data:`LISTED`."""
     of_models = {name: keys for section, model in MODELS.items() for name, keys in _fields(section, model)}
     return of_models | LISTED
 
 
 def _fields(section: str, model: type[BaseModel]) -> Iterator[tuple[str, frozenset[str]]]:
-    """A model's keys, and those of the models within."""
+    """Keys of a model, and of the models nested in it, by section."""
     names = frozenset(model.model_fields)
     yield section, names | {field.alias for field in model.model_fields.values() if field.alias is not None}
     for name, field in model.model_fields.items():
@@ -155,12 +159,12 @@ def _fields(section: str, model: type[BaseModel]) -> Iterator[tuple[str, frozens
 
 
 def _check_keys(section: str, known: frozenset[str] | None, tree: dict[str, Any], source: str) -> None:
-    """Compare a section's keys; ``known`` None: any will do."""
+    """Raise :class:`UserError` if a section has other keys than those ``known``; None allows all."""
     node: Any = tree
     for name in filter(None, section.split(".")):
         node = node.get(name, {}) if isinstance(node, dict) else {}
     if node is None and "." in section:
-        return  # DeepSpeed's way to say that there is none
+        return  # null stands for a section that is absent
     if not isinstance(node, dict):
         raise UserError(f"{source}: {section} must be a section, not {as_json(node)}")
     for key in node:
@@ -171,7 +175,7 @@ def _check_keys(section: str, known: frozenset[str] | None, tree: dict[str, Any]
 
 
 def _optimizer_parameters(tree: dict[str, Any], source: str) -> frozenset[str] | None:
-    """Keys of ``optimizer.params`` for the optimizer's type; None where there is nobody to ask."""
+    """Keys of ``optimizer.params`` for the optimizer's type; None if they cannot be found out."""
     kind = tree["optimizer"].get("type")
     name = kind.lower() if isinstance(kind, str) else None
     if name == "muon":
@@ -179,7 +183,7 @@ def _optimizer_parameters(tree: dict[str, Any], source: str) -> frozenset[str] |
     if name in _OPTIMIZERS:
         return _parameters(*_OPTIMIZERS[name]) | (_ADAM if "adam" in name else frozenset())
     if name in DEEPSPEED_OPTIMIZERS:
-        return None  # those of mup, a package of its own
+        return None  # classes of the package mup, which may not be installed
     return _parameters(_class_called(kind, torch.optim, torch.optim.Optimizer, "optimizer", tuple(_OPTIMIZERS), source))
 
 
@@ -193,7 +197,7 @@ def _scheduler_parameters(tree: dict[str, Any], source: str) -> frozenset[str]:
 
 
 def _class_called(name: Any, module: Any, base: type, section: str, own: tuple[str, ...], source: str) -> type:
-    """torch's class of that name; ``own`` are DeepSpeed's, which it is not."""
+    """The class ``name`` of torch's ``module``; ``own`` are the names of DeepSpeed's classes, for the error."""
     members = inspect.getmembers(module, lambda each: isinstance(each, type) and issubclass(each, base))
     classes = {key: each for key, each in members if each is not base and not key.startswith("_")}
     if not isinstance(name, str):
@@ -208,10 +212,10 @@ def _parameters(*kinds: type) -> frozenset[str]:
     return frozenset(names) - _GIVEN_BY_DEEPSPEED
 
 
-def _ask_deepspeed(tree: dict[str, Any], source: str) -> None:
-    """Let DeepSpeed read its settings, without an engine and without the other ranks."""
-    deepspeed_logger.setLevel(logging.WARNING)  # it tells how it reads them
-    # The global batch is right or wrong for a number of ranks, which only the engine knows.
+def _parse_with_deepspeed(tree: dict[str, Any], source: str) -> None:
+    """Let DeepSpeed parse its settings, without an engine and without the other ranks."""
+    deepspeed_logger.setLevel(logging.WARNING)  # it logs how it reads them
+    # Whether the global batch is right depends on the number of ranks, which only the engine knows.
     alone = {key: value for key, value in copy.deepcopy(tree).items() if key != "train_batch_size"}
     try:
         DeepSpeedConfig(alone)

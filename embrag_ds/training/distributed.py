@@ -1,4 +1,4 @@
-"""Starting a run: the process group, what the machine needs of DeepSpeed's settings, and the engine."""
+"""Start of a run: the process group, DeepSpeed's settings adapted to the machine, and the engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from embrag_ds.training.complaints import complaints
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """This process among its ranks, and its device."""
+    """The process group as one process sees it: its rank, the number of ranks, and its device."""
 
     rank: int
     ranks: int
@@ -32,19 +32,20 @@ class DistributedContext:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def own_file(self, name: str) -> str:
-        """Name of a file that every rank writes: ``name`` itself on rank 0, ``run-rank1.log`` for ``run.log`` on 1."""
+        """Name of a file that every rank writes: ``run.log`` stays so on rank 0 and is ``run-rank1.log`` on rank 1."""
         stem, dot, suffix = name.rpartition(".")
         return name if self.is_main else f"{stem}-rank{self.rank}{dot}{suffix}"
 
     def barrier(self) -> None:
-        """Wait for every rank."""
+        """Wait for all ranks (collective)."""
         torch.distributed.barrier()
 
     def agree(self, text: str) -> str:
-        """Rank 0's text, on every rank."""
+        """Rank 0's text, on every rank (collective)."""
         texts = [text]
         torch.distributed.broadcast_object_list(texts, src=0)
         return texts[0]
@@ -55,7 +56,7 @@ class DistributedContext:
 
 
 def start_distributed() -> DistributedContext:
-    """Join the process group the ``deepspeed`` launcher set up, or a group of one without it."""
+    """Join the process group that the ``deepspeed`` launcher set up, or a group of one without a launcher."""
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())
@@ -70,7 +71,10 @@ def start_distributed() -> DistributedContext:
 
 
 def open_inputs_on_all_ranks(files: PanelFiles, settings: DataConfig, distributed: DistributedContext) -> PanelInputs:
-    """:func:`open_inputs` (collective): rank 0 fills the caches, the others find them filled."""
+    """Open the inputs on every rank (collective): rank 0 fills the caches, then the others read them.
+
+    Raises :class:`UserError` as :func:`open_inputs` does.
+    """
     if distributed.is_main:
         open_inputs(files, settings)
     distributed.barrier()
@@ -78,9 +82,10 @@ def open_inputs_on_all_ranks(files: PanelFiles, settings: DataConfig, distribute
 
 
 def adapt_to_machine(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """DeepSpeed's settings as this machine can run them, and a line for each thing changed.
+    """DeepSpeed's settings as this machine can run them, and a text for each change.
 
-    Only CPU runs are touched: DeepSpeed's own Adam and the bf16 of a production file are for GPUs.
+    Only CPU runs change: torch's AdamW replaces DeepSpeed's, and bf16 is off without the instructions for it. Raises
+    :class:`UserError` for fp16 on a CPU.
     """
     if not _on_cpu():
         return settings, []
@@ -103,11 +108,11 @@ def adapt_to_machine(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str
 def initialize_engine(
     model: Imputer, settings: dict[str, Any], compiled: bool = False, recompute_projections: bool = False
 ) -> deepspeed.DeepSpeedEngine:
-    """``deepspeed.initialize`` on our model; DeepSpeed's complaints about settings become UserErrors.
+    """Build DeepSpeed's engine for the model (``deepspeed.initialize``); raises :class:`UserError` for faulty settings.
 
-    With the section ``activation_checkpointing`` the first ``number_checkpoints`` blocks of the transformer (null: all)
-    keep their input only and are computed again in the backward pass; the others do their projections
-    again with ``recompute_projections``. ``compiled`` compiles each block.
+    With the section ``activation_checkpointing``, the first ``number_checkpoints`` transformer blocks (null: all) keep
+    only their input and are recomputed in the backward pass. With ``recompute_projections`` the others recompute their
+    projections. ``compiled`` compiles each block.
     """
     model.transformer.recompute_projections = recompute_projections
     if compiled:

@@ -1,4 +1,4 @@
-"""The weights that the optimiser steps: in fp32, whatever precision the network computes in."""
+"""Master weights: the fp32 weights that the optimiser steps, whatever precision the network computes in."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch._utils import _unflatten_dense_tensors
 
 
 def gathered_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
-    """The network's weights on the CPU in fp32, whole under every ZeRO stage (collective).
+    """The network's weights in fp32 on the CPU, whole under every ZeRO stage (collective).
 
-    With ``bf16`` or ``fp16`` these are the optimiser's master weights, of which the network computes with rounded
-    copies. What has no master is taken as it is: frozen parts, and all of a network in fp32 without ZeRO.
+    With ``bf16`` or ``fp16`` these are the optimiser's master weights; the network computes with rounded copies of
+    them. Weights without a master are taken as they are: those of frozen parts, and all weights of an fp32 network
+    without ZeRO.
     """
     replicated = _replicated_masters(engine.optimizer)
     state = {}
@@ -36,7 +37,7 @@ def _copied(weight: Tensor) -> Tensor:
 
 
 def _replicated_masters(optimizer: object) -> dict[int, Tensor]:
-    """Masters by their parameter's id, where there is no ZeRO: DeepSpeed's own look-up does not know those."""
+    """Master weights without ZeRO, by the id of their parameter; DeepSpeed's own look-up lacks these."""
     masters: dict[int, Tensor] = {}
     if isinstance(optimizer, (FP16_Optimizer, FP16_UnfusedOptimizer)):
         for number, group in enumerate(optimizer.fp16_groups):

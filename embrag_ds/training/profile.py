@@ -1,4 +1,4 @@
-"""``--profile``: a run's timeline and readings of its machine, as a report in the run folder."""
+"""Profile of a run (``--profile``): its timeline and readings of its machine, as a report in the run folder."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from embrag_ds.training.run_record import device_name, package_versions
 logger = logging.getLogger(__name__)
 
 PROFILES = ("nvml", "snapshot")
+"""Kinds of profile; ``snapshot`` adds the history of torch's allocator."""
 SNAPSHOT_FILE = "memory-snapshot.pickle"
 
 _HISTORY_ENTRIES = 100_000  # some KB each
@@ -38,18 +39,18 @@ _PEAKS = (
 
 
 class Profile:
-    """Measures what happens inside ``with`` and then writes ``profile.json`` and ``profile.png`` into ``folder``.
+    """Context that measures a run, and at its end writes ``profile.json`` and ``profile.png`` into ``folder``.
 
-    ``with`` gives the timeline to hand to what is measured. Kind ``snapshot`` adds the history of torch's allocator,
-    ``memory-snapshot.pickle``. Every rank writes its own (``profile-rank1.json``, ...), rank 0 prints a table. What
-    fails inside leaves its report, too.
+    It yields the timeline for the code that is measured. The kind ``snapshot`` adds ``memory-snapshot.pickle``, the
+    history of torch's allocator. Every rank writes files of its own (``profile-rank1.json``, ...) and logs a table. A
+    run that fails leaves its report, too.
     """
 
     timeline: Timeline
     _sampler: DeviceSampler
 
     def __init__(self, kind: str, folder: Path, distributed: DistributedContext):
-        """``kind`` is one of :data:`PROFILES`. Raises a UserError for a snapshot without CUDA."""
+        """``kind`` is one of :data:`PROFILES`. Raises :class:`UserError` for ``snapshot`` without CUDA."""
         self._snapshot = kind == "snapshot"
         if self._snapshot and distributed.device.type != "cuda":
             raise UserError("--profile snapshot: the history of torch's allocator needs a CUDA device")
@@ -72,7 +73,7 @@ class Profile:
             return
         try:
             self._close()
-        except Exception as another:  # the failure of what was measured is the one to raise
+        except Exception as another:  # the failure of the measured code is the one to raise
             logger.error("the profile failed: %r", another)
 
     def _close(self) -> None:
@@ -92,7 +93,7 @@ class Profile:
         torch.cuda.memory._record_memory_history(enabled=None)
 
     def _write(self) -> None:
-        # Here, because a run without a profile need not load matplotlib.
+        # Imported here, because a run without a profile does not need matplotlib.
         from embrag_ds.training.profile_plot import plot_profile
 
         report = self.report()
@@ -104,7 +105,7 @@ class Profile:
         logger.info(f"written to {path} and {plot.name}")
 
     def report(self) -> dict[str, Any]:
-        """What was measured: header, peaks, phases and readings (field by field), as JSON has it."""
+        """The measurements as JSON types: header, peaks, phases, and readings field by field."""
         totals = self.timeline.totals()
         micro_batches = sum(total.count for total in totals if total.name == "step")
         phases = []
@@ -129,7 +130,7 @@ class Profile:
 
 
 def table(report: dict[str, Any]) -> list[str]:
-    """A report in lines of text: source, a row per phase, peaks."""
+    """A report in lines of text: source, one row per phase, peaks."""
     header = report["header"]
     lines = [f"Profile of {report['micro_batches']} micro-batches on {header['device']}; {header['source']}"]
     lines.append(f"{'phase':10}{'thread':22}{'stream':16}{'count':>7}{'median ms':>12}{'ms a micro-batch':>19}")
@@ -140,5 +141,5 @@ def table(report: dict[str, Any]) -> list[str]:
             f"{'-' if share is None else format(share, '.3f'):>19}"
         )
     peaks = report["peaks"]
-    said = [f"{label} {peaks[name] * scale:.4g} {unit}" for name, label, scale, unit in _PEAKS if name in peaks]
-    return [*lines, f"peaks: {', '.join(said)}"]
+    parts = [f"{label} {peaks[name] * scale:.4g} {unit}" for name, label, scale, unit in _PEAKS if name in peaks]
+    return [*lines, f"peaks: {', '.join(parts)}"]

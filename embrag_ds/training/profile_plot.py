@@ -1,4 +1,4 @@
-"""The plot of a profile."""
+"""Plot of a profile."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _MEMORY = {
     "allocated_bytes": "in tensors",
     "reserved_bytes": "reserved by torch",
 }
-_STEPS_SHOWN = 5
+_STEPS_DRAWN = 5
 
 
 def plot_profile(report: dict[str, Any], spans: list[Span], path: Path) -> Path:
-    """Memory over time, and below it the phases of a few steps, a row for each thread."""
+    """Plot memory over time and, below it, the phases of a few steps by thread and stream, into ``path``."""
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(9, 6.5))
     readings = report["readings"]
     for name, label in _MEMORY.items():
@@ -43,23 +43,23 @@ def plot_profile(report: dict[str, Any], spans: list[Span], path: Path) -> Path:
 
 
 def _few_steps(spans: list[Span]) -> list[Span]:
-    """Those of a few steps shortly before the last, for which nothing is built ahead any more."""
-    starts = [span.start_s for span in spans if span.name == "forward"][-2 * _STEPS_SHOWN :]
+    """Spans of a few steps shortly before the last ones, for which no batches are built ahead any more."""
+    starts = [span.start_s for span in spans if span.name == "forward"][-2 * _STEPS_DRAWN :]
     since = starts[0] if starts else 0.0
-    until = starts[_STEPS_SHOWN] if len(starts) > _STEPS_SHOWN else np.inf
+    until = starts[_STEPS_DRAWN] if len(starts) > _STEPS_DRAWN else np.inf
     return [span for span in spans if span.stop_s >= since and span.start_s < until]
 
 
 def _draw_spans(axes: pyplot.Axes, spans: list[Span]) -> None:
     rows = sorted({(span.thread, span.stream) for span in spans})
     for number, phase in enumerate(PHASES):
-        shown = [span for span in spans if span.name == phase]
-        # What is part of a collate is drawn into its bar.
+        of_phase = [span for span in spans if span.name == phase]
+        # Phases within a collate are drawn inside its bar.
         height = 0.35 if phase in ("search", "h2d") else 0.7
-        for span in shown:
+        for span in of_phase:
             row = rows.index((span.thread, span.stream))
             lasting = (span.start_s, span.stop_s - span.start_s)
-            label = phase if span is shown[0] else None
+            label = phase if span is of_phase[0] else None
             axes.broken_barh([lasting], (row - height / 2, height), color=f"C{number}", label=label)
     axes.set_yticks(range(len(rows)), [f"{thread}\n{stream}" for thread, stream in rows])
     axes.set(xlabel="seconds")

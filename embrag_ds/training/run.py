@@ -1,4 +1,4 @@
-"""A training run from its settings to its model."""
+"""Training run: from a configuration to an exported model."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ def train(
     init_from: Path | None = None,
     profile: str | None = None,
 ) -> Path:
-    """Train a model and return the run's folder (collective: every rank calls it).
+    """Train a model and return the run folder (collective).
 
     ``config`` is a file, or the name of a shipped configuration; ``overrides`` are ``dotted.key=value``. ``run_dir``
-    is new by default, or with ``resume`` the newest run of this configuration. ``init_from`` names an exported model to
-    start from; ``profile`` is one of :data:`embrag_ds.training.profile.PROFILES`. Raises :class:`UserError`.
+    defaults to a new folder or, with ``resume``, to the newest run of this configuration. ``init_from`` is an exported
+    model to start from. ``profile`` is one of :data:`embrag_ds.training.profile.PROFILES`. Raises :class:`UserError`
+    for faulty files, settings and arguments.
     """
     if resume and init_from:
         raise UserError("--resume goes on from a checkpoint, --init-from starts anew: give one of them")
@@ -50,10 +51,10 @@ def train(
     return folder
 
 
-def _choose_run_dir(asked: Path | None, stem: str, resume: bool, distributed: DistributedContext) -> Path:
-    """The folder asked for, the newest one to resume, or a new one named by the clock of rank 0."""
-    if asked is not None:
-        run_dir = asked
+def _choose_run_dir(given: Path | None, stem: str, resume: bool, distributed: DistributedContext) -> Path:
+    """The run folder given, the newest one to resume, or a new one named by the clock of rank 0."""
+    if given is not None:
+        run_dir = given
     elif resume:
         found = sorted(Path("runs").glob(f"{stem}-*/checkpoints/latest"))
         if not found:

@@ -1,4 +1,4 @@
-"""The run folder: resolved configuration, versions, metrics as JSON lines, and DeepSpeed's monitors."""
+"""Run folder: resolved configuration, versions, metrics as JSON lines, and DeepSpeed's monitors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ _PACKAGES = ("embrag_ds", "torch", "deepspeed", "numpy", "pysam", "faiss-cpu", "
 
 
 class RunRecord:
-    """Writes a run's metrics; only the main rank touches files, the monitors take care of themselves."""
+    """Writer of a run's configuration and metrics. Only rank 0 writes files; DeepSpeed's monitors do so on their own.
+    """
 
     def __init__(self, directory: Path, distributed: DistributedContext):
         self._path = directory / "metrics.jsonl"
@@ -36,7 +37,9 @@ class RunRecord:
             self._path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
 
     def describe(self, config: RunConfig, engine: deepspeed.DeepSpeedEngine, inputs: dict[str, Any]) -> None:
-        """Write ``config.json`` (the effective settings) and ``versions.json``."""
+        """Write ``config.json``, the effective settings, and ``versions.json``: versions, device, batch sizes,
+        ``inputs``.
+        """
         if not self._distributed.is_main:
             return
         directory = self._path.parent
@@ -56,7 +59,7 @@ class RunRecord:
         (directory / "versions.json").write_text(json.dumps(versions, indent=2) + "\n", encoding="utf-8")
 
     def write(self, kind: str, step: int, values: dict[str, Any], engine: deepspeed.DeepSpeedEngine) -> None:
-        """Append one JSON line and hand the numbers to whatever monitors the DeepSpeed settings enable."""
+        """Append a line to ``metrics.jsonl``, and pass its numbers to the monitors that DeepSpeed's settings enable."""
         if self._distributed.is_main:
             line = {"kind": kind, "step": step, "seconds": time.monotonic() - self._started, **values}
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,14 +81,14 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: an undefined number is null."""
+    """A value without NaN or infinity, which JSON lacks: such numbers become None."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def package_versions() -> dict[str, str | None]:
-    """Versions of what a run's numbers depend on; None for what is not installed."""
+    """Versions of the packages that a run's numbers depend on; None for one that is not installed."""
     return {name: _version(name) for name in _PACKAGES}
 
 
@@ -112,7 +115,7 @@ def _git_revision() -> str | None:
 
 
 def device_name(device: torch.device) -> str:
-    """What a run's numbers were measured on."""
+    """Name of a device, for reports: the GPU's, or the CPU's with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"

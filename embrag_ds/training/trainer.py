@@ -1,4 +1,4 @@
-"""The training loop."""
+"""Training loop: steps, log lines, validation, checkpoints and export."""
 
 from __future__ import annotations
 
@@ -43,7 +43,12 @@ _LONGEST_SILENCE_S = 10.0
 
 @dataclass
 class Interval:
-    """What is summed between two log lines; losses stay on the device until one is written."""
+    """Sums between two log lines.
+
+    ``losses`` float32 [3] (total, haplotype, genotype) stay on the device until a line is written. ``skipped_before``
+    (steps) and ``waited_before`` (seconds) are the run's totals at the interval's start. Times are those of
+    ``time.monotonic``, in seconds.
+    """
 
     losses: torch.Tensor
     micro_batches: int = 0
@@ -55,19 +60,19 @@ class Interval:
     spoken: float = field(default_factory=time.monotonic)
 
     def silent_for(self) -> float:
-        """Seconds since anything was said about progress."""
+        """Seconds since the last line about progress."""
         return time.monotonic() - self.spoken
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out of the interval what is done meanwhile."""
+        """Leave the time spent inside ``with`` out of the interval."""
         began = time.monotonic()
         yield
         self.started += time.monotonic() - began
 
 
 class Trainer:
-    """Trains an :class:`Imputer` on a panel: build, then :meth:`run`."""
+    """Trainer of an :class:`Imputer` on a panel: construct it, then call :meth:`run` (both are collective)."""
 
     def __init__(
         self,
@@ -79,7 +84,10 @@ class Trainer:
         init_from: Path | None = None,
         timeline: Timeline = NO_TIMELINE,
     ):
-        """``init_from`` is an exported model whose weights training starts from; ``timeline`` measures the steps."""
+        """``resume`` continues from the newest checkpoint in ``run_dir``. ``init_from`` is an exported model whose
+        weights training starts from. ``timeline`` measures the steps. Raises :class:`UserError` for faulty settings and
+        files.
+        """
         self.config = config
         self.embrag = config.embrag
         self.distributed = distributed
@@ -126,7 +134,7 @@ class Trainer:
             timeline,
             gather=deepspeed.zero.GatheredParameters,
         )
-        # One for the thread that prefetches, one for validation.
+        # A collator serves one thread: this one prefetches, the other one validates.
         self.collate = self.reference.collator(micro_batch, slots=self.reference.prefetch + 2)
         self._validation_collate = self.reference.collator(micro_batch)
         self.validator = Validator(data, self.embrag.validation, held_out, micro_batch, distributed)
@@ -146,7 +154,10 @@ class Trainer:
         logger.info(self._summary(inputs, len(samples), len(held_out)))
 
     def run(self) -> None:
-        """Train to ``max_steps``, or until validation has not improved for ``patience`` rounds."""
+        """Train to ``max_steps``, or until ``patience`` validations in a row were no better.
+
+        Raises :class:`UserError` when the loss or every gradient since the last log line is not finite.
+        """
         train = self.embrag.train
         batches = self.batches()
         try:
@@ -181,9 +192,9 @@ class Trainer:
         return Prefetcher(build, first, stop, self.reference.prefetch)
 
     def step(self, batches: Prefetcher, interval: Interval) -> None:
-        """One optimiser step: ``accumulation`` micro-batches of one window each, summed up in ``interval``.
+        """Take one optimiser step of ``accumulation`` micro-batches, one window each, and add it to ``interval``.
 
-        A refresh that is due before it is begun.
+        A refresh of the reference cache that is due is begun first.
         """
         self.reference.begin_refresh(self.state.step)
         self.engine.train()
@@ -210,7 +221,7 @@ class Trainer:
         self.state.step += 1
 
     def new_interval(self, batches: Prefetcher) -> Interval:
-        """Sums that begin now."""
+        """An interval that begins now."""
         return Interval(
             losses=torch.zeros(3, device=self.distributed.device),
             skipped_before=self.engine.skipped_steps,
@@ -274,7 +285,7 @@ class Trainer:
             )
 
     def validation_batch(self, queries: QueryBatch) -> Batch:
-        """``queries`` under the generation last trained with."""
+        """Batch of ``queries`` under the generation that was last trained with."""
         return receive(self._validation_collate(queries, max(self.state.step - 1, 0)))
 
     def _save(self) -> None:
@@ -283,7 +294,7 @@ class Trainer:
         save_checkpoint(directory, self.engine, self.state, self.reference, self.embrag, keep, self.distributed)
 
     def _close(self) -> None:
-        """Say how it ended; a run too short for a validation leaves the model of its last step."""
+        """Log how the run ended; a run too short for a validation exports the model of its last step."""
         if self._out_of_patience():
             logger.info(f"stopped early: no better score in {self.state.validations_since_best} validations")
         which = f"of the best validation ({self.state.best_score:.4f})"
@@ -328,7 +339,7 @@ def _freeze(model: Imputer, parts: tuple[str, ...]) -> None:
 
 
 def _selection_score(scores: dict[str, MaskScores]) -> float:
-    """What early stopping and the export look at: mean aggregate r2 over MAF bins and array masks."""
+    """Score for early stopping and the export: mean aggregate r2 over MAF bins and array masks."""
     values = [
         score.r2[name]
         for mask, score in scores.items()

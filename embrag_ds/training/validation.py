@@ -1,4 +1,4 @@
-"""Validation on frozen masks: held-out samples, the same windows and masks in every run of a panel."""
+"""Validation on frozen masks: held-out samples, and the same windows and masks in every run of a panel."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from embrag_ds.training.distributed import DistributedContext
 
 @dataclass(frozen=True)
 class MaskScores:
-    """Scores under one mask set, over its masked genotypes.
+    """Scores under one validation mask, over its masked genotypes.
 
-    ``r2`` and ``prior_r2`` are aggregate dosage r2 by MAF bin, of the model and of retrieval alone (the
-    residual left out); ``accuracy`` is the share of right genotype calls, ``calibration_error`` the
-    expected calibration error of the called genotype's probability.
+    ``r2`` and ``prior_r2`` are aggregate dosage r2 by MAF bin, of the model and of retrieval alone (without the
+    residual). ``accuracy`` is the fraction of correct genotype calls. ``calibration_error`` is the expected calibration
+    error of the called genotype's probability.
     """
 
     r2: dict[str, float]
@@ -36,7 +36,7 @@ class MaskScores:
 
 
 class Validator:
-    """Scores a model on the held-out samples."""
+    """Validation of a model on the held-out samples."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Validator:
         block: int,
         distributed: DistributedContext,
     ):
-        """``samples`` are panel indices outside the reference set; ``block`` samples go through at once."""
+        """``samples`` int64 are panel indices outside the reference set; ``block`` of them are computed at a time."""
         self._data = data
         self._samples = samples[: settings.samples]
         self._block = block
@@ -61,7 +61,7 @@ class Validator:
     def scores(
         self, predict: Callable[[Batch], Prediction], collate: Callable[[QueryBatch], Batch]
     ) -> dict[str, MaskScores]:
-        """Scores by mask set; every rank does a share, every rank gets the whole.
+        """Scores by mask name (collective): the ranks share the work, and each gets all scores.
 
         All ranks call ``predict`` equally often, which ZeRO-3 needs: a rank without a task repeats one.
         """
@@ -108,7 +108,11 @@ class Validator:
 
 @dataclass(frozen=True)
 class _Measured:
-    """Hidden sites of a window: ``truth`` [n, N], ``probabilities`` [n, N, 3], ``prior`` [n, N]."""
+    """Masked genotypes of a window.
+
+    ``truth`` [n, N] are ALT counts and ``probabilities`` [n, N, 3] those of the model. ``prior`` [n, N] is the dosage
+    of retrieval alone, ``frequency`` [n] the ALT frequency.
+    """
 
     truth: np.ndarray
     probabilities: np.ndarray
@@ -117,7 +121,7 @@ class _Measured:
 
 
 class _Tally:
-    """Sums of a mask set that add up over windows and ranks."""
+    """Sums under one mask, which add up over windows and ranks."""
 
     def __init__(self) -> None:
         self.model = AggregateR2(1)

@@ -1,4 +1,4 @@
-"""Small files for the tests of the readers."""
+"""Fixtures of the readers' tests: small files."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ VcfMaker = Callable[..., Path]
 
 @pytest.fixture(params=["vcf.gz", "bcf"])
 def container(request: pytest.FixtureRequest) -> str:
-    """File ending of the two containers the readers accept."""
+    """File ending of the two containers that the readers accept."""
     return str(request.param)
 
 
 @pytest.fixture
 def make_vcf(tmp_path: Path) -> VcfMaker:
-    """Write records (space-separated text) to an indexed file of two samples, A and B."""
+    """Function that writes records (space-separated text) to an indexed file of two samples, A and B."""
 
     def make(
         *records: str,

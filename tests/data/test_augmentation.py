@@ -1,4 +1,4 @@
-"""Errors added to queries: genotypes survive a change of phase, masked truth survives a typing error."""
+"""Errors added to queries: switch errors keep genotypes, and typing errors keep the truth of masked sites."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ def applied(settings: AugmentationConfig, epoch: int = 0, samples: np.ndarray | 
     return augmented(settings, alleles[rows], masked[chosen], position, 5, epoch, 3, chosen)
 
 
-def test_nothing_is_changed_unless_asked_for() -> None:
+def test_without_errors_nothing_changes() -> None:
     assert np.array_equal(applied(AugmentationConfig()), case()[0])
 
 
-def test_a_switch_keeps_genotypes_and_happens_as_often_as_asked() -> None:
+def test_switch_errors_keep_genotypes_and_have_the_given_rate() -> None:
     alleles, _, position = case()
     changed = applied(AugmentationConfig(switch_errors_per_cm=2.0))
     assert np.array_equal(changed[0::2] + changed[1::2], alleles[0::2] + alleles[1::2])
-    # Which side a heterozygote is on, and how often that changes from one to the next.
-    switches = expected = 0.0
+    # A switch error changes the side of the ALT allele between two heterozygous sites.
+    changes = expected = 0.0
     for sample in range(40):
         het = np.flatnonzero(alleles[2 * sample] != alleles[2 * sample + 1])
         side = changed[2 * sample, het] == alleles[2 * sample, het]
-        switches += np.abs(np.diff(side.astype(int))).sum()
+        changes += np.abs(np.diff(side.astype(int))).sum()
         expected += (-np.expm1(-4.0 * np.diff(position[het])) / 2).sum()
-    assert abs(switches - expected) < 4 * np.sqrt(expected) and expected > 100
+    assert abs(changes - expected) < 4 * np.sqrt(expected) and expected > 100
 
 
-def test_typing_errors_are_at_observed_sites_only_and_as_many_as_asked() -> None:
+def test_typing_errors_are_at_observed_sites_only_and_have_the_given_rate() -> None:
     alleles, masked, _ = case()
     wrong = applied(AugmentationConfig(typing_error=0.05)) != alleles
     observed = ~np.repeat(masked, 2, axis=0)
@@ -48,7 +48,7 @@ def test_typing_errors_are_at_observed_sites_only_and_as_many_as_asked() -> None
     assert wrong[observed].mean() == pytest.approx(0.05, abs=4 * np.sqrt(0.05 * 0.95 / observed.sum()))
 
 
-def test_a_samples_errors_depend_on_the_epoch_and_not_on_its_batch_mates() -> None:
+def test_a_samples_errors_depend_on_the_epoch_and_not_on_its_batch() -> None:
     settings = AugmentationConfig(0.05, 2.0)
     together = applied(settings)
     assert np.array_equal(applied(settings, samples=np.array([7]))[:2], together[14:16])

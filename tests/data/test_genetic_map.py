@@ -1,3 +1,5 @@
+"""Genetic maps: formats, interpolation and faulty files."""
+
 from __future__ import annotations
 
 import gzip

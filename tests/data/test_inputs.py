@@ -1,4 +1,4 @@
-"""What a run reads when nothing is named: the default data set, made once."""
+"""Inputs of a run without files: the default data set, simulated once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from embrag_ds.data.windows import DataConfig
 
 
 def test_runs_that_start_at_once_make_the_default_data_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """File locks exclude threads as they do processes: each opens the file by itself."""
+    """Threads stand in for processes: each opens the lock file by itself, so file locks exclude them as well."""
     small = SimulationSettings(length_bp=50_000, panel_samples=10, target_samples=3, typed_spacing_bp=5_000)
     monkeypatch.setattr(inputs, "SimulationSettings", lambda: small)
     built: list[Path] = []

@@ -1,4 +1,4 @@
-"""Masks are pure functions, and each policy hides what it says."""
+"""Masks: pure functions of their arguments, with the sites that each policy promises."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_same_arguments_give_the_same_mask(config: MaskingConfig, seed: int,
 
 @settings(deadline=None)
 @given(samples=st.lists(st.integers(-1, 50), min_size=1, max_size=6, unique=True), data=st.data())
-def test_a_samples_mask_does_not_depend_on_its_batch_mates(samples: list[int], data: st.DataObject) -> None:
+def test_a_samples_mask_does_not_depend_on_its_batch(samples: list[int], data: st.DataObject) -> None:
     config = MaskingConfig(scope="sample")
     order = data.draw(st.permutations(samples))
     together = mask(config, samples=np.array(order))
@@ -91,7 +91,7 @@ def test_scope_decides_whether_samples_share_a_mask(policy: str) -> None:
     assert all(not np.array_equal(own[one], own[two]) for one, two in ((0, 1), (0, 2), (1, 2)))
 
 
-def test_scope_window_does_not_depend_on_who_is_in_the_batch() -> None:
+def test_scope_window_does_not_depend_on_the_samples_of_the_batch() -> None:
     config = MaskingConfig(scope="window")
     assert np.array_equal(mask(config, samples=np.array([7]))[0], mask(config)[0])
 
@@ -156,7 +156,7 @@ def test_a_manifest_types_exactly_its_sites(seed: int) -> None:
 
 
 @pytest.mark.parametrize("rate", [0.3, 0.8])
-def test_the_random_policy_hides_the_given_share_independently_of_frequency(rate: float) -> None:
+def test_the_random_policy_masks_the_given_share_independently_of_frequency(rate: float) -> None:
     sites = mask_sites(1, 20_000)
     masked = masked_by("random", MaskingConfig(), sites, rate, np.random.default_rng(1))
     for maf in np.unique(sites.maf):
@@ -176,7 +176,7 @@ def test_the_curriculum_reaches_the_random_masks() -> None:
         assert mask(config, sites=sites, step=step).mean() == pytest.approx(rate, abs=0.02)
 
 
-def test_the_frequency_guided_policy_hides_rare_and_other_sites_at_their_own_rates() -> None:
+def test_the_frequency_guided_policy_masks_rare_and_other_sites_at_their_own_rates() -> None:
     config = MaskingConfig(rare_maf=0.02, rare_rate=0.9)
     sites = mask_sites(1, 20_000)
     masked = masked_by("frequency_guided", config, sites, 0.4, np.random.default_rng(2))
@@ -196,7 +196,7 @@ FROZEN = {
 
 
 def digest(validation: ValidationMask) -> str:
-    """Of the masks of three windows, whose sites are made without random numbers."""
+    """Digest of the masks of three windows, whose sites are made without random numbers."""
     hashed = hashlib.sha256()
     for window in (0, 1, 7):
         place = np.arange(20_000, dtype=np.int64)
@@ -220,7 +220,7 @@ def test_validation_masks_differ_between_windows(validation: ValidationMask) -> 
     assert not np.array_equal(validation_mask(validation, sites, 0), validation_mask(validation, sites, 1))
 
 
-def test_validation_masks_hide_what_their_names_say() -> None:
+def test_validation_masks_have_the_rates_and_densities_of_their_names() -> None:
     sites = MaskSites(np.arange(1, 20_001) * 20, np.full(20_000, 0.3))  # 400 kb
     masked = {each.name: validation_mask(each, sites, 0) for each in VALIDATION_MASKS}
     assert masked["random-50-1"].mean() == pytest.approx(0.5, abs=0.02)

@@ -1,4 +1,4 @@
-"""The panel's cache, and reference sets with their frequencies."""
+"""The panel's cache, and reference sets with their allele frequencies."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def site_table(count: int) -> SiteTable:
 
 
 def write_panel(path: Path, alleles: np.ndarray) -> Path:
-    """``alleles`` [S, 2N] as a phased, indexed VCF of samples p0, p1, ..."""
+    """Write ``alleles`` [S, 2N] as a phased, indexed VCF of samples p0, p1, ..."""
     samples = [f"p{i}" for i in range(alleles.shape[1] // 2)]
     write_phased(path, site_table(len(alleles)), samples, alleles)
     return path
@@ -141,7 +141,7 @@ def test_what_a_killed_process_left_is_replaced(tmp_path: Path) -> None:
     assert unfinished(cache) == []
 
 
-def test_processes_that_ask_at_once_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_open_a_panel_at_once_build_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_panel(tmp_path / "p.vcf.gz", random_alleles(1, 5, 3))
     built = []
     pack = panel_module._pack
@@ -199,7 +199,7 @@ def test_frequencies_equal_a_plain_loop_over_the_sets_samples(
             assert (counts[code, site], sizes[code]) == (sum(copies), len(copies))
 
 
-def test_frequencies_do_not_see_samples_outside_the_set() -> None:
+def test_frequencies_ignore_samples_outside_the_set() -> None:
     alleles = random_alleles(1, 30, 6)
     populations = Populations(("x", "y"), np.array([0, 1, 0, 1, 0, 1]))
     samples = np.array([4, 0, 1])

@@ -1,4 +1,4 @@
-"""The sampler visits what it should, and a micro-batch is a function of its number."""
+"""Training sampler: an epoch visits all groups, and a micro-batch is a function of its number."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_held_out_samples_are_disjoint_from_the_others_and_at_most_a_tenth(
     assert np.array_equal(again[0], train) and np.array_equal(again[1], validation)
 
 
-def test_who_is_held_out_depends_on_the_seed() -> None:
+def test_held_out_samples_depend_on_the_seed() -> None:
     assert len({tuple(split_samples(100, 10, seed)[1].tolist()) for seed in range(5)}) == 5
 
 
@@ -179,7 +179,9 @@ def test_features_and_mask_view_are_the_windows_slice_centred_on_its_core() -> N
         centre = (core[0] + core[-1]) / 2
         assert features.position == pytest.approx(data.position_cm[span] - centre, abs=1e-9)
         frequency = data.reference.allele_frequency[span]
-        assert features.frequency == pytest.approx(np.clip(frequency, 0.5, 0.5))  # ten of six haplotypes are all
+        assert features.frequency == pytest.approx(
+            np.clip(frequency, 0.5, 0.5)
+        )  # six haplotypes are fewer than FEW, so the limit of rarity is 0.5
         assert np.array_equal(features.counts, data.reference.population_counts[:, span])
         assert features.position.dtype == features.frequency.dtype == features.counts.dtype == np.float32
         assert np.array_equal(sites.pos, data.reference.panel.sites.pos[span])
@@ -189,7 +191,7 @@ def test_features_and_mask_view_are_the_windows_slice_centred_on_its_core() -> N
 def test_reference_alleles_of_a_window_are_the_sets_own() -> None:
     _, alleles = make_panel(6, (30, 20))
     data = make_data([4, 0, 5], 6)
-    for _ in range(2):  # the second time from memory
+    for _ in range(2):  # a second call gives the same
         for number, window in enumerate(data.windows):
             expected = alleles[window.start : window.stop, [0, 1, 8, 9, 10, 11]].T
             assert np.array_equal(data.reference_alleles(number), expected)
@@ -242,7 +244,7 @@ def test_a_gzipped_manifest_that_cannot_be_read_is_a_user_error(tmp_path: Path, 
         read_manifest(path, make_panel(2, (3, 2))[0])
 
 
-def test_nobody_may_retrieve_itself() -> None:
+def test_a_sample_may_not_retrieve_itself() -> None:
     assert exclusion_table(("a", "b", "c"), None).tolist() == [[0], [1], [2]]
 
 
@@ -255,7 +257,7 @@ def test_relatives_exclude_each_other_both_ways(tmp_path: Path) -> None:
 
 
 def test_a_pair_listed_twice_or_with_itself_counts_once(tmp_path: Path) -> None:
-    """The table's width limits how many neighbours anybody can have."""
+    """The width of the table limits the number of neighbours of every sample."""
     path = tmp_path / "relatives.txt"
     path.write_text("a b\nb a\na b\nc c\n", encoding="utf-8")
     assert exclusion_table(("a", "b", "c"), path).tolist() == [[0, 1], [1, 0], [2, -1]]

@@ -1,3 +1,5 @@
+"""Simulated data sets: sites, maps, errors, demographies and the cache."""
+
 from __future__ import annotations
 
 import csv
@@ -53,7 +55,7 @@ def test_target_is_the_truth_at_typed_sites(data):
 
 
 def test_samples_of_a_population_resemble_each_other(data):
-    """Rare alleles are shared within populations, in the panel as in the target."""
+    """Rare alleles are shared within populations, both in the panel and between panel and target."""
     panel, truth = read_phased(data.panel), read_phased(data.truth)
     with data.samples.open() as lines:
         population = {row["sample"]: row["population"] for row in csv.DictReader(lines, delimiter="\t")}
@@ -144,7 +146,7 @@ def test_switch_errors_change_phase_and_no_genotype():
     assert changes.mean() == pytest.approx(3.0, rel=0.15) and changes.var() == pytest.approx(3.0, rel=0.4)
 
 
-def test_missed_calls_are_as_many_as_asked_for_and_of_the_minor_allele_only():
+def test_missed_calls_have_the_given_rate_and_are_of_the_minor_allele_only():
     rng = np.random.default_rng(1)
     clean = (rng.random((2000, 100)) < rng.choice([0.2, 0.8], (2000, 1))).astype(np.uint8)
     minor = np.where(clean.mean(1, keepdims=True) > 0.5, 1 - clean, clean)
@@ -183,7 +185,7 @@ def test_a_filtered_call_set_lists_what_panel_and_targets_carry_together(tmp_pat
     assert read_phased(filtered.panel).alleles.sum(axis=1).min() == 2
 
 
-def test_mean_rate_is_as_asked_for(data, tmp_path: Path):
+def test_the_mean_rate_is_the_given_one(data, tmp_path: Path):
     faster = simulate_default(tmp_path / "data", replace(SMALL, cm_per_mb=3.0))
     (bp, cm), (slow_bp, slow_cm) = (GeneticMap.read(each.genetic_map).points["1"] for each in (faster, data))
     np.testing.assert_array_equal(bp, slow_bp)

@@ -1,4 +1,4 @@
-"""The site table and the one place where sites of two files are matched."""
+"""Site tables, and the matching of the sites of two files."""
 
 from __future__ import annotations
 

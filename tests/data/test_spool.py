@@ -1,4 +1,4 @@
-"""The spool against an array in memory."""
+"""The spool, compared with an array in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from embrag_ds.errors import UserError
 
 
 def write(spool: Spool, values: np.ndarray) -> int:
-    """Spool ``values`` [R, N, C] as a reader does, every distinct entry of a page once; the number of pages."""
+    """Spool ``values`` [R, N, C] as a reader does, each distinct entry of a page once; returns the number of pages."""
     seen: dict[tuple[float, ...], int] = {}
     pages = 1
     for row in values:
@@ -44,7 +44,7 @@ def write(spool: Spool, values: np.ndarray) -> int:
     page=st.sampled_from([1, 30, 1 << 16]),
 )
 def test_reads_what_was_written(tmp_path: Path, seed: int, rows: int, entries: int, distinct: int, page: int) -> None:
-    """Any rows in any order, any of the entries, any columns; pages of any size."""
+    """Rows come in any order, with any of the entries and columns, from pages of any size."""
     rng = np.random.default_rng(seed)
     values = rng.random((distinct, 3)).astype(np.float32)[rng.integers(distinct, size=(rows, entries))]
     with pytest.MonkeyPatch.context() as patch:
@@ -81,7 +81,7 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """No file may grow beyond ``size`` bytes: writing fails as on a full disk."""
+    """Limit files to ``size`` bytes inside ``with``: writing more fails as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

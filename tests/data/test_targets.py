@@ -1,4 +1,4 @@
-"""Targets at the panel's sites, against their alleles in memory."""
+"""Targets at the panel's sites, compared with their alleles in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from embrag_ds.errors import UserError
 
 
 def packed(name: str, pos: np.ndarray, alleles: np.ndarray, swapped: np.ndarray, prefix: str) -> Panel:
-    """Sites A>C, or C>A where ``swapped``, and alleles [S, 2N]."""
+    """Panel in memory with sites A>C, or C>A where ``swapped``, and alleles [S, 2N]."""
     ref, alt = (["CA"[::step][int(each)] for each in ~swapped] for step in (1, -1))
     sites = SiteTable(("1",), (0,), np.zeros(len(pos), dtype=np.int32), pos, ref, alt, ["."] * len(pos))
     samples = tuple(f"{prefix}{number}" for number in range(alleles.shape[1] // 2))
@@ -27,16 +27,16 @@ def packed(name: str, pos: np.ndarray, alleles: np.ndarray, swapped: np.ndarray,
 
 
 @contextmanager
-def heard() -> Iterator[list[str]]:
+def captured_log() -> Iterator[list[str]]:
     """What is logged meanwhile; pytest's own way serves one example of a test only."""
-    said: list[str] = []
+    messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("embrag_ds.data.targets")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        yield said
+        yield messages
     finally:
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
@@ -51,10 +51,10 @@ def test_alleles_of_any_samples_at_any_sites(seed: int, samples: int) -> None:
     alleles = rng.integers(0, 2, (len(typed), 2 * samples), dtype=np.uint8)
     swapped = rng.random(len(typed)) < 0.3
     target = packed("target.bcf", typed, alleles ^ swapped[:, None], swapped, "T")
-    with heard() as said:
+    with captured_log() as messages:
         targets = harmonise_targets(target, panel, allow_overlap=False)
-    assert said[0].startswith(f"target target.bcf: {samples} samples; {len(typed)} sites matched")
-    assert said[1:] == ["target.bcf: 2 records skipped (no ALT)"]
+    assert messages[0].startswith(f"target target.bcf: {samples} samples; {len(typed)} sites matched")
+    assert messages[1:] == ["target.bcf: 2 records skipped (no ALT)"]
     expected = np.zeros((30, 2 * samples), dtype=np.uint8)
     expected[typed] = alleles
     np.testing.assert_array_equal(np.flatnonzero(targets.typed), typed)
@@ -68,7 +68,7 @@ def test_alleles_of_any_samples_at_any_sites(seed: int, samples: int) -> None:
     )
 
 
-def test_samples_who_are_in_the_panel() -> None:
+def test_samples_that_are_in_the_panel() -> None:
     alleles = np.array([[0, 1]], dtype=np.uint8)
     panel, target = (packed(name, np.arange(1), alleles, np.zeros(1, dtype=bool), "P") for name in ("p", "t"))
     with pytest.raises(UserError, match="t: 1 samples are also in the panel p, the first is P0"):

@@ -1,3 +1,5 @@
+"""VCF and BCF files: phased input, dosages of other programs, and output."""
+
 from __future__ import annotations
 
 import gzip
@@ -289,7 +291,7 @@ def test_dosage_from_gp_then_from_gt(make_vcf, container):
     )
     found = read_dosages(path)
     np.testing.assert_allclose(found.dosage, [[1.2, 0], [1, 2]], rtol=1e-6)
-    # Not every record says.
+    # A value that some records lack is None for the file.
     assert found.gp is None and found.haplotype_dosage is None and found.dr2 is None and found.imputed is None
 
 
@@ -372,7 +374,7 @@ def test_damaged_value_of_a_truth_is_an_error(make_vcf, tmp_path, keys, value):
 
 
 def test_pages_and_formats_do_not_matter(make_vcf, tmp_path, monkeypatch):
-    """Records of three FORMATs in turn, with nothing but new values in the end."""
+    """Records have three FORMATs in turn; the last ones have new values only."""
     rng = np.random.default_rng(0)
     records, expected = [], []
     for number in range(60):
@@ -441,7 +443,7 @@ def test_write_phased_round_trip(tmp_path, small_sites, samples):
 def test_imputed_text(tmp_path, small_sites):
     """Worked by hand: HDS .4, .4 gives GP .36, .48, .16; a tie at .5 is REF.
 
-    .5 and .501 give .2495, .5, .2505: rounding up makes 1.001, which the largest gives back.
+    .5 and .501 give .2495, .5, .2505. Rounding up makes 1.001, and the largest gives back the excess.
     """
     dosage = np.zeros((2, 5), dtype=np.float32)
     dosage[:, 1] = 0.4

@@ -1,4 +1,4 @@
-"""Windows cover every contig, overlap at most pairwise and blend to one."""
+"""Windows: they cover every contig, overlap at most in pairs, and blend to one."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def test_every_site_lies_in_one_or_two_cores(layout: tuple[list[int], int, int, 
 
 @settings(deadline=None)
 @given(layouts())
-def test_cores_are_no_longer_than_asked_and_equally_long_on_a_contig(layout: tuple[list[int], int, int, int]) -> None:
+def test_cores_keep_the_greatest_length_and_are_equally_long_on_a_contig(
+    layout: tuple[list[int], int, int, int],
+) -> None:
     lengths, window_sites, overlap, flank = layout
     sites = sites_of(lengths)
     sizes: dict[int, list[int]] = {}

@@ -1,4 +1,4 @@
-"""The cheap methods against loops over haplotypes."""
+"""Baselines, compared with loops over haplotypes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from embrag_ds.evaluation.baselines import NearestHaplotype, allele_frequency_do
 def nearest(
     panel: np.ndarray, target: np.ndarray, typed_index: np.ndarray, *sizes: int, contigs=()
 ) -> NearestHaplotype:
-    """The method over a panel [S, H] in memory; ``contigs`` are the sites of each, if there are several."""
+    """The baseline over a panel [S, H] in memory; ``contigs`` are the numbers of sites of several contigs."""
     contig = np.repeat(np.arange(len(contigs)), contigs) if contigs else np.zeros(len(panel), dtype=np.int64)
     names = [str(code + 1) for code in range(int(contig[-1]) + 1)]
     letters = ["A"] * len(panel)
@@ -30,7 +30,7 @@ def nearest(
 
 
 def nearest_haplotype_dosage(panel: np.ndarray, target: np.ndarray, typed_index: np.ndarray, *sizes: int) -> np.ndarray:
-    """At every site of the panel."""
+    """Dosage of the baseline at every site of the panel."""
     return nearest(panel, target, typed_index, *sizes).dosage(np.arange(len(panel)))
 
 
@@ -70,12 +70,12 @@ def test_nearest_haplotype_matches_the_slow_loop(seed: int, typed: int, block: i
     np.testing.assert_array_equal(fast, slow_nearest(panel, target, typed_index, block, context))
 
 
-def test_nearest_haplotype_copies_a_mosaic_exactly() -> None:
+def test_nearest_haplotype_copies_recombined_haplotypes_exactly() -> None:
     rng = np.random.default_rng(0)
     panel = rng.integers(0, 2, (640, 50), dtype=np.uint8)
     typed_index = np.arange(5, 640, 10)
     truth = panel[:, [3, 8]].copy()
-    truth[320:, 0] = panel[320:, 30]  # a switch where the two blocks of 32 meet
+    truth[320:, 0] = panel[320:, 30]  # a recombination where the two blocks of 32 meet
     dosage = nearest_haplotype_dosage(panel, truth[typed_index], typed_index, 32, 4)
     np.testing.assert_array_equal(dosage[:, 0], truth.sum(axis=1))
 

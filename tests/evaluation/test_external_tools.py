@@ -1,4 +1,4 @@
-"""Running Beagle and minimac4: what they are called with, and what happens where they are missing or fail."""
+"""External tools: the commands that run Beagle and minimac4, and missing or failing programs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from embrag_ds.data.vcf_dosages import read_dosages
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation.external_tools import TOOLS, impute_with_tools
 
-# Notes how it was called; writes the panel under the name its options ask for.
+# A stand-in records its arguments and copies the panel to the output file that they name.
 STAND_IN = {
     "beagle": 'for word in "$@"; do case $word in out=*) cp "$PANEL" "${word#out=}.vcf.gz";; esac; done',
     "minimac4": 'while [ $# -gt 1 ]; do [ "$1" = -o ] && cp "$PANEL" "$2"; shift; done',
@@ -23,7 +23,7 @@ STAND_IN = {
 
 @pytest.fixture
 def programs(tmp_path: Path, simulated: DefaultData, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of stand-ins that is all of PATH but the shell."""
+    """Folder of stand-ins for the tools, on a PATH with nothing else but the shell."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name, body in STAND_IN.items():
@@ -35,7 +35,7 @@ def programs(tmp_path: Path, simulated: DefaultData, monkeypatch: pytest.MonkeyP
     return folder
 
 
-def test_every_peer_gets_panel_target_and_map(programs: Path, tmp_path: Path, simulated: DefaultData) -> None:
+def test_every_tool_gets_panel_target_and_map(programs: Path, tmp_path: Path, simulated: DefaultData) -> None:
     found = impute_with_tools(simulated.panel, simulated.target, simulated.genetic_map, tmp_path / "work", 3)
     assert list(found) == ["beagle", "minimac4"]
     assert all(path.read_bytes() == simulated.panel.read_bytes() for path in found.values())

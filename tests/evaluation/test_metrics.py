@@ -1,4 +1,4 @@
-"""Accuracy measures against numpy's own functions and slow, obvious counts."""
+"""Accuracy measures, compared with numpy's own functions and slow, obvious counts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 def simulate(seed: int, sites: int = 60, samples: int = 12, missing: float = 0.1):
-    """Truth, dosage, genotype probabilities, and panel frequencies in every bin on both sides of 0.5."""
+    """Random truth, dosage and genotype probabilities, with panel frequencies in every bin on both sides of 0.5."""
     rng = np.random.default_rng(seed)
     maf = rng.choice([0.0005, 0.002, 0.007, 0.03, 0.3], size=sites)
     panel_af = np.where(rng.random(sites) < 0.5, maf, 1.0 - maf)
@@ -89,7 +89,7 @@ def test_aggregate_r2_is_the_pooled_correlation(seed: int, block: int) -> None:
 
 
 def test_polarity_matters() -> None:
-    """Two equally well imputed sites with opposite minor alleles; unpolarised pooling gives less than 1."""
+    """Two equally well imputed sites have opposite minor alleles; unpolarised pooling gives less than 1."""
     truth = np.array([[0, 0, 0, 1], [2, 2, 1, 2]], dtype=float)
     dosage = np.array([[0, 0, 0, 0.5], [2, 2, 1.5, 2]])
     accumulator = metrics.AggregateR2(4)

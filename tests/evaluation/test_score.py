@@ -1,4 +1,4 @@
-"""Scoring of files: which sites and samples count, what is reported, and what a user is told."""
+"""Scoring of files: the sites and samples that count, the report, and the errors."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from embrag_ds.evaluation.score import ALLELE_FREQUENCY, NEAREST_HAPLOTYPE, eval
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT.parent / "shared" / "data" / "kgp_chr20"
-SITES, PANEL_PEOPLE, PEOPLE = 300, 60, 10
+SITES, PANEL_SAMPLES, SAMPLES = 300, 60, 10
 TYPED = np.arange(2, SITES, 6)
 
 
 def site_table(rows: np.ndarray, swapped: bool = False) -> SiteTable:
-    """Sites at 1000, 1010, ...; ``swapped`` exchanges REF and ALT."""
+    """Site table with positions 1000, 1010, ...; ``swapped`` exchanges REF and ALT."""
     return SiteTable(
         contigs=("20",),
         contig_lengths=(1_000_000,),
@@ -38,7 +38,7 @@ def site_table(rows: np.ndarray, swapped: bool = False) -> SiteTable:
 
 
 def write_dosages(path: Path, samples, rows, dosage, gp=None, dr2=None, swapped=()) -> None:
-    """A VCF as a tool would write it: DS, GP and DR2 where given; REF and ALT exchanged at ``swapped``."""
+    """Write a VCF as a tool would: DS, with GP and DR2 where given; REF and ALT exchanged at ``swapped``."""
 
     with pysam.BGZFile(str(path), "wb") as out:
         lines = [
@@ -74,19 +74,19 @@ def write_dosages(path: Path, samples, rows, dosage, gp=None, dr2=None, swapped=
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """Panel, target and truth files of mosaic haplotypes, and what they hold."""
+    """Files of a panel, target and truth, whose haplotypes recombine panel haplotypes, and their contents."""
     folder = tmp_path_factory.mktemp("study")
     rng = np.random.default_rng(0)
     frequency = rng.choice([0.005, 0.03, 0.3, 0.8], size=SITES)
-    panel = (rng.random((SITES, 2 * PANEL_PEOPLE)) < frequency[:, None]).astype(np.uint8)
-    truth = np.empty((SITES, 2 * PEOPLE), dtype=np.uint8)
-    for haplotype in range(2 * PEOPLE):
+    panel = (rng.random((SITES, 2 * PANEL_SAMPLES)) < frequency[:, None]).astype(np.uint8)
+    truth = np.empty((SITES, 2 * SAMPLES), dtype=np.uint8)
+    for haplotype in range(2 * SAMPLES):
         truth[:150, haplotype] = panel[:150, rng.integers(panel.shape[1])]
         truth[150:, haplotype] = panel[150:, rng.integers(panel.shape[1])]
-    samples = tuple(f"T{number}" for number in range(PEOPLE))
+    samples = tuple(f"T{number}" for number in range(SAMPLES))
     every = np.arange(SITES)
     files = {name: folder / f"{name}.vcf.gz" for name in ("panel", "target", "truth")}
-    write_phased(files["panel"], site_table(every), tuple(f"P{n}" for n in range(PANEL_PEOPLE)), panel)
+    write_phased(files["panel"], site_table(every), tuple(f"P{n}" for n in range(PANEL_SAMPLES)), panel)
     write_phased(files["truth"], site_table(every), samples, truth)
     write_phased(files["target"], site_table(TYPED), samples, truth[TYPED])
     counts = truth[:, 0::2].astype(float) + truth[:, 1::2]
@@ -119,12 +119,12 @@ UNTYPED = np.setdiff1d(np.arange(SITES), TYPED)
 
 
 def test_scores_are_the_pooled_correlation_at_untyped_sites(study: dict, tmp_path: Path) -> None:
-    """Other order of samples, REF and ALT exchanged, an extra sample, typed sites: nothing of it matters."""
+    """The order of samples, exchanged REF and ALT, an extra sample and typed sites make no difference."""
     dosage = noisy(study, 1, 0.3)
-    dosage[TYPED] = 1.0  # nonsense, but typed sites are not scored
+    dosage[TYPED] = 1.0  # wrong, but typed sites are not scored
     hom_alt = np.maximum(dosage - 1, 0)
     gp = np.stack([1 - dosage + hom_alt, dosage - 2 * hom_alt, hom_alt], axis=-1)
-    order = np.random.default_rng(2).permutation(PEOPLE)
+    order = np.random.default_rng(2).permutation(SAMPLES)
     names = [*(study["samples"][sample] for sample in order), "stranger"]
     odd = np.concatenate([dosage[:, order], np.ones((SITES, 1))], axis=1)
     odd_gp = np.concatenate([gp[:, order], np.full((SITES, 1, 3), 1 / 3)], axis=1)
@@ -166,7 +166,7 @@ def test_a_panel_read_for_frequencies_only_gives_the_same_scores(study: dict, tm
 
 
 def test_nearest_haplotype_is_exact_for_a_copy_and_ignores_a_swapped_target(study: dict, tmp_path: Path) -> None:
-    copies = study["panel_alleles"][:, : 2 * PEOPLE]
+    copies = study["panel_alleles"][:, : 2 * SAMPLES]
     write_phased(tmp_path / "truth.vcf.gz", site_table(np.arange(SITES)), study["samples"], copies)
     write_phased(tmp_path / "target.vcf.gz", site_table(TYPED, swapped=True), study["samples"], 1 - copies[TYPED])
     report = score(study, truth=tmp_path / "truth.vcf.gz", target=tmp_path / "target.vcf.gz", baselines=True)
@@ -251,7 +251,7 @@ def test_table_is_aligned_and_json_is_plain(study: dict) -> None:
     assert "| sites |" in report.markdown() and "nan" not in report.markdown()
 
 
-def test_without_bootstrap_no_interval_is_shown(study: dict) -> None:
+def test_without_bootstrap_no_interval_is_reported(study: dict) -> None:
     assert "95 %" not in score(study, baselines=True, bootstrap=0).table()
 
 
@@ -293,11 +293,10 @@ def test_command_line(
 @pytest.mark.real
 @pytest.mark.skipif(not REAL.exists(), reason=f"no real data at {REAL}")
 def test_baselines_on_1000_genomes(tmp_path: Path) -> None:
-    """The measure against the README's figures, and the baseline against what it gave when written.
+    """Check the measure against the README's figures, and the baseline against its own figures when it was written.
 
-    The README does not say what its nearest haplotype does with ties. The mean over all haplotypes
-    that are equally near comes close to its figures; the baseline, which takes the first of them,
-    is lower.
+    The README does not tell how its nearest haplotype breaks ties. The mean over all haplotypes that are equally near
+    comes close to its figures; the baseline, which takes the first of them, is lower.
     """
     arguments = (REAL / "truth.vcf.gz", {}, REAL / "panel.vcf.gz", REAL / "target.sparse.vcf.gz")
     report = evaluate(*arguments, baselines=True, samples_path=REAL / "samples.tsv", bootstrap=50, cache_dir=tmp_path)

@@ -1,4 +1,4 @@
-"""Scoring from disk: what memory it takes, what it leaves behind, what it imports; and a truth with gaps."""
+"""Scoring from disk: memory, scratch files and imports; and a truth with missing genotypes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from embrag_ds.evaluation import metrics, scoring
 from embrag_ds.evaluation.report import Report
 from embrag_ds.evaluation.score import ALLELE_FREQUENCY, NEAREST_HAPLOTYPE, evaluate
 
-PANEL_PEOPLE = 40
+PANEL_SAMPLES = 40
 
 
 def site_table(rows: np.ndarray) -> SiteTable:
@@ -28,14 +28,14 @@ def site_table(rows: np.ndarray) -> SiteTable:
 
 
 def write_study(folder: Path, sites: int, samples: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Files of a panel, a truth, a target typed at every tenth site, and an imputed file whose values all differ."""
+    """Write a panel, a truth, a target typed at every tenth site, and an imputed file whose values all differ."""
     rng = np.random.default_rng(seed)
     every = np.arange(sites)
     frequency = rng.choice([0.008, 0.05, 0.3, 0.9], size=sites)[:, None]
-    panel = (rng.random((sites, 2 * PANEL_PEOPLE)) < frequency).astype(np.uint8)
+    panel = (rng.random((sites, 2 * PANEL_SAMPLES)) < frequency).astype(np.uint8)
     truth = (rng.random((sites, 2 * samples)) < np.clip(frequency, 0.1, 0.9)).astype(np.uint8)
     names = [f"T{number}" for number in range(samples)]
-    write_phased(folder / "panel.vcf.gz", site_table(every), [f"P{n}" for n in range(PANEL_PEOPLE)], panel)
+    write_phased(folder / "panel.vcf.gz", site_table(every), [f"P{n}" for n in range(PANEL_SAMPLES)], panel)
     write_phased(folder / "truth.vcf.gz", site_table(every), names, truth)
     write_phased(folder / "target.vcf.gz", site_table(every[::10]), names, truth[::10])
     dosage = (0.6 * truth + 0.4 * rng.random(truth.shape)).T.astype(np.float32)
@@ -45,7 +45,7 @@ def write_study(folder: Path, sites: int, samples: int, seed: int = 0) -> dict[s
 
 
 def write_truth(path: Path, samples: list[int], rows: np.ndarray, counts: np.ndarray, keys: str = "GT") -> Path:
-    """Unphased genotypes [S, N], missing where ``counts`` are NaN, in all the ways that there are."""
+    """Write unphased genotypes [S, N], missing where ``counts`` are NaN, in all possible notations."""
     spelled = [["0/0", "0|0"], ["0/1", "1|0"], ["1/1", "1|1"], ["./.", ".|.", ".", "0/.", ".|1"]]
     names = [f"T{number}" for number in samples]
     lines = ["##fileformat=VCFv4.3", "##contig=<ID=20>", '##FORMAT=<ID=GT,Number=1,Type=String,Description="g">']
@@ -117,13 +117,13 @@ spool._PAGE_ENTRIES, scoring.BLOCK_SITES = 1024, 256  # what does not depend on 
 folder = Path(sys.argv[1])
 files = {name: folder / f"{name}.vcf.gz" for name in ("truth", "imputed", "panel", "target")}
 evaluate(files["truth"], {"a": files["imputed"]}, files["panel"], files["target"], True, cache_dir=folder / "cache")
-# Not ru_maxrss, which begins with the parent's.
+# Not ru_maxrss, which starts with the parent's memory.
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 
 def python(root: Path, *arguments: str) -> str:
-    """What a Python process prints."""
+    """Output of a Python process."""
     environment = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": ""}
     done = subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, check=False, env=environment, timeout=180
@@ -133,7 +133,7 @@ def python(root: Path, *arguments: str) -> str:
 
 
 def test_memory_grows_by_the_site_tables_alone(root: Path, tmp_path: Path) -> None:
-    """With values that all differ, which nothing can pack: of 100 samples they would be 2,400 bytes a site."""
+    """All values differ, so that nothing can be packed: those of 100 samples would be 2,400 bytes a site."""
     few, many, samples = 1000, 4000, 100
     peak = {}
     for sites in (few, many):
@@ -185,7 +185,7 @@ def test_scoring_needs_neither_torch_nor_deepspeed(root: Path) -> None:
 
 
 def with_gaps(counts: np.ndarray, seed: int) -> np.ndarray:
-    """A seventh of the genotypes missing, among them all of sites 31 and 62."""
+    """Counts with a seventh of the genotypes missing, among them all of sites 31 and 62."""
     found = np.where(np.random.default_rng(seed).random(counts.shape) < 1 / 7, np.nan, counts)
     found[[31, 62]] = np.nan
     return found
@@ -193,7 +193,7 @@ def with_gaps(counts: np.ndarray, seed: int) -> np.ndarray:
 
 @pytest.mark.parametrize("keys", ["GT", "GT:DP"])
 def test_missing_truth_is_not_scored(folder: Path, counts: np.ndarray, tmp_path: Path, keys: str) -> None:
-    """Every measure against its definition, over the genotypes that are there."""
+    """Compare every measure with its definition, over the genotypes that are known."""
     truth = with_gaps(counts, seed=1)
     every = np.arange(len(truth))
     report = score(folder, write_truth(tmp_path / "truth.vcf.gz", list(range(12)), every, truth, keys))
@@ -240,7 +240,7 @@ def test_missing_truth_is_not_scored(folder: Path, counts: np.ndarray, tmp_path:
     assert sum(count for *_, count in found.calibration_curve) == known.sum()
 
 
-def test_a_sample_or_a_site_without_truth_is_as_if_not_there(folder: Path, counts: np.ndarray, tmp_path: Path) -> None:
+def test_a_sample_or_a_site_without_truth_changes_no_score(folder: Path, counts: np.ndarray, tmp_path: Path) -> None:
     rows, samples = np.arange(len(counts)), list(range(12))
     truth = counts.copy()
     truth[:, 4] = np.nan

@@ -1,4 +1,4 @@
-"""Imputation: what comes out of it, whatever its windows and batches."""
+"""Imputation: its output, which does not depend on batches, and its windows."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 
 
 def untrained(config: RunConfig, head: float) -> ExportedModel:
-    """A network with random weights; a ``head`` above 0 makes its residual matter."""
+    """Network with random weights; a ``head`` above 0 makes its residual matter."""
     torch.manual_seed(4)
     network = Imputer(config.embrag.model)
     torch.nn.init.normal_(network.head.weight, std=head)
@@ -80,7 +80,7 @@ def imputed(
 
 @pytest.fixture
 def written(model: ExportedModel, inputs: PanelInputs, target: PhasedData, tmp_path: Path) -> Path:
-    """The simulated targets imputed by a random network."""
+    """Output file of the simulated targets, imputed by a random network."""
     targets = matched(target, Path("target.vcf.gz"), inputs, False)
     impute_to_vcf(Imputation(model, inputs, CPU, 4), targets, tmp_path / "out.vcf.gz")
     return tmp_path / "out.vcf.gz"
@@ -138,7 +138,7 @@ def test_samples_do_not_depend_on_their_batch(
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
-def test_samples_do_not_depend_on_who_else_is_imputed(
+def test_samples_do_not_depend_on_the_other_samples_imputed(
     model: ExportedModel, inputs: PanelInputs, target: PhasedData
 ) -> None:
     alone = dataclasses.replace(target, samples=target.samples[4:5], alleles=target.alleles[:, 8:10])
@@ -147,7 +147,7 @@ def test_samples_do_not_depend_on_who_else_is_imputed(
 
 
 def exchanged(sites: SiteTable, rows: np.ndarray) -> SiteTable:
-    """REF and ALT exchanged at ``rows``."""
+    """Sites with REF and ALT exchanged at ``rows``."""
     ref, alt = list(sites.ref), list(sites.alt)
     for row in rows.tolist():
         ref[row], alt[row] = alt[row], ref[row]
@@ -193,7 +193,7 @@ def test_a_target_in_the_panel_is_refused_and_with_the_flag_never_copies_itself(
     assert len(copied) == len(imputation.data.windows)
     for each in copied:
         assert not (each[:2] == 5).any() and not (each[2:] == 30).any()
-    # Under another name it is nobody in particular, and finds itself (among others that look the same).
+    # Under another name nothing is excluded, and a sample retrieves itself (among identical haplotypes).
     copied.clear()
     list(imputation.windows(dataclasses.replace(targets, samples=("X", "Y"))))
     assert all((each[:2] == 5).any() and (each[2:] == 30).any() for each in copied)
@@ -202,7 +202,7 @@ def test_a_target_in_the_panel_is_refused_and_with_the_flag_never_copies_itself(
 def test_a_copy_of_panel_samples_is_recovered(
     retrieval_alone: ExportedModel, inputs: PanelInputs, target: PhasedData
 ) -> None:
-    """Planted truth: typed as panel samples are, under other names."""
+    """The targets are panel samples under other names, so that the truth is known."""
     panel = read_phased(inputs.panel.path)
     row = {site: number for number, site in enumerate(panel.sites.identities())}
     typed = np.array([row[site] for site in target.sites.identities()])
@@ -223,7 +223,7 @@ def test_a_copy_of_panel_samples_is_recovered(
     assert (most_common == truth)[:, untyped].mean() < 0.93
 
 
-def test_bcftools_reads_it_without_a_word(written: Path, inputs: PanelInputs) -> None:
+def test_bcftools_reads_it_without_a_message(written: Path, inputs: PanelInputs) -> None:
     sites = len(inputs.panel.sites)
     assert Path(f"{written}.tbi").exists()
     text = pysam.bcftools.view(str(written))
@@ -268,17 +268,17 @@ def test_an_interrupted_imputation_leaves_nothing(
 def test_without_the_transformer_nothing_but_its_windows_changes(
     model: ExportedModel, inputs: PanelInputs, target: PhasedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A head of zeros says nothing."""
+    """A head of zeros adds no residual, so a network with it must give the same."""
     monkeypatch.setattr(imputation_module, "_TIMES_AS_LONG", 1)
     targets = matched(target, Path("target.vcf.gz"), inputs, False)
     weights = {
         name: torch.zeros_like(each) if name.startswith("head.") else each for name, each in model.weights.items()
     }
-    mute = dataclasses.replace(model, weights=weights)
+    without_residual = dataclasses.replace(model, weights=weights)
     whole = list(Imputation(model, inputs, CPU, 4).windows(targets))
     without = list(Imputation(model, inputs, CPU, 4, transformer=False).windows(targets))
-    silenced = list(Imputation(mute, inputs, CPU, 4).windows(targets))
-    for (_, one), (_, other), (_, all_of_it) in zip(without, silenced, whole, strict=True):
+    headless = list(Imputation(without_residual, inputs, CPU, 4).windows(targets))
+    for (_, one), (_, other), (_, all_of_it) in zip(without, headless, whole, strict=True):
         np.testing.assert_array_equal(one, other)
         assert not np.allclose(one, all_of_it)
 
@@ -311,7 +311,7 @@ def test_without_the_transformer_windows_are_longer_as_far_as_memory_goes(
 def test_windows_are_encoded_as_they_come(
     model: ExportedModel, inputs: PanelInputs, target: PhasedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Encoded ahead, all windows of a chromosome would take gigabytes."""
+    """If they were encoded ahead, all windows of a chromosome would take gigabytes."""
     encoded: list[int] = []
     encode = codebooks.encode_window
 
@@ -328,7 +328,7 @@ def test_windows_are_encoded_as_they_come(
     assert encoded == list(range(len(imputation.data)))
 
 
-def test_retrieval_works_ahead_fails_aloud_and_ends_with_its_reader(
+def test_retrieval_runs_ahead_raises_its_failures_and_ends_with_its_reader(
     model: ExportedModel, inputs: PanelInputs, target: PhasedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ahead() -> list[threading.Thread]:
@@ -366,12 +366,14 @@ def test_alleles_of_any_samples_and_sites_are_the_files(inputs: PanelInputs, tar
             np.testing.assert_array_equal(targets.alleles(span, samples), expected)
 
 
-def test_what_matches_is_said(inputs: PanelInputs, target: PhasedData, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_numbers_of_matched_sites_are_logged(
+    inputs: PanelInputs, target: PhasedData, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO")
     row = exchanged(target.sites, np.array([0]))
     matched(dataclasses.replace(target, sites=row), Path("t.vcf.gz"), inputs, False)
-    said = caplog.messages[0]
-    assert "9 samples" in said and f"{len(target.sites)} sites matched, 1 of them with REF/ALT exchanged" in said
+    message = caplog.messages[0]
+    assert "9 samples" in message and f"{len(target.sites)} sites matched, 1 of them with REF/ALT exchanged" in message
     with pytest.raises(UserError, match=r"t\.vcf\.gz: no site in common"):
         none = dataclasses.replace(target, sites=dataclasses.replace(target.sites, pos=target.sites.pos + 10_000_000))
         matched(none, Path("t.vcf.gz"), inputs, False)

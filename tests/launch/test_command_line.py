@@ -1,4 +1,4 @@
-"""The three entry points as a user calls them."""
+"""The commands, as a user calls them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def launch(root: Path) -> Launch:
-    """Run a script of ``launch/`` in a process of its own, with ``deepspeed`` or plain ``python``."""
+    """Function that runs a script of ``launch/`` in its own process, with ``deepspeed`` or plain ``python``."""
 
     def run(command: str, script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -83,7 +83,7 @@ def train_options(root: Path, cache_dir: Path, panel_options: list[str]) -> list
 
 @pytest.fixture(scope="session")
 def run_dir(launch: Launch, train_options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run trained through the ``deepspeed`` launcher."""
+    """Folder of a run trained through the ``deepspeed`` launcher."""
     run_dir = tmp_path_factory.mktemp("command-line") / "run"
     done = launch("deepspeed", "train.py", *train_options, "--run-dir", run_dir, "--profile", "nvml")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -153,8 +153,8 @@ def test_a_bad_key_stops_the_launcher_with_one_line(launch: Launch, train_option
 def test_a_missing_model_is_one_line_and_nothing_else(launch: Launch, tmp_path: Path) -> None:
     done = launch("python", "impute.py", "--run-dir", tmp_path / "none", "--out", tmp_path / "out.vcf.gz")
     assert done.returncode == 2
-    said = (done.stdout + done.stderr).splitlines()
-    assert len(said) == 1 and said[0].startswith(f"error: {tmp_path / 'none' / 'model.safetensors'}: cannot read")
+    lines = (done.stdout + done.stderr).splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"error: {tmp_path / 'none' / 'model.safetensors'}: cannot read")
 
 
 Fails = Callable[..., str]
@@ -162,7 +162,7 @@ Fails = Callable[..., str]
 
 @pytest.fixture
 def fails(distributed: DistributedContext, capsys: pytest.CaptureFixture[str]) -> Iterator[Fails]:
-    """Run a command in this process; it must end with status 2 and one line, which is returned."""
+    """Function that runs a command in this process, which must end with status 2 and one line; returns the line."""
     before = signal.getsignal(signal.SIGTERM)
 
     def run(script: str, *arguments: object) -> str:
@@ -170,10 +170,10 @@ def fails(distributed: DistributedContext, capsys: pytest.CaptureFixture[str]) -
             main(script, [str(each) for each in arguments])
         assert ended.value.code == 2
         # Progress may precede it.
-        said = capsys.readouterr().err.splitlines()
-        assert [line.startswith("error: ") for line in said].count(True) == 1 and "Traceback" not in said
-        assert said[-1].startswith("error: ")
-        return said[-1]
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.startswith("error: ") for line in lines].count(True) == 1 and "Traceback" not in lines
+        assert lines[-1].startswith("error: ")
+        return lines[-1]
 
     yield run
     signal.signal(signal.SIGTERM, before)
@@ -228,7 +228,7 @@ def test_a_run_is_either_resumed_or_begun(fails: Fails, train_options: list[str]
     ("arguments", "complaint"),
     [(["--panel-samples=2"], "--panel-samples must be at least 3"), (["--missed-calls=1"], "must lie in")],
 )
-def test_simulate_says_what_is_wrong(fails: Fails, tmp_path: Path, arguments: list[str], complaint: str) -> None:
+def test_errors_of_simulate(fails: Fails, tmp_path: Path, arguments: list[str], complaint: str) -> None:
     assert complaint in fails("simulate", "--out", tmp_path / "sim", *arguments)
     assert not (tmp_path / "sim").exists()
 
@@ -279,7 +279,7 @@ def test_targets_that_are_in_the_panel(
         (["--device=qpu"], "qpu"),
     ],
 )
-def test_impute_says_what_is_wrong(
+def test_errors_of_impute(
     fails: Fails,
     run_dir: Path,
     simulated: DefaultData,
@@ -303,7 +303,7 @@ def test_impute_says_what_is_wrong(
         (["--truth=t.vcf.gz", "--panel=p.vcf.gz", "--target=u.vcf.gz"], "nothing to score"),
     ],
 )
-def test_evaluate_says_what_is_wrong(fails: Fails, arguments: list[str], complaint: str) -> None:
+def test_errors_of_evaluate(fails: Fails, arguments: list[str], complaint: str) -> None:
     assert complaint in fails("evaluate", *arguments)
 
 

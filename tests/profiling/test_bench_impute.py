@@ -1,4 +1,4 @@
-"""The imputation benchmark runs every tool that is there and writes what it promises; sizes are not tested here."""
+"""The imputation benchmark runs every installed tool and writes its numbers; their sizes are not tested here."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_it_measures_time_and_memory_of_every_tool(root: Path, simulated: Defaul
     assert written["missing"] == [name for name in TOOLS if name not in installed()]
     assert written["shape"]["samples"] == 9 and written["shape"]["panel_samples"] == 60
     for name, cost in written["tools"].items():
-        # A peer is done with so little before its memory is looked at twice.
+        # The other tools end before their memory has been sampled twice.
         assert len(cost["seconds"]) == 1 and cost["peak_gb"] > (0.1 if name.startswith("embrag") else 0)
         expected = 9 * written["shape"]["sites"] / cost["median_seconds"]
         assert abs(cost["samples_x_sites_per_second"] - expected) < 1e-6 * expected

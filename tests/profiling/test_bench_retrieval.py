@@ -1,4 +1,4 @@
-"""The retrieval benchmark runs and writes the numbers it promises; their sizes are not tested here."""
+"""The retrieval benchmark runs and writes its numbers; their sizes are not tested here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The comparison of V17 and V18: what it makes of what it measures, and that it runs and writes what it promises."""
+"""Comparison of V17 and V18: its computations, and that it runs and writes its numbers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MODULES = ("machine", "arithmetic", "stepper", "compare_report", "compare")
 
 @pytest.fixture(scope="module")
 def modules(root: Path) -> Iterator[dict[str, ModuleType]]:
-    """The scripts, which import one another from their own folder."""
+    """The scripts as modules; they import one another from their own folder."""
     sys.path.insert(0, str(root / "profiling"))
     yield {name: importlib.import_module(name) for name in MODULES}
     sys.path.remove(str(root / "profiling"))
@@ -43,7 +43,7 @@ def test_the_largest_batch_is_found_in_few_tries(modules, fixed: int, each: int,
 
         def cost(samples: int, crash: bool = ends_in_a_crash, seen: list[int] = tried) -> int | None:
             fitted = [number for number in seen if fixed + each * number <= budget]
-            assert samples <= max(2, 4 * max(fitted, default=0))  # and not the whole machine
+            assert samples <= max(2, 4 * max(fitted, default=0))  # never more than four times a number that fitted
             seen.append(samples)
             used = fixed + each * samples
             return None if crash and used > budget else used

@@ -1,4 +1,4 @@
-"""The GPU suite's own workings, with stand-ins for the GPU and for what it runs."""
+"""The GPU suite, with stand-ins for the GPU and for the programs that it runs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def script(path: Path, text: str) -> Path:
 
 @pytest.fixture
 def suite(root: Path, tmp_path: Path) -> Suite:
-    """Runs the suite in a copy of the script's surroundings, with or without a pretended GPU."""
+    """Function that runs the suite in a copy of its surroundings, with or without a pretended GPU."""
     tree = tmp_path / "tree"
     (tree / "profiling").mkdir(parents=True)
     shutil.copy(root / "profiling" / "gpu_suite.sh", tree / "profiling")
@@ -102,7 +102,7 @@ def test_a_part_that_fails_fails_alone(suite: Suite, tmp_path: Path) -> None:
     assert "| tests | failed (3) |" in report and "| training | ok |" in report
 
 
-def test_without_a_gpu_it_says_so_and_writes_nothing(suite: Suite, tmp_path: Path) -> None:
+def test_without_a_gpu_it_ends_with_one_line_and_writes_nothing(suite: Suite, tmp_path: Path) -> None:
     done = suite("-", "-", tmp_path / "results", gpu=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1

@@ -25,7 +25,7 @@ def memory(root: Path) -> Iterator[ModuleType]:
     spec = importlib.util.spec_from_file_location("profiling_memory", root / "profiling" / "memory.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up there
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]

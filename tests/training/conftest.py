@@ -1,4 +1,4 @@
-"""A run small enough to train in a second."""
+"""Fixtures of training: a run small enough to train in a second."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MakeTrainer = Callable[..., Trainer]
 def make_trainer(
     make_config: MakeConfig, inputs: PanelInputs, distributed: DistributedContext, tmp_path: Path
 ) -> MakeTrainer:
-    """A trainer of the tiny run in ``tmp_path / name``."""
+    """Function that builds a trainer of the tiny run in ``tmp_path / name``."""
 
     def make(name: str, *overrides: str, resume: bool = False, init_from: Path | None = None) -> Trainer:
         return Trainer(make_config(*overrides), inputs, tmp_path / name, distributed, resume, init_from)
@@ -31,12 +31,12 @@ def make_trainer(
 
 
 def read_metrics(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    """Lines of one kind of a run's metrics."""
+    """Lines of one kind in a run's metrics."""
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [line for line in map(json.loads, lines) if line["kind"] == kind]
 
 
 @pytest.fixture
 def metrics_of(tmp_path: Path) -> Callable[[str, str], list[dict[str, Any]]]:
-    """Lines of one kind of the metrics of the run called ``name``."""
+    """Function that reads the lines of one kind in the metrics of the run called ``name``."""
     return lambda name, kind="train": read_metrics(tmp_path / name, kind)

@@ -1,4 +1,4 @@
-"""The export: all that imputation needs, in one file."""
+"""Exports of a trained model, and random numbers of a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked of DeepSpeed about its half of a configuration, and how a typo there is said."""
+"""Checks of DeepSpeed's half of a configuration: its keys, its values, and the errors."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def with_key(dotted: str, value: Any, tree: dict[str, Any] | None = None) -> dic
 def complaint(tree: dict[str, Any]) -> str:
     with pytest.raises(UserError) as caught:
         check_deepspeed_settings(tree, "run.json")
-    said = str(caught.value)
-    assert said.startswith("run.json: ") and "\n" not in said and "pydantic" not in said
-    return said.removeprefix("run.json: ")
+    error = str(caught.value)
+    assert error.startswith("run.json: ") and "\n" not in error and "pydantic" not in error
+    return error.removeprefix("run.json: ")
 
 
 @pytest.mark.parametrize("name", shipped_configurations())
@@ -65,8 +65,8 @@ def test_unknown_keys_are_refused_with_the_nearest_name(section: str) -> None:
     base = with_key("scheduler", {"type": "WarmupLR"})
     for name in known_keys()[section]:
         where = f"{section}.{name}_" if section else f"{name}_"
-        said = complaint(with_key(where, 1, base))
-        assert said == f"unknown DeepSpeed key {where}; did you mean {name!r}?"
+        error = complaint(with_key(where, 1, base))
+        assert error == f"unknown DeepSpeed key {where}; did you mean {name!r}?"
 
 
 @pytest.mark.parametrize(
@@ -95,26 +95,26 @@ def test_a_typo_is_not_passed_over(tmp_path: Path, typo: str, meant: str) -> Non
 
 
 class Recorder(dict):
-    """A settings section that notes which keys are asked for."""
+    """Settings section that records which keys are read."""
 
-    def __init__(self, tree: dict[str, Any], name: str, asked: dict[str, set[str]]):
+    def __init__(self, tree: dict[str, Any], name: str, read: dict[str, set[str]]):
         inner = {
-            key: Recorder(value, f"{name}.{key}" if name else key, asked) if isinstance(value, dict) else value
+            key: Recorder(value, f"{name}.{key}" if name else key, read) if isinstance(value, dict) else value
             for key, value in tree.items()
         }
         super().__init__(inner)
-        self._asked = asked.setdefault(name, set())
+        self._read = read.setdefault(name, set())
 
     def __getitem__(self, key: str) -> Any:
-        self._asked.add(key)
+        self._read.add(key)
         return super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        self._asked.add(key)
+        self._read.add(key)
         return super().get(key, default)
 
     def __contains__(self, key: object) -> bool:
-        self._asked.add(str(key))
+        self._read.add(str(key))
         return super().__contains__(key)
 
     def keys(self) -> Any:
@@ -125,27 +125,27 @@ class Recorder(dict):
 
 
 @pytest.fixture(scope="module")
-def asked_by_deepspeed() -> dict[str, set[str]]:
-    """Section -> keys that DeepSpeed looks for when it reads a file with all of our silent sections in it."""
+def read_by_deepspeed() -> dict[str, set[str]]:
+    """Section -> keys that DeepSpeed reads in a file with all sections of :data:`LISTED`."""
     tree: dict[str, Any] = {section: {} for section in LISTED if section}
     tree |= {"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1}
     tree |= {"torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}}
     tree |= {"optimizer": {"type": "AdamW", "params": {}}, "scheduler": {"type": "WarmupLR", "params": {}}}
-    asked: dict[str, set[str]] = {}
-    deepspeed_config.DeepSpeedConfig(Recorder(tree, "", asked))
-    return asked
+    read: dict[str, set[str]] = {}
+    deepspeed_config.DeepSpeedConfig(Recorder(tree, "", read))
+    return read
 
 
 @pytest.mark.parametrize("section", LISTED)
-def test_the_listed_keys_are_those_deepspeed_reads(asked_by_deepspeed: dict[str, set[str]], section: str) -> None:
+def test_the_listed_keys_are_those_deepspeed_reads(read_by_deepspeed: dict[str, set[str]], section: str) -> None:
     removed = set(deepspeed_config._REMOVED_TOP_LEVEL_CONFIG_KEYS)
-    tpu_only = {"vocabulary_size"}  # looked at only to warn that it is not a multiple of 8
-    not_ours = {"sequence_parallel_size"}  # asked for in a running process group; our windows are not split over ranks
+    tpu_only = {"vocabulary_size"}  # read only to warn that it is not a multiple of 8
+    not_ours = {"sequence_parallel_size"}  # read inside a process group only; our windows are not split over ranks
     refused = removed | tpu_only | not_ours if section == "" else set()
-    assert LISTED[section] >= asked_by_deepspeed[section] - refused
+    assert LISTED[section] >= read_by_deepspeed[section] - refused
     # Defined, but read where the thing is used.
     elsewhere = {"aio": {"thread_count"}}
-    assert asked_by_deepspeed[section] >= LISTED[section] - elsewhere.get(section, set())
+    assert read_by_deepspeed[section] >= LISTED[section] - elsewhere.get(section, set())
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_parameters_of_another_optimizer_are_refused(kind: str) -> None:
 
 
 def test_a_parameter_that_passes_can_be_given_to_the_optimizer(distributed: Any) -> None:
-    """Every parameter of AdamW as the engine of this machine takes it, at its default."""
+    """Every parameter that AdamW takes in this machine's engine is set to its default."""
     defaults = torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).defaults
     taken = {name: value for name, value in defaults.items() if value is not None and name != "decoupled_weight_decay"}
     settings, _ = adapt_to_machine(with_key("optimizer.params", taken))
@@ -213,12 +213,12 @@ def test_a_parameter_that_passes_can_be_given_to_the_optimizer(distributed: Any)
 def test_scheduler_parameters_are_those_of_the_scheduler(kind: str, parameter: str, typo: str) -> None:
     base = with_key("scheduler.type", kind)
     check_deepspeed_settings(with_key(f"scheduler.params.{parameter}", 1, base), "run.json")
-    said = complaint(with_key(f"scheduler.params.{typo}", 1, base))
-    assert said == f"unknown DeepSpeed key scheduler.params.{typo}; did you mean {parameter!r}?"
+    error = complaint(with_key(f"scheduler.params.{typo}", 1, base))
+    assert error == f"unknown DeepSpeed key scheduler.params.{typo}; did you mean {parameter!r}?"
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "error"),
     [
         ("optimizer.type", "AdmW", "unknown optimizer.type \"AdmW\"; did you mean 'AdamW'?"),
         ("optimizer.type", None, "optimizer.type must name one, for example adam"),
@@ -237,22 +237,22 @@ def test_scheduler_parameters_are_those_of_the_scheduler(kind: str, parameter: s
         ("checkpoint.tag_validation", "no", "DeepSpeed refuses its settings: Checkpoint config contains invalid "),
     ],
 )
-def test_wrong_values_are_refused_before_there_is_an_engine(key: str, value: Any, said: str) -> None:
-    assert complaint(with_key(key, value)).startswith(said)
+def test_wrong_values_are_refused_before_there_is_an_engine(key: str, value: Any, error: str) -> None:
+    assert complaint(with_key(key, value)).startswith(error)
 
 
-def test_what_is_right_passes_unchanged_and_unheard(capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_is_right_passes_unchanged_and_without_a_log_line(capfd: pytest.CaptureFixture[str]) -> None:
     tree = with_key("zero_optimization", {"stage": 3, "offload_param": None, "leaf_module": {"names": ["x"]}})
     # Right for 32 ranks, which only the engine can know.
     tree |= {"train_batch_size": 64, "gradient_accumulation_steps": 1}
     tree |= {"bf16": {"enabled": "auto"}, "comms_logger": {"enabled": False}}
-    before, heard = copy.deepcopy(tree), BufferingHandler(1000)
+    before, handler = copy.deepcopy(tree), BufferingHandler(1000)
     level = deepspeed_logger.level
     deepspeed_logger.setLevel(logging.INFO)
-    deepspeed_logger.addHandler(heard)
+    deepspeed_logger.addHandler(handler)
     try:
         check_deepspeed_settings(tree, "run.json")
     finally:
-        deepspeed_logger.removeHandler(heard)
+        deepspeed_logger.removeHandler(handler)
         deepspeed_logger.setLevel(level)
-    assert tree == before and capfd.readouterr() == ("", "") and not heard.buffer
+    assert tree == before and capfd.readouterr() == ("", "") and not handler.buffer

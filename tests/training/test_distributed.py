@@ -1,4 +1,4 @@
-"""What a machine needs of DeepSpeed's settings."""
+"""Adaptation of DeepSpeed's settings to the machine, and DeepSpeed's errors about settings."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def on(monkeypatch: pytest.MonkeyPatch, cpu: bool, bf16: bool = False) -> None:
     monkeypatch.setattr(distributed, "_cpu_has_bf16", lambda: bf16)
 
 
-def test_a_cpu_without_bf16_computes_in_fp32_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_without_bf16_computes_in_fp32_and_notes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch, cpu=True, bf16=False)
     settings, notes = adapt_to_machine(PRODUCTION)
     assert settings["optimizer"]["params"] == {"lr": 0.01, "torch_adam": True}
@@ -96,7 +96,7 @@ def test_fp16_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         {"optimizer": {"type": "AdamWW", "params": {"lr": 0.01}}},
         {"sparse_attention": {}},
         {"activation_checkpointing": {"contiguous_memory_optimization": True}},
-        # The parser lets these pass; the engine does not.
+        # The parser accepts these; the engine does not.
         {"scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": "many"}}},
         {"scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": [1, 2]}}},
         {"optimizer": {"type": "AdamW", "params": {"lr": -1, "torch_adam": True}}},
@@ -111,17 +111,19 @@ def test_fp16_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=lambda extra: ",".join(extra),
 )
-def test_deepspeeds_complaints_are_the_users(distributed: DistributedContext, extra: dict[str, Any]) -> None:
+def test_deepspeeds_errors_about_settings_are_user_errors(
+    distributed: DistributedContext, extra: dict[str, Any]
+) -> None:
     settings, _ = adapt_to_machine({**PRODUCTION, "bf16": {"enabled": False}, **extra})
     with pytest.raises(UserError) as caught:
         initialize_engine(tiny_model(), settings)
     assert "\n" not in str(caught.value)
     cause = caught.value.__cause__
-    assert cause is not None and cause.__traceback__ is not None  # what DeepSpeed said, and where
+    assert cause is not None and cause.__traceback__ is not None  # DeepSpeed's own error, with its traceback
 
 
 def raising(fault: Exception, module: str) -> Callable[..., None]:
-    """A function with a bug, as if of ``module``."""
+    """Function with a bug, which seems to be of ``module``."""
     names: dict[str, Any] = {"__name__": module, "fault": fault}
     exec("def raises(*_, **__):\n    raise fault", names)
     return names["raises"]
@@ -157,8 +159,10 @@ def test_a_bug_stays_what_it_is(
     assert caught.traceback[-1].name == "raises"
 
 
-def test_an_optimizers_complaint_has_words(distributed: DistributedContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What its constructor asserts without a word is about its own state."""
+def test_an_assertion_without_a_message_is_not_about_settings(
+    distributed: DistributedContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Assertions without a message in an optimizer's constructor are about its own state."""
 
     def constructed(words: str) -> Any:
         names: dict[str, Any] = {"__name__": stage_1_and_2.__name__, "words": words}

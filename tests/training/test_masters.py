@@ -1,4 +1,4 @@
-"""An export holds the optimiser's own weights, whatever the network computes in."""
+"""Master weights: an export holds the optimiser's own weights, whatever precision the network computes in."""
 
 from __future__ import annotations
 
@@ -47,21 +47,24 @@ def is_rounded(weight: Tensor) -> bool:
 
 
 def of_deepspeed(run_dir: Path) -> dict[str, Tensor]:
-    """What DeepSpeed's own converter finds in a run's last checkpoint: the optimiser's partitions put together."""
+    """Weights that DeepSpeed's own converter puts together from a run's last checkpoint."""
     return get_fp32_state_dict_from_zero_checkpoint(str(run_dir / "checkpoints"))
 
 
 def assert_masters(run_dir: Path) -> ExportedModel:
-    """The export is what is in the checkpoint: more than bf16 holds, but for what is frozen and for a few scalars."""
+    """Assert that the export equals the checkpoint, and has more digits than bf16.
+
+    Frozen parts and a few scalars have no more digits than bf16.
+    """
     export, masters = read_export(run_dir / MODEL_FILE), of_deepspeed(run_dir)
-    # Below stage 2 the converter leaves out what is frozen.
+    # Below stage 2 the converter leaves out frozen weights.
     assert (
         {name for name in export.weights if not name.startswith("fusion.")} <= masters.keys() <= export.weights.keys()
     )
     for name, master in masters.items():
         assert torch.equal(export.weights[name], master.float()), name
     assert_digits(export.weights)
-    # What encodes is what the network computes with.
+    # The snapshot is what the network computes with, rounded to bf16.
     assert export.snapshot is not None and all(is_rounded(value) for value in export.snapshot.values())
     return export
 
@@ -99,7 +102,7 @@ def test_a_run_in_bf16_exports_its_master_weights(
 def test_masters_outside_of_the_zero_optimisers(
     make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    """DeepSpeed has three more optimisers for bf16; torch's own, inside them, has the masters in the model's order."""
+    """DeepSpeed has three more optimisers for bf16. Each wraps one of torch's, with masters in the model's order."""
     if way == "one flat parameter":
         monkeypatch.setattr("deepspeed.runtime.engine.FusedAdam", torch.optim.AdamW)
     fp32 = way == "accumulating in fp32"
@@ -164,7 +167,7 @@ group.close()
 def test_two_ranks_export_their_masters(
     make_config: MakeConfig, inputs: PanelInputs, tmp_path: Path, root: Path
 ) -> None:
-    """Each has half of them."""
+    """Each rank holds half of the masters."""
     for stage in (2, 3):
         config = make_config(*SHORT, *REFRESH, *ZERO[stage], BF16, FROZEN)
         (tmp_path / f"zero{stage}.json").write_text(json.dumps(config.as_dict()))
@@ -177,7 +180,7 @@ def test_two_ranks_export_their_masters(
 
 
 def run_deepspeed(root: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Two ranks, launched as a user would, on a port of their own."""
+    """Launch two ranks as a user would, on a port of their own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

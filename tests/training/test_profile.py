@@ -1,4 +1,4 @@
-"""A profiled run is the same run, its report is complete, and neither hides the other's failures."""
+"""Profiles: they do not change the run, their report is complete, and failures of both are raised."""
 
 from __future__ import annotations
 
@@ -80,14 +80,14 @@ def test_the_report_is_complete(
     readings = report["readings"]
     assert len(set(map(len, readings.values()))) == 1 and readings["seconds"] == sorted(readings["seconds"])
     assert report["peaks"]["host_bytes"] == max(readings["host_bytes"]) > 1 << 27
-    said = "\n".join(caplog.messages)
-    assert f"Profile of 6 micro-batches on {header['device']}; {header['source']}" in said
+    logged = "\n".join(caplog.messages)
+    assert f"Profile of 6 micro-batches on {header['device']}; {header['source']}" in logged
     for name in PHASES:
-        assert f"\n{name} " in said
+        assert f"\n{name} " in logged
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it has a driver")
-def test_without_a_driver_the_header_says_so(
+def test_the_header_names_a_missing_driver(
     distributed: DistributedContext, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Profile("nvml", tmp_path, distributed):
@@ -120,7 +120,7 @@ def sampling_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DeviceSampler, "_read_all", fails)
 
 
-def test_a_sampler_that_died_is_heard_of(
+def test_a_failure_of_the_sampler_is_raised(
     distributed: DistributedContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampling_fails(monkeypatch)
@@ -130,7 +130,7 @@ def test_a_sampler_that_died_is_heard_of(
     assert json.loads((tmp_path / "profile.json").read_text())["micro_batches"] == 1
 
 
-def test_it_does_not_hide_the_failure_of_the_run(
+def test_a_failure_of_the_run_is_raised_before_one_of_the_profile(
     distributed: DistributedContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     sampling_fails(monkeypatch)

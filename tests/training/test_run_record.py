@@ -1,4 +1,4 @@
-"""The run folder."""
+"""Run folder: configuration, versions and metrics."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def strict_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
 
 
-def test_the_run_folder_says_what_was_run(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_the_run_folder_describes_the_run(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     trainer = make_trainer(
         "run", "gradient_accumulation_steps=2", "embrag.train.max_steps=2", "embrag.train.eval_every=1"
     )

@@ -1,4 +1,4 @@
-"""Training: the same run whatever interrupts it, what it logs, and that it learns."""
+"""Training: resumed runs equal uninterrupted ones, logs are right, and the loss falls."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ ENCODINGS = {
 
 @pytest.mark.parametrize(
     ("encoding", "cut"),
-    # Snapshots are taken before steps 3 and 6; the cut lies between two, at one, and (lagging) between snapshot
-    # and publication, at publication, and at the next snapshot.
+    # Snapshots are taken before steps 3 and 6. The cut lies between two of them, or at one. With "lagging" it lies
+    # between snapshot and publication, at publication, and at the next snapshot.
     [
         ("fixed", 4),
         ("refresh", 4),
@@ -200,13 +200,13 @@ def test_generation_and_staleness_are_those_of_the_batches(
     generation: Callable[[int], int],
     age: Callable[[int], int],
 ) -> None:
-    """Logged, carried by the batch, and true: the codebook is what the layer said at the snapshot's step."""
+    """Log and batch agree, and the codebook is that of the embedding layer at the snapshot's step."""
     size = "train_micro_batch_size_per_gpu=12"  # 54 samples: 4 groups, 5 windows
     trainer = make_trainer("run", *overrides, size, "gradient_accumulation_steps=5", "embrag.train.max_steps=9", STRONG)
     assert trainer.sampler.steps_per_epoch == 4
     collate, step = trainer.collate, trainer.step
     seen: list[tuple[int, Batch]] = []
-    said: dict[tuple[int, int], torch.Tensor] = {}
+    codebooks: dict[tuple[int, int], torch.Tensor] = {}
 
     def record(samples: QueryBatch, step: int) -> Batch:
         batch = collate(samples, step)
@@ -217,7 +217,7 @@ def test_generation_and_staleness_are_those_of_the_batches(
         with torch.no_grad():
             for window in range(len(trainer.sampler.data)):
                 codebook = trainer.engine.module.embedding.codebook(window_sites(trainer, window))
-                said[trainer.state.step, window] = codebook
+                codebooks[trainer.state.step, window] = codebook
         step(*given)
 
     monkeypatch.setattr(trainer, "collate", record)
@@ -230,11 +230,11 @@ def test_generation_and_staleness_are_those_of_the_batches(
     for step, batch in seen:
         assert batch.retrieved is not None
         if batch.retrieved.codebook is None:
-            continue  # live: the model's own
+            continue  # live: the codebook is the model's own
         assert (batch.retrieved.generation, step - batch.retrieved.snapshot_step) == (generation(step), age(step))
-        expected = said[step - age(step), batch.window.number][batch.window.core, :2]
+        expected = codebooks[step - age(step), batch.window.number][batch.window.core, :2]
         torch.testing.assert_close(batch.retrieved.codebook, expected, rtol=0, atol=0)
-    assert not torch.equal(said[0, 0], said[8, 0])
+    assert not torch.equal(codebooks[0, 0], codebooks[8, 0])
 
 
 def window_sites(trainer: Trainer, window: int) -> SiteTensors:
@@ -242,7 +242,7 @@ def window_sites(trainer: Trainer, window: int) -> SiteTensors:
 
 
 def test_staleness_matters_to_the_loss(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
-    """Otherwise the tests of the encodings above would pass on a cache that nobody reads."""
+    """Without this, the tests of the encodings above would pass on a cache that is never read."""
     for name, overrides in ENCODINGS.items():
         make_trainer(name, *overrides, STRONG, NO_DROPOUT).run()
     by_encoding = {name: losses(metrics_of(name)) for name in ENCODINGS}
@@ -256,7 +256,7 @@ def test_staleness_matters_to_the_loss(make_trainer: MakeTrainer, metrics_of: Me
 def test_prefetching_and_asynchronous_refreshes_change_no_loss(
     make_trainer: MakeTrainer, metrics_of: Metrics, lag: int
 ) -> None:
-    """Both are off in the first run, which is the oracle of the others."""
+    """Both are off in the first run, with which the others are compared."""
     by_run = []
     for prefetch, asynchronous in ((0, "false"), (4, "false"), (0, "true"), (1, "true"), (4, "true")):
         name = f"{prefetch}-{asynchronous}"
@@ -298,7 +298,7 @@ def test_a_refresh_that_dies_ends_training_within_a_step(
     assert not [each.name for each in threading.enumerate() if each.name.startswith(("retrieval", "reference"))]
 
 
-def test_the_log_says_what_retrieval_cost(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
+def test_the_log_has_the_cost_of_retrieval(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
     refresh = 'embrag.retrieval.refresh={"every_steps": 1, "lag_steps": 2}'
     make_trainer("run", "embrag.retrieval.encoding=refresh", refresh).run()
     lines = metrics_of("run")
@@ -312,10 +312,10 @@ def test_the_log_says_what_retrieval_cost(make_trainer: MakeTrainer, metrics_of:
 
 
 def test_the_dense_store_trains_as_the_factored_one(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
-    """The same neighbours and embeddings, by FAISS over [H, L x D] rows and by weighted alleles."""
-    everybody = "embrag.retrieval.k=106"  # all that every sample may retrieve: ties change nothing
+    """Both find the same neighbours and embeddings: by FAISS over [H, L x D] rows, and by weighted alleles."""
+    all_haplotypes = "embrag.retrieval.k=106"  # all that every sample may retrieve: ties change nothing
     for store in ("factored", "dense"):
-        overrides = [*ENCODINGS["refresh"], everybody, NO_DROPOUT, STRONG, f"embrag.retrieval.store={store}"]
+        overrides = [*ENCODINGS["refresh"], all_haplotypes, NO_DROPOUT, STRONG, f"embrag.retrieval.store={store}"]
         trainer = make_trainer(store, *overrides)
         retrieved = trainer.validation_batch(trainer.sampler.queries(0)).retrieved
         assert retrieved is not None and (retrieved.embeddings is None) == (store == "factored")
@@ -346,7 +346,7 @@ def test_an_untrained_network_is_its_retrieval(make_trainer: MakeTrainer) -> Non
 
 
 @pytest.mark.parametrize(("mode", "share"), [("none", 0.85), ("embedding", 0.75)])
-def test_a_micro_batch_can_be_learned_by_heart(
+def test_one_micro_batch_can_be_overfitted(
     make_trainer: MakeTrainer, metrics_of: Metrics, monkeypatch: pytest.MonkeyPatch, mode: str, share: float
 ) -> None:
     settings = [f"embrag.retrieval.mode={mode}", "optimizer.params.lr=0.01", "embrag.train.max_steps=40"]
@@ -389,11 +389,11 @@ def test_patience_stops_after_that_many_validations_without_a_better_score(
     planned = iter([0.1, 0.3, 0.2, 0.4, 0.4, 0.3, 0.2, 0.1])
     monkeypatch.setattr("embrag_ds.training.trainer._selection_score", lambda scores: next(planned))
     trainer.run()
-    # 0.3 is the best when 0.2 comes; with one more chance 0.4 is, and an equal score is no better one.
+    # Patience 1 ends at 0.2, which is below 0.3. Patience 2 goes on to 0.4; an equal score is no better one.
     stopped = {1: 3, 2: 6}[patience]
     assert [line["step"] for line in metrics_of("run", "validation")] == list(range(1, stopped + 1))
     assert (tmp_path / "run" / "checkpoints" / f"step{stopped}").is_dir()
-    # Resuming does not wake it up.
+    # Resuming a run that has stopped changes nothing.
     make_trainer("run", *overrides, resume=True).run()
     assert len(metrics_of("run", "validation")) == stopped
 
@@ -467,7 +467,7 @@ def test_two_ranks_are_one_run(
     tmp_path: Path,
     root: Path,
 ) -> None:
-    """Launched by ``deepspeed``: two ranks do what one rank does with two micro-batches a step, and resume."""
+    """Two ranks launched by ``deepspeed`` equal one rank with two micro-batches a step, and can be resumed."""
     refresh = 'embrag.retrieval.refresh={"every_steps": 1, "lag_steps": 1}'
     encoding = ["embrag.retrieval.encoding=refresh", refresh]
     config = make_config(*encoding, NO_DROPOUT, STRONG, "embrag.train.eval_every=4")
@@ -477,10 +477,10 @@ def test_two_ranks_are_one_run(
     launched = run_deepspeed(root, "--num_accelerators", "2", *script)
     assert launched.returncode == 0, launched.stdout + launched.stderr
 
-    told = [json.loads((tmp_path / f"seen{rank}.json").read_text()) for rank in (0, 1)]
-    seen = [each for each, _ in told]
-    # Both publish generation 1 at step 2 and generation 2 at step 3, without asking one another.
-    assert [generations for _, generations in told] == [[[0, 0], [1, 0], [2, 1], [3, 2]]] * 2
+    recorded = [json.loads((tmp_path / f"seen{rank}.json").read_text()) for rank in (0, 1)]
+    seen = [each for each, _ in recorded]
+    # Both ranks publish generation 1 at step 2 and generation 2 at step 3, without communication.
+    assert [generations for _, generations in recorded] == [[[0, 0], [1, 0], [2, 1], [3, 2]]] * 2
     micro_batches = [tuple(each) for rank in seen for each in rank]
     assert len(set(micro_batches)) == len(micro_batches) == 8
     assert any(a[0] != b[0] for a, b in zip(*seen, strict=True))
@@ -507,7 +507,7 @@ def test_two_ranks_are_one_run(
 
 
 def run_deepspeed(root: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """``deepspeed`` as a user would call it, on a port of its own."""
+    """Call ``deepspeed`` as a user would, on a port of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -546,7 +546,7 @@ def test_a_run_may_start_from_an_exported_model(make_trainer: MakeTrainer, tmp_p
 def test_switching_the_mode_goes_on_from_the_others_model(
     make_trainer: MakeTrainer, metrics_of: Metrics, tmp_path: Path, first: str, second: str
 ) -> None:
-    """The rollback, and the way back: one setting; the model says which path it was trained on."""
+    """The mode is one setting, in both directions; the export holds the one that it was trained in."""
     make_trainer("before", STRONG, f"embrag.retrieval.mode={first}").run()
     export = read_export(tmp_path / "before" / MODEL_FILE)
     assert export.config.retrieval.mode == first
@@ -570,7 +570,7 @@ def test_a_run_does_not_resume_in_the_other_mode(make_trainer: MakeTrainer) -> N
 def test_recomputed_activations_change_memory_and_nothing_else(
     make_trainer: MakeTrainer, metrics_of: Metrics, kept_bytes: KeptBytes, mode: str
 ) -> None:
-    """Dropout included: a block is computed again with the random numbers it had."""
+    """This includes dropout: a block is recomputed with the random numbers that it had."""
     curves, saved = {}, {}
     one = 'activation_checkpointing={"number_checkpoints": 1}'
     ways = {"kept": [], "one": [one], "lean": [LEAN], "both": [one, LEAN], "all": ["activation_checkpointing={}"]}
@@ -588,7 +588,7 @@ def test_recomputed_activations_change_memory_and_nothing_else(
 
 
 def test_recomputed_projections_gather_their_parameters(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
-    """Under ZeRO-3 every parameter is partitioned when the backward pass asks for a projection."""
+    """Under ZeRO-3 every parameter is partitioned when the backward pass needs a projection."""
     zero3 = ["zero_optimization.stage=3", "zero_optimization.stage3_param_persistence_threshold=0"]
     for name, settings in {"one": [], "three": zero3}.items():
         make_trainer(name, NO_DROPOUT, STRONG, LEAN, *settings).run()
@@ -597,7 +597,7 @@ def test_recomputed_projections_gather_their_parameters(make_trainer: MakeTraine
 
 @pytest.mark.gpu
 def test_a_step_on_a_gpu_never_waits_for_it(make_trainer: MakeTrainer) -> None:
-    """What DeepSpeed does in its own optimiser step is its own; nothing of ours synchronises."""
+    """Only DeepSpeed's own optimiser step may synchronise; nothing of ours does."""
     trainer = make_trainer("run", "embrag.train.max_steps=12", "embrag.retrieval.encoding=refresh", "bf16.enabled=true")
     batches = trainer.batches()
     interval = trainer.new_interval(batches)

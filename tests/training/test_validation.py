@@ -1,4 +1,4 @@
-"""Validation on frozen masks."""
+"""Validation on frozen masks: scores, masks and samples."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_scores_do_not_depend_on_the_micro_batch(trainer: Trainer, block: int) -
 
 
 def test_scores_are_those_of_the_masked_genotypes(trainer: Trainer) -> None:
-    """Against an oracle that collects every masked genotype and correlates."""
+    """Compare with a loop that collects every masked genotype."""
     rows: dict[int, list[tuple[float, float, float, float, float]]] = {n: [] for n in range(len(VALIDATION_MASKS))}
     calls = []
     fewest = trainer.sampler.data.reference.panel.minimum_allele_count
@@ -108,7 +108,7 @@ def recorded(trainer: Trainer, validator: Validator) -> list[QueryBatch]:
 
 
 def test_masks_are_frozen_whatever_the_run(make_trainer: MakeTrainer) -> None:
-    """Another seed, curriculum, batch size and step: the same samples see the same masks."""
+    """With another scope, width, batch size and step, the same samples have the same masks."""
     one = make_trainer("one")
     other = make_trainer(
         "other", "embrag.masking.scope=window", "embrag.model.dims=8", "train_micro_batch_size_per_gpu=2"
@@ -123,7 +123,7 @@ def test_masks_are_frozen_whatever_the_run(make_trainer: MakeTrainer) -> None:
         assert 0 < a.masked.mean() < 1
 
 
-def test_the_validated_are_not_in_the_reference(make_trainer: MakeTrainer) -> None:
+def test_validation_samples_are_not_in_the_reference_set(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer("run")
     seen = recorded(trainer, trainer.validator)
     samples = set(np.concatenate([each.samples for each in seen]).tolist())
@@ -131,7 +131,7 @@ def test_the_validated_are_not_in_the_reference(make_trainer: MakeTrainer) -> No
     assert not samples & set(trainer.sampler.data.reference.samples.tolist())
 
 
-def test_as_many_windows_and_samples_as_asked_for_or_there_are(trainer: Trainer) -> None:
+def test_as_many_windows_and_samples_as_set_or_all_of_them(trainer: Trainer) -> None:
     few = recorded(trainer, validator(trainer, 5, windows=2, samples=4))
     assert {each.window for each in few} == {0, 4} and all(len(each.samples) == 4 for each in few)
     many = recorded(trainer, validator(trainer, 5, windows=99, samples=99))
