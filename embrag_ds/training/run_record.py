@@ -22,7 +22,9 @@ _PACKAGES = ("embrag_ds", "torch", "deepspeed", "numpy", "pysam", "faiss-cpu", "
 
 
 class RunRecord:
-    """Writer of a run's configuration and metrics. Only rank 0 writes files; DeepSpeed's monitors do so on their own.
+    """Writer of a run's configuration and metrics.
+
+    Only rank 0 writes files; DeepSpeed's monitors write their own.
     """
 
     def __init__(self, directory: Path, distributed: DistributedContext):
