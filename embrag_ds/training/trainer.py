@@ -151,7 +151,7 @@ class Trainer:
         self.record.describe(
             effective, self.engine, {"panel": str(inputs.panel.path), "init_from": init_from and str(init_from)}
         )
-        logger.info(self._summary(inputs, len(samples), len(held_out)))
+        self._log_summary(inputs, len(samples), len(held_out))
 
     def run(self) -> None:
         """Train to ``max_steps``, or until ``patience`` validations in a row were no better.
@@ -313,21 +313,22 @@ class Trainer:
         patience = self.embrag.train.patience
         return patience is not None and self.state.validations_since_best >= patience
 
-    def _summary(self, inputs: PanelInputs, samples: int, held_out: int) -> str:
+    def _log_summary(self, inputs: PanelInputs, samples: int, held_out: int) -> None:
         parameters = sum(getattr(each, "ds_numel", each.numel()) for each in self.engine.module.parameters())
-        panel = inputs.panel
-        return (
+        panel, device = inputs.panel, self.distributed.device
+        skipped = skipped_records(panel.skipped)
+        for line in (
             f"panel {panel.path}: {len(panel.sites)} sites, {len(self.sampler.data)} windows, "
             f"{samples} samples to train on, {held_out} held out, {len(inputs.populations.names)} populations"
-            + (f"; {skipped}" if (skipped := skipped_records(panel.skipped)) else "")
-            + "\n"
-            f"model: {parameters / 1e6:.2f} M parameters on {self.distributed.ranks} x {self.distributed.device.type}, "
-            f"{self.engine.train_batch_size()} samples a step, {self.sampler.steps_per_epoch} steps an epoch; "
-            f"retrieval {self.reference}, {self.collate.backend}, k {self.collate.k}; "
-            f"copying {copying_backend(self.distributed.device)}; "
-            f"{self.reference.memory([self.collate, self._validation_collate])}; "
-            f"run folder {self.run_dir}"
-        )
+            + (f"; {skipped}" if skipped else ""),
+            f"model: {parameters / 1e6:.2f} M parameters on {self.distributed.ranks} x {device.type}, "
+            f"{self.engine.train_batch_size()} samples a step, {self.sampler.steps_per_epoch} steps an epoch",
+            f"retrieval: {self.reference}, {self.collate.backend}, k {self.collate.k}; "
+            f"copying model {copying_backend(device)}; "
+            f"{self.reference.memory([self.collate, self._validation_collate])}",
+            f"run folder: {self.run_dir}",
+        ):
+            logger.info(line)
 
 
 def _freeze(model: Imputer, parts: tuple[str, ...]) -> None:
