@@ -1,4 +1,4 @@
-"""A small panel in memory, and batches of it as the collate makes them."""
+"""Small panels in memory, networks, and batches from the collator."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class World:
-    """A windowed panel whose first samples stand outside the reference set."""
+    """Windowed panel and the names of its samples, of which the first may be outside the reference set."""
 
     data: WindowedPanel
     samples: tuple[str, ...]
@@ -46,7 +46,7 @@ class World:
         mode: str = "factored",
         backend: str = "torch",
     ) -> Callable[[QueryBatch], Batch]:
-        """``mode`` is ``none``, ``token``, ``factored``, ``dense`` or ``live``."""
+        """Collator at step 0; ``mode`` is ``none``, ``token``, ``factored``, ``dense`` or ``live``."""
         settings = RetrievalConfig(
             mode=mode if mode in ("none", "token") else "embedding",
             encoding="live" if mode == "live" else "fixed",
@@ -59,17 +59,17 @@ class World:
         return partial(reference.collator(len(self.samples)), step=0)
 
     def batch_of(self, window: int, samples: Sequence[int], masked: np.ndarray) -> QueryBatch:
-        """A micro-batch; ``masked`` [N, L]."""
+        """Micro-batch of ``samples``; ``masked`` bool [N, L]."""
         chosen = np.array(samples, dtype=np.int64)
         return QueryBatch(window, chosen, self.data.samples_alleles(window, chosen), masked)
 
     def masked(self, window: int, samples: int, seed: int, rate: float = 0.5) -> np.ndarray:
-        """A mask for each of so many samples, [N, L]."""
+        """Random mask bool [N, L] of ``samples`` samples."""
         return np.random.default_rng(seed).random((samples, len(self.data.windows[window]))) < rate
 
 
 class Build:
-    """What the ``build`` fixture gives: worlds and networks."""
+    """Value of the ``build`` fixture: worlds and networks."""
 
     def __call__(
         self,
@@ -106,7 +106,7 @@ class Build:
 
     @staticmethod
     def imputer(seed: int = 1, trained: bool = True, **settings) -> Imputer:
-        """A small network; ``trained`` gives it a head that is not zero."""
+        """Small network; ``trained`` gives it heads that are not zero."""
         torch.manual_seed(seed)
         network = Imputer(ModelConfig(**{"dims": 16, "layers": 1, "heads": 2, **settings})).eval()
         if trained:

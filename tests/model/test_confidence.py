@@ -1,4 +1,4 @@
-"""What a dosage rests on, against explicit loops; and that the correction knows neither REF nor ALT by name."""
+"""Evidence of a dosage against explicit loops, and the confidence head's symmetry in REF and ALT."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ def test_match_lengths_on_the_gpu_are_those_of_the_cpu() -> None:
     torch.testing.assert_close(there.cpu(), match_lengths(mismatch, position, count))
 
 
-def test_the_evidence_is_what_its_docstring_says(build) -> None:
+def test_the_evidence_is_what_its_docstring_states(build) -> None:
     world = build(5, samples=12, cm_per_site=0.1)
     network = build.imputer(fusion="copying")
-    # The dense store writes the copying probabilities out.
+    # With the dense store the copying probabilities are part of the result.
     collate = world.collator(network.embedding, k=8, mode="dense")
     batch = collate(world.batch_of(1, [0, 1], world.masked(1, 2, 1, 0.8)))
     found = batch.retrieved
     even = torch.ones(len(batch.window.sites.position))
     network.pooling.slow.data[0] = -100.0
     fast = network.pooling(batch, found, even)
-    network.pooling.slow.data[0] = 100.0  # the slow copying model alone, which the evidence is about
+    network.pooling.slow.data[0] = 100.0  # the slow copying model alone, whose evidence is given
     pooled = network.pooling(batch, found, even)
     apart = torch.logit(pooled.dosage, eps=1e-4) - torch.logit(fast.dosage, eps=1e-4)
     torch.testing.assert_close(pooled.evidence.disagreement, apart, rtol=1e-3, atol=1e-3)
@@ -103,12 +103,12 @@ def trained_head() -> ConfidenceHead:
     return head
 
 
-def test_it_starts_at_nothing() -> None:
+def test_the_correction_starts_at_zero() -> None:
     torch.manual_seed(1)
     assert (ConfidenceHead()(torch.randn(2, 5), random_evidence(1, (2, 5)), torch.rand(2, 5)) == 0).all()
 
 
-def test_turning_alleles_round_turns_the_correction_round() -> None:
+def test_exchanging_alleles_reverses_the_correction() -> None:
     prior, frequency, evidence = torch.randn(4, 30), torch.rand(4, 30), random_evidence(2, (4, 30))
     turned = Evidence(
         alt_length=evidence.ref_length,
@@ -126,7 +126,7 @@ def test_turning_alleles_round_turns_the_correction_round() -> None:
     assert one.std() > 0.1
 
 
-def test_in_pieces_it_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_correction_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     prior, frequency, evidence = torch.randn(4, 30), torch.rand(4, 30), random_evidence(6, (4, 30))
     head = trained_head()
     whole = head(prior, evidence, frequency)
@@ -135,7 +135,7 @@ def test_in_pieces_it_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(head(prior, evidence, frequency), whole.detach())
 
 
-def test_it_is_finite_at_the_edges() -> None:
+def test_the_correction_is_finite_at_the_edges() -> None:
     nothing = Evidence(*(torch.zeros(2, 3) for _ in range(6)), torch.full((2, 3), 0.01), torch.zeros(2, 3))
     for frequency in (0.0, 1.0, 0.5):
         prior = torch.tensor([[-11.6, 0.0, 11.6]]).repeat(2, 1)

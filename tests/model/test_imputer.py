@@ -1,4 +1,4 @@
-"""The whole network: where it starts, what it must not see, and what it does not depend on."""
+"""Whole network: prior before training, no leak of masked alleles, invariances and gradients."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ def predict(network, batch):
 @MODES
 @pytest.mark.parametrize("backend", ["torch", "faiss-cpu"])
 def test_the_truth_at_masked_sites_changes_no_prediction(build, fusion: str, mode: str, backend: str) -> None:
-    """The strongest test of leakage: from the queries to the log-odds, bit by bit."""
+    """Strict test of leakage, from the queries to the log-odds, bit by bit."""
     world = build(2, samples=12)
     network = build.imputer(fusion=fusion)
     collate = world.collator(network.embedding, mode=mode, backend=backend)
     for window in range(len(world.data)):
         queries = world.batch_of(window, [0, 3, 7], world.masked(window, 3, window))
-        lying = queries.alleles ^ np.repeat(queries.masked, 2, axis=0)
-        one, two = collate(queries), collate(replace(queries, alleles=lying))
+        flipped = queries.alleles ^ np.repeat(queries.masked, 2, axis=0)
+        one, two = collate(queries), collate(replace(queries, alleles=flipped))
         assert not torch.equal(one.core.alleles, two.core.alleles)
         first, second = predict(network, one), predict(network, two)
         assert torch.equal(first.logits, second.logits) and torch.equal(first.prior, second.prior)
 
 
 def test_samples_typed_at_the_same_few_sites_are_pooled_by_sequence(build) -> None:
-    """Any others by their carriers; the network hears the same."""
+    """Other samples are pooled by carriers, with the same result."""
     world = build(3, samples=30, sites=200, window_sites=100)
     network = build.imputer()
     collate = world.collator(network.embedding)
@@ -66,7 +66,7 @@ def test_samples_typed_at_the_same_few_sites_are_pooled_by_sequence(build) -> No
     torch.testing.assert_close(mine.logits.sigmoid(), other.logits.sigmoid(), atol=1e-4, rtol=0)
 
 
-def test_the_panels_spectrum_moves_the_prior_where_it_is_asked_for(build) -> None:
+def test_the_panels_spectrum_moves_the_prior_where_it_is_enabled(build) -> None:
     world = build(2, samples=12)
     with_it, without = build.imputer(good_turing=True), build.imputer()
     queries = world.batch_of(1, [0, 3, 7], world.masked(1, 3, 1))
@@ -198,7 +198,7 @@ def test_every_parameter_gets_a_finite_gradient_and_the_pooling_a_real_one(build
     loss_of(network, batch).total.backward()
     for name, parameter in network.named_parameters():
         if mode == "none" and (name.startswith(("pooling", "confidence")) or name == "background"):
-            continue  # not used, or without effect where the dosage is the frequency
+            continue  # not used, or without effect because the dosage is the frequency
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
         assert (parameter.grad != 0).any(), name
@@ -222,8 +222,8 @@ def test_gradients_of_the_retrieval_parameters_equal_finite_differences(build, f
                     parameter.view(-1)[place] += sign * 4e-3
                     sides.append(float(loss()))
                     parameter.view(-1)[place] -= sign * 4e-3
-            slope = (sides[0] - sides[1]) / 8e-3
-            assert float(parameter.grad.view(-1)[place]) == pytest.approx(slope, rel=0.05, abs=2e-3)
+            difference = (sides[0] - sides[1]) / 8e-3
+            assert float(parameter.grad.view(-1)[place]) == pytest.approx(difference, rel=0.05, abs=2e-3)
 
 
 @pytest.mark.parametrize("fusion", ["copying", "rare_variant"])
@@ -232,15 +232,15 @@ def test_nothing_observed_or_nothing_masked_stays_finite(build, fusion: str) -> 
     network = build.imputer(fusion=fusion)
     for mode in ("none", "factored", "dense"):
         collate = world.collator(network.embedding, mode=mode)
-        for hide in (True, False):
-            masked = np.full((2, len(world.data.windows[1])), hide)
+        for mask_all in (True, False):
+            masked = np.full((2, len(world.data.windows[1])), mask_all)
             assert torch.isfinite(predict(network, collate(world.batch_of(1, [0, 1], masked))).logits).all()
 
 
 @FUSIONS
 @MODES
 def test_it_runs_under_autocast_and_in_bf16(build, fusion: str, mode: str) -> None:
-    """DeepSpeed's sections torch_autocast and bf16: fp32 parameters with bf16 products, and bf16 throughout."""
+    """As in DeepSpeed's sections torch_autocast (fp32 parameters, bf16 products) and bf16 (bf16 throughout)."""
     world = build(3, samples=12)
     exact = build.imputer(fusion=fusion)
     queries = world.batch_of(1, [0, 4, 9], world.masked(1, 3, 1))
@@ -274,8 +274,8 @@ def test_site_weights_are_the_squared_distance_of_the_two_alleles(build) -> None
 def test_a_window_of_one_site_can_be_predicted(build) -> None:
     world = build(1, sites=1, samples=6, window_sites=2, overlap=0, flank=0)
     network = build.imputer()
-    for hide in (True, False):
-        queries = world.batch_of(0, [0, 1], np.full((2, 1), hide))
+    for mask_all in (True, False):
+        queries = world.batch_of(0, [0, 1], np.full((2, 1), mask_all))
         assert torch.isfinite(predict(network, world.collator(network.embedding, k=4)(queries)).logits).all()
 
 
@@ -288,8 +288,8 @@ def test_the_embedding_of_a_haplotype_is_a_gather_from_the_codebook(build) -> No
     assert torch.equal(embedding(tokens, sites), gather_embeddings(embedding.codebook(sites), tokens))
 
 
-def test_disagreement_has_a_weight_of_its_own_at_every_site(build) -> None:
-    """Else retrieval would be plain Hamming distance whatever was learned."""
+def test_a_mismatch_has_a_weight_of_its_own_at_every_site(build) -> None:
+    """Otherwise retrieval would use the Hamming distance, whatever is learned."""
     world = build()
     torch.manual_seed(1)
     embedding = HaplotypeEmbedding(16).requires_grad_(False)

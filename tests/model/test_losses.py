@@ -1,4 +1,4 @@
-"""Losses against plain loops over sites."""
+"""Losses against explicit loops over sites."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def random_case(seed: int, samples: int, sites: int, rate: float = 0.5):
     return logits.float(), alleles, masked
 
 
-def cost_of(chances: list[float], truth: int, gamma: float | None) -> float:
-    """Focal loss, or the Brier score if there is no gamma."""
+def loss_of(chances: list[float], truth: int, gamma: float | None) -> float:
+    """Focal loss of one prediction, or its Brier score if ``gamma`` is None."""
     if gamma is None:
         return sum((share - (place == truth)) ** 2 for place, share in enumerate(chances))
     return -((1 - chances[truth]) ** gamma) * math.log(chances[truth])
@@ -41,7 +41,7 @@ EVEN = torch.tensor([0.5])
 
 
 def slow_losses(logits, alleles, masked, gamma: float | None, weights: list[float]) -> tuple[float, float]:
-    """Haplotype and genotype loss, by loops; ``weights`` of the sites."""
+    """Haplotype and genotype loss by explicit loops, with ``weights`` of the sites."""
     samples, sites = len(logits) // 2, logits.shape[1]
     haplotype: list[float] = []
     genotype: list[float] = []
@@ -53,12 +53,12 @@ def slow_losses(logits, alleles, masked, gamma: float | None, weights: list[floa
             total += weights[site]
             one, two = (alt_probability(float(logits[2 * sample + i, site])) for i in range(2))
             for i, share in enumerate((one, two)):
-                cost = cost_of([1 - share, share], int(alleles[2 * sample + i, site]), gamma)
-                haplotype.append(weights[site] * cost)
+                loss = loss_of([1 - share, share], int(alleles[2 * sample + i, site]), gamma)
+                haplotype.append(weights[site] * loss)
             # Both phases of a heterozygote count as one genotype.
             chances = [(1 - one) * (1 - two), one * (1 - two) + (1 - one) * two, one * two]
             count = int(alleles[2 * sample, site]) + int(alleles[2 * sample + 1, site])
-            genotype.append(weights[site] * cost_of(chances, count, gamma))
+            genotype.append(weights[site] * loss_of(chances, count, gamma))
     return sum(haplotype) / max(2 * total, 1e-9), sum(genotype) / max(total, 1e-9)
 
 
@@ -105,8 +105,8 @@ def test_observed_sites_get_no_gradient(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["cross_entropy", "focal"])
-def test_a_confident_right_prediction_costs_nothing_and_a_wrong_one_its_logit(kind: str) -> None:
-    """A double softmax would leave the right one at 0.31 or more."""
+def test_the_loss_of_a_confident_prediction_is_zero_if_right_and_its_logit_if_wrong(kind: str) -> None:
+    """With a double softmax the loss of a right prediction would be 0.31 or more."""
     _, alleles, masked = random_case(1, 2, 20)
     right = 40.0 * (2 * alleles.float() - 1)
     assert float(imputation_loss(right, alleles, masked, EVEN, LossConfig(kind)).total) < 1e-6
@@ -114,14 +114,14 @@ def test_a_confident_right_prediction_costs_nothing_and_a_wrong_one_its_logit(ki
     assert float(wrong.haplotype) == pytest.approx(40, rel=1e-3)
 
 
-def test_an_even_prediction_costs_one_bit() -> None:
+def test_the_loss_of_an_even_prediction_is_one_bit() -> None:
     _, alleles, masked = random_case(1, 2, 20)
     even = imputation_loss(torch.zeros(4, 20), alleles, masked, EVEN, LossConfig())
     assert float(even.haplotype) == pytest.approx(math.log(2), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["cross_entropy", "focal"])
-def test_nothing_masked_costs_zero_with_finite_gradients(kind: str) -> None:
+def test_the_loss_without_masked_sites_is_zero_with_finite_gradients(kind: str) -> None:
     logits, alleles, masked = random_case(1, 2, 5)
     logits.requires_grad_()
     found = imputation_loss(logits, alleles, torch.zeros_like(masked), EVEN, LossConfig(kind))

@@ -1,4 +1,4 @@
-"""Nothing in a step asks the device for a value, which on a GPU would stop the host until it has caught up."""
+"""A training step does not synchronise: no operation returns a value or a data-dependent size to the host."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.utils._pytree import tree_leaves
 from embrag_ds.model.losses import LossConfig, imputation_loss
 from embrag_ds.ops import li_stephens
 
-# What makes a value, or the size of a result, known to the host.
+# Operations that copy a value, or the size of a result, to the host.
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "repeat_interleave.Tensor")
 
 
 class Waits(TorchDispatchMode):
-    """Counts the operations of :data:`WAITS`."""
+    """Dispatch mode that counts the operations of :data:`WAITS`, and indexing by a mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,9 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch"])
 @pytest.mark.parametrize("fusion", ["copying", "rare_variant"])
 @pytest.mark.parametrize("mode", ["none", "token", "factored", "live"])
-def test_forward_loss_and_backward_ask_for_no_value(build, monkeypatch, mode: str, fusion: str, compiled: bool) -> None:
+def test_forward_loss_and_backward_never_synchronise(
+    build, monkeypatch, mode: str, fusion: str, compiled: bool
+) -> None:
     if not compiled:  # as on a GPU without CuPy
         monkeypatch.setattr(li_stephens, "copying_backend", lambda device: "torch")
     world = build(3, samples=12)
@@ -51,7 +53,7 @@ def test_forward_loss_and_backward_ask_for_no_value(build, monkeypatch, mode: st
     assert not waits.seen
 
 
-def test_the_count_sees_what_waits() -> None:
+def test_synchronising_operations_are_counted() -> None:
     values = torch.arange(4.0)
     with Waits() as waits:
         values.sum().item()

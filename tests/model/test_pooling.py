@@ -1,4 +1,4 @@
-"""Pooling against slow oracles: an explicit hidden Markov model, and explicit sums."""
+"""Pooling against an explicit hidden Markov model and explicit sums."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from embrag_ds.ops.dosage import dense_alleles
 POOLINGS = pytest.mark.parametrize("kind", [CopyingPooling, DistancePooling])
 
 
-def slow_posterior(emission: np.ndarray, switch: np.ndarray, prior: np.ndarray) -> np.ndarray:
+def slow_posterior(emission: np.ndarray, recombination: np.ndarray, prior: np.ndarray) -> np.ndarray:
     """Forward-backward [T, K] float64 of one haplotype, with the whole transition matrix written out."""
     sites, states = emission.shape
 
     def transition(site: int, source: int, to: int) -> float:
-        return (1 - switch[site]) * (source == to) + switch[site] * prior[to]
+        return (1 - recombination[site]) * (source == to) + recombination[site] * prior[to]
 
     forward = np.zeros((sites, states))
     backward = np.ones((sites, states))
@@ -48,23 +48,24 @@ def slow_posterior(emission: np.ndarray, switch: np.ndarray, prior: np.ndarray) 
 
 
 def disturb(module: torch.nn.Module) -> None:
-    """Move every parameter a little, as training would."""
+    """Change all parameters a little, as training would."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
 
 
 def slow_alone(pooling: torch.nn.Module) -> torch.nn.Module:
-    """Without the fast copying model, where there is one: weights then change only as the slow one's do."""
+    """Remove the weight of the fast copying model, if ``pooling`` has one."""
     if isinstance(pooling, CopyingPooling):
         pooling.slow.data[0] = 100.0
     return pooling
 
 
-def slow_weights(rate: float, penalty: float, weight: np.ndarray, queries, batch, panel: np.ndarray, row: int, prior):
-    """Weights [K, L] of one query haplotype: the explicit model at its typed sites, np.interp between them.
+def slow_weights(rate: float, nats: float, weight: np.ndarray, queries, batch, panel: np.ndarray, row: int, prior):
+    """Weights [K, L] of one query haplotype, by the explicit model at its typed sites and np.interp between them.
 
-    ``panel`` [H, L] are the reference alleles of the whole window.
+    ``rate`` is the recombination rate per cM, and ``nats`` the loss of log-probability at a mismatch of weight 1.
+    ``panel`` [H, L] holds the reference alleles of the whole window.
     """
     ids, truth, masked = batch.retrieved.ids[row].tolist(), queries.alleles[row], queries.masked[row // 2]
     typed = [site for site in range(len(truth)) if not masked[site]]
@@ -72,9 +73,9 @@ def slow_weights(rate: float, penalty: float, weight: np.ndarray, queries, batch
     core = position[batch.window.core]
     if not typed:
         return np.full((len(ids), len(core)), 1 / len(ids))
-    emission = np.array([[np.exp(-penalty * weight[s] * (panel[i, s] != truth[s])) for i in ids] for s in typed])
-    switch = np.array([0.0] + [1 - np.exp(-rate * (position[b] - position[a])) for a, b in pairwise(typed)])
-    posterior = slow_posterior(emission, switch, prior)
+    emission = np.array([[np.exp(-nats * weight[s] * (panel[i, s] != truth[s])) for i in ids] for s in typed])
+    recombination = np.array([0.0] + [1 - np.exp(-rate * (position[b] - position[a])) for a, b in pairwise(typed)])
+    posterior = slow_posterior(emission, recombination, prior)
     return np.array([np.interp(core, position[typed], posterior[:, place]) for place in range(len(ids))])
 
 
@@ -89,7 +90,7 @@ def slow_weights(rate: float, penalty: float, weight: np.ndarray, queries, batch
 def test_copying_weights_equal_the_slow_model_interpolated_in_centimorgans(
     build, seed: int, rates: list[float], window: int, k: int, cm: float
 ) -> None:
-    """Whatever a sample's rate per cM and penalty are: they are read off what the model passes on."""
+    """A sample's recombination rate and mismatch are derived from the arguments of the copying model."""
     world = build(seed, outside=3, cm_per_site=cm)
     samples = list(range(len(rates)))
     masked = np.concatenate([world.masked(window, 1, seed + i, rate) for i, rate in enumerate(rates)])
@@ -106,27 +107,27 @@ def test_copying_weights_equal_the_slow_model_interpolated_in_centimorgans(
         found = pooling(batch, batch.retrieved, weight).weights.numpy()
         share = pooling._share_of_slow(batch.core.frequency).numpy()
     panel = world.data.reference_alleles(window)
-    ((_, costs, all_switches, prior, near),) = passed
+    ((_, all_nats, all_recombinations, prior, near),) = passed
     assert near == batch.window.near
     rows = 2 * len(samples)
     for row in range(rows):
         typed = batch.window.typed[row, : int(batch.window.typed_count[row])]
         by_chain = []
-        for cost, switch in zip(costs.split(rows), all_switches.split(rows), strict=True):
-            rate, penalty = 0.0, 0.0
+        for mismatch_nats, recombination in zip(all_nats.split(rows), all_recombinations.split(rows), strict=True):
+            rate, nats = 0.0, 0.0
             if len(typed):
-                penalties = cost[row, : len(typed)] / weight[typed]
-                penalty = float(penalties.mean())
-                assert torch.allclose(penalties, torch.full_like(penalties, penalty), rtol=1e-4) and penalty > 0
+                per_weight = mismatch_nats[row, : len(typed)] / weight[typed]
+                nats = float(per_weight.mean())
+                assert torch.allclose(per_weight, torch.full_like(per_weight, nats), rtol=1e-4) and nats > 0
             if len(typed) > 1:
                 gaps = torch.diff(batch.window.sites.position[typed].double())
-                switches = switch[row, 1 : len(typed)].double()
-                clearest = int((switches - 0.5).abs().argmin())
-                rate = float(-torch.log1p(-switches[clearest]) / gaps[clearest])
-                assert torch.allclose(switches, 1 - torch.exp(-rate * gaps), rtol=1e-2, atol=1e-5)
+                chances = recombination[row, 1 : len(typed)].double()
+                clearest = int((chances - 0.5).abs().argmin())
+                rate = float(-torch.log1p(-chances[clearest]) / gaps[clearest])
+                assert torch.allclose(chances, 1 - torch.exp(-rate * gaps), rtol=1e-2, atol=1e-5)
                 assert rate > 0
-            chances = prior[row].double().numpy()
-            by_chain.append(slow_weights(rate, penalty, weight.double().numpy(), queries, batch, panel, row, chances))
+            prior_of_row = prior[row].double().numpy()
+            by_chain.append(slow_weights(rate, nats, weight.double().numpy(), queries, batch, panel, row, prior_of_row))
         slow = share[row] * by_chain[0] + (1 - share[row]) * by_chain[1]
         assert np.allclose(found[row], slow, atol=5e-4), np.abs(found[row] - slow).max()
 
@@ -147,7 +148,7 @@ def test_a_recombination_prefers_neighbours_with_fewer_mismatches_and_a_rare_sit
     assert torch.allclose(share, torch.stack([share[4], share[1], share[3], share[2], share[0]]), atol=1e-4)
 
 
-def test_outside_the_typed_sites_the_nearest_typed_site_decides(build) -> None:
+def test_beyond_the_typed_sites_the_weights_are_those_of_the_nearest_typed_site(build) -> None:
     world = build(outside=1, window_sites=40, overlap=0, flank=0, sites=40)
     masked = np.ones((1, 40), dtype=bool)
     masked[0, [12, 20, 29]] = False
@@ -156,7 +157,7 @@ def test_outside_the_typed_sites_the_nearest_typed_site_decides(build) -> None:
         weights = slow_alone(CopyingPooling())(batch, batch.retrieved, torch.ones(40)).weights
     assert torch.equal(weights[..., :12], weights[..., 12:13].expand(-1, -1, 12))
     assert torch.equal(weights[..., 30:], weights[..., 29:30].expand(-1, -1, 10))
-    # Between two typed sites: the convex combination by genetic distance.
+    # Between two typed sites, weights are interpolated by genetic distance.
     position = batch.window.sites.position
     share = (position[16] - position[12]) / (position[20] - position[12])
     between = (1 - share) * weights[..., 12] + share * weights[..., 20]
@@ -166,7 +167,7 @@ def test_outside_the_typed_sites_the_nearest_typed_site_decides(build) -> None:
 @POOLINGS
 @pytest.mark.parametrize("mode", ["factored", "dense"])
 @pytest.mark.parametrize("seed", range(3))
-def test_filled_up_rows_do_not_change_what_a_sample_gets(build, kind, mode: str, seed: int) -> None:
+def test_padding_does_not_change_the_result_of_a_sample(build, kind, mode: str, seed: int) -> None:
     world = build(seed, outside=3)
     masked = np.concatenate([world.masked(1, 1, seed + i, rate) for i, rate in enumerate((0.95, 0.1, 0.6))])
     collate = world.collator(build.imputer().embedding, mode=mode)
@@ -185,7 +186,7 @@ def test_filled_up_rows_do_not_change_what_a_sample_gets(build, kind, mode: str,
 
 
 @POOLINGS
-def test_a_query_that_shows_nothing_weighs_all_neighbours_alike(build, kind) -> None:
+def test_a_query_with_nothing_observed_weighs_all_neighbours_alike(build, kind) -> None:
     world = build(outside=2)
     masked = world.masked(1, 2, 1, 0.5)
     masked[0] = True
@@ -209,15 +210,15 @@ def test_distance_weights_are_a_softmax_of_explicit_distances(build) -> None:
         found = pooling(batch, batch.retrieved, weight).weights
     panel = world.data.reference_alleles(1)
     for row in range(4):
-        costs = []
+        factors = []
         for haplotype in batch.retrieved.ids[row].tolist():
             distance = 0.0
             for site in range(panel.shape[1]):
                 if not queries.masked[row // 2, site] and panel[haplotype, site] != queries.alleles[row, site]:
                     distance += float(weight[site])
-            costs.append(np.exp(-np.exp(0.4) * distance))
-        for place, cost in enumerate(costs):
-            assert found[row, place].tolist() == pytest.approx([cost / sum(costs)] * found.shape[2], rel=1e-4)
+            factors.append(np.exp(-np.exp(0.4) * distance))
+        for place, factor in enumerate(factors):
+            assert found[row, place].tolist() == pytest.approx([factor / sum(factors)] * found.shape[2], rel=1e-4)
 
 
 @POOLINGS

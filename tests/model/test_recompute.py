@@ -1,4 +1,4 @@
-"""What the backward pass computes again: the same gradients, from less."""
+"""Recomputed activations: equal gradients from less stored memory."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ KeptBytes = Callable[[Callable[[], Tensor]], int]
 def test_what_comes_first_is_not_kept_for_what_comes_then() -> None:
     x = torch.randn(8, 16, requires_grad=True)
     first, then = torch.nn.LayerNorm(16), torch.nn.Linear(16, 16)
-    asked: list[bool] = []
-    first.register_forward_hook(lambda *_: asked.append(torch.is_grad_enabled()))
+    with_gradients: list[bool] = []
+    first.register_forward_hook(lambda *_: with_gradients.append(torch.is_grad_enabled()))
     made = through(first, then, x)
-    assert asked == [True]
+    assert with_gradients == [True]
     made.square().sum().backward()
-    assert asked == [True, False]
+    assert with_gradients == [True, False]
     mine = [x.grad, *(each.grad for part in (first, then) for each in part.parameters())]
     other = x.detach().clone().requires_grad_()
     expected = torch.autograd.grad(then(first(other)).square().sum(), [other, *first.parameters(), *then.parameters()])
@@ -52,7 +52,7 @@ def test_the_network_keeps_little_around_its_transformer(
     world = build(2, samples=12)
     network = build.imputer(dims=64)
     for part in (network.head, network.confidence.layers[-1]):
-        torch.nn.init.normal_(part.weight)  # they start at 0, and hand nothing back
+        torch.nn.init.normal_(part.weight)  # at 0, as they start, no gradient would pass through them
     batch = world.collator(network.embedding, mode=mode)(world.batch_of(1, [0, 3, 7], world.masked(1, 3, 1)))
     size = 4 * batch.core.tokens.numel() * 64  # [B, L, D]
 
@@ -66,7 +66,7 @@ def test_the_network_keeps_little_around_its_transformer(
     for module in (imputer, confidence):
         monkeypatch.setattr(module, "computed_again", lambda function, *given: function(*given))
     plain, theirs = measured()
-    # Query, reference and frequency, together and apart, gates and mixture: about twelve times what comes out.
+    # Query, reference and frequency, concatenated and apart, gates and mixture: about twelve times the output.
     assert plain - lean >= 10 * size
     assert len(mine) == len(theirs) > 20
     for one, other in zip(mine, theirs, strict=True):

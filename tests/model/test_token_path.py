@@ -1,4 +1,4 @@
-"""V17, the path by tokens: which haplotypes are found, what goes through the transformer, and what V18 is spared."""
+"""Retrieval mode ``token`` (V17): neighbours found, haplotypes in the transformer, and memory beside V18."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_every_haplotype_goes_through_the_transformer_alone_and_is_fused_after_i
 
 
 def test_both_paths_have_the_same_weights_and_the_same_prior_from_the_same_neighbours(build) -> None:
-    """So switching the mode needs no other change; only how the neighbours reach the residual differs."""
+    """A change of the mode needs no other change; only the residual's use of the neighbours differs."""
     world = build(3, outside=1)
     network = build.imputer()
     queries = world.batch_of(1, [3, 4], world.masked(1, 2, 1))
@@ -90,7 +90,7 @@ def test_both_paths_have_the_same_weights_and_the_same_prior_from_the_same_neigh
 
 
 class Largest(TorchDispatchMode):
-    """Numbers in the largest tensor that any operation makes."""
+    """Dispatch mode that measures the largest tensor, in numbers of 4 bytes, that any operation makes."""
 
     numbers = 0
 
@@ -109,7 +109,7 @@ def largest(network, batch) -> int:
 
 @pytest.mark.parametrize("fusion", ["copying", "rare_variant"])
 def test_neighbours_add_no_tensor_of_their_number_times_width_to_v18(build, fusion: str) -> None:
-    """[B, K, L, D] would be the largest by far; in V17 it is there, which shows that the count sees it."""
+    """A tensor [B, K, L, D] would be by far the largest; V17 has one, which shows that it is counted."""
     world = build(1, sites=30, samples=20, window_sites=24, overlap=4, flank=3)
     queries = world.batch_of(0, [0, 1], world.masked(0, 2, 1, rate=0.9))
     network = build.imputer(dims=64, ffn_multiple=1, fusion=fusion)
@@ -119,7 +119,7 @@ def test_neighbours_add_no_tensor_of_their_number_times_width_to_v18(build, fusi
     assert largest(network, token_collator(world, network.embedding, k=k, token_k=k)(queries)) >= width
 
 
-def test_what_the_query_hides_is_masked_and_references_are_whole(build) -> None:
+def test_masked_sites_are_mask_tokens_in_the_query_only(build) -> None:
     world = build(3)
     batch = token_collator(world, build.imputer().embedding, k=4)(world.batch_of(0, [1], world.masked(0, 1, 1)))
     assert (batch.core.tokens == MASK).any()

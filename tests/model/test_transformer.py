@@ -1,4 +1,4 @@
-"""The transformer's block: what it computes, against plain operations, and what it keeps for the backward pass."""
+"""Transformer block against plain operations, and the memory that it stores for the backward pass."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def plainly_rotated(heads: Tensor, angles: Tensor) -> Tensor:
 
 
 def plain(block: Block, x: Tensor, angles: Tensor) -> Tensor:
-    """The block written out."""
+    """The block in plain operations."""
     query, key, value = block.qkv(block.attention_norm(x)).unflatten(-1, (3, HEADS, -1)).unbind(2)
     turned = (plainly_rotated(query, angles), plainly_rotated(key, angles), value)
     mixed = scaled_dot_product_attention(*(each.transpose(1, 2).contiguous() for each in turned))
@@ -47,7 +47,7 @@ def angles() -> Tensor:
 
 
 def test_angles_turn_once_a_wavelength() -> None:
-    """A ladder of two rungs: 0.02 and 40 cM."""
+    """Two wavelengths: 0.02 and 40 cM."""
     turned = rotary_angles(torch.tensor([0.0, 0.005, 0.02, 10.0]), 4)
     expected = torch.tensor([[1, 0], [0, 1], [1, 0], [1, 0]])  # 10 cM are 500 turns of the first
     torch.testing.assert_close(turned[:, 0], expected.float(), atol=1e-3, rtol=0)
@@ -63,11 +63,11 @@ def test_heads_are_rotated_in_place_and_back(angles: Tensor, kind: torch.dtype) 
     assert all(each.untyped_storage().data_ptr() == written.untyped_storage().data_ptr() for each in turned)
     query, key, value = other.unbind(2)
     expected = (plainly_rotated(query, angles), plainly_rotated(key, angles), value)
-    slopes = torch.randn(3, *value.shape, dtype=kind)
+    gradients = torch.randn(3, *value.shape, dtype=kind)
     for mine, theirs in zip(turned, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
-    sum((each * slope).sum() for each, slope in zip(turned, slopes, strict=True)).backward()
-    sum((each * slope).sum() for each, slope in zip(expected, slopes, strict=True)).backward()
+    sum((each * gradient).sum() for each, gradient in zip(turned, gradients, strict=True)).backward()
+    sum((each * gradient).sum() for each, gradient in zip(expected, gradients, strict=True)).backward()
     torch.testing.assert_close(one.grad, other.grad)
 
 
@@ -77,13 +77,13 @@ def leaf() -> Tensor:
 
 
 def plainly_rotated_all(qkv: Tensor, angles: Tensor) -> Tensor:
-    """What ``qkv`` [B * L, 3 * D] holds after its queries and keys are rotated, written out."""
+    """``qkv`` [B * L, 3 * D] with its queries and keys rotated, out of place."""
     query, key, value = qkv.view(HAPLOTYPES, SITES, 3, HEADS, -1).unbind(2)
     return torch.stack([plainly_rotated(query, angles), plainly_rotated(key, angles), value], dim=2).view(qkv.shape)
 
 
-def test_who_kept_what_is_rotated_is_told(leaf: Tensor, angles: Tensor) -> None:
-    """An error in place of wrong gradients; for a leaf, too, whose own values are gone."""
+def test_rotating_values_that_autograd_has_saved_is_an_error(leaf: Tensor, angles: Tensor) -> None:
+    """Autograd raises an error in place of wrong gradients; also for a leaf, whose own values are lost."""
     for projection in (leaf * 1, (leaf * 1).view(HAPLOTYPES, SITES, 3, HEADS, -1)):
         square = projection.square()  # keeps the projection
         query, _, _ = rotated_heads(projection, angles, HEADS)
@@ -99,7 +99,7 @@ def test_what_is_rotated_has_the_gradients_of_what_it_is_now(leaf: Tensor, angle
     projection = leaf * 1
     part = projection.view(HAPLOTYPES, SITES, 3, HEADS, -1) if view else projection
     turned = torch.stack(rotated_heads(part, angles, HEADS), dim=2).view(leaf.shape)
-    # One use of the parts, and one of the tensor that was given.
+    # One use of the returned parts, and one of the given tensor.
     (mine,) = torch.autograd.grad((turned * weights[0] + projection * weights[1]).sum(), leaf)
     expected = plainly_rotated_all(leaf, angles)
     torch.testing.assert_close(projection, expected)
@@ -135,12 +135,12 @@ def test_a_block_rotates_no_view(block: Block, angles: Tensor, recompute_project
 @pytest.mark.parametrize("recompute_projections", [False, True])
 def test_a_block_is_what_it_is_written_out(block: Block, angles: Tensor, recompute_projections: bool) -> None:
     x = torch.randn(HAPLOTYPES, SITES, DIMS)
-    slope = torch.randn_like(x)
+    gradient = torch.randn_like(x)
     found = []
     for way in (lambda *given: block(*given, recompute_projections), lambda *given: plain(block, *given)):
         given = x.clone().requires_grad_()
         made = way(given, angles)
-        (made * slope).sum().backward()
+        (made * gradient).sum().backward()
         assert given.grad is not None
         found.append([made.detach(), given.grad, *(each.grad.clone() for each in block.parameters())])
         block.zero_grad()
@@ -155,17 +155,17 @@ def test_how_many_times_its_input_a_block_keeps(
     x = torch.randn(HAPLOTYPES, SITES, DIMS, requires_grad=True)
     size = x.numel() * x.element_size()
     parameters = sum(each.numel() * each.element_size() for each in block.parameters())
-    # Beside them the logarithm of attention's sums, a number a head, and moments of the norms.
+    # In addition, the logarithms of attention's sums, one per head, and the moments of the norms.
     beside = 4 * HAPLOTYPES * SITES * (HEADS + 4)
     kept = kept_bytes(lambda: block(x, angles, recompute_projections))
     assert times * size <= kept <= times * size + parameters + beside + angles.nbytes
     assert kept_bytes(lambda: plain(block, x, angles)) >= 16 * size
 
 
-def test_recomputing_projections_costs_seven_twelfths_of_a_forward_pass(
+def test_recomputing_projections_takes_seven_twelfths_of_a_forward_pass(
     block: Block, angles: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # DeepSpeed's ZeRO-3 leaves its own behind in the process, with which the last projection is done again, too.
+    # DeepSpeed's ZeRO-3 leaves its own function in the process, which computes the last projection again too.
     monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
     operations = []
     for recompute_projections in (False, True):
@@ -181,15 +181,15 @@ def test_recomputed_projections_are_in_the_precision_they_were(block: Block, ang
     x = torch.randn(HAPLOTYPES, SITES, DIMS)
     if not autocast:
         block, x = block.to(torch.bfloat16), x.to(torch.bfloat16)
-    slopes = []
+    gradients = []
     for recompute in (False, True):
         given = x.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             made = block(given, angles, recompute)
         made.float().square().sum().backward()
-        slopes.append([given.grad, *(each.grad for each in block.parameters())])
+        gradients.append([given.grad, *(each.grad for each in block.parameters())])
         block.zero_grad(set_to_none=True)
-    for mine, theirs in zip(*slopes, strict=True):
+    for mine, theirs in zip(*gradients, strict=True):
         assert torch.equal(mine, theirs)
 
 

@@ -1,4 +1,4 @@
-"""The host's C++ compiler in place of a GPU's."""
+"""Compilation of CUDA kernels for the host, with its C++ compiler."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def host_library(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctypes.CDLL]:
-    """C++ source, compiled for this machine and loaded."""
+    """Function that compiles C++ source for this machine and loads it."""
     compiler = shutil.which("c++") or shutil.which("g++")
     assert compiler is not None, "a C++ compiler is a requirement of the project"
 

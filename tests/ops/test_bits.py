@@ -1,4 +1,4 @@
-"""Packing of alleles, against numpy's."""
+"""Packing and unpacking of alleles, against numpy."""
 
 from __future__ import annotations
 

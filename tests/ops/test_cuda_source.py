@@ -1,4 +1,4 @@
-"""NVIDIA's own compiler accepts the kernels, for an H100 and a V100; it needs no GPU."""
+"""CUDA sources compile with NVIDIA's run-time compiler, for an H100 and a V100, without a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REGISTERS = 65536  # of a multiprocessor
 
 
 def compiled(source: str, *options: str) -> str:
-    """The compiler's account of ``source``: complaints, and the registers it takes."""
+    """Compile ``source`` and return the compiler's log, which states the registers in use."""
     (path,) = Path(next(iter(nvrtc.__path__))).glob("lib/libnvrtc.so.*")
     library, program, size = ctypes.CDLL(str(path)), ctypes.c_void_p(), ctypes.c_size_t()
     assert library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None) == 0

@@ -1,4 +1,4 @@
-"""What neighbours carry: lists of carriers and sequences against the plain table, on sites of every frequency."""
+"""Copied dosage: lists of carriers and sequences against the table of alleles, on sites of every frequency."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CUTS = np.array([3, 20, 21, 60])
 
 
 def case(seed: int, k: int, queries: int = 3):
-    """DenseAlleles [L, H] from absent to fixed, the neighbours of ``queries``, and a posterior with its flanking."""
+    """Alleles [L, H] from absent to fixed, neighbours of ``queries`` haplotypes, a posterior and its flanking sites."""
     rng = np.random.default_rng(seed)
     maker = torch.Generator().manual_seed(seed)
     frequency = np.linspace(0, 1, SITES)
@@ -33,7 +33,7 @@ def case(seed: int, k: int, queries: int = 3):
     alleles = (rng.random((SITES, HAPLOTYPES)) < frequency[:, None]).astype(np.uint8)
     ids = torch.from_numpy(np.stack([rng.permutation(HAPLOTYPES)[:k] for _ in range(queries)]))
     posterior = torch.softmax(torch.randn(queries, TYPED, k, generator=maker), dim=-1)
-    # The same between two cuts in most flanking, another one at some sites.
+    # The flanking sites change at the cuts only, except at some sites.
     left = torch.from_numpy(np.searchsorted(CUTS, np.arange(SITES), side="right")).repeat(queries, 1)
     left[:, 100:120] = torch.randint(0, TYPED, (queries, 20), generator=maker)
     right = (left + torch.randint(0, 2, left.shape, generator=maker)).clamp_max(TYPED - 1)
@@ -46,8 +46,9 @@ def case(seed: int, k: int, queries: int = 3):
 
 
 def all_ways(alleles: torch.Tensor, ids: torch.Tensor) -> tuple[Neighbours, ...]:
-    """The plain table; carriers; sequences whose blocks are cut as the posterior is, and of as many sites as there may
-    be, within which it changes."""
+    """Table, carriers, and sequences in blocks at the cuts and in blocks of 64 sites, within which the posterior
+    changes.
+    """
     window = WindowAlleles(alleles)
     carriers, sequences = window.of(ids), window.of(ids, CUTS)
     long = Sequences(ids, Blocks.made(alleles.numpy(), np.empty(0, dtype=np.int64)))
@@ -57,7 +58,7 @@ def all_ways(alleles: torch.Tensor, ids: torch.Tensor) -> tuple[Neighbours, ...]
 
 @pytest.mark.parametrize("k", [1, 7, HAPLOTYPES])
 @pytest.mark.parametrize("seed", range(3))
-def test_all_say_what_the_neighbours_carry(seed: int, k: int) -> None:
+def test_all_forms_hold_the_same_alleles(seed: int, k: int) -> None:
     alleles, ids, *_ = case(seed, k)
     expected = torch.tensor([[[int(alleles[site, which]) for site in range(SITES)] for which in row] for row in ids])
     for found in all_ways(alleles, ids):
@@ -96,7 +97,7 @@ def test_gradients_of_all_are_those_of_autograd() -> None:
 
 
 @pytest.mark.parametrize("way", range(4))
-def test_who_writes_to_what_the_backward_pass_needs_is_told(way: int) -> None:
+def test_writing_to_what_the_backward_pass_needs_is_an_error(way: int) -> None:
     alleles, ids, posterior, flanking = case(1, 7)
     dosage = expected_allele(all_ways(alleles, ids)[way], posterior.requires_grad_(), flanking)
     flanking.share.zero_()

@@ -1,4 +1,4 @@
-"""The dosage's CUDA kernels, compiled for the host, against torch and autograd; on a GPU, against them as well."""
+"""CUDA kernels of the copied dosage against torch and autograd, compiled for the host and on a GPU."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ HOST = r"""
 struct Place { int x; };
 static Place blockIdx, blockDim, threadIdx;
 %s
-typedef const unsigned char* DenseAlleles;
+typedef const unsigned char* Alleles;
 typedef const float* In;
 typedef const long long* At;
-#define EVERYBODY blockDim.x = threads; \
+#define EVERY_THREAD blockDim.x = threads; \
     for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) \
         for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x)
-extern "C" void dosage(int blocks, int threads, DenseAlleles a, In p, At l, At r, In s, float* o,
-                       int t, int N, int K, int L) {
-    EVERYBODY copied_dosage(a, p, l, r, s, o, t, N, K, L);
+extern "C" void dosage(int blocks, int threads, Alleles a, In p, At l, At r, In s, float* o,
+                       int t, int M, int K, int L) {
+    EVERY_THREAD copied_dosage(a, p, l, r, s, o, t, M, K, L);
 }
-extern "C" void adjoint(int blocks, int threads, DenseAlleles a, In g, At l, At r, In s, float* o,
-                        int t, int N, int K, int L) {
-    EVERYBODY copied_dosage_adjoint(a, g, l, r, s, o, t, N, K, L);
+extern "C" void adjoint(int blocks, int threads, Alleles a, In g, At l, At r, In s, float* o,
+                        int t, int M, int K, int L) {
+    EVERY_THREAD copied_dosage_adjoint(a, g, l, r, s, o, t, M, K, L);
 }
 """
 THREADS = 4
@@ -39,7 +39,7 @@ THREADS = 4
 
 @pytest.fixture(scope="module")
 def kernels(host_library: Callable[[str], ctypes.CDLL]) -> Callable[..., None]:
-    """The kernels by name, over so many sites or neighbours, on tensors, and then N, K, L."""
+    """Function that runs a kernel by name over ``over`` sites or neighbours, on tensors and the sizes M, K, L."""
     loaded = host_library(HOST % SOURCE)
 
     def run(name: str, over: int, tensors: list[Tensor], *sizes: int) -> None:
@@ -50,26 +50,24 @@ def kernels(host_library: Callable[[str], ctypes.CDLL]) -> Callable[..., None]:
     return run
 
 
-def random_case(seed: int, passed: int, neighbours: int, sites: int) -> tuple[Tensor, Tensor, FlankingSites]:
+def random_case(seed: int, typed: int, neighbours: int, sites: int) -> tuple[Tensor, Tensor, FlankingSites]:
     rng = np.random.default_rng(seed)
-    left, other = (torch.from_numpy(np.sort(rng.integers(0, passed, (3, sites)), axis=1)) for _ in range(2))
+    left, other = (torch.from_numpy(np.sort(rng.integers(0, typed, (3, sites)), axis=1)) for _ in range(2))
     right = left.maximum(other)
-    posterior = torch.from_numpy(rng.dirichlet(np.ones(neighbours), (3, passed))).float()
+    posterior = torch.from_numpy(rng.dirichlet(np.ones(neighbours), (3, typed))).float()
     alleles = torch.from_numpy(rng.integers(0, 2, (3, neighbours, sites), dtype=np.uint8))
     return alleles, posterior, FlankingSites(left, right, torch.from_numpy(rng.random((3, sites))).float())
 
 
 CASES = pytest.mark.parametrize(
-    ("passed", "neighbours", "sites"), [(1, 1, 1), (3, 4, 8), (5, 9, 30), (2, 30, 5), (40, 3, 17)]
+    ("typed", "neighbours", "sites"), [(1, 1, 1), (3, 4, 8), (5, 9, 30), (2, 30, 5), (40, 3, 17)]
 )
 
 
 @CASES
-def test_values_and_gradients_are_torchs(
-    kernels: Callable[..., None], passed: int, neighbours: int, sites: int
-) -> None:
-    alleles, posterior, flanking = random_case(passed, passed, neighbours, sites)
-    sizes, between = (passed, neighbours, sites), [flanking.left, flanking.right, flanking.share]
+def test_values_and_gradients_are_torchs(kernels: Callable[..., None], typed: int, neighbours: int, sites: int) -> None:
+    alleles, posterior, flanking = random_case(typed, typed, neighbours, sites)
+    sizes, between = (typed, neighbours, sites), [flanking.left, flanking.right, flanking.share]
     leaf, gradient = posterior.clone().requires_grad_(), torch.randn(3, sites)
     expected = (interpolated(leaf, flanking) * alleles).sum(1)
     (expected * gradient).sum().backward()
@@ -83,9 +81,9 @@ def test_values_and_gradients_are_torchs(
 
 @CASES
 def test_what_launches_them_hands_over_what_they_take(
-    kernels: Callable[..., None], monkeypatch: pytest.MonkeyPatch, passed: int, neighbours: int, sites: int
+    kernels: Callable[..., None], monkeypatch: pytest.MonkeyPatch, typed: int, neighbours: int, sites: int
 ) -> None:
-    """The autograd function, with the kernels of the host in place of a GPU's."""
+    """The autograd function runs with the host's kernels in place of a GPU's."""
 
     def launch(name: str, blocks: tuple[int], threads: tuple[int], tensors: list[Tensor], sizes: Sequence[int]) -> None:
         tiles, *others = sizes
@@ -97,7 +95,7 @@ def test_what_launches_them_hands_over_what_they_take(
     monkeypatch.setattr("embrag_ds.ops.cuda.TILE_THREADS", THREADS)
     monkeypatch.setattr(dosage_cuda, "_kernel", lambda name: name)
     monkeypatch.setattr("embrag_ds.ops.cuda.launch", launch)
-    alleles, posterior, flanking = random_case(passed, passed, neighbours, sites)
+    alleles, posterior, flanking = random_case(typed, typed, neighbours, sites)
     leaves, gradient = [posterior.clone().requires_grad_() for _ in range(2)], torch.randn(3, sites)
     found = CudaDosage.apply(leaves[0], alleles, flanking.left, flanking.right, flanking.share)
     expected = expected_allele(DenseAlleles(alleles), leaves[1], flanking)
@@ -109,8 +107,8 @@ def test_what_launches_them_hands_over_what_they_take(
 
 @pytest.mark.gpu
 @CASES
-def test_on_the_gpu_they_are_torchs(passed: int, neighbours: int, sites: int) -> None:
-    alleles, posterior, flanking = random_case(passed, passed, neighbours, sites)
+def test_on_the_gpu_they_are_torchs(typed: int, neighbours: int, sites: int) -> None:
+    alleles, posterior, flanking = random_case(typed, typed, neighbours, sites)
     gradient, found = torch.randn(3, sites), []
     for device in ("cpu", "cuda"):
         leaf = posterior.detach().clone().to(device).requires_grad_()

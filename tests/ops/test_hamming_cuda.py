@@ -1,4 +1,4 @@
-"""The CUDA kernel's source, compiled for the host, and the packing of alleles, against plain sums."""
+"""CUDA kernel of the Hamming distance, compiled for the host, against plain sums."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ extern "C" void launch(int blocks, int queries, int threads, const unsigned char
 
 @pytest.fixture(scope="module")
 def kernel(host_library: Callable[[str], ctypes.CDLL]) -> Callable[..., np.ndarray]:
-    """The kernel as a function of tokens [B, T], weights [B, T], packed [T, W] and H."""
+    """The kernel as a function of tokens [B, T], weights [B, T], packed alleles [T, ceil(H / 8)] and H."""
     launch = host_library(HOST % SOURCE).launch
 
     def run(tokens: np.ndarray, weights: np.ndarray, packed: np.ndarray, haplotypes: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The copying model against an explicit hidden Markov model, compiled and in torch, values and gradients."""
+"""Values and gradients of the copying model, compiled and in torch, against an explicit hidden Markov model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from embrag_ds.ops.li_stephens import (
 
 
 def some_of(seed: int, sites: int) -> slice:
-    """Some of so many sites, at least one."""
+    """Slice of at least one of ``sites`` sites, chosen by ``seed``."""
     first = seed % sites
     return slice(first, first + 1 + seed // 7 % (sites - first))
 
@@ -53,7 +53,10 @@ def slow_posterior(emission: np.ndarray, recombination: np.ndarray, prior: np.nd
 
 
 def random_case(seed: int, queries: int, sites: int, states: int, harshness: float = 5.0, chains: int = 1):
-    """mismatch [B, T, K], mismatch_nats and recombination [C, T] (one in ten is 0), prior [B, K]; C / B ``chains``."""
+    """Random mismatch [B, T, K], mismatch_nats and recombination [C, T] (one in ten is 0) and prior [B, K].
+
+    ``chains`` is C / B.
+    """
     rng = np.random.default_rng(seed)
     mismatch = rng.random((queries, sites, states)) < 0.4
     mismatch_nats = harshness * rng.random((chains * queries, sites))
@@ -92,7 +95,7 @@ def test_the_posterior_equals_forward_backward_with_the_full_transition_matrix(
 
 
 @BOTH
-def test_the_switch_before_the_first_site_is_ignored(posterior_of) -> None:
+def test_the_recombination_before_the_first_site_is_ignored(posterior_of) -> None:
     mismatch, mismatch_nats, recombination, prior = random_case(1, 2, 6, 4)
     other = recombination.clone()
     other[:, 0] = 0.9
@@ -138,11 +141,11 @@ def test_it_is_the_same_whether_or_not_gradients_are_kept(seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["mismatch", "prior", "posterior"])
-def test_who_writes_to_what_the_backward_pass_needs_is_told(name: str) -> None:
-    """An error in place of wrong gradients, as torch's own operations give it."""
-    mismatch, cost, switch, prior = random_case(1, 2, 6, 4)
-    cost, prior = cost.requires_grad_(), prior.requires_grad_() * 1
-    posterior = copying_posterior(mismatch, cost, switch, prior)
+def test_writing_to_what_the_backward_pass_needs_is_an_error(name: str) -> None:
+    """Autograd raises an error in place of wrong gradients, as for torch's own operations."""
+    mismatch, mismatch_nats, recombination, prior = random_case(1, 2, 6, 4)
+    mismatch_nats, prior = mismatch_nats.requires_grad_(), prior.requires_grad_() * 1
+    posterior = copying_posterior(mismatch, mismatch_nats, recombination, prior)
     {"mismatch": mismatch, "prior": prior, "posterior": posterior}[name].zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         posterior.square().sum().backward()
@@ -186,8 +189,8 @@ def test_the_posterior_stays_finite_and_normalised_over_many_sites(posterior_of)
 
 
 @BOTH
-def test_sites_that_nobody_mismatches_and_nothing_follows_change_nothing(posterior_of) -> None:
-    """Which is what the filled-up part of a row is."""
+def test_final_sites_without_a_mismatch_change_nothing(posterior_of) -> None:
+    """The padding of a row consists of such sites."""
     mismatch, mismatch_nats, recombination, prior = random_case(1, 2, 6, 4)
     longer = [torch.cat([part, part[:, :3] * 0], dim=1) for part in (mismatch, mismatch_nats, recombination)]
     longer[2][:, 6] = 0.7
@@ -196,8 +199,8 @@ def test_sites_that_nobody_mismatches_and_nothing_follows_change_nothing(posteri
 
 
 @BOTH
-def test_the_posterior_is_finite_where_every_neighbour_mismatches_at_a_large_cost(posterior_of) -> None:
-    """A factor that all states share cancels, however small it is."""
+def test_the_posterior_is_finite_where_every_neighbour_mismatches_at_120_nats(posterior_of) -> None:
+    """An emission factor that all states share cancels, however small it is."""
     mismatch, mismatch_nats, recombination, prior = random_case(1, 1, 6, 4)
     expected = posterior_of(mismatch, mismatch_nats, recombination, prior)
     mismatch = torch.cat([mismatch[:, :3], torch.ones(1, 1, 4, dtype=torch.bool), mismatch[:, 3:]], dim=1)
@@ -212,7 +215,7 @@ def test_the_posterior_is_finite_where_every_neighbour_mismatches_at_a_large_cos
 def test_the_posterior_is_finite_where_the_map_is_flat_and_the_evidence_contradicts_itself(
     posterior_of, recombination: float
 ) -> None:
-    """Real maps are flat over centromeres; each neighbour mismatches in one of two stretches."""
+    """Genetic maps are flat over centromeres; here each neighbour mismatches in one of two stretches."""
     mismatch = torch.zeros(1, 60, 2, dtype=torch.bool)
     mismatch[:, :30, 0] = True
     mismatch[:, 30:, 1] = True

@@ -1,5 +1,7 @@
-"""The CUDA kernels of the copying model, compiled for the host with a block's threads as threads, against the
-compiled loops; on a GPU, against them as well."""
+"""CUDA kernels of the copying model against the numba loops, on a GPU and compiled for the host.
+
+On the host, the threads of a block are threads of the processor.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from embrag_ds.ops import li_stephens_cuda, li_stephens_numba
 from embrag_ds.ops.li_stephens import copying_backend, copying_posterior, posterior_torch
 from embrag_ds.ops.li_stephens_cuda import SOURCE, CudaPosterior, block_shape, cuda_match_lengths
 
-# A block's threads are threads, its barrier a barrier, and a warp is two of them; blocks run one after another.
+# A block's threads are threads of the host and its barrier a std::barrier. A warp has two threads, and blocks run one
+# after another.
 HOST = r"""
 #include <barrier>
 #include <functional>
@@ -77,7 +80,7 @@ THREADS, PER = 6, 5
 
 @pytest.fixture(scope="module")
 def kernels(host_library: Callable[[str], ctypes.CDLL]) -> Callable[..., None]:
-    """The kernels by name, on numpy arrays and then numbers."""
+    """Function that runs a kernel by name on numpy arrays and sizes."""
     loaded = host_library(HOST % (PER, SOURCE))
 
     def run(name: str, arrays: list[np.ndarray], *sizes: int, blocks: int | None = None) -> None:
@@ -88,7 +91,7 @@ def kernels(host_library: Callable[[str], ctypes.CDLL]) -> Callable[..., None]:
 
 
 def random_case(seed: int, queries: int, sites: int, states: int, chains: int = 2) -> list[np.ndarray]:
-    """mismatch [B, T, K], mismatch_ratio and recombination [C, T], prior [B, K]; so many chains a query."""
+    """Random mismatch [B, T, K], mismatch_ratio and recombination [C, T] and prior [B, K]; ``chains`` is C / B."""
     rng = np.random.default_rng(seed)
     mismatch = rng.random((queries, sites, states)) < 0.3
     shape = (chains * queries, sites)
@@ -142,7 +145,7 @@ def test_what_launches_them_hands_over_what_they_take(
     last: int,
     chains: int,
 ) -> None:
-    """The autograd function, with the kernels of the host in place of a GPU's."""
+    """The autograd function runs with the host's kernels in place of a GPU's."""
 
     def launch(name: str, blocks: tuple[int], threads: tuple[int], tensors: list[Tensor], sizes: Sequence[int]) -> None:
         assert (blocks, threads) == ((len(tensors[1]),), (THREADS,))

@@ -1,4 +1,4 @@
-"""Compiled loops keep to torch's number of threads, and several Python threads may run them at once."""
+"""Numba loops use torch's number of threads, and several Python threads may run them at once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ print(numba.threading_layer())
 """
 
 
-def said(root: Path, code: str, **environment: str) -> str:
+def output_of(root: Path, code: str, **environment: str) -> str:
+    """Standard output of a new Python process that runs ``code``."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(root), **environment},
@@ -44,9 +45,9 @@ def said(root: Path, code: str, **environment: str) -> str:
 
 @pytest.mark.parametrize("layer", ["omp", "workqueue"])
 def test_loops_use_the_threads_that_torch_was_given(root: Path, layer: str) -> None:
-    assert said(root, COUNT, OMP_NUM_THREADS="1", NUMBA_THREADING_LAYER=layer) == f"{layer} 1 1"
+    assert output_of(root, COUNT, OMP_NUM_THREADS="1", NUMBA_THREADING_LAYER=layer) == f"{layer} 1 1"
 
 
 @pytest.mark.parametrize("layer", ["omp", "workqueue"])
 def test_threads_may_run_loops_at_once(root: Path, layer: str) -> None:
-    assert said(root, TOGETHER, NUMBA_THREADING_LAYER=layer) == layer
+    assert output_of(root, TOGETHER, NUMBA_THREADING_LAYER=layer) == layer

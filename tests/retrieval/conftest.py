@@ -1,4 +1,4 @@
-"""A small panel in memory, random embeddings, and slow oracles of the distance."""
+"""Small panels in memory, random embeddings, and slow oracles of the distance."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WAYS = (("factored", "torch"), ("factored", "faiss-cpu"), ("dense", "torch"))
 
 @dataclass(frozen=True)
 class RandomEmbedding:
-    """An arbitrary embedding, different at every site: codebooks float32 [L, V, D], one per window."""
+    """Random embedding, different at every site, with codebooks float32 [L, V, D], one per window."""
 
     codebooks: list[Tensor]
 
@@ -51,7 +51,7 @@ FIRST = Generation(0, 0, 0)
 
 @dataclass(frozen=True)
 class Neighbours:
-    """What a search found, ids [B, K], and how far that is by the oracle, float64 [B, K]."""
+    """Result of a search: ids int64 [B, K], and their distances by the oracle, float64 [B, K]."""
 
     ids: Tensor
     distance: Tensor
@@ -59,7 +59,7 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class World:
-    """A windowed panel; samples not in its reference set are there to be queried."""
+    """Windowed panel and the names of its samples, which may include samples outside the reference set."""
 
     data: WindowedPanel
     samples: tuple[str, ...]
@@ -79,13 +79,13 @@ class World:
         return FactoredStore(make_search(backend, CPU), local)
 
     def cache(self, encoder: Encoder, dims: int = 3) -> ReferenceCache:
-        """Generation 0, for good."""
+        """Reference cache that holds generation 0 only."""
         cache = ReferenceCache(self.data.windows, dims, torch.float32, CPU, RefreshSchedule(None))
         cache.begin(FIRST, encoder)
         return cache
 
     def query(self, window: int, tokens: Tensor, observed: np.ndarray, excluded: Tensor) -> Query:
-        """``excluded`` bool [B, H]."""
+        """Query of a window; ``excluded`` is a mask bool [B, H]."""
         count = len(self.data.reference)
         ids = torch.arange(count).expand_as(excluded).masked_fill(~excluded, count)
         alleles = torch.from_numpy(np.ascontiguousarray(self.data.reference_alleles(window)[:, observed].T))
@@ -114,18 +114,18 @@ class World:
         return AtStepZero(collate)
 
     def batch_of(self, window: int, samples: Sequence[int], masked: np.ndarray) -> QueryBatch:
-        """A micro-batch; ``masked`` [N, L]."""
+        """Micro-batch of ``samples``; ``masked`` bool [N, L]."""
         chosen = np.array(samples, dtype=np.int64)
         return QueryBatch(window, chosen, self.data.samples_alleles(window, chosen), masked)
 
     def masked(self, window: int, samples: int, seed: int, rate: float = 0.5) -> np.ndarray:
-        """A mask for each of so many samples, [N, L]."""
+        """Random mask bool [N, L] of ``samples`` samples."""
         return np.random.default_rng(seed).random((samples, len(self.data.windows[window]))) < rate
 
 
 @dataclass(frozen=True)
 class AtStepZero:
-    """A collator whose batches are all of step 0."""
+    """Collator whose batches are all of step 0."""
 
     collate: RetrievalCollator
 
@@ -138,7 +138,7 @@ class AtStepZero:
 
 
 class Build:
-    """What the ``build`` fixture gives: worlds from alleles, and oracles."""
+    """Value of the ``build`` fixture: worlds from alleles, and oracles."""
 
     ways = WAYS
 
@@ -152,7 +152,7 @@ class Build:
         overlap: int = 0,
         flank: int = 0,
     ) -> World:
-        """``alleles`` [S, 2N] on one contig; ``reference`` are the samples of the reference set."""
+        """World of ``alleles`` [S, panel haplotypes] on one contig; ``reference`` are the reference set's samples."""
         size, samples = len(alleles), alleles.shape[1] // 2
         sites = SiteTable(
             contigs=("1",),
@@ -179,7 +179,7 @@ class Build:
 
     @staticmethod
     def distances(query: Query, embedding: RandomEmbedding, data: WindowedPanel) -> np.ndarray:
-        """The oracle, float64 [B, H]: squared L2 of flattened embeddings over the sites a query shows."""
+        """Oracle of distances, float64 [B, H]: squared L2 of flattened embeddings over a query's observed sites."""
         codebook = embedding.codebooks[query.window].double().numpy()
         reference = data.reference_alleles(query.window)
         result = np.zeros((len(query.tokens), len(reference)))
@@ -193,14 +193,14 @@ class Build:
 
     @staticmethod
     def search(world: World, embedding: RandomEmbedding, query: Query, way: tuple[str, str], k: int) -> Neighbours:
-        """What the store and backend ``way`` find, with the oracle's distances."""
+        """Search with the store and backend ``way``, and take the oracle's distances."""
         store = world.store(*way, embedding)
         ids = store.search(query, world.cache(embedding, embedding.dims).code(query.window, 0), k)
         return Neighbours(ids, torch.from_numpy(Build.distances(query, embedding, world.data)).gather(1, ids))
 
     @staticmethod
     def check_nearest(found: Neighbours, oracle: np.ndarray, excluded: np.ndarray, k: int) -> None:
-        """``found`` are the ``k`` nearest that are not excluded, in order, up to ties."""
+        """Assert that ``found`` are the ``k`` nearest haplotypes that are not excluded, in order, up to ties."""
         for row, (ids, distance) in enumerate(zip(found.ids.tolist(), found.distance.tolist(), strict=True)):
             assert len(set(ids)) == len(ids) == k
             assert not excluded[row, ids].any()

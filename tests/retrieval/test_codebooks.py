@@ -1,4 +1,4 @@
-"""The reference cache: what a generation says, and that the asynchronous cache is the synchronous one."""
+"""Reference cache: the codebooks of a generation, and equality of the asynchronous and the synchronous cache."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make_embedding(seed: int = 1) -> HaplotypeEmbedding:
 
 
 def change(embedding: HaplotypeEmbedding) -> None:
-    """What an optimiser step does to it."""
+    """Change all parameters, as an optimiser step does."""
     with torch.no_grad():
         for parameter in embedding.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -59,8 +59,8 @@ def refreshing_cache(world, lag: int = 0, asynchronous: bool = False, every: int
     return ReferenceCache(world.data.windows, 3, torch.float32, CPU, schedule, asynchronous)
 
 
-def test_a_code_is_what_the_encoder_said_and_stays_so(world) -> None:
-    """While later generations go through both buffers."""
+def test_a_codebook_is_what_the_encoder_made_and_does_not_change(world) -> None:
+    """Later generations use both buffers meanwhile."""
     cache = refreshing_cache(world)
     held = []
     for step in range(5):
@@ -92,7 +92,7 @@ def test_a_batch_carries_the_snapshot_its_step_prescribes(
     embedding = make_embedding()
     refresh = RefreshConfig(every_steps=every, lag_steps=lag, asynchronous=asynchronous)
     reference = make_reference(world, embedding, encoding="refresh", store=store, refresh=refresh)
-    said, skipped = {}, 0
+    snapshots, skipped = {}, 0
     current = pending = (0, 0)
     for step in range(12):
         if pending[1] == step:
@@ -103,14 +103,14 @@ def test_a_batch_carries_the_snapshot_its_step_prescribes(
             else:
                 pending = (step, step + lag)
                 current = pending if lag == 0 else current
-        said[step] = codebook_now(world, embedding, 1)
+        snapshots[step] = codebook_now(world, embedding, 1)
         reference.begin_refresh(step)
-        change(embedding)  # what is trained meanwhile must not reach the generation
+        change(embedding)  # later training must not change the generation
         retrieved = batch_of(world, reference, step).retrieved
         assert retrieved.snapshot_step == current[0]
-        assert torch.equal(retrieved.codebook, said[current[0]])
+        assert torch.equal(retrieved.codebook, snapshots[current[0]])
         if store == "dense":
-            rows = said[current[0]][torch.arange(len(retrieved.codebook)), dense_alleles(retrieved.alleles).long()]
+            rows = snapshots[current[0]][torch.arange(len(retrieved.codebook)), dense_alleles(retrieved.alleles).long()]
             assert torch.equal(retrieved.embeddings, rows)
         age = {"generation": retrieved.generation, "staleness": step - current[0], "refreshes_skipped": skipped}
         assert reference.age(step) == age
@@ -202,7 +202,7 @@ def test_training_goes_on_while_a_generation_is_encoded(world) -> None:
         cache.raise_failure()
     threading.Timer(0.2, go.set).start()
     began = time.monotonic()
-    code = cache.code(0, 6)  # published at step 6 whatever happens: this batch waits
+    code = cache.code(0, 6)  # published at step 6 in any case, so this batch waits
     assert time.monotonic() - began > 0.1
     assert torch.equal(code.codebook, world.embedding(1).codebooks[0][world.data.windows[0].core, :2])
     cache.close()
@@ -215,7 +215,7 @@ def test_a_failure_on_the_refresh_thread_is_raised_in_the_training_thread(world)
     cache.raise_failure()
 
     def broken(window: int, tokens: torch.Tensor) -> torch.Tensor:
-        raise SystemExit("the encoder died")  # not even an Exception: a thread killed
+        raise SystemExit("the encoder died")  # not an Exception, as when a thread is killed
 
     cache.begin(Generation(1, 1, 3), broken)
     with pytest.raises(SystemExit, match="the encoder died"):

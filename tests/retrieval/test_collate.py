@@ -1,4 +1,4 @@
-"""The collate: what a batch holds, who is never retrieved, and that nothing masked gets in."""
+"""Collator: contents of a batch, excluded samples, and no leak of masked alleles."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ WAY = pytest.mark.parametrize("way", range(3), ids=["factored-torch", "factored-
 
 
 def leaves(value: Any, name: str = "batch") -> Iterator[tuple[str, Any]]:
-    """Every tensor and plain value of a batch, with its path."""
+    """All tensors and plain values of a batch, with their paths."""
     if isinstance(value, Carriers | Sequences):
-        yield name, dense_alleles(value)  # beyond the last carrier, or sequence, the lists hold anything
+        yield name, dense_alleles(value)  # list entries after the last carrier or sequence are undefined
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             yield from leaves(getattr(value, field.name), f"{name}.{field.name}")
@@ -43,11 +43,11 @@ def owners(world, ids: Tensor) -> np.ndarray:
 
 @WAY
 @pytest.mark.parametrize("seed", range(3))
-def test_nobody_retrieves_itself_or_a_relative_even_among_identical_samples(
+def test_no_sample_retrieves_itself_or_a_relative_even_among_identical_samples(
     build, tmp_path: Path, way: int, seed: int
 ) -> None:
     alleles = build.random_alleles(seed, 40, 14)
-    # Samples 0 to 5 are identical; 0 is related to 3 and 1 to nobody.
+    # Samples 0 to 5 are identical; 0 is related to 3, and 1 to none.
     alleles[:, :12] = np.tile(alleles[:, :2], 6)
     relatives = tmp_path / "relatives.txt"
     relatives.write_text("p3 p0\np0 p9\np12 p13\n", encoding="utf-8")
@@ -60,7 +60,7 @@ def test_nobody_retrieves_itself_or_a_relative_even_among_identical_samples(
     for row, neighbours in enumerate(found):
         sample = samples[row // 2]
         assert not set(neighbours.tolist()) & barred[sample]
-    # ... while the other identical samples are found, so it is not the distance that keeps anybody out.
+    # The other identical samples are found, so the excluded ones are not absent because of their distance.
     for row, sample in ((0, 5), (1, 5), (2, 0), (3, 0), (6, 1), (7, 1)):
         closest = set(found[row, :3].tolist())
         assert closest <= set(range(6)) - barred[sample], (row, found[row])
@@ -68,10 +68,10 @@ def test_nobody_retrieves_itself_or_a_relative_even_among_identical_samples(
 
 @settings(max_examples=30)
 @given(seed=st.integers(0, 2**32), samples=st.integers(3, 7), way=st.integers(0, 2), data=st.data())
-def test_no_training_sample_ever_retrieves_whom_it_must_not(
+def test_no_training_sample_ever_retrieves_an_excluded_sample(
     build, tmp_path_factory: pytest.TempPathFactory, seed: int, samples: int, way: int, data: st.DataObject
 ) -> None:
-    """Few distinct haplotypes, so nearly everything is tied; the reference set may lack the samples."""
+    """With two distinct haplotypes, nearly all distances are tied."""
     rng = np.random.default_rng(seed)
     kinds = build.random_alleles(seed, 6, 1)
     alleles = kinds[:, rng.integers(0, 2, 2 * samples)]
@@ -81,8 +81,8 @@ def test_no_training_sample_ever_retrieves_whom_it_must_not(
     path.write_text("".join(f"p{a} p{b}\n" for a, b in pairs), encoding="utf-8")
     world = build(alleles)
     collate = world.collator(world.embedding(seed), *build.ways[way], 64, path)
-    everybody = np.arange(samples)
-    batch = collate(world.batch_of(0, everybody, world.masked(0, samples, seed)))
+    all_samples = np.arange(samples)
+    batch = collate(world.batch_of(0, all_samples, world.masked(0, samples, seed)))
     found = owners(world, batch.retrieved.ids)
     assert batch.retrieved.ids.shape == (2 * samples, collate.k)
     for row, neighbours in enumerate(found.tolist()):
@@ -92,7 +92,7 @@ def test_no_training_sample_ever_retrieves_whom_it_must_not(
 
 
 @WAY
-def test_samples_outside_the_panel_may_retrieve_anybody(build, way: int) -> None:
+def test_samples_outside_the_panel_may_retrieve_any_haplotype(build, way: int) -> None:
     alleles = build.random_alleles(2, 20, 6)
     world = build(alleles)
     collate = world.collator(world.embedding(), *build.ways[way], 4)
@@ -119,7 +119,7 @@ def test_the_truth_at_masked_sites_reaches_nothing_but_the_truth_itself(build, w
 
 
 @WAY
-def test_a_batch_holds_what_its_docstring_says(build, way: int) -> None:
+def test_a_batch_holds_what_its_docstring_states(build, way: int) -> None:
     alleles = build.random_alleles(3, 50, 12)
     world = build(alleles, populations=[0, 1, 2] * 4, window_sites=20, overlap=4, flank=9)
     embedding = world.embedding()
@@ -175,10 +175,10 @@ def test_the_neighbours_of_a_sample_do_not_depend_on_its_batch_mates(build) -> N
             assert torch.equal(alone.retrieved.ids, together.retrieved.ids[2 * place : 2 * place + 2])
 
 
-@pytest.mark.parametrize(("samples", "asked", "given"), [(6, 100, 10), (6, 10, 10), (6, 3, 3), (2, 9, 2)])
-def test_k_is_what_every_query_can_have(build, samples: int, asked: int, given: int) -> None:
+@pytest.mark.parametrize(("samples", "wanted", "given"), [(6, 100, 10), (6, 10, 10), (6, 3, 3), (2, 9, 2)])
+def test_k_is_what_every_query_can_have(build, samples: int, wanted: int, given: int) -> None:
     world = build(build.random_alleles(1, 10, samples))
-    collate = world.collator(world.embedding(), "factored", "torch", asked)
+    collate = world.collator(world.embedding(), "factored", "torch", wanted)
     assert collate.k == given
     batch = collate(world.batch_of(0, range(samples), world.masked(0, samples, 1)))
     assert batch.retrieved.ids.shape == (2 * samples, given)

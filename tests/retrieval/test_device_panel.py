@@ -1,4 +1,4 @@
-"""The packed panel on a device is the panel."""
+"""Reference alleles from the packed panel, on the CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CUDA = torch.device("cuda", 0)
 @pytest.mark.gpu
 @pytest.mark.parametrize("budget", [1.0, 0.0])
 def test_rows_on_the_gpu_are_those_on_the_cpu(build, budget: float) -> None:
-    """Resident, and streamed through pinned staging."""
+    """Both with a resident panel and with one streamed through pinned staging."""
     world = build(build.random_alleles(3, 50, 6), reference=[0, 2, 5], window_sites=20, overlap=4, flank=3)
     panel, host = DevicePanel(world.data, CUDA, budget), DevicePanel(world.data, CPU, 1.0)
     staging, sites = Staging(CUDA, 2, 1 << 16), np.array([0, 3, 7])

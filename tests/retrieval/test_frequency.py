@@ -1,4 +1,4 @@
-"""Frequencies without the query: against plain counting, and that a rare allele of the query's own shows nowhere."""
+"""Frequencies without the query, against plain counting; and independence of all inputs from its rare alleles."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def relatives_file(path: Path, pairs: list[tuple[int, int]]) -> Path:
 
 
 def plain(alleles: np.ndarray, of: list[int], samples: list[int], barred: set[int], site: int) -> float:
-    """Frequency of ALT at a site among ``samples``; without the barred ones if it is rare."""
+    """Frequency of ALT at a site among ``samples``, counted without the barred ones if it is rare."""
     copies = [int(alleles[site, 2 * sample + i]) for sample in samples for i in range(2)]
     if min(sum(copies), len(copies) - sum(copies)) < max(RARE * len(copies), FEW):
         copies = [int(alleles[site, 2 * sample + i]) for sample in samples if sample not in barred for i in range(2)]
@@ -29,7 +29,7 @@ def plain(alleles: np.ndarray, of: list[int], samples: list[int], barred: set[in
 
 @settings(max_examples=25)
 @given(seed=st.integers(0, 2**32), outside=st.integers(0, 3))
-def test_frequencies_are_counted_without_those_who_must_not_be_retrieved(
+def test_rare_frequencies_are_counted_without_excluded_samples(
     build, tmp_path_factory: pytest.TempPathFactory, seed: int, outside: int
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -42,10 +42,10 @@ def test_frequencies_are_counted_without_those_who_must_not_be_retrieved(
     of[-1] = 2
     relatives = relatives_file(tmp_path_factory.mktemp("relatives") / "relatives.txt", pairs)
     collate = world.collator(world.embedding(), "factored", "torch", 5, relatives)
-    asked = [0, 5, 7, samples - 1]
+    chosen = [0, 5, 7, samples - 1]
     barred = [{0}, {2, 5, 7}, {5, 7}, {samples - 1}]
     window = world.data.windows[1]
-    batch = collate(world.batch_of(1, asked, world.masked(1, 4, seed)))
+    batch = collate(world.batch_of(1, chosen, world.masked(1, 4, seed)))
     fewest = min(copies for row in alleles for copies in [min(int(row.sum()), 2 * samples - int(row.sum()))] if copies)
     assert world.data.reference.panel.minimum_allele_count == fewest
     for row in range(8):
@@ -66,10 +66,10 @@ def test_frequencies_are_counted_without_those_who_must_not_be_retrieved(
 
 @WAY
 @pytest.mark.parametrize("populations", [1, 3])
-def test_a_rare_allele_of_the_querys_own_shows_nowhere(build, way: int, populations: int) -> None:
-    """The panel itself is changed where the query hides a rare allele: only the truth may differ."""
+def test_a_rare_allele_of_the_query_changes_no_input(build, way: int, populations: int) -> None:
+    """The panel is changed at masked rare alleles of the query; only the truth in the batch may differ."""
     rng = np.random.default_rng(5)
-    samples, asked = 60, [4]
+    samples, chosen = 60, [4]
     frequency = np.where(np.arange(40) % 2, 0.02, 0.4)[:, None]
     alleles = (rng.random((40, 2 * samples)) < frequency).astype(np.uint8)
     own = [8, 9]
@@ -80,12 +80,12 @@ def test_a_rare_allele_of_the_querys_own_shows_nowhere(build, way: int, populati
     masked[:, rare] = True
     batches = []
     for panel in (alleles, changed):
-        # Somebody outside the reference set has the rarest allele of all, so that both panels list the same sites.
+        # A sample outside the reference set has the rarest allele of all, so that both panels list the same sites.
         panel = np.concatenate([panel, np.eye(1, 40, int(rare[0]), dtype=np.uint8).T, np.zeros((40, 1), np.uint8)], 1)
         panel[rare[0], :-2] = 0
         of = [sample % populations for sample in range(samples + 1)]
         world = build(panel, reference=range(samples), populations=of)
-        batches.append(world.collator(world.embedding(), *build.ways[way], 5)(world.batch_of(0, asked, masked)))
+        batches.append(world.collator(world.embedding(), *build.ways[way], 5)(world.batch_of(0, chosen, masked)))
     one, two = batches
     assert not torch.equal(one.core.alleles, two.core.alleles)
     for (name, first), (_, second) in zip(leaves(one), leaves(two), strict=True):
@@ -99,7 +99,9 @@ def test_a_rare_allele_of_the_querys_own_shows_nowhere(build, way: int, populati
 
 
 def test_good_turing_odds_are_what_a_filtered_call_set_gives(build) -> None:
-    """Listed by their copies among more samples than the panel's, alleles are in the rest as frequent as foretold."""
+    """Sites pass a count filter over 500 haplotypes; in the 100 outside the panel, alleles are as frequent as
+    predicted.
+    """
     rng = np.random.default_rng(2)
     frequency = 0.03 * rng.random((80_000, 1)) ** 3
     alleles = (rng.random((80_000, 500)) < frequency).astype(np.uint8)
@@ -137,7 +139,7 @@ def test_good_turing_odds_are_of_alt_and_of_the_copies_left(build) -> None:
 
 
 def test_what_the_loss_leaves_out_is_what_the_panel_would_not_list(build) -> None:
-    """Of an allele with as few copies as any, only those without it can learn anything."""
+    """An allele with the minimum allele count is scored only in samples without it."""
     alleles = np.zeros((3, 60), dtype=np.uint8)
     alleles[0, :20] = 1
     alleles[1, [0, 3]] = 1
@@ -146,6 +148,7 @@ def test_what_the_loss_leaves_out_is_what_the_panel_would_not_list(build) -> Non
     everything = np.ones((4, 3), dtype=bool)
     batch = world.collator(world.embedding(), "factored", "torch", 5)(world.batch_of(0, [0, 1, 2, 3], everything))
     assert world.data.reference.panel.minimum_allele_count == 2
-    # Samples 0 and 1 carry the allele of the second site; of the third's three copies any one may go.
+    # Samples 0 and 1 carry the allele of the second site. The third site keeps at least two of its three copies without
+    # any one sample.
     assert batch.core.scored[0::2].tolist() == [[True, False, True]] * 2 + [[True, True, True]] * 2
     assert batch.core.frequency[0, 2] == pytest.approx(3 / 58)

@@ -1,4 +1,4 @@
-"""Local retrieval: the nearest of every chunk of typed sites, then those over the whole window."""
+"""Local retrieval: the nearest in every chunk of typed sites, then those over the whole window."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_chunks_cover_the_observed_sites_in_order(observed: int, typed: float, c
 @settings(max_examples=25)
 @given(seed=st.integers(0, 2**32), backend=st.sampled_from(BACKENDS), per_chunk=st.integers(1, 4), k=st.integers(1, 12))
 def test_ids_are_the_union_by_rank_of_explicit_searches(build, seed: int, backend: str, per_chunk: int, k: int) -> None:
-    """A mask per sample and continuous weights; what float32 cannot tell apart is left out."""
+    """A mask per sample and continuous weights; examples with ties in float32 are discarded."""
     world = build(build.random_alleles(seed, 80, 8), reference=range(1, 8))
     local = LocalRetrieval(10, 5, per_chunk)
     masked = world.masked(0, 2, seed, 0.4)
@@ -87,8 +87,8 @@ def test_a_haplotype_shared_over_a_stretch_is_found_by_local_retrieval_alone(bui
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_local_retrieval_never_finds_whom_it_must_not(build, backend: str) -> None:
-    alleles = np.tile(build.random_alleles(1, 60, 1), 8)  # everybody is the same
+def test_local_retrieval_never_finds_an_excluded_haplotype(build, backend: str) -> None:
+    alleles = np.tile(build.random_alleles(1, 60, 1), 8)  # all samples are identical
     world = build(alleles)
     collate = world.collator(world.embedding(), "factored", backend, 64, local=LocalRetrieval(8, 4, 3))
     ids = collate(world.batch_of(0, range(8), world.masked(0, 8, 1))).retrieved.ids

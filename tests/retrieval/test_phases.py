@@ -1,4 +1,4 @@
-"""Retrieval's phases, as a timeline measures them."""
+"""Phases of retrieval in a timeline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def retrieve(world, device: torch.device, timeline: Timeline) -> None:
-    """Four batches, the last of which uses the second generation."""
+    """Collate four batches, the last of which uses the second generation."""
     embedding = HaplotypeEmbedding(4).to(device).requires_grad_(False)
     refresh = RefreshConfig(every_steps=2, lag_steps=1)
     settings = RetrievalConfig(k=4, refresh=refresh, backend="torch")
@@ -33,7 +33,7 @@ def world(build):
     return build(build.random_alleles(1, 60, 10), window_sites=30, overlap=4, flank=5)
 
 
-def test_retrieval_says_what_it_does(world) -> None:
+def test_retrieval_records_its_phases(world) -> None:
     timeline = Timeline(CPU)
     retrieve(world, CPU, timeline)
     counts = {(each.name, each.thread): each.count for each in timeline.totals()}

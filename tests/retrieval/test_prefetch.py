@@ -1,4 +1,4 @@
-"""Batches built ahead: in order, under one generation each, and no failure unheard."""
+"""Prefetcher: order of batches, one generation in each, and exceptions on its thread."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_it_runs_so_far_ahead_and_no_farther() -> None:
     batches = Prefetcher(lambda number: built.append(number) or FakeBatch(), 0, 100, 3)  # type: ignore[arg-type,func-returns-value]
     for taken in range(5):
         deadline = time.monotonic() + 5
-        # Three wait in the queue and one more is at its door.
+        # Three are in the queue, and a fourth waits for a place in it.
         while len(built) < taken + 4 and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(0.02)
@@ -88,8 +88,7 @@ def test_a_thread_that_was_killed_is_noticed() -> None:
 
 @pytest.mark.parametrize(("every", "lag"), [(1, 0), (1, 1), (2, 3), (5, 4)])
 def test_a_batch_never_mixes_generations(world, every: int, lag: int) -> None:
-    """Refreshes as fast as they come, each with an encoding that says its number everywhere, over
-    thousands of batches built ahead by another thread."""
+    """Fast refreshes, whose embeddings all equal the number of the generation, with thousands of prefetched batches."""
     steps = 2000
     schedule = RefreshSchedule(RefreshConfig(every_steps=every, lag_steps=lag))
     cache = ReferenceCache(world.data.windows, 2, torch.float32, CPU, schedule, asynchronous=True)
@@ -105,7 +104,7 @@ def test_a_batch_never_mixes_generations(world, every: int, lag: int) -> None:
     )
     queries = [world.batch_of(window, [3], world.masked(window, 1, window)) for window in range(2)]
 
-    def saying(number: int):
+    def constant_encoder(number: int):
         def encode(window: int, tokens: torch.Tensor) -> torch.Tensor:
             return torch.full((*tokens.shape, 2), float(number))
 
@@ -117,7 +116,7 @@ def test_a_batch_never_mixes_generations(world, every: int, lag: int) -> None:
         taken = schedule.taken_at(step)
         cache.raise_failure()
         if taken is not None:
-            cache.begin(taken, saying(taken.number))
+            cache.begin(taken, constant_encoder(taken.number))
         batch = batches.next()
         expected = schedule.in_use(step)
         assert batch.retrieved.generation == expected.number
@@ -132,7 +131,7 @@ def test_a_batch_never_mixes_generations(world, every: int, lag: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("budget", [1.0, 0.0])
 def test_side_streams_on_the_gpu_build_the_batches_of_the_cpu(build, budget: float) -> None:
-    """Prefetched, refreshed asynchronously, resident or streamed, while the default stream is kept busy."""
+    """With prefetching, asynchronous refreshes, a resident or streamed panel, and a busy default stream."""
     world = build(build.random_alleles(1, 600, 100), window_sites=200, overlap=20, flank=50)
     runs = []
     for device, prefetch in ((CPU, 0), (torch.device("cuda", 0), 4)):

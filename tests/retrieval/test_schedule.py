@@ -1,4 +1,4 @@
-"""When generations are taken and published: against a day-by-day account."""
+"""Refresh schedule against a simulation step by step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STEPS = 60
 
 
 def account(due: set[int], lag: int) -> tuple[list[Generation], list[int], list[int]]:
-    """Generations, the number in use at every step, and how many dues were skipped up to every step."""
+    """Simulated generations, number in use at every step, and number of refreshes skipped up to every step."""
     generations, in_use, skipped = [Generation(0, 0, 0)], [], []
     missed, pending = 0, None
     current = generations[0]
@@ -34,7 +34,7 @@ def account(due: set[int], lag: int) -> tuple[list[Generation], list[int], list[
 
 
 def schedules() -> st.SearchStrategy[tuple[RefreshConfig, int, set[int]]]:
-    """Settings, steps per epoch, and the steps at which they make a refresh due."""
+    """Strategy for settings, steps per epoch, and the steps at which a refresh is due."""
     lag = st.integers(0, 7)
     by_steps = st.builds(
         lambda n, lag: (RefreshConfig(every_steps=n, lag_steps=lag), 5, set(range(n, STEPS, n))),
@@ -61,7 +61,7 @@ def schedules() -> st.SearchStrategy[tuple[RefreshConfig, int, set[int]]]:
 
 @given(schedules(), st.permutations(range(STEPS)))
 def test_the_schedule_is_a_pure_function_of_the_step(made, order) -> None:
-    """In whatever order it is asked, as a prefetch thread and the training loop do."""
+    """The order of calls does not matter, as for a prefetch thread beside the training loop."""
     config, steps_per_epoch, due = made
     generations, in_use, skipped = account(due, config.lag_steps)
     schedule = RefreshSchedule(config, steps_per_epoch)

@@ -1,4 +1,4 @@
-"""Every backend on a GPU finds what the plain one finds on a CPU."""
+"""Search backends on a GPU against the torch backend on a CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Both stores and all backends find the same neighbours: those of the squared L2 distance."""
+"""Both stores and all backends against an explicit search by squared L2 distance."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ FIRST = Generation(0, 0, 0)
 
 
 def make_query(world, samples: int, seed: int, rate: float = 0.5, excluded_samples: int = 1) -> Query:
-    """Samples of window 0 with a mask each; each bars itself and the next ``excluded_samples - 1``."""
+    """Query of samples in window 0, each with a mask; it excludes the sample and the next ``excluded_samples - 1``."""
     number = np.arange(samples)
     queries = world.batch_of(0, number, world.masked(0, samples, seed, rate))
     masked = torch.from_numpy(queries.masked).repeat_interleave(2, 0)
     tokens = torch.from_numpy(queries.alleles).long().masked_fill(masked, MASK)
     owner = torch.from_numpy(world.data.reference.sample_of)
-    who = torch.arange(samples).repeat_interleave(2)[:, None]
-    excluded = (owner >= who) & (owner < who + excluded_samples)
+    sample = torch.arange(samples).repeat_interleave(2)[:, None]
+    excluded = (owner >= sample) & (owner < sample + excluded_samples)
     observed = np.flatnonzero(~queries.masked.all(0))
     return world.query(0, tokens, observed if observed.size else np.zeros(1, dtype=np.int64), excluded)
 
@@ -122,7 +122,7 @@ def test_a_gpu_backend_without_a_gpu_is_refused_in_one_line(name: str) -> None:
 def test_planted_neighbours_are_found_first(build, way: int) -> None:
     rng = np.random.default_rng(5)
     alleles = build.random_alleles(5, 80, 30)
-    # Haplotypes 20, 31 and 44 are the first query's, with none, two and four sites changed.
+    # Haplotypes 20, 31 and 44 are copies of the first query, with none, two and four sites changed.
     planted = [20, 31, 44]
     for changes, haplotype in zip((0, 2, 4), planted, strict=True):
         alleles[:, haplotype] = alleles[:, 0]
@@ -154,8 +154,8 @@ def test_masked_sites_never_change_ids_or_distances(build, way: int) -> None:
 
 
 @pytest.mark.parametrize("way", range(3))
-def test_reference_alleles_at_sites_a_query_hides_do_not_count(build, way: int) -> None:
-    """Even where other samples of the batch show the site."""
+def test_reference_alleles_at_masked_sites_do_not_count(build, way: int) -> None:
+    """Even where the site is observed in other samples of the batch."""
     alleles = build.random_alleles(3, 40, 10)
     masked = np.zeros((2, 40), dtype=bool)
     masked[0, :20], masked[1, 20:] = True, True
@@ -191,7 +191,7 @@ def test_permuting_the_panel_only_permutes_ids(build, way: int, seed: int) -> No
 
 
 @pytest.mark.parametrize("way", range(3))
-def test_a_query_that_shows_nothing_is_equally_far_from_everyone_but_still_barred_from_itself(build, way: int) -> None:
+def test_a_query_with_nothing_observed_is_equally_far_from_all_but_still_barred_from_itself(build, way: int) -> None:
     world = build(build.random_alleles(1, 12, 5))
     query = make_query(world, 2, 1, rate=2.0)
     found = build.search(world, world.embedding(), query, build.ways[way], 8)

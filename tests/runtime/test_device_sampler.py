@@ -1,4 +1,4 @@
-"""The sampler: what it reads from NVML (a fake one), what it does without a driver, and that no failure is lost."""
+"""Device sampler: values from a fake NVML, machines without a driver, and exceptions on its thread."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SECOND = torch.device("cuda", 1)
 
 
 class FakeNvml:
-    """Three GPUs; torch's device 1 is NVML's third. Whatever a test puts into ``faults`` is raised by that function."""
+    """Fake NVML of three GPUs, the third of which is torch's device 1; functions raise those in ``faults``."""
 
     def __init__(self) -> None:
         self.open = 0
@@ -81,7 +81,7 @@ class FakeNvml:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
-    """A machine with GPUs, as far as the sampler can see."""
+    """Fake machine with GPUs: NVML and torch's functions are replaced."""
     fake = FakeNvml()
     monkeypatch.setattr(device_sampler, "pynvml", fake)
     uuids = {0: "aaaa", 1: "cccc"}
@@ -99,10 +99,10 @@ def sampled(device: torch.device) -> DeviceSampler:
     return sampler
 
 
-def test_it_reads_the_gpu_that_torch_means(fake: FakeNvml) -> None:
+def test_it_reads_the_gpu_that_torch_uses(fake: FakeNvml) -> None:
     sampler = sampled(SECOND)
     assert sampler.source == "NVML: NVIDIA Fake 2, driver 600.1"
-    assert fake.open == 0  # and lets go of it
+    assert fake.open == 0  # the driver is released
     assert len(sampler.readings) > 2
     one = sampler.readings[-1]
     assert (one.process_bytes, one.device_bytes) == (5 << 30, 12 << 30)
@@ -172,7 +172,7 @@ def test_a_run_on_the_cpu_of_a_machine_with_gpus(fake: FakeNvml) -> None:
 
 
 def test_process_memory_and_cpu_are_those_of_the_process() -> None:
-    """For real, whatever the machine has."""
+    """Measured on the real machine, with or without a GPU."""
     block = 200 << 20
     with DeviceSampler(CPU, interval_s=0.01) as sampler:
         deadline = time.monotonic() + 0.3

@@ -1,4 +1,4 @@
-"""The timeline: what ran where and for how long, from any thread, in bounded memory and without waiting."""
+"""Timeline: spans and totals of phases from any thread, in bounded memory and without synchronisation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_spans_last_as_long_as_their_phase_and_nest() -> None:
     assert {(span.thread, span.stream) for span in timeline.spans()} == {("MainThread", "cpu")}
 
 
-def test_threads_are_told_apart() -> None:
+def test_threads_are_recorded_apart() -> None:
     timeline = Timeline(CPU)
 
     def measure(name: str, times: int) -> None:
