@@ -25,8 +25,9 @@ def unpack_host(packed: np.ndarray, first: int, last: int) -> np.ndarray:
     Returns the alleles of haplotypes ``first`` to ``last`` (exclusive), uint8 [..., last - first].
     """
     start = first // 8
-    bits = np.unpackbits(packed[..., start : -(-last // 8)], axis=-1, bitorder="little")
-    return bits[..., first - 8 * start : last - 8 * start]
+    # With a count the result is contiguous where ``first`` begins a byte, which compiled loops rely on for their speed.
+    bits = np.unpackbits(packed[..., start : -(-last // 8)], axis=-1, count=last - 8 * start, bitorder="little")
+    return bits[..., first - 8 * start :]
 
 
 def unpack_chosen(packed: np.ndarray, haplotypes: np.ndarray) -> np.ndarray:

@@ -24,5 +24,6 @@ def test_a_range_of_haplotypes_is_unpacked_alone(data: st.DataObject, rows: int,
     last = data.draw(st.integers(first, count))
     alleles = np.random.default_rng(rows).integers(0, 2, (rows, count), dtype=np.uint8)
     assert np.array_equal(unpack_host(pack_host(alleles), first, last), alleles[:, first:last])
+    assert unpack_host(pack_host(alleles), 0, count).flags.c_contiguous
     chosen = np.array(data.draw(st.lists(st.integers(0, count - 1), max_size=5)), dtype=np.int64)
     assert np.array_equal(unpack_chosen(pack_host(alleles), chosen), alleles[:, chosen])
