@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,6 +29,10 @@ class DenseStore:
 
     def __init__(self, data: WindowedPanel, width: int, budget_gb: float, device: torch.device, generations: int = 1):
         """``generations`` are held at once: two where they are refreshed."""
+        if importlib.util.find_spec("faiss") is None:
+            raise UserError(
+                "embrag.retrieval.store=dense: FAISS is not installed; install the 'cpu' extra or use store=factored"
+            )
         needed = generations * sum(map(len, data.windows)) * len(data.reference) * width * 4
         if needed > budget_gb * GIB:
             raise UserError(
