@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import platform
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 from embrag_ds import __version__
 from embrag_ds.cli import evaluate, impute, simulate, train
 from embrag_ds.cli.command import run_command
+
+logger = logging.getLogger(__name__)
 
 COMMANDS = {"train": train, "impute": impute, "evaluate": evaluate, "simulate": simulate}
 Run = Callable[[argparse.Namespace], None]
@@ -41,7 +45,12 @@ def main(command: str | None = None, arguments: Sequence[str] | None = None) -> 
         _add_command(parser, command)
     options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     run: Run = options.run
-    run_command(lambda: run(options), options.verbose, options.debug)
+
+    def begin() -> None:
+        logger.debug("embrag_ds %s, Python %s, %s", __version__, platform.python_version(), platform.platform())
+        run(options)
+
+    run_command(begin, options.verbose, options.debug)
 
 
 def _texts(name: str) -> dict[str, Any]:

@@ -68,8 +68,10 @@ def score(
         missing += int(np.isnan(truth).sum())
         for each in sums.values():
             each.add(block, truth)
-        if time.monotonic() - last_logged > _SECONDS_BETWEEN_LINES:
-            logger.info("scored %d of %d sites", block.stop, len(scored.sites))
+        due = time.monotonic() - last_logged > _SECONDS_BETWEEN_LINES
+        done = (min(block.stop, len(scored.sites)), len(scored.sites))
+        logger.log(logging.INFO if due else logging.DEBUG, "scored %d of %d sites", *done)
+        if due:
             last_logged = time.monotonic()
     if missing:
         genotypes = scored.samples * len(scored.sites)

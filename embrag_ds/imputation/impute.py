@@ -149,8 +149,10 @@ def impute_to_vcf(imputation: Imputation, targets: Targets, out: Path) -> None:
             writer.write(written, grown[:, : settled - written], targets.typed[span], targets.alleles(span, samples))
             pending = grown[:, settled - written :]
             written = settled
-            if time.monotonic() - last_logged > 2 or last:
-                logger.info("imputed window %d/%d, %d/%d sites", number + 1, len(windows), written, len(sites))
+            due = last or time.monotonic() - last_logged > 2
+            done = (number + 1, len(windows), written, len(sites))
+            logger.log(logging.INFO if due else logging.DEBUG, "imputed window %d/%d, %d/%d sites", *done)
+            if due:
                 last_logged = time.monotonic()
 
 

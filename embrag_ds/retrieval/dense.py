@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,11 +29,15 @@ class DenseStore:
     backend = "faiss IndexFlatL2"
 
     def __init__(self, data: WindowedPanel, width: int, budget_gb: float, device: torch.device, generations: int = 1):
-        """Check that the embeddings fit into ``budget_gb`` GiB; raises UserError otherwise.
+        """Check that FAISS is installed and the embeddings fit into ``budget_gb`` GiB; raises UserError otherwise.
 
         ``width`` is D. ``generations`` is the number held at once: two with encoding ``refresh``. Memory is allocated
         by :meth:`refresh`.
         """
+        if importlib.util.find_spec("faiss") is None:
+            raise UserError(
+                "embrag.retrieval.store=dense: FAISS is not installed; install the 'cpu' extra or use store=factored"
+            )
         needed = generations * sum(map(len, data.windows)) * len(data.reference) * width * 4
         if needed > budget_gb * GIB:
             raise UserError(

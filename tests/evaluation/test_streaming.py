@@ -98,6 +98,19 @@ def test_block_and_page_sizes_do_not_matter(folder: Path, monkeypatch: pytest.Mo
     assert small["sites"] == whole["sites"]
 
 
+def test_progress_is_said_block_by_block(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(scoring, "BLOCK_GENOTYPES", 50 * 12)
+    for level, seconds in (("DEBUG", 1e9), ("INFO", -1.0)):
+        caplog.clear()
+        caplog.set_level(level, logger="embrag_ds")
+        monkeypatch.setattr(scoring, "_SECONDS_BETWEEN_LINES", seconds)
+        score(folder)
+        said = [(each.levelname, each.getMessage()) for each in caplog.records if each.name == scoring.__name__]
+        assert said == [(level, f"scored {done} of 108 sites") for done in (50, 100, 108)]
+
+
 def _close(found: object, expected: object) -> bool:
     """Equal but for the order of sums."""
     if isinstance(expected, dict):

@@ -127,6 +127,19 @@ def test_windows_are_blended_site_by_site(
     assert shared > 20 and disagreeing > 10
 
 
+def test_every_window_is_said_at_least_to_those_who_debug(
+    model: ExportedModel, inputs: PanelInputs, target: PhasedData, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", logger="embrag_ds")
+    imputation = Imputation(model, inputs, CPU, 4)
+    impute_to_vcf(imputation, matched(target, Path("target.vcf.gz"), inputs, False), tmp_path / "out.vcf.gz")
+    said = [each.getMessage() for each in caplog.records if each.name == imputation_module.__name__]
+    windows, sites = imputation.data.windows, len(inputs.panel.sites)
+    ends = [each.core_start for each in windows[1:]] + [sites]
+    every = [f"imputed window {number}/{len(windows)}, {end}/{sites} sites" for number, end in enumerate(ends, 1)]
+    assert said == every
+
+
 @pytest.mark.parametrize(("mode", "block"), [("embedding", 1), ("embedding", 4), ("embedding", 9), ("token", 9)])
 def test_samples_do_not_depend_on_their_batch(
     make_config: MakeConfig, inputs: PanelInputs, target: PhasedData, mode: str, block: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 
 import numpy as np
@@ -106,6 +107,14 @@ def test_the_faiss_backend_and_the_dense_store_really_run_faiss(build, monkeypat
         ran.clear()
         build.search(world, world.embedding(), make_query(world, 2, 1), way, 2)
         assert set(ran) == ({name} if name else set())
+
+
+def test_a_dense_store_without_faiss_is_refused_in_one_line(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = build(build.random_alleles(1, 10, 4))
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "faiss" else found(name))
+    with pytest.raises(UserError, match=r"store=dense: FAISS is not installed; install the 'cpu' extra or use"):
+        DenseStore(world.data, 8, 1.0, CPU)
 
 
 def test_auto_is_torch() -> None:

@@ -1,0 +1,65 @@
+"""What the base install does, without the packages of any extra (``.ci/base_install`` makes a real one)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from embrag_ds.data.simulate import DefaultData
+from embrag_ds.data.vcf import read_phased
+from embrag_ds.data.vcf_dosages import read_dosages
+
+Embrag = Callable[..., subprocess.CompletedProcess[str]]
+
+OF_EXTRAS = ("deepspeed", "pynvml", "psutil", "faiss", "cupy")
+
+
+def test_the_packages_are_hidden(embrag: Embrag) -> None:
+    for package in OF_EXTRAS:
+        done = embrag(code=f"import {package}", without=OF_EXTRAS)
+        assert done.returncode == 1 and f"No module named '{package}'" in done.stderr
+
+
+def test_impute_and_evaluate(embrag: Embrag, simulated: DefaultData, tmp_path: Path) -> None:
+    files = [f"--panel={simulated.panel}", f"--target={simulated.target}", f"--map={simulated.genetic_map}"]
+    out, scores = tmp_path / "imputed.vcf.gz", tmp_path / "scores.json"
+    done = embrag("impute", *files, "--out", out, without=OF_EXTRAS)
+    assert done.returncode == 0, done.stderr
+    assert "pretrained/model.safetensors" in done.stderr
+    assert len(read_dosages(out).sites) == len(read_phased(simulated.panel).sites)
+
+    files += [f"--truth={simulated.truth}", f"--imputed=ours={out}", f"--plots={tmp_path / 'plots'}"]
+    done = embrag("evaluate", *files, "--baselines", f"--json={scores}", without=OF_EXTRAS)
+    assert done.returncode == 0, done.stderr
+    r2 = {name: tool["aggregate_r2"]["all"] for name, tool in json.loads(scores.read_text())["tools"].items()}
+    assert r2["ours"] > r2["allele frequency"] + 0.1
+    assert (tmp_path / "plots" / "r2.png").is_file()
+
+
+def test_train_names_the_extra_and_nothing_else(embrag: Embrag, tmp_path: Path) -> None:
+    done = embrag("train", "--deepspeed_config", "v18", without=("deepspeed",), cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line == "error: training needs DeepSpeed, which is not installed; pip install 'embrag_ds[train]'"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["impute", "--help"], ["--version"], []])
+def test_help_comes_without_the_packages_that_take_seconds_to_import(embrag: Embrag, arguments: list[str]) -> None:
+    slow = ("torch", "deepspeed", "numba", "matplotlib", "msprime")
+    code = f"""
+import sys
+from embrag_ds.cli.main import main
+try:
+    {"main()" if arguments else "pass"}
+except SystemExit as ended:
+    assert not ended.code
+print("imported", sorted(set({slow}) & set(sys.modules)))
+"""
+    done = embrag(*arguments, code=code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "imported []"

@@ -1,0 +1,176 @@
+"""``embrag`` as its console script runs it: its help, what every command has, and a run's logs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from embrag_ds import __version__
+from embrag_ds.cli.main import COMMANDS, main, make_parser
+from embrag_ds.config import RunConfig
+from embrag_ds.data.simulate import DefaultData
+
+Embrag = Callable[..., subprocess.CompletedProcess[str]]
+MakeConfig = Callable[..., RunConfig]
+
+DEEPSPEEDS = re.compile(r"\[(DEBUG|INFO|WARNING|ERROR)\]|DeepSpeed")
+LAUNCHERS = re.compile(r"\[(launch|runner|multinode_runner|constants)\.py:")
+
+
+@pytest.fixture(autouse=True)
+def _same_signals() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def ended(*arguments: str) -> int:
+    """Status with which ``embrag`` ends in this process."""
+    with pytest.raises(SystemExit) as end:
+        main(arguments=arguments)
+    return int(end.value.code or 0)
+
+
+def sections(text: str) -> dict[str, str]:
+    """A help text's sections by their titles."""
+    parts = re.split(r"^(\S.*):\n", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def examples(name: str) -> list[list[str]]:
+    """The commands of a help text's examples, in words."""
+    lines = re.sub(r"\\\n\s*", "", COMMANDS[name].EXAMPLES).splitlines()
+    return [shlex.split(line) for line in lines if re.match(r"  \S", line)]
+
+
+def test_the_console_script_is_this_function(root: Path) -> None:
+    assert '"embrag = embrag_ds.cli.main:main"' in (root / "setup.py").read_text()
+    assert main.__module__ == "embrag_ds.cli.main"
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended("--help") == 0
+    commands = sections(capsys.readouterr().out)["commands"]
+    for name, command in COMMANDS.items():
+        assert re.search(rf"^ +{name} ", commands, flags=re.MULTILINE)
+        assert command.DESCRIPTION.split()[0] in commands
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_commands_help_has_its_options_in_groups_and_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(name, "--help") == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: embrag {name} ") and COMMANDS[name].DESCRIPTION in said
+    found = sections(said)
+    assert re.findall(r"--[a-z-]+", found["options"]) == ["--help"]  # every other one belongs to a group with a name
+    assert all(option in found["general"] for option in ("--verbose", "--debug", "--version"))
+    assert len(found) >= 4 and COMMANDS[name].EXAMPLES.strip() in found["examples"]
+    assert "==SUPPRESS==" not in said and "None" not in said
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_examples_are_commands(name: str) -> None:
+    given = examples(name)
+    assert len(given) >= 2
+    for words in given:
+        if words[:2] == ["deepspeed", "launch/train.py"]:
+            words = ["embrag", "train", *words[2:]]
+        assert words[:2] == ["embrag", name]
+        options = make_parser().parse_args(words[1:])
+        assert options.run is COMMANDS[name].run and not options.verbose and not options.debug
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_version(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(*command, "--version") == 0
+    assert capsys.readouterr().out == f"embrag_ds {__version__}\n"
+
+
+def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended("inpute") == 2
+    said = capsys.readouterr().err
+    assert "invalid choice: 'inpute'" in said and all(name in said for name in COMMANDS)
+    assert ended() == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_verbose_says_more(simulated: DefaultData, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [f"--panel={simulated.panel}", f"--target={simulated.target}", f"--map={simulated.genetic_map}"]
+    said = []
+    for more in ([], ["-v"]):
+        main(arguments=["impute", *files, f"--out={tmp_path / 'out.vcf.gz'}", *more])
+        said.append(capsys.readouterr())
+    plain, verbose = (each.err for each in said)
+    assert [each.out for each in said] == ["", ""]
+    version = f"embrag_ds {__version__}, Python "
+    assert version in verbose and version not in plain
+
+
+def test_debug_shows_where_a_fault_of_the_users_was_found(embrag: Embrag, tmp_path: Path) -> None:
+    fault = ["simulate", "--out", tmp_path / "sim", "--panel-samples=2"]
+    plain = embrag(*fault)
+    assert plain.returncode == 2 and plain.stderr == "error: --panel-samples must be at least 3\n"
+    shown = embrag(*fault, "--debug")
+    assert shown.returncode != 0 and shown.stderr.startswith("Traceback ")
+    assert shown.stderr.endswith("UserError: --panel-samples must be at least 3\n")
+
+
+@pytest.fixture
+def tiny_run(make_config: MakeConfig, simulated: DefaultData, tmp_path: Path) -> list[str]:
+    """Options of a run of two steps."""
+    config = make_config("embrag.train.max_steps=2")
+    (tmp_path / "run.json").write_text(json.dumps(config.as_dict()))
+    return [f"--deepspeed_config={tmp_path / 'run.json'}", f"--panel={simulated.panel}"]
+
+
+def speakers(log: Path) -> set[str]:
+    """Whose lines a run's log holds: loggers' names, their packages only."""
+    lines = re.findall(r"^\S+ \S+ [A-Z]+ ([\w.]+): ", log.read_text(), flags=re.MULTILINE)
+    return {name.split(".")[0] for name in lines}
+
+
+def test_deepspeeds_remarks_are_in_the_log_and_not_on_the_terminal(
+    embrag: Embrag, tiny_run: list[str], tmp_path: Path
+) -> None:
+    done = embrag("train", *tiny_run, "--run-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" and "step 2/2" in done.stderr
+    assert not DEEPSPEEDS.search(done.stderr)
+    log = tmp_path / "run" / "run.log"
+    assert speakers(log) == {"DeepSpeed", "embrag_ds"}
+    assert "embrag_ds.training.trainer: step 2/2" in log.read_text()
+    for remark in re.findall(r"DeepSpeed: (.+)", log.read_text()):
+        assert remark not in done.stderr
+
+
+def test_every_rank_has_a_log_and_the_first_one_speaks(root: Path, tiny_run: list[str], tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators=2", f"--master_port={port}"]
+    command = [*launcher, str(root / "launch" / "train.py"), *tiny_run, f"--run-dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    logs = sorted((tmp_path / "run").glob("*.log"))
+    assert [log.name for log in logs] == ["run-rank1.log", "run.log"]
+    for log in logs:
+        assert speakers(log) == {"DeepSpeed", "embrag_ds"}
+        assert log.read_text().count("embrag_ds.training.trainer: step 2/2") == 1
+    assert done.stderr.count("step 2/2") == 1
+    # The launcher is two processes, each of which imports DeepSpeed; our ranks would double what that prints.
+    others = [line for line in done.stdout.splitlines() if not LAUNCHERS.search(line)]
+    assert len(others) <= 2 and all("[real_accelerator.py:" in line for line in others)
+    assert not DEEPSPEEDS.search(done.stderr)
