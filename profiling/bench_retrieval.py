@@ -35,6 +35,7 @@ from embrag_ds.data.sampler import QueryBatch
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.tokens import MASK
 from embrag_ds.data.windows import WindowedPanel, make_windows
+from embrag_ds.files import require_writable, write_json, written
 from embrag_ds.model.embedding import HaplotypeEmbedding
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.model.losses import imputation_loss
@@ -311,7 +312,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.loglog([row["haplotypes"] for row in rows], [row[name] for row in rows], "o-", label=name[:-3])
     axes.set(xlabel="reference haplotypes", ylabel="ms per batch", title=device_name(DEVICE))
     axes.legend()
-    figure.savefig(path, dpi=120)
+    with written(path) as temporary:
+        figure.savefig(temporary, dpi=120)
 
 
 def main() -> None:
@@ -331,6 +333,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, metavar="PNG")
     options = parser.parse_args()
+    for result_file in filter(None, (options.json, options.plot)):
+        require_writable(result_file)
     shapes = {name: getattr(options, name) for name in Bench.__dataclass_fields__}
     bench = Bench(**shapes)
     result = {
@@ -345,7 +349,7 @@ def main() -> None:
     }
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
     if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(options.json, result)
     if options.plot:
         draw(result["scaling"], options.plot)
 

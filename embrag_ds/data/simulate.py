@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +12,7 @@ import numpy as np
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.vcf_output import write_phased
 from embrag_ds.errors import UserError
+from embrag_ds.files import folder_written, make_folder
 
 if TYPE_CHECKING:
     import msprime
@@ -129,17 +128,10 @@ def simulate_default(directory: Path, settings: SimulationSettings) -> DefaultDa
     if marker.is_file() and marker.read_text(encoding="utf-8") == described:
         return data
     _check_replaceable(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    building = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    try:
-        building.mkdir()
+    make_folder(directory.parent)
+    with folder_written(directory) as building:
         _build(building, settings)
         (building / "settings.json").write_text(described, encoding="utf-8")
-        if directory.exists():
-            shutil.rmtree(directory)
-        building.rename(directory)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return data
 
 

@@ -14,6 +14,7 @@ import torch
 
 from embrag_ds.config import EmbragConfig
 from embrag_ds.errors import UserError
+from embrag_ds.files import make_folder, write_json
 from embrag_ds.retrieval.reference import Reference
 from embrag_ds.training.distributed import DistributedContext
 
@@ -50,9 +51,8 @@ def save_checkpoint(
         "batches": _batches(engine, distributed),
     }
     if distributed.is_main:
-        directory.mkdir(parents=True, exist_ok=True)
-        agreed = {"config": client["config"], "batches": client["batches"]}
-        (directory / _AGREED).write_text(json.dumps(agreed), encoding="utf-8")
+        make_folder(directory)
+        write_json(directory / _AGREED, {"config": client["config"], "batches": client["batches"]})
     engine.save_checkpoint(str(directory), tag=f"step{state.step}", client_state=client)
     if distributed.is_main:
         steps = sorted(int(path.name[4:]) for path in directory.glob("step*") if path.name[4:].isdigit())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from embrag_ds.errors import UserError
+from embrag_ds.files import make_folder, write_json, written
 from embrag_ds.retrieval.device_panel import GIB
 from embrag_ds.runtime.device_sampler import DeviceSampler
 from embrag_ds.runtime.timeline import Timeline
@@ -80,7 +80,7 @@ class Profile:
         try:
             self._sampler.stop()
         finally:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self._folder)
             if self._snapshot:
                 self._dump_snapshot()
             if self._distributed.device.type == "cuda":
@@ -88,8 +88,8 @@ class Profile:
             self._write()
 
     def _dump_snapshot(self) -> None:
-        path = self._folder / SNAPSHOT_FILE
-        torch.cuda.memory._dump_snapshot(str(path.with_name(self._distributed.own_file(path.name))))
+        with written(self._folder / self._distributed.own_file(SNAPSHOT_FILE)) as temporary:
+            torch.cuda.memory._dump_snapshot(str(temporary))
         torch.cuda.memory._record_memory_history(enabled=None)
 
     def _write(self) -> None:
@@ -98,7 +98,7 @@ class Profile:
 
         report = self.report()
         path = self._folder / self._distributed.own_file("profile.json")
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(path, report)
         plot = plot_profile(report, self.timeline.spans(), path.with_suffix(".png"))
         for line in table(report):
             logger.info(line)

@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from embrag_ds.files import written
 from embrag_ds.runtime.timeline import PHASES, Span
 
 matplotlib.use("Agg")
@@ -37,7 +38,8 @@ def plot_profile(report: dict[str, Any], spans: list[Span], path: Path) -> Path:
     if above.get_legend_handles_labels()[0]:
         above.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with written(path) as temporary:
+        figure.savefig(temporary, dpi=120)
     pyplot.close(figure)
     return path
 

@@ -301,6 +301,8 @@ def test_errors_of_impute(
         (["--truth=t.vcf.gz"], "--truth, --panel and --target go together"),
         (["--truth=t", "--panel=p", "--target=t", "--imputed=a=x", "--imputed=a=y"], "'a' is given twice"),
         (["--truth=t.vcf.gz", "--panel=p.vcf.gz", "--target=u.vcf.gz"], "nothing to score"),
+        (["--truth=t", "--panel=p", "--target=u", "--json=none/out.json"], "the folder none does not exist"),
+        (["--truth=t", "--panel=p", "--target=u", "--markdown=none/out.md"], "the folder none does not exist"),
     ],
 )
 def test_errors_of_evaluate(fails: Fails, arguments: list[str], complaint: str) -> None:
