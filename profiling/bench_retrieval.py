@@ -45,6 +45,7 @@ from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.reference import Reference
 from embrag_ds.retrieval.schedule import Generation, RefreshConfig
 from embrag_ds.retrieval.settings import RetrievalConfig
+from embrag_ds.seeds import Purpose, generator, torch_seed
 from embrag_ds.training.deepspeed_settings import load_training_config
 from embrag_ds.training.run_record import device_name
 
@@ -73,7 +74,7 @@ class Bench:
 def random_panel(haplotypes: int, windows: int, sites: int, seed: int = 1) -> WindowedPanel:
     """Panel of random alleles, in ``windows`` windows of ``sites`` sites without flanks."""
     total, samples = sites * windows, haplotypes // 2
-    rng = np.random.default_rng(seed)
+    rng = generator(Purpose.BENCHMARK_PANEL, seed)
     blocks = [rng.integers(0, 256, (sites, (haplotypes + 7) // 8), dtype=np.uint8) for _ in range(windows)]
     table = SiteTable(
         ("1",),
@@ -92,7 +93,7 @@ def random_panel(haplotypes: int, windows: int, sites: int, seed: int = 1) -> Wi
 
 def some_queries(data: WindowedPanel, window: int, samples: int, seed: int) -> QueryBatch:
     """Queries of random panel samples, all typed at the same fifth of the sites."""
-    rng = np.random.default_rng(seed)
+    rng = generator(Purpose.BENCHMARK_QUERIES, seed)
     chosen = rng.permutation(len(data.reference.panel.samples))[:samples]
     masked = np.repeat(rng.random((1, len(data.windows[window]))) >= TYPED, samples, axis=0)
     return QueryBatch(window, chosen, data.samples_alleles(window, chosen), masked)
@@ -218,7 +219,7 @@ class TrainingLoop:
 
     def __init__(self, config: RunConfig, bench: Bench, lag: int):
         embrag = config.embrag
-        torch.manual_seed(1)
+        torch.manual_seed(torch_seed(Purpose.INITIAL_WEIGHTS, 1))
         self.samples = config.deepspeed["train_micro_batch_size_per_gpu"]
         self.data = random_panel(bench.reference, bench.windows, embrag.data.window_sites)
         bf16 = DEVICE.type == "cuda" and config.deepspeed.get("bf16", {}).get("enabled", False)

@@ -28,6 +28,7 @@ from embrag_ds.errors import UserError
 from embrag_ds.files import make_folder, write_json
 from embrag_ds.runtime.device_sampler import DeviceSampler
 from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
+from embrag_ds.seeds import Purpose, generator
 from embrag_ds.training.deepspeed_settings import load_training_config
 from embrag_ds.training.distributed import DistributedContext, open_inputs_on_all_ranks, start_distributed
 from embrag_ds.training.profile import PROFILES, Profile
@@ -106,7 +107,7 @@ def paired_ratio(seconds: list[float]) -> Ratio:
     """Ratios of profiled blocks to the mean of their neighbours; the blocks alternate and the first is off."""
     measured = range(1, len(seconds) - 1, 2)
     ratios = np.array([2 * seconds[each] / (seconds[each - 1] + seconds[each + 1]) for each in measured])
-    drawn = np.random.default_rng(1).choice(ratios, (RESAMPLES, len(ratios)))
+    drawn = generator(Purpose.BOOTSTRAP, 1).choice(ratios, (RESAMPLES, len(ratios)))
     low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
     return Ratio(float(np.median(ratios)), (float(low), float(high)), len(ratios))
 

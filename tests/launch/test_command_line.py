@@ -226,7 +226,11 @@ def test_a_run_is_either_resumed_or_begun(fails: Fails, train_options: list[str]
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
-    [(["--panel-samples=2"], "--panel-samples must be at least 3"), (["--missed-calls=1"], "must lie in")],
+    [
+        (["--panel-samples=2"], "--panel-samples must be at least 3"),
+        (["--missed-calls=1"], "must lie in"),
+        (["--seed=0"], "--seed must lie"),
+    ],
 )
 def test_errors_of_simulate(fails: Fails, tmp_path: Path, arguments: list[str], complaint: str) -> None:
     assert complaint in fails("simulate", "--out", tmp_path / "sim", *arguments)
