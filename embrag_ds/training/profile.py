@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import platform
 from dataclasses import asdict
@@ -12,10 +13,11 @@ from typing import Any
 import torch
 
 from embrag_ds.errors import UserError
-from embrag_ds.files import make_folder, write_json, written
+from embrag_ds.files import make_folder, write_json, write_text, written
 from embrag_ds.retrieval.device_panel import GIB
 from embrag_ds.runtime.device_sampler import DeviceSampler
 from embrag_ds.runtime.timeline import Timeline
+from embrag_ds.runtime.trace import chrome_trace
 from embrag_ds.training.distributed import DistributedContext
 from embrag_ds.training.run_record import device_name, package_versions
 
@@ -39,9 +41,10 @@ _PEAKS = (
 
 
 class Profile:
-    """Context that measures a run, and at its end writes ``profile.json`` and ``profile.png`` into ``folder``.
+    """Context that measures a run, and at its end writes its report into ``folder``.
 
-    It yields the timeline for the code that is measured. The kind ``snapshot`` adds ``memory-snapshot.pickle``, the
+    The report is ``profile.json``, ``profile.png`` and ``trace.json`` (:mod:`embrag_ds.runtime.trace`). The context
+    yields the timeline for the code that is measured. The kind ``snapshot`` adds ``memory-snapshot.pickle``, the
     history of torch's allocator. Every rank writes files of its own (``profile-rank1.json``, ...) and logs a table. A
     run that fails leaves its report, too.
     """
@@ -99,10 +102,14 @@ class Profile:
         report = self.report()
         path = self._folder / self._distributed.own_file("profile.json")
         write_json(path, report)
-        plot = plot_profile(report, self.timeline.spans(), path.with_suffix(".png"))
+        spans = self.timeline.spans()
+        trace = path.with_name(self._distributed.own_file("trace.json"))
+        events = chrome_trace(spans, self._sampler.readings, self._distributed.rank)
+        write_text(trace, json.dumps(events, separators=(",", ":")) + "\n")
+        plot = plot_profile(report, spans, path.with_suffix(".png"))
         for line in table(report):
             logger.info(line)
-        logger.info(f"written to {path} and {plot.name}")
+        logger.info(f"written to {path}, {plot.name} and {trace.name}")
 
     def report(self) -> dict[str, Any]:
         """The measurements as JSON types: header, peaks, phases, and readings field by field."""

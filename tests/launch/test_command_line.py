@@ -97,7 +97,7 @@ def test_train_impute_evaluate(
 ) -> None:
     present = {path.name for path in run_dir.iterdir()}
     trained = {"checkpoints", "config.json", "metrics.jsonl", "model.safetensors", "run.log", "versions.json"}
-    assert present == trained | {"profile.json", "profile.png"}
+    assert present == trained | {"profile.json", "profile.png", "trace.json"}
     out = tmp_path / "imputed.vcf.gz"
     done = launch(
         "python", "impute.py", "--run-dir", run_dir, *panel_options, f"--target={simulated.target}", "--out", out
