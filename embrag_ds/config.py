@@ -24,6 +24,7 @@ from embrag_ds.errors import UserError, require
 from embrag_ds.model.imputer import ModelConfig
 from embrag_ds.model.losses import LossConfig
 from embrag_ds.retrieval.settings import RetrievalConfig
+from embrag_ds.seeds import SEED_LIMIT
 from embrag_ds.settings import as_json, parse_settings, strict_settings
 
 
@@ -87,7 +88,7 @@ class EmbragConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**64, "seed", "must lie in [0, 2^64)")  # torch takes no more
+        require(0 <= self.seed < SEED_LIMIT, "seed", "must lie in [0, 2^64)")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from embrag_ds.config import EmbragConfig, parse_embrag
 from embrag_ds.errors import UserError
+from embrag_ds.files import written
 from embrag_ds.model.imputer import ModelConfig
 
 EXPORT_FORMAT = 2
@@ -42,14 +43,13 @@ def write_export(
     tensors = dict(weights)
     if snapshot is not None:
         tensors |= {_SNAPSHOT + name: value.contiguous() for name, value in snapshot.items()}
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.touch()  # with the user's usual permissions, which save_file would not give
-    mode = temporary.stat().st_mode
     # One entry: safetensors writes several in random order, and equal models should be equal files.
     header = {"format": EXPORT_FORMAT, "embrag": asdict(config)}
-    save_file(tensors, temporary, {_HEADER: json.dumps(header)})
-    temporary.chmod(mode)
-    temporary.replace(path)
+    with written(path) as temporary:
+        try:
+            save_file(tensors, temporary, {_HEADER: json.dumps(header)})
+        except SafetensorError as fault:
+            raise UserError(f"{path}: cannot write the model ({fault}); free some space in {path.parent}") from fault
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ Rows, each with the same samples, sites and windows:
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 import time
@@ -37,6 +36,7 @@ from embrag_ds.data.windows import WindowedPanel
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation.metrics import BIN_NAMES, AggregateR2
 from embrag_ds.export import MODEL_FILE, ExportedModel, read_export
+from embrag_ds.files import require_writable, write_json
 from embrag_ds.model.imputer import Imputer, Prediction
 from embrag_ds.retrieval.collate import RetrievalCollator
 from embrag_ds.retrieval.reference import Reference
@@ -165,7 +165,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="*", default=[], help="only these")
     parser.add_argument("--stride", type=int, default=1, help="every so many windows only")
     parser.add_argument("--window-sites", type=int, help="cores of this length instead of the training's")
-    parser.add_argument("--samples", type=int, help="at most so many of the held-out samples")
+    parser.add_argument("--held-out", type=int, metavar="N", help="at most so many of the held-out samples")
     parser.add_argument("--json", type=Path, required=True)
     return parser.parse_args()
 
@@ -179,11 +179,12 @@ def held_out(config: EmbragConfig, inputs: PanelInputs, sites: int | None) -> tu
 
 def main() -> None:
     options = parse_arguments()
+    require_writable(options.json)
     model = read_export(options.run_dir / MODEL_FILE)
     without = read_export(options.without_retrieval / MODEL_FILE) if options.without_retrieval else None
     inputs = open_inputs(PanelFiles(options.panel, options.map, options.samples), model.config.data)
     data, samples = held_out(model.config, inputs, options.window_sites)
-    samples = samples[: options.samples]
+    samples = samples[: options.held_out]
     rows = rows_of(model, without, data, options.rows)
     result = {}
     for each in options.typed:
@@ -193,7 +194,7 @@ def main() -> None:
         sys.stdout.write(f"| {name} | {' | '.join(BIN_NAMES)} |\n")
         for row, values in found.items():
             sys.stdout.write(f"| {row} | {' | '.join(f'{values[bin_name]:.4f}' for bin_name in BIN_NAMES)} |\n")
-    options.json.write_text(json.dumps({"samples": len(samples), "r2": result}, indent=2) + "\n", encoding="utf-8")
+    write_json(options.json, {"samples": len(samples), "r2": result})
 
 
 if __name__ == "__main__":

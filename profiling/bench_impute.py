@@ -34,6 +34,7 @@ from embrag_ds.data.vcf import PhasedVcf
 from embrag_ds.data.windows import DataConfig
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation.external_tools import TOOLS, check_ended_well, installed, plink_map
+from embrag_ds.files import require_writable, write_json
 from embrag_ds.training.run_record import device_name
 
 logger = logging.getLogger("embrag_ds.profiling.bench_impute")
@@ -124,6 +125,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Cost]:
 
 def main() -> None:
     options = parse_arguments()
+    require_writable(options.json)
     if (options.panel is None) != (options.target is None):
         raise UserError("--panel and --target go together")
     if options.panel is None:
@@ -150,7 +152,7 @@ def main() -> None:
         },
         "missing": [name for name in TOOLS if name not in costs],
     }
-    options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(options.json, result)
     sys.stdout.write(json.dumps(result["tools"], indent=2) + "\n")
 
 

@@ -35,6 +35,7 @@ from embrag_ds.data.sampler import QueryBatch
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.tokens import MASK
 from embrag_ds.data.windows import WindowedPanel, make_windows
+from embrag_ds.files import require_writable, write_json, written
 from embrag_ds.model.embedding import HaplotypeEmbedding
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.model.losses import imputation_loss
@@ -44,6 +45,7 @@ from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.reference import Reference
 from embrag_ds.retrieval.schedule import Generation, RefreshConfig
 from embrag_ds.retrieval.settings import RetrievalConfig
+from embrag_ds.seeds import Purpose, generator, torch_seed
 from embrag_ds.training.deepspeed_settings import load_training_config
 from embrag_ds.training.run_record import device_name
 
@@ -72,7 +74,7 @@ class Bench:
 def random_panel(haplotypes: int, windows: int, sites: int, seed: int = 1) -> WindowedPanel:
     """Panel of random alleles, in ``windows`` windows of ``sites`` sites without flanks."""
     total, samples = sites * windows, haplotypes // 2
-    rng = np.random.default_rng(seed)
+    rng = generator(Purpose.BENCHMARK_PANEL, seed)
     blocks = [rng.integers(0, 256, (sites, (haplotypes + 7) // 8), dtype=np.uint8) for _ in range(windows)]
     table = SiteTable(
         ("1",),
@@ -91,7 +93,7 @@ def random_panel(haplotypes: int, windows: int, sites: int, seed: int = 1) -> Wi
 
 def some_queries(data: WindowedPanel, window: int, samples: int, seed: int) -> QueryBatch:
     """Queries of random panel samples, all typed at the same fifth of the sites."""
-    rng = np.random.default_rng(seed)
+    rng = generator(Purpose.BENCHMARK_QUERIES, seed)
     chosen = rng.permutation(len(data.reference.panel.samples))[:samples]
     masked = np.repeat(rng.random((1, len(data.windows[window]))) >= TYPED, samples, axis=0)
     return QueryBatch(window, chosen, data.samples_alleles(window, chosen), masked)
@@ -217,7 +219,7 @@ class TrainingLoop:
 
     def __init__(self, config: RunConfig, bench: Bench, lag: int):
         embrag = config.embrag
-        torch.manual_seed(1)
+        torch.manual_seed(torch_seed(Purpose.INITIAL_WEIGHTS, 1))
         self.samples = config.deepspeed["train_micro_batch_size_per_gpu"]
         self.data = random_panel(bench.reference, bench.windows, embrag.data.window_sites)
         bf16 = DEVICE.type == "cuda" and config.deepspeed.get("bf16", {}).get("enabled", False)
@@ -311,7 +313,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.loglog([row["haplotypes"] for row in rows], [row[name] for row in rows], "o-", label=name[:-3])
     axes.set(xlabel="reference haplotypes", ylabel="ms per batch", title=device_name(DEVICE))
     axes.legend()
-    figure.savefig(path, dpi=120)
+    with written(path) as temporary:
+        figure.savefig(temporary, dpi=120)
 
 
 def main() -> None:
@@ -331,6 +334,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, metavar="PNG")
     options = parser.parse_args()
+    for result_file in filter(None, (options.json, options.plot)):
+        require_writable(result_file)
     shapes = {name: getattr(options, name) for name in Bench.__dataclass_fields__}
     bench = Bench(**shapes)
     result = {
@@ -345,7 +350,7 @@ def main() -> None:
     }
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
     if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(options.json, result)
     if options.plot:
         draw(result["scaling"], options.plot)
 

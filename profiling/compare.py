@@ -18,7 +18,6 @@ compare.png.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import statistics
 import sys
@@ -37,6 +36,7 @@ from embrag_ds.cli.command import run_command
 from embrag_ds.config import RunConfig
 from embrag_ds.data.inputs import PanelFiles
 from embrag_ds.errors import UserError
+from embrag_ds.files import make_folder, require_writable, write_json, write_text
 from embrag_ds.training.deepspeed_settings import load_training_config
 from embrag_ds.training.distributed import adapt_to_machine
 from embrag_ds.training.run_record import device_name, package_versions
@@ -229,6 +229,9 @@ def main() -> None:
             "compare.py measures with and without activation_checkpointing and embrag.train.recompute_projections "
             "itself: leave them out"
         )
+    make_folder(options.out)
+    if options.json:
+        require_writable(options.json)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     files = PanelFiles(options.panel, options.map, options.samples)
     recipes = {
@@ -260,13 +263,11 @@ def main() -> None:
         "budget_gb": None if device.type == "cuda" else options.budget_gb,
         "variants": {name: each.as_dict() for name, each in timed.measured.items()} if timed else {},
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=2) + "\n"
     for path in [options.out / "compare.json", *([options.json] if options.json else [])]:
-        path.write_text(text, encoding="utf-8")
+        write_json(path, result)
     measured = list(timed.measured.values()) if timed else []
     table = markdown(result, measured)
-    (options.out / "compare.md").write_text(table, encoding="utf-8")
+    write_text(options.out / "compare.md", table)
     if measured:
         draw(measured, result, options.out / "compare.png")
     sys.stdout.write(f"{table}\n")

@@ -8,6 +8,8 @@ from typing import Any
 
 from stepper import MemoryCurve
 
+from embrag_ds.files import written
+
 CLAIMED: dict[str, tuple[str, str]] = {
     "peak memory, batch 16": ("19 GB", "10 GB"),
     "time per step, batch 16": ("210 ms", "115 ms"),
@@ -133,5 +135,6 @@ def draw(measured: list[Measured], result: dict[str, Any], path: Path) -> None:
     below.invert_yaxis()
     below.set(xlabel="ms a step", title=result["device"])
     below.legend()
-    figure.savefig(path, dpi=110)
+    with written(path) as temporary:
+        figure.savefig(temporary, dpi=110)
     pyplot.close(figure)

@@ -11,7 +11,6 @@ bootstrap interval. On a machine with other work, the processor time is the more
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import tempfile
 import time
@@ -26,8 +25,10 @@ import torch
 from embrag_ds.cli.command import run_command
 from embrag_ds.data.inputs import PanelFiles
 from embrag_ds.errors import UserError
+from embrag_ds.files import make_folder, write_json
 from embrag_ds.runtime.device_sampler import DeviceSampler
 from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
+from embrag_ds.seeds import Purpose, generator
 from embrag_ds.training.deepspeed_settings import load_training_config
 from embrag_ds.training.distributed import DistributedContext, open_inputs_on_all_ranks, start_distributed
 from embrag_ds.training.profile import PROFILES, Profile
@@ -106,7 +107,7 @@ def paired_ratio(seconds: list[float]) -> Ratio:
     """Ratios of profiled blocks to the mean of their neighbours; the blocks alternate and the first is off."""
     measured = range(1, len(seconds) - 1, 2)
     ratios = np.array([2 * seconds[each] / (seconds[each - 1] + seconds[each + 1]) for each in measured])
-    drawn = np.random.default_rng(1).choice(ratios, (RESAMPLES, len(ratios)))
+    drawn = generator(Purpose.BOOTSTRAP, 1).choice(ratios, (RESAMPLES, len(ratios)))
     low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
     return Ratio(float(np.median(ratios)), (float(low), float(high)), len(ratios))
 
@@ -130,7 +131,7 @@ def measure_overhead(
         "block_micro_batches": block,
         "blocks": [asdict(each) for each in timeline.blocks],
     }
-    (out / "overhead.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "overhead.json", result)
     for name, ratio in ratios.items():
         logger.info(
             f"with profiling, {name} time is {ratio.median:.4f} of that without ({ratio.interval[0]:.4f} to "
@@ -167,7 +168,7 @@ def main() -> None:
     profile = Profile(options.profile, options.out, distributed)
     files = PanelFiles(options.panel, options.map, options.samples)
     inputs = open_inputs_on_all_ranks(files, config.embrag.data, distributed)
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folder(options.out)
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(distributed.agree(folder)) / "run"
         if options.overhead:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 
 from embrag_ds.errors import UserError
+from embrag_ds.files import require_writable, write_json, write_text
 
 DESCRIPTION = "Score imputed VCF or BCF files against the truth, at untyped sites, by minor-allele frequency."
 EXAMPLES = """\
@@ -84,6 +84,8 @@ def run(options: argparse.Namespace) -> None:
         options.map = options.map or default.genetic_map
     if not all(given):
         raise UserError("--truth, --panel and --target go together")
+    for result in filter(None, (options.json, options.markdown)):
+        require_writable(result)
     truth, panel, target = given
     imputed = named(options.imputed)
     if options.run_tools:
@@ -96,8 +98,8 @@ def run(options: argparse.Namespace) -> None:
     )
     sys.stdout.write(report.table())
     if options.json:
-        options.json.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+        write_json(options.json, report.to_json())
     if options.markdown:
-        options.markdown.write_text(report.markdown(), encoding="utf-8")
+        write_text(options.markdown, report.markdown())
     if options.plots:
         plot_report(report, options.plots)

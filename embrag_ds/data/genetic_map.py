@@ -10,7 +10,7 @@ import numpy as np
 
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.errors import UserError
-from embrag_ds.files import read_lines
+from embrag_ds.files import read_lines, write_text
 
 _CONTIG_NAMES = {"chr", "chrom", "chromosome"}
 _POS_NAMES = {"pos", "position", "bp"}
@@ -60,10 +60,11 @@ class GeneticMap:
 
     def write_plink(self, path: Path, contigs: Sequence[str]) -> None:
         """Write the points of the contigs named, under these names, as a PLINK map (contig, ``.``, cM, bp)."""
-        with path.open("w", encoding="utf-8") as out:
-            for contig in contigs:
-                bp, cm = self.points.get(_canonical(contig), (np.empty(0), np.empty(0)))
-                out.writelines(f"{contig}\t.\t{c:.8f}\t{b:.0f}\n" for b, c in zip(bp, cm, strict=True))
+        lines = []
+        for contig in contigs:
+            bp, cm = self.points.get(_canonical(contig), (np.empty(0), np.empty(0)))
+            lines += [f"{contig}\t.\t{c:.8f}\t{b:.0f}\n" for b, c in zip(bp, cm, strict=True)]
+        write_text(path, "".join(lines))
 
     def positions(self, sites: SiteTable) -> np.ndarray:
         """Genetic position of every site in cM: float64 [S], not decreasing along a contig.

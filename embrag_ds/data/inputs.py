@@ -21,6 +21,7 @@ from embrag_ds.data.sampler import read_manifest
 from embrag_ds.data.simulate import DefaultData, SimulationSettings, simulate_default
 from embrag_ds.data.windows import DataConfig, WindowedPanel
 from embrag_ds.errors import UserError
+from embrag_ds.files import remove_leftovers
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def default_data(settings: DataConfig) -> DefaultData:
     """The default data set, simulated on first use; concurrent processes wait for the one that simulates."""
     directory = cache_directory(settings) / "default"
     with locked(directory):
+        remove_leftovers(directory)
         return simulate_default(directory, SimulationSettings())
 
 

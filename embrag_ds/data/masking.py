@@ -19,10 +19,10 @@ from typing import Literal
 import numpy as np
 
 from embrag_ds.errors import require
+from embrag_ds.seeds import Purpose, generator
 from embrag_ds.settings import strict_settings
 
 Policy = Literal["array", "random", "frequency_guided"]
-_TRAINING, _VALIDATION = 0, 1
 
 
 @strict_settings
@@ -135,7 +135,7 @@ def training_masks(
     cumulative = np.cumsum(weights / weights.sum())
 
     def draw(scope: int) -> np.ndarray:
-        rng = np.random.default_rng([seed, _TRAINING, epoch, window, scope])
+        rng = generator(Purpose.TRAINING_MASKS, seed, epoch, window, scope)
         policy = names[min(int(np.searchsorted(cumulative, rng.random(), side="right")), len(names) - 1)]
         return masked_by(policy, settings, sites, rate, rng)
 
@@ -158,10 +158,10 @@ class ValidationMask:
 
 
 VALIDATION_MASKS = (
-    ValidationMask("array-sparse-1", "array", spacing_bp=4000.0),
-    ValidationMask("array-dense-1", "array", spacing_bp=1200.0),
-    ValidationMask("random-50-1", "random", rate=0.5),
-    ValidationMask("random-80-1", "random", rate=0.8),
+    ValidationMask("array-sparse-2", "array", spacing_bp=4000.0),
+    ValidationMask("array-dense-2", "array", spacing_bp=1200.0),
+    ValidationMask("random-50-2", "random", rate=0.5),
+    ValidationMask("random-80-2", "random", rate=0.8),
 )
 """The masks of every validation."""
 
@@ -172,7 +172,7 @@ def validation_mask(mask: ValidationMask, sites: MaskSites, window: int) -> np.n
     Masks of the policy ``array`` type sites with a minor-allele frequency of at least 5 %, whatever the training uses.
     """
     number = VALIDATION_MASKS.index(mask)
-    rng = np.random.default_rng([_VALIDATION, number, window])
+    rng = generator(Purpose.VALIDATION_MASKS, 0, number, window)
     if mask.policy == "array":
         return ~array_typed(sites, mask.spacing_bp, 0.05, rng)
     return rng.random(len(sites.pos)) < mask.rate

@@ -11,7 +11,7 @@ file              content
 ``meta.json``     format number, sample ids, counts of skipped records
 ================  ===========================================================================
 
-A directory is built under a temporary name and renamed when complete.
+A directory is built by :func:`embrag_ds.files.folder_written`, so that it is there only when complete.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from tqdm import tqdm
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.vcf import PhasedVcf
 from embrag_ds.errors import UserError
-from embrag_ds.files import read_lines
+from embrag_ds.files import folder_written, read_lines, remove_leftovers
 from embrag_ds.ops.bits import pack_host, unpack_chosen, unpack_host
 
 FORMAT = 1
@@ -127,14 +126,9 @@ def building(directory: Path) -> Iterator[Path | None]:
         if directory.exists():
             yield None
             return
-        temporary = directory.parent / f".{directory.name}.building"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        try:
+        remove_leftovers(directory)
+        with folder_written(directory) as temporary:
             yield temporary
-            temporary.rename(directory)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

@@ -18,9 +18,8 @@ from embrag_ds.data.panel import Panel
 from embrag_ds.data.windows import WindowedPanel
 from embrag_ds.errors import UserError, require
 from embrag_ds.files import read_lines
+from embrag_ds.seeds import Purpose, generator
 from embrag_ds.settings import strict_settings
-
-_AUGMENTATION = 3
 
 
 @strict_settings
@@ -58,7 +57,7 @@ def split_samples(count: int, held_out: int, seed: int) -> tuple[np.ndarray, np.
     ``held_out`` samples are for validation, but at most a tenth of the panel (and at least one).
     """
     held_out = min(held_out, max(1, count // 10))
-    order = np.random.default_rng([seed, 7]).permutation(count)
+    order = generator(Purpose.SPLIT, seed).permutation(count)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
@@ -111,7 +110,7 @@ class TrainingSampler:
         epoch, place = divmod(micro_batch * self.ranks + self.rank, self.micro_batches_per_epoch)
         order = _epoch_order(self.seed, epoch, self.micro_batches_per_epoch)
         window, group = divmod(int(order[place]), self.groups)
-        shuffled = np.random.default_rng([self.seed, 2, epoch, window]).permutation(self.samples)
+        shuffled = generator(Purpose.SAMPLE_GROUPS, self.seed, epoch, window).permutation(self.samples)
         samples = shuffled[group * self.group_size : (group + 1) * self.group_size]
         step = micro_batch // self.accumulation
         sites = self.data.mask_sites(window)
@@ -132,7 +131,7 @@ class TrainingSampler:
 
 @lru_cache(maxsize=2)
 def _epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
-    return np.random.default_rng([seed, 1, epoch]).permutation(size)
+    return generator(Purpose.EPOCH_ORDER, seed, epoch).permutation(size)
 
 
 def read_manifest(path: Path, panel: Panel) -> np.ndarray:
@@ -202,7 +201,7 @@ def augmented(
     # An odd number of exchanges between two sites is one exchange (Haldane's map function).
     switch = -np.expm1(-2 * settings.switch_errors_per_cm * gaps) / 2
     for row, sample in enumerate(samples.tolist()):
-        rng = np.random.default_rng([seed, _AUGMENTATION, epoch, window, sample])
+        rng = generator(Purpose.AUGMENTATION, seed, epoch, window, sample)
         pair = changed[2 * row : 2 * row + 2]
         other = np.cumsum(rng.random(len(switch)) < switch) % 2 == 1
         pair[:, other] = pair[::-1, other]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +12,8 @@ import numpy as np
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.vcf_output import write_phased
 from embrag_ds.errors import UserError
+from embrag_ds.files import folder_written, make_folder
+from embrag_ds.seeds import Purpose, generator
 
 if TYPE_CHECKING:
     import msprime
@@ -89,6 +89,8 @@ class SimulationSettings:
             raise UserError("--missed-calls must lie in [0, 1)")
         if self.cm_per_mb <= 0:
             raise UserError("--cm-per-mb must be positive")
+        if not 0 < self.seed < 2**32:  # msprime takes no other
+            raise UserError("--seed must lie between 1 and 2^32 - 1")
 
     @property
     def populations(self) -> tuple[str, ...]:
@@ -129,17 +131,10 @@ def simulate_default(directory: Path, settings: SimulationSettings) -> DefaultDa
     if marker.is_file() and marker.read_text(encoding="utf-8") == described:
         return data
     _check_replaceable(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    building = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    try:
-        building.mkdir()
+    make_folder(directory.parent)
+    with folder_written(directory) as building:
         _build(building, settings)
         (building / "settings.json").write_text(described, encoding="utf-8")
-        if directory.exists():
-            shutil.rmtree(directory)
-        building.rename(directory)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return data
 
 
@@ -158,7 +153,7 @@ def _check_replaceable(directory: Path) -> None:
 
 
 def _build(directory: Path, settings: SimulationSettings) -> None:
-    rng = np.random.default_rng(settings.seed)
+    rng = generator(Purpose.SIMULATION, settings.seed)
     breakpoints, rates = _hotspot_map(settings.length_bp, settings.cm_per_mb, rng)
     panel_counts = _split(settings.panel_samples, len(settings.populations))
     target_counts = _split(settings.target_samples, len(settings.populations))
@@ -305,7 +300,7 @@ def _simulate(
 
 def _spoil(alleles: np.ndarray, positions: np.ndarray, settings: SimulationSettings) -> None:
     """Add switch errors and missed calls to ``alleles`` [S, 2N], in place."""
-    rng = np.random.default_rng([settings.seed, 3])
+    rng = generator(Purpose.SIMULATED_ERRORS, settings.seed)
     if settings.switch_errors_per_mb > 0:
         for sample in range(alleles.shape[1] // 2):
             count = rng.poisson(settings.switch_errors_per_mb * settings.length_bp * 1e-6)

@@ -10,7 +10,6 @@ samples is then one numpy operation instead of a Python loop.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +23,7 @@ import pysam
 
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.errors import UserError
+from embrag_ds.files import written_together
 
 # Our errors name file, record and remedy; htslib's messages on stderr would only repeat them.
 pysam.set_verbosity(0)
@@ -378,19 +378,16 @@ def site_table(vcf: BiallelicFile, rows: list[PhasedRecord] | list[VcfRow]) -> S
 @contextmanager
 def published(path: Path, sites: SiteTable) -> Iterator[Any]:
     """Context with a BGZF file that becomes ``path``, with its index, on success; a failure leaves nothing."""
-    temporary = path.with_name(f".{path.name.removesuffix('.vcf.gz')}.{os.getpid()}.tmp.vcf.gz")
     # A .tbi cannot hold positions from 512 Mb on, which some plant and animal chromosomes reach.
     suffix, other = (".tbi", ".csi") if sites.pos.max(initial=0) < _TBI_LIMIT else (".csi", ".tbi")
-    index = Path(f"{temporary}{suffix}")
-    try:
-        # Level 3 takes a third of the default level's time for a quarter more bytes.
-        with _bgzf(temporary, "wb3") as out:
-            yield out
-        pysam.tabix_index(str(temporary), preset="vcf", force=True, csi=suffix == ".csi")
-        # An older index of the other kind would be found first, and would not fit the new file.
-        Path(f"{path}{other}").unlink(missing_ok=True)
-        os.replace(index, f"{path}{suffix}")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-        index.unlink(missing_ok=True)
+    files = written_together(path, Path(f"{path}{suffix}"), obsolete=[Path(f"{path}{other}")])
+    with files as (temporary, index):
+        try:
+            # Level 3 takes a third of the default level's time for a quarter more bytes.
+            with _bgzf(temporary, "wb3") as out:
+                yield out
+            pysam.tabix_index(str(temporary), preset="vcf", force=True, csi=suffix == ".csi", index=str(index))
+        except OSError as fault:
+            if fault.errno is None:  # pysam's: it knows no more
+                raise UserError(f"{path}: cannot write it ({fault}); free some space in {path.parent}") from fault
+            raise

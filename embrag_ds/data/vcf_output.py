@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.vcf import published
 from embrag_ds.errors import UserError
+from embrag_ds.files import require_writable
 
 
 def write_phased(path: str | Path, sites: SiteTable, samples: tuple[str, ...] | list[str], alleles: np.ndarray) -> None:
@@ -153,7 +153,4 @@ def _header(sites: SiteTable, samples: tuple[str, ...] | list[str], definitions:
 def _check_output(path: Path) -> None:
     if not path.name.endswith(".vcf.gz"):
         raise UserError(f"{path}: the output is a bgzipped VCF; give it a name ending in .vcf.gz")
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: the folder {path.parent} does not exist; create it")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path}: the folder {path.parent} cannot be written to; check its permissions")
+    require_writable(path)

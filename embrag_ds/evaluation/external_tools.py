@@ -11,6 +11,7 @@ from pathlib import Path
 from embrag_ds.data.genetic_map import GeneticMap
 from embrag_ds.data.vcf import PhasedVcf
 from embrag_ds.errors import UserError
+from embrag_ds.files import make_folder
 
 logger = logging.getLogger(__name__)
 Run = Callable[[Sequence[str | Path], Path], None]
@@ -86,7 +87,7 @@ def impute_with_tools(
     names = installed()
     if not names:
         raise UserError("--run-tools: neither beagle nor minimac4 is installed (apt-get install beagle minimac4)")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if genetic_map is not None:
         genetic_map = plink_map(genetic_map, panel, folder)
     files = {}

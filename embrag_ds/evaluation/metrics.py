@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from embrag_ds.seeds import Purpose, generator
+
 
 @dataclass(frozen=True)
 class MafBin:
@@ -147,7 +149,7 @@ def bootstrap_weights(samples: int, resamples: int, seed: int) -> np.ndarray:
     Samples are resampled, not sites or genotypes, which are correlated (Efron & Tibshirani 1993). Use the same weights
     for every tool: the differences are then paired.
     """
-    draws = np.random.default_rng(seed).multinomial(samples, np.full(samples, 1.0 / samples), size=resamples)
+    draws = generator(Purpose.BOOTSTRAP, seed).multinomial(samples, np.full(samples, 1.0 / samples), size=resamples)
     return draws.astype(np.float64)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from embrag_ds.evaluation import metrics
 from embrag_ds.evaluation.report import Report
+from embrag_ds.files import make_folder, written
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -19,7 +20,7 @@ def plot_report(report: Report, folder: Path) -> list[Path]:
 
     Returns the two paths.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     return [_plot_r2(report, folder / "r2.png"), _plot_calibration(report, folder / "calibration.png")]
 
 
@@ -58,6 +59,7 @@ def _save(figure: pyplot.Figure, axes: pyplot.Axes, path: Path) -> Path:
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with written(path) as temporary:
+        figure.savefig(temporary, dpi=120)
     pyplot.close(figure)
     return path

@@ -55,6 +55,16 @@ class Reading:
     peak_allocated_bytes: int | None = None
 
 
+MEMORY = {
+    "host_bytes": "process",
+    "process_bytes": "GPU, this process",
+    "device_bytes": "GPU, all",
+    "allocated_bytes": "in tensors",
+    "reserved_bytes": "reserved by torch",
+}
+"""Fields of a reading that are memory in use, and what they are called in plots and traces."""
+
+
 class _Gpu(Protocol):
     """Source of the GPU fields of a reading."""
 

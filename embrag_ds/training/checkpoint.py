@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import numpy as np
 import torch
 
 from embrag_ds.config import EmbragConfig
 from embrag_ds.errors import UserError
+from embrag_ds.files import make_folder, write_json
 from embrag_ds.retrieval.reference import Reference
+from embrag_ds.seeds import Purpose, torch_seed
 from embrag_ds.training.distributed import DistributedContext
 
 _AGREED = "agreed.json"
@@ -50,9 +51,8 @@ def save_checkpoint(
         "batches": _batches(engine, distributed),
     }
     if distributed.is_main:
-        directory.mkdir(parents=True, exist_ok=True)
-        agreed = {"config": client["config"], "batches": client["batches"]}
-        (directory / _AGREED).write_text(json.dumps(agreed), encoding="utf-8")
+        make_folder(directory)
+        write_json(directory / _AGREED, {"config": client["config"], "batches": client["batches"]})
     engine.save_checkpoint(str(directory), tag=f"step{state.step}", client_state=client)
     if distributed.is_main:
         steps = sorted(int(path.name[4:]) for path in directory.glob("step*") if path.name[4:].isdigit())
@@ -116,5 +116,4 @@ def _deciding(config: dict[str, Any]) -> dict[str, Any]:
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch's random numbers (dropout) of a step by (seed, step, rank)."""
-    mixed = np.random.SeedSequence(seed, spawn_key=(step, rank)).generate_state(1, np.uint64)
-    torch.manual_seed(int(mixed[0]))
+    torch.manual_seed(torch_seed(Purpose.DROPOUT, seed, step, rank))

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from embrag_ds.errors import UserError
+from embrag_ds.files import make_folder, write_json, write_text, written
 from embrag_ds.retrieval.device_panel import GIB
 from embrag_ds.runtime.device_sampler import DeviceSampler
 from embrag_ds.runtime.timeline import Timeline
+from embrag_ds.runtime.trace import chrome_trace
 from embrag_ds.training.distributed import DistributedContext
 from embrag_ds.training.run_record import device_name, package_versions
 
@@ -39,9 +41,10 @@ _PEAKS = (
 
 
 class Profile:
-    """Context that measures a run, and at its end writes ``profile.json`` and ``profile.png`` into ``folder``.
+    """Context that measures a run, and at its end writes its report into ``folder``.
 
-    It yields the timeline for the code that is measured. The kind ``snapshot`` adds ``memory-snapshot.pickle``, the
+    The report is ``profile.json``, ``profile.png`` and ``trace.json`` (:mod:`embrag_ds.runtime.trace`). The context
+    yields the timeline for the code that is measured. The kind ``snapshot`` adds ``memory-snapshot.pickle``, the
     history of torch's allocator. Every rank writes files of its own (``profile-rank1.json``, ...) and logs a table. A
     run that fails leaves its report, too.
     """
@@ -80,7 +83,7 @@ class Profile:
         try:
             self._sampler.stop()
         finally:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self._folder)
             if self._snapshot:
                 self._dump_snapshot()
             if self._distributed.device.type == "cuda":
@@ -88,8 +91,8 @@ class Profile:
             self._write()
 
     def _dump_snapshot(self) -> None:
-        path = self._folder / SNAPSHOT_FILE
-        torch.cuda.memory._dump_snapshot(str(path.with_name(self._distributed.own_file(path.name))))
+        with written(self._folder / self._distributed.own_file(SNAPSHOT_FILE)) as temporary:
+            torch.cuda.memory._dump_snapshot(str(temporary))
         torch.cuda.memory._record_memory_history(enabled=None)
 
     def _write(self) -> None:
@@ -98,11 +101,15 @@ class Profile:
 
         report = self.report()
         path = self._folder / self._distributed.own_file("profile.json")
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        plot = plot_profile(report, self.timeline.spans(), path.with_suffix(".png"))
+        write_json(path, report)
+        spans = self.timeline.spans()
+        trace = path.with_name(self._distributed.own_file("trace.json"))
+        events = chrome_trace(spans, self._sampler.readings, self._distributed.rank)
+        write_text(trace, json.dumps(events, separators=(",", ":")) + "\n")
+        plot = plot_profile(report, spans, path.with_suffix(".png"))
         for line in table(report):
             logger.info(line)
-        logger.info(f"written to {path} and {plot.name}")
+        logger.info(f"written to {path}, {plot.name} and {trace.name}")
 
     def report(self) -> dict[str, Any]:
         """The measurements as JSON types: header, peaks, phases, and readings field by field."""

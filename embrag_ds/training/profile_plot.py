@@ -8,18 +8,13 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from embrag_ds.files import written
+from embrag_ds.runtime.device_sampler import MEMORY
 from embrag_ds.runtime.timeline import PHASES, Span
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-_MEMORY = {
-    "host_bytes": "process",
-    "process_bytes": "GPU, this process",
-    "device_bytes": "GPU, all",
-    "allocated_bytes": "in tensors",
-    "reserved_bytes": "reserved by torch",
-}
 _STEPS_DRAWN = 5
 
 
@@ -27,7 +22,7 @@ def plot_profile(report: dict[str, Any], spans: list[Span], path: Path) -> Path:
     """Plot memory over time and, below it, the phases of a few steps by thread and stream, into ``path``."""
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(9, 6.5))
     readings = report["readings"]
-    for name, label in _MEMORY.items():
+    for name, label in MEMORY.items():
         if name in readings:
             gib = [np.nan if value is None else value / (1 << 30) for value in readings[name]]
             above.plot(readings["seconds"], gib, label=label)
@@ -37,7 +32,8 @@ def plot_profile(report: dict[str, Any], spans: list[Span], path: Path) -> Path:
     if above.get_legend_handles_labels()[0]:
         above.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with written(path) as temporary:
+        figure.savefig(temporary, dpi=120)
     pyplot.close(figure)
     return path
 

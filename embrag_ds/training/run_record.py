@@ -16,6 +16,7 @@ import deepspeed
 import torch
 
 from embrag_ds.config import RunConfig
+from embrag_ds.files import make_folder, write_json, write_text
 from embrag_ds.training.distributed import DistributedContext
 
 _PACKAGES = ("embrag_ds", "torch", "deepspeed", "numpy", "pysam", "faiss-cpu", "faiss-gpu", "safetensors")
@@ -36,7 +37,7 @@ class RunRecord:
         """Drop the lines beyond ``step``, which a resumed run writes again."""
         if self._distributed.is_main and self._path.exists():
             lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-            self._path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+            write_text(self._path, "".join(line for line in lines if json.loads(line)["step"] <= step))
 
     def describe(self, config: RunConfig, engine: deepspeed.DeepSpeedEngine, inputs: dict[str, Any]) -> None:
         """Write ``config.json``, the effective settings, and ``versions.json``: versions, device, batch sizes,
@@ -45,7 +46,7 @@ class RunRecord:
         if not self._distributed.is_main:
             return
         directory = self._path.parent
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         versions = {
             "command": sys.argv,
             "python": platform.python_version(),
@@ -57,8 +58,8 @@ class RunRecord:
             "global_batch_samples": engine.train_batch_size(),
             **inputs,
         }
-        (directory / "config.json").write_text(json.dumps(config.as_dict(), indent=2) + "\n", encoding="utf-8")
-        (directory / "versions.json").write_text(json.dumps(versions, indent=2) + "\n", encoding="utf-8")
+        write_json(directory / "config.json", config.as_dict())
+        write_json(directory / "versions.json", versions)
 
     def write(self, kind: str, step: int, values: dict[str, Any], engine: deepspeed.DeepSpeedEngine) -> None:
         """Append a line to ``metrics.jsonl``, and pass its numbers to the monitors that DeepSpeed's settings enable."""

@@ -30,6 +30,7 @@ from embrag_ds.retrieval.collate import receive
 from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.reference import Reference
 from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
+from embrag_ds.seeds import Purpose, torch_seed
 from embrag_ds.training.checkpoint import TrainState, load_checkpoint, save_checkpoint, seed_step
 from embrag_ds.training.distributed import DistributedContext, adapt_to_machine, initialize_engine
 from embrag_ds.training.masters import gathered_state
@@ -116,7 +117,7 @@ class Trainer:
         relatives = self.embrag.retrieval.relatives
         exclusions = exclusion_table(inputs.panel.samples, Path(relatives) if relatives else None)
 
-        torch.manual_seed(self.embrag.seed)
+        torch.manual_seed(torch_seed(Purpose.INITIAL_WEIGHTS, self.embrag.seed))
         model = Imputer(self.embrag.model)
         if init_from is not None:
             start_from(model, self.embrag.model, read_export(init_from), init_from)

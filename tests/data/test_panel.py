@@ -54,7 +54,7 @@ def entries(cache: Path) -> list[Path]:
 
 
 def unfinished(cache: Path) -> list[Path]:
-    return sorted(cache.glob(".*.building"))
+    return sorted(cache.glob(".tmp-*"))
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_what_a_killed_process_left_is_replaced(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     open_panel(path, cache, progress=False)
     (entry,) = entries(cache)
-    leftover = cache / f".{entry.name}.building"
+    leftover = cache / f".tmp-01234567-{entry.name}"
     entry.rename(leftover)
     (leftover / "alleles.bits").write_bytes(b"\xff")
     (leftover / "sites.tsv").write_text("half a li", encoding="utf-8")

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import gzip
+import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embrag_ds.data.masking import MaskingConfig, training_masks
+from embrag_ds.data import sampler as sampler_module
+from embrag_ds.data.masking import VALIDATION_MASKS, MaskingConfig, training_masks, validation_mask
 from embrag_ds.data.panel import Panel, PanelSubset, Populations
-from embrag_ds.data.sampler import QueryBatch, TrainingSampler, exclusion_table, read_manifest, split_samples
+from embrag_ds.data.sampler import (
+    AugmentationConfig,
+    QueryBatch,
+    TrainingSampler,
+    exclusion_table,
+    read_manifest,
+    split_samples,
+)
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.windows import DataConfig, WindowedPanel, make_windows
 from embrag_ds.errors import UserError
@@ -113,6 +123,37 @@ def test_epochs_and_seeds_differ_in_order_groups_and_masks() -> None:
     assert {key_of(queries) for queries in first} != {key_of(queries) for queries in second}
     other = TrainingSampler(data, MaskingConfig(), seed=6, samples_per_batch=2)
     assert [key_of(other.queries(n)) for n in range(10)] != [key_of(queries) for queries in first[:10]]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 7, 2**32 + 1])
+def test_nothing_that_is_drawn_shares_its_random_numbers(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn_at: dict[int, set[tuple[str, int]]] = {}
+    make = np.random.default_rng
+
+    def noted(*entropy: Any) -> np.random.Generator:
+        rng = make(*entropy)
+        frame = sys._getframe(1)
+        while frame.f_code.co_filename.endswith("seeds.py"):
+            assert frame.f_back is not None
+            frame = frame.f_back
+        place = (frame.f_code.co_filename, frame.f_lineno)
+        drawn_at.setdefault(rng.bit_generator.state["state"]["state"], set()).add(place)
+        return rng
+
+    monkeypatch.setattr(np.random, "default_rng", noted)
+    data = make_data(list(range(9)), 10)
+    drawn_at.clear()  # of the panel's alleles
+    sampler_module._epoch_order.cache_clear()
+    augmentation = AugmentationConfig(typing_error=0.1)
+    sampler = TrainingSampler(data, MaskingConfig(), seed, 2, augmentation=augmentation)
+    for number in range(3 * sampler.micro_batches_per_epoch):
+        sampler.queries(number)
+    split_samples(10, 2, seed)
+    for window in range(len(data)):
+        for mask in VALIDATION_MASKS:
+            validation_mask(mask, data.mask_sites(window), window)
+    assert len(set.union(*drawn_at.values())) == 6
+    assert [places for places in drawn_at.values() if len(places) > 1] == []
 
 
 def test_alleles_are_those_of_the_samples_named_flanks_included() -> None:

@@ -97,7 +97,7 @@ def test_train_impute_evaluate(
 ) -> None:
     present = {path.name for path in run_dir.iterdir()}
     trained = {"checkpoints", "config.json", "metrics.jsonl", "model.safetensors", "run.log", "versions.json"}
-    assert present == trained | {"profile.json", "profile.png"}
+    assert present == trained | {"profile.json", "profile.png", "trace.json"}
     out = tmp_path / "imputed.vcf.gz"
     done = launch(
         "python", "impute.py", "--run-dir", run_dir, *panel_options, f"--target={simulated.target}", "--out", out
@@ -226,7 +226,11 @@ def test_a_run_is_either_resumed_or_begun(fails: Fails, train_options: list[str]
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
-    [(["--panel-samples=2"], "--panel-samples must be at least 3"), (["--missed-calls=1"], "must lie in")],
+    [
+        (["--panel-samples=2"], "--panel-samples must be at least 3"),
+        (["--missed-calls=1"], "must lie in"),
+        (["--seed=0"], "--seed must lie"),
+    ],
 )
 def test_errors_of_simulate(fails: Fails, tmp_path: Path, arguments: list[str], complaint: str) -> None:
     assert complaint in fails("simulate", "--out", tmp_path / "sim", *arguments)
@@ -301,6 +305,8 @@ def test_errors_of_impute(
         (["--truth=t.vcf.gz"], "--truth, --panel and --target go together"),
         (["--truth=t", "--panel=p", "--target=t", "--imputed=a=x", "--imputed=a=y"], "'a' is given twice"),
         (["--truth=t.vcf.gz", "--panel=p.vcf.gz", "--target=u.vcf.gz"], "nothing to score"),
+        (["--truth=t", "--panel=p", "--target=u", "--json=none/out.json"], "the folder none does not exist"),
+        (["--truth=t", "--panel=p", "--target=u", "--markdown=none/out.md"], "the folder none does not exist"),
     ],
 )
 def test_errors_of_evaluate(fails: Fails, arguments: list[str], complaint: str) -> None:

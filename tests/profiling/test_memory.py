@@ -80,4 +80,4 @@ def test_it_runs_from_the_command_line(root: Path, simulated: DefaultData, tmp_p
     else:
         assert json.loads((out / "profile.json").read_text())["micro_batches"] == 8
         assert "Profile of 8 micro-batches" in done.stderr
-        assert {path.name for path in out.iterdir()} == {"profile.json", "profile.png"}
+        assert {path.name for path in out.iterdir()} == {"profile.json", "profile.png", "trace.json"}

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from embrag_ds import export
+from embrag_ds.config import EmbragConfig
 from embrag_ds.errors import UserError
-from embrag_ds.export import MODEL_FILE, ExportedModel, read_export
+from embrag_ds.export import MODEL_FILE, ExportedModel, read_export, write_export
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.training.checkpoint import seed_step
 from embrag_ds.training.masters import gathered_state
@@ -86,6 +89,26 @@ def test_gathered_weights_are_copies(make_trainer: MakeTrainer) -> None:
     with torch.no_grad():
         trainer.engine.module.head.bias.add_(1)
     assert torch.equal(state["head.bias"], before)
+
+
+@pytest.mark.parametrize(
+    ("fault", "raised"), [(SafetensorError("no space"), UserError), (KeyboardInterrupt(), KeyboardInterrupt)]
+)
+def test_an_export_that_fails_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: BaseException, raised: type[BaseException]
+) -> None:
+    path = tmp_path / MODEL_FILE
+    write_export(path, {"weight": torch.zeros(2)}, None, EmbragConfig())
+    before = path.read_bytes()
+
+    def half(tensors: dict[str, Tensor], file: Path, header: dict[str, str]) -> None:
+        file.write_bytes(before[:100])
+        raise fault
+
+    monkeypatch.setattr(export, "save_file", half)
+    with pytest.raises(raised):
+        write_export(path, {"weight": torch.ones(2)}, None, EmbragConfig())
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_what_is_not_an_export_is_refused(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from embrag_ds.training.trainer import Trainer
 
 Metrics = Callable[..., list[dict[str, Any]]]
 Train = Callable[..., None]
+KINDS = (("profile", ".json"), ("profile", ".png"), ("trace", ".json"))
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +77,13 @@ def test_the_report_is_complete(
         assert 0 < row["median_ms"] <= row["total_ms"]
     assert rows["search"]["total_ms"] < rows["collate"]["total_ms"]
     assert rows["refresh"]["count"] in (2, 3)  # the last may be cancelled by the end
+
+    trace = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    slices = [event for event in trace if event["ph"] == "X"]
+    assert len(slices) == sum(row["kept"] for row in report["phases"])
+    of_row = {event["tid"]: event["args"]["name"] for event in trace if event["name"] == "thread_name"}
+    found = {(event["name"], of_row[event["tid"]]) for event in slices}
+    assert found == {(row["name"], f"{row['thread']}, {row['stream']}") for row in report["phases"]}
 
     readings = report["readings"]
     assert len(set(map(len, readings.values()))) == 1 and readings["seconds"] == sorted(readings["seconds"])
@@ -143,9 +151,11 @@ def test_every_rank_writes_its_own_files(distributed: DistributedContext, tmp_pa
     for rank in (0, 1):
         with Profile("nvml", tmp_path, dataclasses.replace(distributed, rank=rank, ranks=2)):
             pass
-    names = {"profile.json", "profile.png", "profile-rank1.json", "profile-rank1.png"}
+    names = {f"{name}{rank}{suffix}" for name, suffix in KINDS for rank in ("", "-rank1")}
     assert {path.name for path in tmp_path.iterdir()} == names
     assert json.loads((tmp_path / "profile-rank1.json").read_text())["header"]["rank"] == 1
+    events = json.loads((tmp_path / "trace-rank1.json").read_text())["traceEvents"]
+    assert {event["pid"] for event in events} == {1}
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from embrag_ds.config import load_config, parse_config
+from embrag_ds.errors import UserError
 from embrag_ds.training.distributed import DistributedContext
 from embrag_ds.training.run_record import RunRecord
 from embrag_ds.training.trainer import Trainer
@@ -57,6 +59,27 @@ def test_numbers_that_are_none_are_null(tmp_path: Path, distributed: Distributed
     (line,) = strict_lines(tmp_path / "run" / "metrics.jsonl")
     assert line["a"] is None and line["b"] == {"c": None, "d": {"e": None, "f": 1.5}}
     assert (line["kind"], line["step"]) == ("train", 3) and line["seconds"] >= 0
+
+
+def test_a_resumed_run_that_cannot_drop_lines_keeps_them(
+    tmp_path: Path, distributed: DistributedContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = RunRecord(tmp_path, distributed)
+    for step in range(1, 9):
+        record.write("train", step, {"a": 1.0}, SILENT)  # type: ignore[arg-type]
+    before = (tmp_path / "metrics.jsonl").read_text()
+
+    def half(path: Path, text: str, encoding: str) -> None:
+        path.write_bytes(text.encode(encoding)[: len(text) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", half)
+        with pytest.raises(UserError, match=r"metrics.jsonl: cannot write it \(No space left on device\)"):
+            record.forget_after(4)
+    assert (tmp_path / "metrics.jsonl").read_text() == before and len(list(tmp_path.iterdir())) == 1
+    record.forget_after(4)
+    assert [line["step"] for line in strict_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def test_only_the_main_rank_writes(tmp_path: Path, distributed: DistributedContext) -> None:

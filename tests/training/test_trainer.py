@@ -97,6 +97,17 @@ def test_a_run_takes_every_seed_that_the_configuration_does(
     assert np.isfinite(losses(metrics_of("run"))).all()
 
 
+def test_initial_weights_depend_on_all_of_the_seed(make_trainer: MakeTrainer) -> None:
+    # The last layer of a residual starts at zero; the first ones are drawn.
+    drawn = [
+        make_trainer(f"run{number}", f"embrag.seed={seed}").engine.module.state_dict()
+        for number, seed in enumerate((5, 5, 5 + 2**32))
+    ]
+    first, again, other = ({name: value.clone() for name, value in each.items()} for each in drawn)
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert sum(not torch.equal(value, other[name]) for name, value in first.items()) > 3
+
+
 def test_a_run_killed_between_checkpoints_logs_every_step_once(
     make_trainer: MakeTrainer, metrics_of: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
