@@ -14,7 +14,6 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 
 PACKAGE = "embrag_ds"
-_MOST_HELD = 10_000
 
 
 class RankFilter(logging.Filter):
@@ -59,7 +58,7 @@ class RunLog(MemoryHandler):
     """Log handler that buffers records until :meth:`write_to` names a file, and then writes all records there."""
 
     def __init__(self) -> None:
-        super().__init__(_MOST_HELD, flushOnClose=False)
+        super().__init__(capacity=0, flushOnClose=False)  # the capacity has no part in shouldFlush
 
     def write_to(self, path: Path) -> None:
         """Append the buffered records and all later ones to the file ``path``."""
