@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import setuptools
 
+from embrag_ds.cli.train import OF_EXTRA
+
 DISTRIBUTION_OF = {"pynvml": "nvidia-ml-py", "pydantic_core": "pydantic"}
 """Distributions of packages that go by another name; of FAISS and CuPy there are several."""
 OF_TRAINING = ("training/", "runtime/device_sampler.py")
@@ -56,6 +58,7 @@ def test_an_installation_brings_what_its_modules_import_and_no_more(described: d
     assert needed[False] - OPTIONAL == base
     assert needed[True] - base == train
     assert not base & train
+    assert {DISTRIBUTION_OF.get(package, package) for package in OF_EXTRA} == train
 
 
 def test_the_base_install_imports_no_module_of_training(root: Path) -> None:

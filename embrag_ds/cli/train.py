@@ -18,6 +18,8 @@ EXAMPLES = """\
   embrag train --deepspeed_config v18_cpu --panel PANEL.vcf.gz --run-dir runs/mine --resume
       go on from the newest checkpoint
 """
+OF_EXTRA = {"deepspeed": "DeepSpeed", "psutil": "psutil", "pynvml": "nvidia-ml-py"}
+"""Packages that the extra ``train`` brings, and what they are called where they are installed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,8 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command with parsed options; raises :class:`UserError`."""
-    if importlib.util.find_spec("deepspeed") is None:
-        raise UserError("training needs DeepSpeed, which is not installed; pip install 'embrag_ds[train]'")
+    for package, name in OF_EXTRA.items():
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"training needs {name}, which is not installed; pip install 'embrag_ds[train]'")
     from embrag_ds.training.run import train
 
     overrides = list(options.set)

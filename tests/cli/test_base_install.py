@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from embrag_ds.cli.train import OF_EXTRA
 from embrag_ds.data.simulate import DefaultData
 from embrag_ds.data.vcf import read_phased
 from embrag_ds.data.vcf_dosages import read_dosages
@@ -40,11 +41,12 @@ def test_impute_and_evaluate(embrag: Embrag, simulated: DefaultData, tmp_path: P
     assert (tmp_path / "plots" / "r2.png").is_file()
 
 
-def test_train_names_the_extra_and_nothing_else(embrag: Embrag, tmp_path: Path) -> None:
-    done = embrag("train", "--deepspeed_config", "v18", without=("deepspeed",), cwd=tmp_path)
+@pytest.mark.parametrize(("package", "name"), OF_EXTRA.items())
+def test_train_names_the_extra_and_nothing_else(embrag: Embrag, tmp_path: Path, package: str, name: str) -> None:
+    done = embrag("train", "--deepspeed_config", "v18", without=(package,), cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line == "error: training needs DeepSpeed, which is not installed; pip install 'embrag_ds[train]'"
+    assert line == f"error: training needs {name}, which is not installed; pip install 'embrag_ds[train]'"
     assert list(tmp_path.iterdir()) == []
 
 
