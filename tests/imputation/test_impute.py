@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from embrag_ds.config import RunConfig, parse_config
+from embrag_ds.config_files import read_tree
 from embrag_ds.data.inputs import PanelFiles, PanelInputs, open_inputs
 from embrag_ds.data.panel import Panel
 from embrag_ds.data.simulate import DefaultData
@@ -426,7 +426,7 @@ def test_a_short_run_beats_the_nearest_haplotype_on_1000_genomes(
     real_data: Path, root: Path, distributed: DistributedContext, tmp_path: Path, cache_dir: Path
 ) -> None:
     """Train a few steps on chromosome 20, impute sparse targets of every population, score every MAF bin."""
-    tree = json.loads((root / "ds_configs" / "quickstart.json").read_text())
+    tree = read_tree(root / "ds_configs" / "quickstart.json")[0]
     tree["optimizer"]["params"]["torch_adam"] = True
     tree["train_micro_batch_size_per_gpu"] = 4
     tree["embrag"]["data"] |= {"window_sites": 256, "overlap_sites": 16, "flank_sites": 1024}

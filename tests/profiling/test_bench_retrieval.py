@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from embrag_ds.config_files import read_tree
+
 PROMISED = (
     "collate_speedup",
     "reference_memory_ratio",
@@ -19,7 +21,7 @@ PROMISED = (
 def test_it_writes_the_promised_numbers_and_the_plot(root: Path, tmp_path: Path) -> None:
     sizes = "--reference 60 --sites 40 --dims 8 --micro-batch 4 --windows 3 --literal-windows 2 --steps 2 --rounds 1"
     small = tmp_path / "small.json"
-    settings = json.loads((root / "ds_configs" / "quickstart.json").read_text())
+    settings = read_tree(root / "ds_configs" / "quickstart.json")[0]
     settings["train_micro_batch_size_per_gpu"] = 2
     settings["embrag"]["data"] |= {"window_sites": 40, "overlap_sites": 0, "flank_sites": 0}
     settings["embrag"]["retrieval"]["k"] = 8

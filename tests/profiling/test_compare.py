@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from embrag_ds.config_files import read_tree
 from embrag_ds.data.simulate import DefaultData
 from embrag_ds.model.fusion import GatedFusion
 from embrag_ds.model.imputer import ModelConfig
@@ -89,7 +90,7 @@ def test_ratios_pair_neighbouring_blocks(modules) -> None:
 def test_it_runs_and_writes_the_promised_numbers_with_their_shapes(
     root: Path, tmp_path: Path, simulated: DefaultData
 ) -> None:
-    settings = json.loads((root / "ds_configs" / "quickstart.json").read_text())
+    settings = read_tree(root / "ds_configs" / "quickstart.json")[0]
     settings["embrag"]["data"] |= {"window_sites": 64, "overlap_sites": 0, "flank_sites": 16}
     settings["embrag"]["retrieval"]["k"] = 8
     settings["embrag"]["model"] |= {"dims": 16, "heads": 2, "layers": 3}

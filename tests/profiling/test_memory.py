@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from embrag_ds.config_files import read_tree
 from embrag_ds.data.simulate import DefaultData
 
 CPU = torch.device("cpu")
@@ -55,7 +56,7 @@ def test_a_block_is_compared_with_its_neighbours(memory: ModuleType) -> None:
 
 @pytest.mark.parametrize("overhead", [False, True])
 def test_it_runs_from_the_command_line(root: Path, simulated: DefaultData, tmp_path: Path, overhead: bool) -> None:
-    settings = json.loads((root / "ds_configs" / "quickstart.json").read_text())
+    settings = read_tree(root / "ds_configs" / "quickstart.json")[0]
     settings["train_micro_batch_size_per_gpu"] = 2
     settings["embrag"]["data"] |= {"window_sites": 64, "overlap_sites": 16, "flank_sites": 32, "validation_samples": 6}
     settings["embrag"]["data"]["cache_dir"] = str(tmp_path / "cache")
