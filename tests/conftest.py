@@ -17,6 +17,7 @@ from embrag_ds.data.inputs import PanelFiles, PanelInputs, open_inputs
 from embrag_ds.data.simulate import DefaultData, SimulationSettings, simulate_default
 from embrag_ds.data.windows import DataConfig
 from embrag_ds.training.distributed import DistributedContext, start_distributed
+from tests.ranks import LAUNCHER
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_DATA = ROOT.parent / "shared" / "data" / "kgp_chr20"
@@ -81,12 +82,11 @@ def kept_bytes() -> KeptBytes:
 @pytest.fixture(scope="session")
 def distributed() -> Iterator[DistributedContext]:
     """Process group of one rank in this process, as ``deepspeed`` would start it."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    before = {name: os.environ.pop(name) for name in LAUNCHER if name in os.environ}
     distributed = start_distributed()
     yield distributed
     distributed.close()
-    for name in names:
+    for name in LAUNCHER:
         os.environ.pop(name, None)
     os.environ.update(before)
 

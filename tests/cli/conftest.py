@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import LAUNCHER
+
 Embrag = Callable[..., subprocess.CompletedProcess[str]]
 
 ENTRY = "from embrag_ds.cli.main import main; main()"
@@ -41,8 +43,7 @@ def embrag(root: Path, cache_dir: Path) -> Embrag:
     def run(
         *arguments: object, without: tuple[str, ...] = (), code: str = ENTRY, cwd: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
-        launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        environment = {name: value for name, value in os.environ.items() if name not in launcher}
+        environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
         environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cache_dir)}
         script = HIDING.format(hidden=without) + code if without else code
         return subprocess.run(

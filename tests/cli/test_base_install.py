@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from embrag_ds.cli.train import OF_EXTRA
@@ -25,13 +26,17 @@ def test_the_packages_are_hidden(embrag: Embrag) -> None:
         assert done.returncode == 1 and f"No module named '{package}'" in done.stderr
 
 
-def test_impute_and_evaluate(embrag: Embrag, simulated: DefaultData, tmp_path: Path) -> None:
+def test_the_model_of_the_package_imputes_and_is_scored(embrag: Embrag, simulated: DefaultData, tmp_path: Path) -> None:
     files = [f"--panel={simulated.panel}", f"--target={simulated.target}", f"--map={simulated.genetic_map}"]
+    files.append(f"--samples={simulated.samples}")
     out, scores = tmp_path / "imputed.vcf.gz", tmp_path / "scores.json"
     done = embrag("impute", *files, "--out", out, without=OF_EXTRAS)
     assert done.returncode == 0, done.stderr
     assert "pretrained/model.safetensors" in done.stderr
-    assert len(read_dosages(out).sites) == len(read_phased(simulated.panel).sites)
+    truth, imputed = read_phased(simulated.truth), read_dosages(out)
+    assert len(imputed.sites) == len(read_phased(simulated.panel).sites)
+    counts = truth.alleles[:, 0::2].astype(float) + truth.alleles[:, 1::2]
+    assert np.corrcoef(counts.reshape(-1), imputed.dosage.reshape(-1))[0, 1] ** 2 > 0.8
 
     files += [f"--truth={simulated.truth}", f"--imputed=ours={out}", f"--plots={tmp_path / 'plots'}"]
     done = embrag("evaluate", *files, "--baselines", f"--json={scores}", without=OF_EXTRAS)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,12 +16,14 @@ from embrag_ds import __version__
 from embrag_ds.cli.main import COMMANDS, main, make_parser
 from embrag_ds.config import RunConfig
 from embrag_ds.data.simulate import DefaultData
+from tests.ranks import run_ranks
 
 Embrag = Callable[..., subprocess.CompletedProcess[str]]
 MakeConfig = Callable[..., RunConfig]
 
+ENTRY = "from embrag_ds.cli.main import main; main()"
+
 DEEPSPEEDS = re.compile(r"\[(DEBUG|INFO|WARNING|ERROR)\]|DeepSpeed")
-LAUNCHERS = re.compile(r"\[(launch|runner|multinode_runner|constants)\.py:")
 
 
 @pytest.fixture(autouse=True)
@@ -139,38 +138,16 @@ def speakers(log: Path) -> set[str]:
     return {name.split(".")[0] for name in lines}
 
 
-def test_deepspeeds_remarks_are_in_the_log_and_not_on_the_terminal(
-    embrag: Embrag, tiny_run: list[str], tmp_path: Path
-) -> None:
-    done = embrag("train", *tiny_run, "--run-dir", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "" and "step 2/2" in done.stderr
-    assert not DEEPSPEEDS.search(done.stderr)
-    log = tmp_path / "run" / "run.log"
-    assert speakers(log) == {"DeepSpeed", "embrag_ds"}
-    assert "embrag_ds.training.trainer: step 2/2" in log.read_text()
-    for remark in re.findall(r"DeepSpeed: (.+)", log.read_text()):
-        assert remark not in done.stderr
-
-
 def test_every_rank_has_a_log_and_the_first_one_speaks(root: Path, tiny_run: list[str], tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in ours}
-    environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators=2", f"--master_port={port}"]
-    command = [*launcher, str(root / "launch" / "train.py"), *tiny_run, f"--run-dir={tmp_path / 'run'}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=180)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """The terminal shows our first rank's lines, and nothing of DeepSpeed's."""
+    first, second = run_ranks(root, 2, "-c", ENTRY, "train", *tiny_run, f"--run-dir={tmp_path / 'run'}")
     logs = sorted((tmp_path / "run").glob("*.log"))
     assert [log.name for log in logs] == ["run-rank1.log", "run.log"]
     for log in logs:
         assert speakers(log) == {"DeepSpeed", "embrag_ds"}
         assert log.read_text().count("embrag_ds.training.trainer: step 2/2") == 1
-    assert done.stderr.count("step 2/2") == 1
-    # The launcher is two processes, each of which imports DeepSpeed; our ranks would double what that prints.
-    others = [line for line in done.stdout.splitlines() if not LAUNCHERS.search(line)]
-    assert len(others) <= 2 and all("[real_accelerator.py:" in line for line in others)
-    assert not DEEPSPEEDS.search(done.stderr)
+    assert (first.stdout, second.stdout) == ("", "")
+    assert first.stderr.count("step 2/2") == 1 and "step 2/2" not in second.stderr
+    remarks = re.findall(r"DeepSpeed: (.+)", logs[1].read_text())
+    for said in (first.stderr, second.stderr):
+        assert not DEEPSPEEDS.search(said) and not any(remark in said for remark in remarks)

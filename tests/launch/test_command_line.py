@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pysam
@@ -22,6 +23,7 @@ from embrag_ds.data.vcf import read_phased
 from embrag_ds.data.vcf_dosages import read_dosages
 from embrag_ds.data.vcf_output import write_phased
 from embrag_ds.training.distributed import DistributedContext
+from tests.ranks import LAUNCHER, free_port
 
 TINY = [
     "embrag.data.window_sites=64",
@@ -44,19 +46,15 @@ def launch(root: Path) -> Launch:
     """Function that runs a script of ``launch/`` in its own process, with ``deepspeed`` or plain ``python``."""
 
     def run(command: str, script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-        ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        environment = {name: value for name, value in os.environ.items() if name not in ranks}
+        environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
         environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
         start = [sys.executable]
         if command == "deepspeed":
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
             start = [
                 str(Path(sys.executable).with_name("deepspeed")),
                 "--num_accelerators",
                 "1",
-                f"--master_port={port}",
+                f"--master_port={free_port()}",
             ]
         return subprocess.run(
             [*start, str(root / "launch" / script), *map(str, arguments)],
@@ -81,15 +79,37 @@ def train_options(root: Path, cache_dir: Path, panel_options: list[str]) -> list
     return ["--deepspeed_config", str(root / "ds_configs" / "quickstart.json"), *panel_options, *settings]
 
 
+class LaunchedRun(NamedTuple):
+    """A run trained through the ``deepspeed`` launcher: its folder, and what the terminal showed."""
+
+    folder: Path
+    done: subprocess.CompletedProcess[str]
+
+
 @pytest.fixture(scope="session")
-def run_dir(launch: Launch, train_options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a run trained through the ``deepspeed`` launcher."""
-    run_dir = tmp_path_factory.mktemp("command-line") / "run"
-    done = launch("deepspeed", "train.py", *train_options, "--run-dir", run_dir, "--profile", "nvml")
+def launched_run(launch: Launch, train_options: list[str], tmp_path_factory: pytest.TempPathFactory) -> LaunchedRun:
+    folder = tmp_path_factory.mktemp("command-line") / "run"
+    done = launch("deepspeed", "train.py", *train_options, "--run-dir", folder, "--profile", "nvml")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 3/3" in done.stderr and "Traceback" not in done.stderr
     assert "Profile of 3 micro-batches on " in done.stderr
-    return run_dir
+    return LaunchedRun(folder, done)
+
+
+@pytest.fixture(scope="session")
+def run_dir(launched_run: LaunchedRun) -> Path:
+    return launched_run.folder
+
+
+def test_deepspeeds_remarks_are_in_the_runs_log_and_not_on_the_terminal(launched_run: LaunchedRun) -> None:
+    log = (launched_run.folder / "run.log").read_text()
+    speakers = {name.split(".")[0] for name in re.findall(r"^\S+ \S+ [A-Z]+ ([\w.]+): ", log, flags=re.MULTILINE)}
+    assert speakers == {"DeepSpeed", "embrag_ds"} and "embrag_ds.training.trainer: step 3/3" in log
+    assert not re.search(r"\[(DEBUG|INFO|WARNING|ERROR)\]|DeepSpeed", launched_run.done.stderr)
+    # The launcher is two processes, each of which imports DeepSpeed; a rank of ours would add to what that prints.
+    launchers = re.compile(r"\[(launch|runner|multinode_runner|constants)\.py:")
+    others = [line for line in launched_run.done.stdout.splitlines() if not launchers.search(line)]
+    assert len(others) <= 2 and all("[real_accelerator.py:" in line for line in others)
 
 
 def test_train_impute_evaluate(
@@ -116,29 +136,6 @@ def test_train_impute_evaluate(
     scores = json.loads((tmp_path / "out.json").read_text())["tools"]
     assert scores["ours"]["aggregate_r2"]["all"] > scores["allele frequency"]["aggregate_r2"]["all"] + 0.1
     assert "| ours |" in (tmp_path / "out.md").read_text()
-
-
-def test_the_model_of_the_package_imputes_without_training(
-    launch: Launch, simulated: DefaultData, panel_options: list[str], tmp_path: Path
-) -> None:
-    out = tmp_path / "imputed.vcf.gz"
-    done = launch("python", "impute.py", *panel_options, f"--target={simulated.target}", "--out", out)
-    assert done.returncode == 0, done.stderr
-    assert "pretrained/model.safetensors" in done.stderr
-    truth, imputed = read_phased(simulated.truth), read_dosages(out)
-    counts = truth.alleles[:, 0::2].astype(float) + truth.alleles[:, 1::2]
-    assert np.corrcoef(counts.reshape(-1), imputed.dosage.reshape(-1))[0, 1] ** 2 > 0.8
-
-
-def test_a_typo_in_deepspeeds_half_of_a_shipped_configuration_is_found_before_the_panel(
-    launch: Launch, tmp_path: Path
-) -> None:
-    options = ["--deepspeed_config=v18", f"--panel={tmp_path / 'none.vcf.gz'}", f"--run-dir={tmp_path / 'run'}"]
-    done = launch("python", "train.py", *options, "--set=gradient_cliping=1")
-    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
-    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert error.endswith("v18.json: unknown DeepSpeed key gradient_cliping; did you mean 'gradient_clipping'?")
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_bad_key_stops_the_launcher_with_one_line(launch: Launch, train_options: list[str], tmp_path: Path) -> None:
@@ -177,6 +174,15 @@ def fails(distributed: DistributedContext, capsys: pytest.CaptureFixture[str]) -
 
     yield run
     signal.signal(signal.SIGTERM, before)
+
+
+def test_a_typo_in_deepspeeds_half_of_a_shipped_configuration_is_found_before_the_panel(
+    fails: Fails, tmp_path: Path
+) -> None:
+    options = ["--deepspeed_config=v18", f"--panel={tmp_path / 'none.vcf.gz'}", f"--run-dir={tmp_path / 'run'}"]
+    error = fails("train", *options, "--set=gradient_cliping=1")
+    assert error.endswith("v18.json: unknown DeepSpeed key gradient_cliping; did you mean 'gradient_clipping'?")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_panel_without_index(fails: Fails, train_options: list[str], simulated: DefaultData, tmp_path: Path) -> None:

@@ -9,23 +9,17 @@ from pathlib import Path
 
 import pytest
 
-COUNT = """
-import torch
-from embrag_ds.ops.li_stephens import count_true
-assert count_true(torch.ones(3, 4, 5, dtype=torch.bool)).tolist() == [[4] * 5] * 3
-import numba
-print(numba.threading_layer(), numba.get_num_threads(), torch.get_num_threads())
-"""
-TOGETHER = """
+SCRIPT = """
 from concurrent.futures import ThreadPoolExecutor
 import torch
 from embrag_ds.ops.li_stephens import count_true
 rows = torch.ones(64, 400, 50, dtype=torch.bool)
+count_true(rows)
 with ThreadPoolExecutor(4) as callers:
     for total in callers.map(lambda number: count_true(rows), range(200)):
         assert (total == 400).all()
 import numba
-print(numba.threading_layer())
+print(numba.threading_layer(), numba.get_num_threads(), torch.get_num_threads())
 """
 
 
@@ -44,10 +38,5 @@ def output_of(root: Path, code: str, **environment: str) -> str:
 
 
 @pytest.mark.parametrize("layer", ["omp", "workqueue"])
-def test_loops_use_the_threads_that_torch_was_given(root: Path, layer: str) -> None:
-    assert output_of(root, COUNT, OMP_NUM_THREADS="1", NUMBA_THREADING_LAYER=layer) == f"{layer} 1 1"
-
-
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
-def test_threads_may_run_loops_at_once(root: Path, layer: str) -> None:
-    assert output_of(root, TOGETHER, NUMBA_THREADING_LAYER=layer) == layer
+def test_threads_run_loops_at_once_and_with_the_threads_that_torch_was_given(root: Path, layer: str) -> None:
+    assert output_of(root, SCRIPT, OMP_NUM_THREADS="1", NUMBA_THREADING_LAYER=layer) == f"{layer} 1 1"

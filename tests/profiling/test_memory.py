@@ -17,6 +17,7 @@ import torch
 
 from embrag_ds.config_files import read_tree
 from embrag_ds.data.simulate import DefaultData
+from tests.ranks import LAUNCHER
 
 CPU = torch.device("cpu")
 
@@ -67,7 +68,7 @@ def test_it_runs_from_the_command_line(root: Path, simulated: DefaultData, tmp_p
     out = tmp_path / "out"
     command = [sys.executable, root / "profiling" / "memory.py", f"--deepspeed_config={tmp_path / 'small.json'}"]
     options = ["--steps=8", f"--out={out}", *files, *(["--overhead", "--block=1"] if overhead else [])]
-    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    alone = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
     environment = alone | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         list(map(str, [*command, *options])), check=False, capture_output=True, text=True, env=environment, timeout=180

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +20,7 @@ from embrag_ds.export import MODEL_FILE, ExportedModel, read_export
 from embrag_ds.training import distributed
 from embrag_ds.training.masters import gathered_state
 from embrag_ds.training.trainer import Trainer
+from tests.ranks import run_ranks
 
 MakeTrainer = Callable[..., Trainer]
 MakeConfig = Callable[..., RunConfig]
@@ -173,20 +170,6 @@ def test_two_ranks_export_their_masters(
         (tmp_path / f"zero{stage}.json").write_text(json.dumps(config.as_dict()))
     (tmp_path / "two_ranks.py").write_text(TWO_RANKS)
     configs = [tmp_path / f"zero{stage}.json" for stage in (2, 3)]
-    launched = run_deepspeed(root, tmp_path / "two_ranks.py", inputs.panel.path, tmp_path, *configs)
-    assert launched.returncode == 0, launched.stdout + launched.stderr
+    run_ranks(root, 2, tmp_path / "two_ranks.py", inputs.panel.path, tmp_path, *configs)
     for path in configs:
         assert_masters(tmp_path / path.stem)
-
-
-def run_deepspeed(root: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Launch two ranks as a user would, on a port of their own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    environment = {name: value for name, value in os.environ.items() if name not in ours}
-    environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators=2", f"--master_port={port}"]
-    command = [*launcher, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ from embrag_ds.retrieval.batch import Batch, SiteTensors
 from embrag_ds.retrieval.collate import site_tensors
 from embrag_ds.training.distributed import DistributedContext
 from embrag_ds.training.trainer import Trainer
+from tests.ranks import LAUNCHER, free_port
 
 Metrics = Callable[..., list[dict[str, Any]]]
 KeptBytes = Callable[[Callable[[], torch.Tensor]], int]
@@ -519,15 +519,10 @@ def test_two_ranks_are_one_run(
 
 def run_deepspeed(root: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Call ``deepspeed`` as a user would, on a port of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    }
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
     environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [str(Path(sys.executable).with_name("deepspeed")), "--master_port", str(port), *map(str, arguments)],
+        [str(Path(sys.executable).with_name("deepspeed")), f"--master_port={free_port()}", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
