@@ -33,6 +33,8 @@ from embrag_ds.training.trainer import Trainer
 
 _SAMPLE_EVERY_S = 0.02
 # Large blocks are mapped and returned to the system at once, so that resident memory is what tensors hold.
+_PRELOADED = ["__main__", "torch._dynamo", "deepspeed.runtime.zero.stage_1_and_2"]
+"""Modules that the first step would import in every process."""
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -90,9 +92,12 @@ class Stepper:
     def __init__(self, recipe: Recipe):
         before = {name: os.environ.get(name) for name in _ALLOCATOR}
         os.environ.update(_ALLOCATOR)
-        spawn = get_context("spawn")
-        self._pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_serve, args=(theirs, recipe), daemon=True)
+        # A server forks processes that have imported everything already. CUDA bears no fork after its first use, which
+        # an import may be.
+        context = get_context("spawn" if torch.cuda.is_available() else "forkserver")
+        context.set_forkserver_preload(_PRELOADED)
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, recipe), daemon=True)  # type: ignore[attr-defined]
         self._process.start()
         theirs.close()
         for name, value in before.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import shutil
 import sys
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
@@ -90,15 +89,15 @@ def room_of(place: str) -> str:
     return place.split("/")[0].removesuffix(".py")
 
 
+def faults_of(place: str, path: Path) -> list[str]:
+    """Broken rules in the file at ``path``, whose place in the tree is ``place``."""
+    found = ((each.module, _fault(place, each)) for each in imports_of(path))
+    return [f"{place}: {module}: {fault}" for module, fault in found if fault]
+
+
 def violations(root: Path) -> list[str]:
     """Every violation of the rules in the source tree at ``root``, as text."""
-    faults = []
-    for place, path in sorted(sources(root).items()):
-        for each in imports_of(path):
-            fault = _fault(place, each)
-            if fault:
-                faults.append(f"{place}: {each.module}: {fault}")
-    return faults
+    return [fault for place, path in sorted(sources(root).items()) for fault in faults_of(place, path)]
 
 
 def _fault(place: str, imported: Import) -> str | None:
@@ -204,9 +203,9 @@ def test_entry_points_are_thin(root: Path) -> None:
     ],
 )
 def test_a_planted_violation_is_found(root: Path, tmp_path: Path, place: str, statement: str) -> None:
-    for folder in ("embrag_ds", "launch"):
-        shutil.copytree(root / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    with (tmp_path / place).open("a", encoding="utf-8") as source:
-        source.write(f"\n{statement}\n")
-    (fault,) = violations(tmp_path)
-    assert fault.startswith(place.removeprefix("embrag_ds/"))
+    planted = tmp_path / "planted.py"
+    planted.write_text((root / place).read_text(encoding="utf-8") + f"\n{statement}\n", encoding="utf-8")
+    place = place.removeprefix("embrag_ds/")
+    assert [each for each in sources(root).items() if each[0] == place]
+    (fault,) = faults_of(place, planted)
+    assert fault.startswith(place)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import signal
@@ -14,16 +13,9 @@ import pytest
 
 from embrag_ds import __version__
 from embrag_ds.cli.main import COMMANDS, main, make_parser
-from embrag_ds.config import RunConfig
 from embrag_ds.data.simulate import DefaultData
-from tests.ranks import run_ranks
 
 Embrag = Callable[..., subprocess.CompletedProcess[str]]
-MakeConfig = Callable[..., RunConfig]
-
-ENTRY = "from embrag_ds.cli.main import main; main()"
-
-DEEPSPEEDS = re.compile(r"\[(DEBUG|INFO|WARNING|ERROR)\]|DeepSpeed")
 
 
 @pytest.fixture(autouse=True)
@@ -122,32 +114,3 @@ def test_debug_shows_where_a_fault_of_the_users_was_found(embrag: Embrag, tmp_pa
     shown = embrag(*fault, "--debug")
     assert shown.returncode != 0 and shown.stderr.startswith("Traceback ")
     assert shown.stderr.endswith("UserError: --panel-samples must be at least 3\n")
-
-
-@pytest.fixture
-def tiny_run(make_config: MakeConfig, simulated: DefaultData, tmp_path: Path) -> list[str]:
-    """Options of a run of two steps."""
-    config = make_config("embrag.train.max_steps=2")
-    (tmp_path / "run.json").write_text(json.dumps(config.as_dict()))
-    return [f"--deepspeed_config={tmp_path / 'run.json'}", f"--panel={simulated.panel}"]
-
-
-def speakers(log: Path) -> set[str]:
-    """Whose lines a run's log holds: loggers' names, their packages only."""
-    lines = re.findall(r"^\S+ \S+ [A-Z]+ ([\w.]+): ", log.read_text(), flags=re.MULTILINE)
-    return {name.split(".")[0] for name in lines}
-
-
-def test_every_rank_has_a_log_and_the_first_one_speaks(root: Path, tiny_run: list[str], tmp_path: Path) -> None:
-    """The terminal shows our first rank's lines, and nothing of DeepSpeed's."""
-    first, second = run_ranks(root, 2, "-c", ENTRY, "train", *tiny_run, f"--run-dir={tmp_path / 'run'}")
-    logs = sorted((tmp_path / "run").glob("*.log"))
-    assert [log.name for log in logs] == ["run-rank1.log", "run.log"]
-    for log in logs:
-        assert speakers(log) == {"DeepSpeed", "embrag_ds"}
-        assert log.read_text().count("embrag_ds.training.trainer: step 2/2") == 1
-    assert (first.stdout, second.stdout) == ("", "")
-    assert first.stderr.count("step 2/2") == 1 and "step 2/2" not in second.stderr
-    remarks = re.findall(r"DeepSpeed: (.+)", logs[1].read_text())
-    for said in (first.stderr, second.stderr):
-        assert not DEEPSPEEDS.search(said) and not any(remark in said for remark in remarks)

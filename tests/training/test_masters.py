@@ -146,22 +146,25 @@ TWO_RANKS = """
 import sys
 from pathlib import Path
 from embrag_ds.config import load_config
-from embrag_ds.training import distributed
+from embrag_ds import logs
+from embrag_ds.training import deepspeed_log, distributed
 from embrag_ds.training.distributed import start_distributed
 from embrag_ds.data.inputs import PanelFiles, open_inputs
 from embrag_ds.training.trainer import Trainer
 
 distributed._cpu_has_bf16 = lambda: True
 panel, out, *configs = (Path(each) for each in sys.argv[-4:])
-group = start_distributed()
-for path in configs:
-    run = load_config(path)
-    Trainer(run, open_inputs(PanelFiles(panel), run.embrag.data, False), out / path.stem, group, False).run()
-group.close()
+with logs.on_terminal(), logs.kept_for_run() as run_log, deepspeed_log.written_to(run_log):
+    group = start_distributed()
+    run_log.write_to(out / group.own_file("run.log"))
+    for path in configs:
+        run = load_config(path)
+        Trainer(run, open_inputs(PanelFiles(panel), run.embrag.data, False), out / path.stem, group, False).run()
+    group.close()
 """
 
 
-def test_two_ranks_export_their_masters(
+def test_two_ranks_export_their_masters_and_each_has_a_log(
     make_config: MakeConfig, inputs: PanelInputs, tmp_path: Path, root: Path
 ) -> None:
     """Each rank holds half of the masters."""
@@ -170,6 +173,12 @@ def test_two_ranks_export_their_masters(
         (tmp_path / f"zero{stage}.json").write_text(json.dumps(config.as_dict()))
     (tmp_path / "two_ranks.py").write_text(TWO_RANKS)
     configs = [tmp_path / f"zero{stage}.json" for stage in (2, 3)]
-    run_ranks(root, 2, tmp_path / "two_ranks.py", inputs.panel.path, tmp_path, *configs)
+    first, second = run_ranks(root, 2, tmp_path / "two_ranks.py", inputs.panel.path, tmp_path, *configs)
+    for name in ("run.log", "run-rank1.log"):
+        log = (tmp_path / name).read_text()
+        assert " DeepSpeed: " in log and log.count("embrag_ds.training.trainer: run folder: ") == 2
+    assert (first.stdout, second.stdout) == ("", "")
+    assert first.stderr.count("run folder: ") == 2 and "run folder: " not in second.stderr
+    assert "DeepSpeed" not in first.stderr + second.stderr
     for path in configs:
         assert_masters(tmp_path / path.stem)
