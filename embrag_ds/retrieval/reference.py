@@ -118,7 +118,8 @@ class Reference:
         if not encodes:
             return
         if settings.store == "dense":
-            self._dense = DenseStore(data, embedding.dims, settings.dense_budget_gb, device, 2 if refreshes else 1)
+            generations = 2 if refreshes and snapshot is None else 1
+            self._dense = DenseStore(data, embedding.dims, settings.dense_budget_gb, device, generations)
         if snapshot is not None:
             encoder = self._encoder({name: value.to(device) for name, value in snapshot.items()})[1]
             self._source = SnapshotCodebooks(encoder, data.windows, device)

@@ -341,6 +341,18 @@ def test_windows_are_encoded_as_they_come(
     assert encoded == list(range(len(imputation.data)))
 
 
+def test_a_dense_store_holds_one_generation(make_config: MakeConfig, inputs: PanelInputs) -> None:
+    def imputation(*settings: str) -> Imputation:
+        dense = ["embrag.retrieval.store=dense", "embrag.retrieval.encoding=refresh"]
+        return Imputation(untrained(make_config(*dense, *settings), head=0.0), inputs, CPU, 4)
+
+    data = imputation().data
+    one = sum(map(len, data.windows)) * len(data.reference) * 16 * 4 / 2**30
+    imputation(f"embrag.retrieval.dense_budget_gb={1.01 * one}")
+    with pytest.raises(UserError, match="dense_budget_gb"):
+        imputation(f"embrag.retrieval.dense_budget_gb={0.99 * one}")
+
+
 def test_retrieval_runs_ahead_raises_its_failures_and_ends_with_its_reader(
     model: ExportedModel, inputs: PanelInputs, target: PhasedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
