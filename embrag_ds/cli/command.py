@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from types import FrameType
 
 from embrag_ds import logs
 from embrag_ds.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def run_command(main: Callable[[], None], verbose: bool = False, debug: bool = False) -> None:
@@ -28,7 +31,7 @@ def run_command(main: Callable[[], None], verbose: bool = False, debug: bool = F
         except UserError as fault:
             if debug:
                 raise
-            print(f"error: {fault}", file=sys.stderr, flush=True)
+            logger.error(fault)
             sys.exit(2)
         except KeyboardInterrupt:
             sys.exit(130)
