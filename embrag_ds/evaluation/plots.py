@@ -36,7 +36,7 @@ def _plot_r2(report: Report, path: Path) -> Path:
     axes.set_xticks(range(len(bins)), bins)
     axes.set(xlabel="minor-allele frequency in the panel", ylabel="aggregate dosage r2")
     axes.set_title(f"{report.samples} samples, {report.sites['all']} sites; bars: 95 % over samples")
-    return _save(figure, axes, path)
+    return save_figure(figure, axes, path)
 
 
 def _plot_calibration(report: Report, path: Path) -> Path:
@@ -52,10 +52,11 @@ def _plot_calibration(report: Report, path: Path) -> Path:
                 axes.plot(confidence, correct, marker="o", label=tool)
         axes.set(xlabel="probability of the called genotype", title=title)
     both[0].set_ylabel("share called correctly")
-    return _save(figure, both[1], path)
+    return save_figure(figure, both[1], path)
 
 
-def _save(figure: pyplot.Figure, axes: pyplot.Axes, path: Path) -> Path:
+def save_figure(figure: pyplot.Figure, axes: pyplot.Axes, path: Path) -> Path:
+    """Write ``figure`` to ``path`` and close it, with a legend of ``axes`` if anything there has a label."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
     figure.tight_layout()

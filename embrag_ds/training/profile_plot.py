@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from embrag_ds.files import written
+from embrag_ds.evaluation.plots import save_figure
 from embrag_ds.runtime.device_sampler import MEMORY
 from embrag_ds.runtime.timeline import PHASES, Span
 
@@ -29,13 +29,7 @@ def plot_profile(report: dict[str, Any], spans: list[Span], path: Path) -> Path:
     above.set(xlabel="seconds", ylabel="memory, GiB", ylim=(0, None))
     above.set_title(f"{report['header']['device']}\n{report['header']['source']}", fontsize="small")
     _draw_spans(below, _few_steps(spans))
-    if above.get_legend_handles_labels()[0]:
-        above.legend()
-    figure.tight_layout()
-    with written(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-    pyplot.close(figure)
-    return path
+    return save_figure(figure, above, path)
 
 
 def _few_steps(spans: list[Span]) -> list[Span]:
