@@ -20,7 +20,7 @@ from embrag_ds.config import load_config
 from embrag_ds.config_files import EXCLUSIVE, _merged, read_tree, shipped_configurations
 from embrag_ds.errors import UserError
 
-NAMES = ["quickstart", "v17", "v18", "v18_cpu", "v18_large_batch", "v18_zero3_offload"]
+NAMES = ["quickstart", "v17", "v18", "v18_cpu", "v18_large_batch", "v18_wide", "v18_zero3_offload"]
 BASE: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 2,
     "optimizer": {"type": "AdamW", "params": {"lr": 0.1, "betas": [0.9, 0.95]}},
