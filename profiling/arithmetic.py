@@ -37,7 +37,7 @@ _VALUE = 2
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates of a GPU: ``operations`` a second of matrix products in bf16, and ``bytes_moved`` a second of its memory."""
+    """Rates of a GPU a second: ``operations`` of matrix products in bf16, and ``bytes_moved`` by its memory."""
 
     operations: float
     bytes_moved: float
@@ -157,8 +157,8 @@ def report(model: ModelConfig, haplotypes: int, sites: int, references: int, nam
             )
         yield ""
         yield (
-            f"A part is bound by products from {gpu.operations / gpu.bytes_moved:.0f} FLOP a byte on. Least time of the "
-            f"step: {1000 * least:.1f} ms, of which products alone are {1000 * by_products:.1f} ms. So at most "
+            f"A part is bound by products from {gpu.operations / gpu.bytes_moved:.0f} FLOP a byte on. Least time of "
+            f"the step: {1000 * least:.1f} ms, of which products alone are {1000 * by_products:.1f} ms. So at most "
             f"{100 * by_products / least:.0f} % of the rate of products can be reached; 40 % are "
             f"{1000 * by_products / 0.4:.1f} ms."
         )

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import statistics
 import sys
 import time
@@ -95,6 +96,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--budget-gb", type=float, default=4.0, help="what the largest batch may take on a CPU")
     parser.add_argument("--most-samples", type=int, default=4096, help="end of the search for the largest batch")
     parser.add_argument(
+        "--deadline", type=float, default=math.inf, metavar="SECONDS", help="after which no further batch is tried"
+    )
+    parser.add_argument(
         "--only", choices=("time", "largest"), help="time and memory, or the largest batch (default: both)"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
@@ -105,8 +109,20 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
-def largest(cost: Callable[[int], int | None], budget: float, most: int) -> int:
+@dataclass(frozen=True)
+class Largest:
+    """Largest batch found: ``samples`` fit. ``settled`` is whether one more is known not to, or not to be wanted."""
+
+    samples: int
+    settled: bool
+
+
+def largest(
+    cost: Callable[[int], int | None], budget: float, most: int, late: Callable[[], bool] = lambda: False
+) -> Largest:
     """Greatest number of samples, up to ``most``, whose ``cost`` in bytes is known and within ``budget``, or 0.
+
+    No further number is tried once ``late()``.
 
     The cost must grow with the samples. To try few batches, the first four guesses are where the line through the last
     two costs meets the budget. From the fifth on the bracket is halved, once it has an end. No guess exceeds four times
@@ -114,7 +130,7 @@ def largest(cost: Callable[[int], int | None], budget: float, most: int) -> int:
     """
     low, high, tried = 0, most + 1, 0
     known: list[tuple[int, int]] = []
-    while high - low > 1:
+    while high - low > 1 and not late():
         guess = _meets(known, budget) if tried < 4 or high > most else (low + high) // 2
         samples = min(max(guess, low + 1), high - 1, max(2, 4 * low))
         used = cost(samples)
@@ -125,7 +141,7 @@ def largest(cost: Callable[[int], int | None], budget: float, most: int) -> int:
             high = samples
         else:
             low = samples
-    return low
+    return Largest(low, high - low == 1)
 
 
 def _meets(known: list[tuple[int, int]], budget: float) -> int:
@@ -137,7 +153,7 @@ def _meets(known: list[tuple[int, int]], budget: float) -> int:
     return int(other + (budget - large) / slope) if slope > 0 else 2 * other
 
 
-def largest_batch(recipe: Recipe, name: str, budget: float, most: int) -> int:
+def largest_batch(recipe: Recipe, name: str, budget: float, most: int, late: Callable[[], bool]) -> Largest:
     """Greatest number of samples with which two steps stay within ``budget`` bytes and the GPU's memory.
 
     Every batch is tried in a process of its own, so that what one leaves behind does not count for the next.
@@ -152,7 +168,7 @@ def largest_batch(recipe: Recipe, name: str, budget: float, most: int) -> int:
         logger.info(f"  {name}: {samples} samples, {used}")
         return None if block is None else block.peak_bytes
 
-    return largest(cost, budget, most)
+    return largest(cost, budget, most, late)
 
 
 def measure(name: str, stepper: Stepper, blocks: list[Block], built: Built) -> Measured:
@@ -207,17 +223,23 @@ def time_variants(recipes: dict[str, Recipe], options: argparse.Namespace) -> Ti
     return Timed(measured, blocks, max(each.sites for each in built.values()))
 
 
-def largest_batches(recipes: dict[str, Recipe], options: argparse.Namespace, device: torch.device) -> dict[str, int]:
-    """Samples of the largest micro-batch of every variant in :data:`LARGEST`."""
+def largest_batches(
+    recipes: dict[str, Recipe], options: argparse.Namespace, device: torch.device, late: Callable[[], bool]
+) -> dict[str, Largest]:
+    """Largest micro-batch of every variant in :data:`LARGEST`, those without further overrides first."""
     on_gpu = device.type == "cuda"
     budget = torch.cuda.get_device_properties(device).total_memory if on_gpu else options.budget_gb * GB
     found = {}
     sought = [(variant, *way) for variant in LARGEST if variant in recipes for way in LARGEST[variant].items()]
-    for variant, suffix, more in sought:
+    for variant, suffix, more in sorted(sought, key=lambda each: each[1] != ""):
         name = variant + suffix
+        if late():
+            logger.warning(f"{name}: not tried, the deadline has passed")
+            continue
         recipe = replace(recipes[variant], overrides=(*recipes[variant].overrides, *more))
-        found[name] = largest_batch(recipe, name, budget, options.most_samples)
-        logger.info(f"{name}: at most {found[name]} samples")
+        found[name] = largest_batch(recipe, name, budget, options.most_samples, late)
+        bound = "at most" if found[name].settled else "the deadline has passed: at least"
+        logger.info(f"{name}: {bound} {found[name].samples} samples")
     return found
 
 
@@ -229,6 +251,7 @@ def main() -> None:
             "compare.py measures with and without activation_checkpointing and embrag.train.recompute_projections "
             "itself: leave them out"
         )
+    ends = time.monotonic() + options.deadline
     make_folder(options.out)
     if options.json:
         require_writable(options.json)
@@ -244,7 +267,10 @@ def main() -> None:
     ceiling = matrix_rate(device, dtype, 8192 if device.type == "cuda" else 2048)
     logger.info(f"matrix products of {dtype}: {ceiling / 1e12:.3g} TFLOP/s")
     timed = None if options.only == "largest" else time_variants(recipes, options)
-    batches = {} if options.only == "time" else largest_batches(recipes, options, device)
+    sought = (
+        {} if options.only == "time" else largest_batches(recipes, options, device, lambda: time.monotonic() > ends)
+    )
+    batches = {name: each.samples for name, each in sought.items()}
     result = {
         **compared_times(timed, config, options.micro_batch, ceiling),
         "largest_batch_ratio": over(batches.get(CHOSEN), batches.get(BASELINE)),
@@ -260,6 +286,7 @@ def main() -> None:
         "precision": str(dtype).removeprefix("torch."),
         "matrix_tflops": ceiling / 1e12,
         "largest_batch": batches,
+        "largest_batch_unsettled": [name for name, each in sought.items() if not each.settled],
         "budget_gb": None if device.type == "cuda" else options.budget_gb,
         "variants": {name: each.as_dict() for name, each in timed.measured.items()} if timed else {},
     }

@@ -1,20 +1,24 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go of at most nine minutes, into one dated report:
+# Everything that needs a GPU, in one go of at most nine and a half minutes, into one dated report:
 #
 #     profiling/gpu_suite.sh [WHEELS] [PANEL] [RESULTS]
 #
 # WHEELS   folder of wheels to install first, without a network, into a folder of their own ("" or "-": nothing is
 #          installed): what setup.py names and the machine lacks, msprime for the tests included
-# PANEL    folder that launch/simulate.py made ("" or "-": the embedded default, which needs msprime)
-# RESULTS  where the report goes (default: profiling/results/<date>-gpu)
+# PANEL    folder that `embrag simulate` made ("" or "-": the embedded default, which needs msprime)
+# RESULTS  where the report goes (default: profiling/results/<date>-gpu): report.md, suite.log, and results.tar.gz with
+#          every table, plot and profile
 #
-# The search for the largest batch is not in it: compare.py --only largest fills a call of its own.
-# It runs from the source tree. Each part has a time limit and fails alone; report.md says which did, and the exit status
-# is that of the worst. PYTHON names the interpreter (default: python3).
+# It runs from the source tree. The first part says in ten seconds what works. Each part fails alone, and is stopped at
+# its own limit or at the deadline of all, DEADLINE seconds after the start (default: 570). Report, log and archive are
+# complete after every part. The exit status is that of the worst. Three environment variables: PYTHON names the
+# interpreter (default: python3), ONLY lists the parts to run, and REHEARSAL=1 runs all of it small, on a CPU.
+#
+# Two more measurements have calls of their own: profiling/equal_time.py, V17 beside V18, and compare.py --only largest.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 wheels=${1:--} panel=${2:--} results=${3:-profiling/results/$(date +%F)-gpu}
-python=${PYTHON:-python3}
+python=${PYTHON:-python3} deadline=${DEADLINE:-570}
 config=ds_configs/v18.json
 
 if ! nvidia-smi -L >/dev/null 2>&1; then
@@ -33,85 +37,111 @@ files=()
 if [ "$panel" != - ]; then
     files=(--panel "$panel/panel.vcf.gz" --map "$panel/genetic.map" --samples "$panel/samples.tsv")
 fi
-mkdir -p "$results"
+check=() samples=32 few=16 rounds=3 steps=60 network=() wide=(--set embrag.model.dims=384)
+if [ -n "${REHEARSAL:-}" ]; then
+    export DS_ACCELERATOR=cpu
+    check=(--device cpu) samples=2 few=2 rounds=1 steps=6
+    network=(--set embrag.model.dims=16 --set embrag.model.layers=1 --set embrag.model.heads=2)
+    network+=(--set embrag.data.validation_samples=2 --set embrag.validation.windows=1) wide=()
+fi
+mkdir -p "$results" "$work/results"
 report=$results/report.md
 worst=0
 
 {
     echo "# GPU suite, $(date -u +'%F %H:%M') UTC"
     echo
+    [ -n "${REHEARSAL:-}" ] && printf '**A rehearsal on a CPU: no figure here is that of a GPU.**\n\n'
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-    echo
-    "$python" - <<'PYTHON'
-from importlib.metadata import PackageNotFoundError, version
-
-for name in ("torch", "deepspeed", "cupy-cuda13x", "cupy-cuda12x", "faiss-cuda", "faiss-gpu", "numpy", "numba"):
-    try:
-        print(f"{name} {version(name)}")
-    except PackageNotFoundError:
-        continue
-PYTHON
     echo
     echo "| part | result | seconds |"
     echo "|---|---|---|"
-} >"$report"
+} >"$work/heading"
 
-# part NAME LIMIT COMMAND...: run it for at most LIMIT seconds, its output in suite.log.
+# part NAME LIMIT COMMAND...: run it for at most LIMIT seconds, its output in suite.log while it runs.
 part() {
-    local name=$1 limit=$2 began=$SECONDS result=ok status
+    local name=$1 limit=$2 began=$SECONDS left=$((deadline - SECONDS)) result=ok status=0
     shift 2
+    if [[ -n ${ONLY:-} && " $ONLY " != *" $name "* ]]; then return; fi
+    if [ "$limit" -gt "$left" ]; then limit=$left; fi
     echo "== $name: $*" | tee -a "$results/suite.log"
-    timeout --kill-after=5 "$limit" "$@" >"$work/out" 2>&1
-    status=$?
-    [ $status -eq 0 ] || result="failed ($status)"
-    [ $status -eq 124 ] && result="over $limit s"
-    [ $status -gt $worst ] && worst=$status
-    tail -c 200000 "$work/out" >>"$results/suite.log"
-    tail -n 3 "$work/out"
-    echo "| $name | $result | $((SECONDS - began)) |" >>"$report"
+    local before
+    before=$(wc -c <"$results/suite.log")
+    if [ "$limit" -lt 10 ]; then
+        status=124 result="not begun: the deadline is near"
+    else
+        timeout --kill-after=5 "$limit" "$@" >>"$results/suite.log" 2>&1 || status=$?
+        if [ $status -eq 124 ]; then
+            result="over $limit s"
+        elif [ $status -ne 0 ]; then
+            result="failed ($status)"
+        fi
+    fi
+    tail -c "+$((before + 1))" "$results/suite.log" >"$work/said"
+    tail -n 3 "$work/said"
+    if [ $status -gt $worst ]; then worst=$status; fi
+    echo "| $name | $result | $((SECONDS - began)) |" >>"$work/parts"
 }
 
+# written TITLE FILE...: put text files into the report, write it, and archive all results so far.
+written() {
+    local title=$1
+    shift
+    for file in "$@"; do
+        if [ -s "$file" ]; then
+            { printf '\n## %s\n\n' "$title"; sed 's/^#/###/' "$file"; } >>"$work/details"
+        fi
+    done
+    cat "$work/heading" "$work/parts" "$work/details" >"$report" 2>/dev/null
+    tar -czf "$results/results.tar.gz" -C "$work" results
+}
+
+# fenced: stdin as a block of text.
+fenced() { printf '```\n'; cat; printf '```\n'; }
+
 : >"$results/suite.log"
+: >"$work/details"
+part check 40 "$python" profiling/gpu_check.py "${check[@]}"
+fenced <"$work/said" >"$work/check.md"
+written "What works" "$work/check.md"
+
 # A warning of versions that constraints.txt does not pin is no failure here.
-part "tests" 110 "$python" -m pytest -m gpu -q -p no:cacheprovider -W default
-part "retrieval" 70 "$python" profiling/bench_retrieval.py --json "$results/retrieval.json"
-# Every variant as v18.json is; V18 with its blocks compiled; then 16 samples at 384 dims and 1,030 sites (so many are in
-# each window of the default panel with that overlap), whose memory has a bar of its own.
-comparisons=()
+part tests 120 "$python" -m pytest -m gpu -q -p no:cacheprovider -W default
+written "" ""
+
+# Every variant as v18.json is; then V18 alone, compiled.
 compare() {
     local name=$1 limit=$2
     shift 2
-    comparisons+=("$name")
-    part "$name" "$limit" "$python" profiling/compare.py --deepspeed_config "$config" --only time --out "$work/$name" "${files[@]}" "$@"
+    part "$name" "$limit" "$python" profiling/compare.py --deepspeed_config "$config" --only time \
+        --out "$work/results/$name" --micro-batch "$samples" --rounds "$rounds" "${files[@]}" "${network[@]}" "$@"
+    written "Comparison: $name" "$work/results/$name/compare.md"
 }
-compare compare 150 --micro-batch 32 --rounds 3
-compare compiled 75 --micro-batch 32 --rounds 3 --variants "V18 fixed" "V18 refresh" --set embrag.train.compile=true
-compare wide 55 --micro-batch 16 --rounds 1 --variants "V18 refresh" --set embrag.model.dims=384 \
-    --set embrag.data.window_sites=1030 --set embrag.data.overlap_sites=53
-part "training" 80 "$python" launch/train.py --deepspeed_config "$config" --run-dir "$work/run" --max-steps 60 --profile nvml \
-    --set 'embrag.retrieval.refresh={"every_steps": 20}' --set embrag.train.eval_every=60 "${files[@]}"
+compare eager 130
+compare compiled 110 --variants "V18 fixed" "V18 refresh" --set embrag.train.compile=true
 
-for name in "${comparisons[@]}"; do
-    for kind in json png; do
-        [ -f "$work/$name/compare.$kind" ] && cp "$work/$name/compare.$kind" "$results/$name.$kind"
-    done
+# NVML's peak beside torch's, of V17 and V18 at 16 samples, 384 dims and 1,030 sites (so many are in each window of the
+# default panel with that overlap).
+for version in v17 v18; do
+    out=$work/results/memory-$version
+    part "memory-$version" 40 "$python" profiling/memory.py --deepspeed_config "ds_configs/$version.json" --steps 20 \
+        --out "$out" --set "train_micro_batch_size_per_gpu=$few" --set embrag.data.window_sites=1030 \
+        --set embrag.data.overlap_sites=53 "${wide[@]}" "${network[@]}" "${files[@]}"
+    fenced <"$work/said" >"$work/memory.md"
+    written "Memory of $version, $few samples" "$work/memory.md"
 done
-for name in profile.json profile.png; do
-    [ -f "$work/run/$name" ] && cp "$work/run/$name" "$results/"
+
+part training 80 "$python" launch/train.py --deepspeed_config "$config" --run-dir "$work/run" --max-steps "$steps" \
+    --profile nvml --set 'embrag.retrieval.refresh={"every_steps": 20}' --set "embrag.train.eval_every=$steps" \
+    --set "train_micro_batch_size_per_gpu=$samples" "${network[@]}" "${files[@]}"
+for name in profile.json profile.png trace.json metrics.jsonl run.log; do
+    if [ -f "$work/run/$name" ]; then cp "$work/run/$name" "$work/results/"; fi
 done
-{
-    for name in "${comparisons[@]}"; do
-        echo
-        echo "## $name"
-        echo
-        [ -f "$work/$name/compare.md" ] && sed 's/^#/###/' "$work/$name/compare.md"
-    done
-    echo
-    echo "## Training"
-    echo
-    echo '```'
-    [ -f "$work/run/metrics.jsonl" ] && cat "$work/run/metrics.jsonl"
-    echo '```'
-} >>"$report"
+if [ -f "$work/run/metrics.jsonl" ]; then fenced <"$work/run/metrics.jsonl" >"$work/metrics.md"; fi
+written "Training" "$work/metrics.md"
+
+part retrieval 60 "$python" profiling/bench_retrieval.py --json "$work/results/retrieval.json"
+fenced <"$work/said" >"$work/retrieval.md"
+written "Retrieval" "$work/retrieval.md"
 echo "written to $report"
 exit $worst

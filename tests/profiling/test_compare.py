@@ -50,9 +50,26 @@ def test_the_largest_batch_is_found_in_few_tries(modules, fixed: int, each: int,
             return None if crash and used > budget else used
 
         expected = max([samples for samples in range(1, most + 1) if fixed + each * samples <= budget], default=0)
-        assert modules["compare"].largest(cost, budget, most) == expected
+        assert modules["compare"].largest(cost, budget, most) == modules["compare"].Largest(expected, settled=True)
         assert len(tried) == len(set(tried)) <= 11
         assert all(1 <= samples <= most for samples in tried)
+
+
+@given(fixed=st.integers(0, 50), each=st.integers(1, 40), budget=st.integers(1, 2000), tries=st.integers(0, 5))
+def test_no_batch_is_tried_after_the_deadline(modules, fixed: int, each: int, budget: int, tries: int) -> None:
+    costs = [fixed + each * samples for samples in range(101)]
+    tried: list[int] = []
+
+    def cost(samples: int) -> int:
+        tried.append(samples)
+        return costs[samples]
+
+    found = modules["compare"].largest(cost, budget, 100, late=lambda: len(tried) == tries)
+    assert len(tried) <= tries
+    fits = [samples for samples in tried if costs[samples] <= budget]
+    assert found.samples == max(fits, default=0)
+    more = found.samples + 1
+    assert found.settled == (more == 101 or (more in tried and costs[more] > budget))
 
 
 @pytest.mark.parametrize("references", [0, 1, 3])

@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-COMPARISONS = ("compare", "compiled", "wide")
-PARTS = ("tests", "retrieval", "compare", "compiled", "wide", "training")
+COMPARISONS = ("eager", "compiled")
+PARTS = ("check", "tests", "eager", "compiled", "memory-v17", "memory-v18", "training", "retrieval")
 STAND_IN = """#!/usr/bin/env bash
 echo "$PWD $PYTHONPATH $*" >>"$CALLS"
 case "$*" in
     *"-m pip"*) ;;
-    *pytest*) echo "3 passed"; exit "${TESTS_STATUS:-0}" ;;
+    *gpu_check.py*) echo "ok  all of it" ;;
+    *pytest*) echo "3 passed"; sleep "${TESTS_SLEEP:-0}"; exit "${TESTS_STATUS:-0}" ;;
     *compare.py*)
         while [ "$1" != --out ]; do shift; done
         mkdir -p "$2"; echo "# Table of $(basename "$2")" >"$2/compare.md"
@@ -24,7 +26,6 @@ case "$*" in
     *train.py*)
         while [ "$1" != --run-dir ]; do shift; done
         mkdir -p "$2"; echo '{"step": 60}' >"$2/metrics.jsonl"; echo {} >"$2/profile.json" ;;
-    -) echo "torch 9.9" ;;
 esac
 """
 
@@ -63,24 +64,56 @@ def suite(root: Path, tmp_path: Path) -> Suite:
     return run
 
 
+def archived(results: Path) -> dict[str, bytes]:
+    """Files of the archive of results."""
+    with tarfile.open(results / "results.tar.gz") as archive:
+        files = {each.name: archive.extractfile(each) for each in archive.getmembers() if each.isfile()}
+        return {name: stream.read() for name, stream in files.items() if stream is not None}
+
+
 def test_every_part_runs_and_is_reported(suite: Suite, tmp_path: Path) -> None:
-    done = suite("-", "/some/panel", tmp_path / "results")
+    results = tmp_path / "results"
+    done = suite("-", "/some/panel", results)
     assert done.returncode == 0, done.stderr
-    report = (tmp_path / "results" / "report.md").read_text()
+    report = (results / "report.md").read_text()
     for part in PARTS:
         assert f"| {part} | ok |" in report
-    assert "Some GPU, 1.2, 3 MiB" in report and "torch 9.9" in report
+    assert "Some GPU, 1.2, 3 MiB" in report and "ok  all of it" in report and "rehearsal" not in report
     for name in COMPARISONS:
         assert f"### Table of {name}" in report
     assert '{"step": 60}' in report
-    kept = {path.name for path in (tmp_path / "results").iterdir()}
-    compared = {f"{name}.{kind}" for name in COMPARISONS for kind in ("json", "png")}
-    assert kept == {"report.md", "suite.log", "profile.json"} | compared
+    assert {path.name for path in results.iterdir()} == {"report.md", "suite.log", "results.tar.gz"}
+    compared = {f"results/{name}/compare.{kind}" for name in COMPARISONS for kind in ("md", "json", "png")}
+    assert set(archived(results)) == {"results/metrics.jsonl", "results/profile.json"} | compared
     calls = (tmp_path / "calls").read_text().splitlines()
     assert not [call for call in calls if "-m pip" in call]
-    for call in calls[-4:]:
+    for call in calls[2:-1]:
         assert "--panel /some/panel/panel.vcf.gz --map /some/panel/genetic.map" in call
         assert call.startswith(str(tmp_path / "tree"))
+
+
+def test_the_deadline_ends_it_and_what_was_done_is_kept(suite: Suite, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    done = suite("-", "-", results, DEADLINE="12", TESTS_SLEEP="30")
+    report = (results / "report.md").read_text()
+    assert done.returncode == 124
+    assert "| check | ok |" in report and "| tests | over 1" in report
+    for part in PARTS[2:]:
+        assert f"| {part} | not begun: the deadline is near |" in report
+    assert "3 passed" in (results / "suite.log").read_text()  # written while the part runs
+
+
+def test_a_rehearsal_is_small_on_the_cpu_and_says_so(suite: Suite, tmp_path: Path) -> None:
+    suite("-", "-", tmp_path / "results", REHEARSAL="1")
+    assert "A rehearsal on a CPU" in (tmp_path / "results" / "report.md").read_text()
+    calls = (tmp_path / "calls").read_text()
+    assert "gpu_check.py --device cpu" in calls and calls.count("embrag.model.layers=1") == 5
+
+
+def test_single_parts_can_be_run(suite: Suite, tmp_path: Path) -> None:
+    suite("-", "-", tmp_path / "results", ONLY="check training")
+    report = (tmp_path / "results" / "report.md").read_text()
+    assert [part for part in PARTS if f"| {part} |" in report] == ["check", "training"]
 
 
 def test_wheels_are_installed_without_a_network_and_used(suite: Suite, tmp_path: Path) -> None:
