@@ -62,6 +62,7 @@ worst=0
 part() {
     local name=$1 limit=$2 began=$SECONDS left=$((deadline - SECONDS)) result=ok status=0
     shift 2
+    : >"$work/said"
     if [[ -n ${ONLY:-} && " $ONLY " != *" $name "* ]]; then return; fi
     if [ "$limit" -gt "$left" ]; then limit=$left; fi
     echo "== $name: $*" | tee -a "$results/suite.log"
@@ -96,13 +97,15 @@ written() {
     tar -czf "$results/results.tar.gz" -C "$work" results
 }
 
-# fenced: stdin as a block of text.
-fenced() { printf '```\n'; cat; printf '```\n'; }
+# fenced FILE: its text as a block, nothing for an empty or absent one.
+fenced() {
+    if [ -s "$1" ]; then printf '```\n%s\n```\n' "$(cat "$1")"; fi
+}
 
 : >"$results/suite.log"
 : >"$work/details"
 part check 40 "$python" profiling/gpu_check.py "${check[@]}"
-fenced <"$work/said" >"$work/check.md"
+fenced "$work/said" >"$work/check.md"
 written "What works" "$work/check.md"
 
 # A warning of versions that constraints.txt does not pin is no failure here.
@@ -127,7 +130,7 @@ for version in v17 v18; do
     part "memory-$version" 40 "$python" profiling/memory.py --deepspeed_config "ds_configs/$version.json" --steps 20 \
         --out "$out" --set "train_micro_batch_size_per_gpu=$few" --set embrag.data.window_sites=1030 \
         --set embrag.data.overlap_sites=53 "${wide[@]}" "${network[@]}" "${files[@]}"
-    fenced <"$work/said" >"$work/memory.md"
+    fenced "$work/said" >"$work/memory.md"
     written "Memory of $version, $few samples" "$work/memory.md"
 done
 
@@ -137,11 +140,11 @@ part training 80 "$python" launch/train.py --deepspeed_config "$config" --run-di
 for name in profile.json profile.png trace.json metrics.jsonl run.log; do
     if [ -f "$work/run/$name" ]; then cp "$work/run/$name" "$work/results/"; fi
 done
-if [ -f "$work/run/metrics.jsonl" ]; then fenced <"$work/run/metrics.jsonl" >"$work/metrics.md"; fi
+fenced "$work/run/metrics.jsonl" >"$work/metrics.md"
 written "Training" "$work/metrics.md"
 
 part retrieval 60 "$python" profiling/bench_retrieval.py --json "$work/results/retrieval.json"
-fenced <"$work/said" >"$work/retrieval.md"
+fenced "$work/said" >"$work/retrieval.md"
 written "Retrieval" "$work/retrieval.md"
 echo "written to $report"
 exit $worst
