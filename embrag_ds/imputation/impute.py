@@ -38,6 +38,7 @@ from embrag_ds.model.imputer import Imputer
 from embrag_ds.retrieval.batch import Batch
 from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.reference import Reference
+from embrag_ds.runtime.driver import unused_gpus
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +173,8 @@ def impute(
     ``model`` is an exported model. Without panel and target, those of the default data set are used. More
     ``samples_per_batch`` take more memory and less time. Without ``transformer`` its residual is left out
     (:meth:`embrag_ds.model.imputer.Imputer.forward`). With ``allow_overlap``, targets may also be in the panel.
-    ``device`` defaults to CUDA where there is a device. Raises :class:`UserError` for faulty files and arguments.
+    ``device`` defaults to CUDA where there is a device; a warning says where torch cannot use one that the driver
+    lists. Raises :class:`UserError` for faulty files and arguments.
     """
     if samples_per_batch < 1:
         raise UserError("--samples-per-batch must be at least 1")
@@ -194,6 +196,9 @@ def impute(
 
 
 def _device(name: str | None) -> torch.device:
+    unused = unused_gpus() if name is None else None
+    if unused is not None:  # no error: unlike training, imputation is of use on a CPU
+        logger.warning("%s; imputing on the CPU, as --device cpu would", unused)
     try:
         return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as fault:

@@ -18,6 +18,7 @@ from embrag_ds.data.inputs import PanelFiles, PanelInputs, open_inputs
 from embrag_ds.data.windows import DataConfig
 from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import Imputer
+from embrag_ds.runtime.driver import unused_gpus
 from embrag_ds.training import deepspeed_log
 from embrag_ds.training.complaints import complaints
 
@@ -56,7 +57,14 @@ class DistributedContext:
 
 
 def start_distributed() -> DistributedContext:
-    """Join the process group that the ``deepspeed`` launcher set up, or a group of one without a launcher."""
+    """Join the process group that the ``deepspeed`` launcher set up, or a group of one without a launcher.
+
+    Raises :class:`UserError` where DeepSpeed would take the CPU although the driver lists a GPU
+    (:func:`embrag_ds.runtime.driver.unused_gpus`). A step of ``v18.json`` takes 100 s on a CPU, so it must be chosen.
+    """
+    unused = unused_gpus() if _on_cpu() else None
+    if unused is not None:
+        raise UserError(f"{unused}; or set DS_ACCELERATOR=cpu to train on the CPU")
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())
