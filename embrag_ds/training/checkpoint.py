@@ -16,6 +16,7 @@ from embrag_ds.errors import UserError
 from embrag_ds.files import make_folder, write_json
 from embrag_ds.retrieval.reference import Reference
 from embrag_ds.seeds import Purpose, torch_seed
+from embrag_ds.training.deepspeed_log import prints_logged
 from embrag_ds.training.distributed import DistributedContext
 
 _AGREED = "agreed.json"
@@ -78,7 +79,8 @@ def load_checkpoint(
     # Before the weights: they would not fit another network.
     agreed = json.loads((directory / _AGREED).read_text(encoding="utf-8"))
     _check_compatible(agreed, config, _batches(engine, distributed), directory)
-    _, client = engine.load_checkpoint(str(directory))
+    with prints_logged():
+        _, client = engine.load_checkpoint(str(directory))
     reference.load_state_dict(client["reference"])
     return TrainState(**client["state"])
 

@@ -19,8 +19,10 @@ from embrag_ds.data.windows import DataConfig
 from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.runtime.driver import unused_gpus
+from embrag_ds.runtime.processor import cpu_has_bf16
 from embrag_ds.training import deepspeed_log
 from embrag_ds.training.complaints import complaints
+from embrag_ds.training.flat_gradients import handle_gradients_as_a_whole
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ def open_inputs_on_all_ranks(files: PanelFiles, settings: DataConfig, distribute
 def adapt_to_machine(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """DeepSpeed's settings as this machine can run them, and a text for each change.
 
-    Only CPU runs change: torch's AdamW replaces DeepSpeed's, and bf16 is off without the instructions for it. Raises
-    :class:`UserError` for fp16 on a CPU.
+    Only CPU runs change: torch's AdamW replaces DeepSpeed's, and bf16 is off without the instructions for it, with the
+    type that its gradients are added up in. Raises :class:`UserError` for fp16 on a CPU.
     """
     if not _on_cpu():
         return settings, []
@@ -107,9 +109,12 @@ def adapt_to_machine(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str
     if settings.get("fp16", {}).get("enabled"):
         raise UserError("fp16.enabled: DeepSpeed has no fp16 on a CPU; use bf16 or a GPU")
     for section in ("bf16", "torch_autocast"):
-        if settings.get(section, {}).get("enabled") and not _cpu_has_bf16():
+        if settings.get(section, {}).get("enabled") and not cpu_has_bf16():
             settings[section]["enabled"] = False
-            notes.append(f"CPU without bf16 instructions: {section} is off, computing in fp32")
+            # With fp32 weights DeepSpeed adds up in fp32 anyway, and refuses any other type.
+            dropped = section == "bf16" and settings.get("data_types", {}).pop("grad_accum_dtype", None)
+            also = " and data_types.grad_accum_dtype is left out" if dropped else ""
+            notes.append(f"CPU without bf16 instructions: {section} is off, computing in fp32{also}")
     return settings, notes
 
 
@@ -136,15 +141,12 @@ def initialize_engine(
         model.transformer.recomputed = settings["activation_checkpointing"].get("number_checkpoints")
     with complaints(everything=False), deepspeed_log.prints_logged():
         engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=settings)
+    handle_gradients_as_a_whole(engine.optimizer)
     return engine
 
 
 def _on_cpu() -> bool:
     return get_accelerator().device_name() == "cpu"
-
-
-def _cpu_has_bf16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _free_port() -> int:

@@ -33,7 +33,7 @@ from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
 from embrag_ds.seeds import Purpose, torch_seed
 from embrag_ds.training.checkpoint import TrainState, load_checkpoint, save_checkpoint, seed_step
 from embrag_ds.training.distributed import DistributedContext, adapt_to_machine, initialize_engine
-from embrag_ds.training.masters import gathered_state
+from embrag_ds.training.masters import gathered_state, set_masters
 from embrag_ds.training.run_record import RunRecord
 from embrag_ds.training.validation import MaskScores, Validator
 
@@ -119,12 +119,15 @@ class Trainer:
 
         torch.manual_seed(torch_seed(Purpose.INITIAL_WEIGHTS, self.embrag.seed))
         model = Imputer(self.embrag.model)
-        if init_from is not None:
-            start_from(model, self.embrag.model, read_export(init_from), init_from)
+        export = None if init_from is None else read_export(init_from)
+        if export is not None and init_from is not None:
+            start_from(model, self.embrag.model, export, init_from)
         _freeze(model, self.embrag.train.frozen)
         self.engine = initialize_engine(
             model, settings, self.embrag.train.compile, self.embrag.train.recompute_projections
         )
+        if export is not None:
+            set_masters(self.engine, export.weights)
         self.reference = Reference(
             self.embrag.retrieval,
             data,

@@ -31,7 +31,7 @@ def tiny_model() -> Imputer:
 
 def on(monkeypatch: pytest.MonkeyPatch, cpu: bool, bf16: bool = False) -> None:
     monkeypatch.setattr(distributed, "_on_cpu", lambda: cpu)
-    monkeypatch.setattr(distributed, "_cpu_has_bf16", lambda: bf16)
+    monkeypatch.setattr(distributed, "cpu_has_bf16", lambda: bf16)
 
 
 def test_a_cpu_without_bf16_computes_in_fp32_and_notes_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,6 +40,26 @@ def test_a_cpu_without_bf16_computes_in_fp32_and_notes_it(monkeypatch: pytest.Mo
     assert settings["optimizer"]["params"] == {"lr": 0.01, "torch_adam": True}
     assert not settings["bf16"]["enabled"] and not settings["torch_autocast"]["enabled"]
     assert len(notes) == 3 and sum("fp32" in note for note in notes) == 2
+
+
+def test_without_bf16_gradients_are_added_up_in_the_type_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, cpu=True, bf16=False)
+    settings, notes = adapt_to_machine({**PRODUCTION, "data_types": {"grad_accum_dtype": "fp32"}})
+    assert settings["data_types"] == {}
+    assert [note for note in notes if "bf16 is off" in note and "data_types.grad_accum_dtype is left out" in note]
+    on(monkeypatch, cpu=True, bf16=True)
+    settings, _ = adapt_to_machine({**PRODUCTION, "data_types": {"grad_accum_dtype": "fp32"}})
+    assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+def test_stage_0_refuses_to_add_bf16_gradients_up_in_fp32(
+    distributed: DistributedContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(monkeypatch, cpu=True, bf16=True)
+    mixed = {"torch_autocast": {"enabled": False}, "data_types": {"grad_accum_dtype": "fp32"}}
+    settings, _ = adapt_to_machine({**PRODUCTION, **mixed, "zero_optimization": {"stage": 0}})
+    with pytest.raises(UserError, match=r"^DeepSpeed refuses its settings: unsupported mix of .*grad_accum_dtype"):
+        initialize_engine(tiny_model(), settings)
 
 
 def test_a_cpu_with_bf16_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
