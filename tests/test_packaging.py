@@ -18,7 +18,8 @@ DISTRIBUTION_OF = {"pynvml": "nvidia-ml-py", "pydantic_core": "pydantic"}
 """Distributions of packages that go by another name; of FAISS and CuPy there are several."""
 OF_TRAINING = ("training/", "runtime/device_sampler.py")
 """Modules that the base install cannot import."""
-OPTIONAL = {"faiss", "cupy"}
+OPTIONAL = {"faiss", "cupy", "nvidia-ml-py"}
+"""Distributions that the base install imports where they are there, and does without elsewhere."""
 
 
 @pytest.fixture

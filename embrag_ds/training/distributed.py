@@ -11,6 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed
+import torch.utils.deterministic
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 
@@ -23,6 +24,9 @@ from embrag_ds.runtime.processor import cpu_has_bf16
 from embrag_ds.training import deepspeed_log
 from embrag_ds.training.complaints import complaints
 from embrag_ds.training.flat_gradients import handle_gradients_as_a_whole
+
+_WORKSPACES = (":4096:8", ":16:8")
+"""Workspaces with which cuBLAS is deterministic."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,23 @@ def start_distributed() -> DistributedContext:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return DistributedContext(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def compute_deterministically() -> None:
+    """Restrict torch to deterministic operations from now on (setting ``train.deterministic``).
+
+    Attention then takes flash attention's deterministic backward pass and never cuDNN, and gathers are differentiated
+    by sorting. An operation that has no deterministic way raises RuntimeError. Raises :class:`UserError` for a
+    workspace of cuBLAS that is not deterministic.
+    """
+    workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _WORKSPACES[0])  # read when cuBLAS is first used
+    if workspace not in _WORKSPACES:
+        raise UserError(
+            f"embrag.train.deterministic: CUBLAS_WORKSPACE_CONFIG is {workspace}; unset it, or set {_WORKSPACES[0]}"
+        )
+    torch.use_deterministic_algorithms(True)
+    # Every kernel of ours writes all of its outputs, so memory need not be filled first.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def open_inputs_on_all_ranks(files: PanelFiles, settings: DataConfig, distributed: DistributedContext) -> PanelInputs:

@@ -32,7 +32,12 @@ from embrag_ds.retrieval.reference import Reference
 from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
 from embrag_ds.seeds import Purpose, torch_seed
 from embrag_ds.training.checkpoint import TrainState, load_checkpoint, save_checkpoint, seed_step
-from embrag_ds.training.distributed import DistributedContext, adapt_to_machine, initialize_engine
+from embrag_ds.training.distributed import (
+    DistributedContext,
+    adapt_to_machine,
+    compute_deterministically,
+    initialize_engine,
+)
 from embrag_ds.training.masters import gathered_state, set_masters
 from embrag_ds.training.run_record import RunRecord
 from embrag_ds.training.validation import MaskScores, Validator
@@ -94,6 +99,8 @@ class Trainer:
         self.distributed = distributed
         self.run_dir = run_dir
         self.timeline = timeline
+        if self.embrag.train.deterministic:
+            compute_deterministically()
         settings, notes = adapt_to_machine(config.deepspeed)
         for note in notes:
             logger.info(note)
@@ -160,7 +167,7 @@ class Trainer:
     def run(self) -> None:
         """Train to ``max_steps``, or until ``patience`` validations in a row were no better.
 
-        Raises :class:`UserError` when the loss or every gradient since the last log line is not finite.
+        Raises :class:`UserError` when the loss or, but in fp16, every gradient since the last log line is not finite.
         """
         train = self.embrag.train
         batches = self.batches()
@@ -240,7 +247,8 @@ class Trainer:
         seconds = time.monotonic() - interval.started
         steps = interval.micro_batches // self.accumulation
         skipped = self.engine.skipped_steps - interval.skipped_before
-        if skipped == steps:
+        # In fp16 steps are skipped until the loss scale is low enough; DeepSpeed raises an error where it cannot be.
+        if skipped == steps and not self.engine.fp16_enabled():
             raise UserError(
                 f"step {self.state.step}: no gradient since the last log line was finite; lower the learning rate"
             )

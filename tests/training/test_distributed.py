@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
@@ -15,6 +16,7 @@ from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import Imputer, ModelConfig
 from embrag_ds.training import distributed
 from embrag_ds.training.distributed import DistributedContext, adapt_to_machine, initialize_engine
+from embrag_ds.training.trainer import Trainer
 
 PRODUCTION: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 2,
@@ -202,3 +204,45 @@ def test_a_group_of_one(distributed: DistributedContext) -> None:
     assert distributed.agree("mine") == "mine"
     assert distributed.own_file("run.log") == "run.log"
     assert DistributedContext(1, 2, distributed.device).own_file("run.log") == "run-rank1.log"
+
+
+@pytest.fixture
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Torch as it was, after a test that makes it deterministic."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that the variable is restored, whatever it was
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.mark.usefixtures("_as_before")
+def test_a_deterministic_run_allows_no_other_operations(
+    make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_trainer("free")
+    assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    trainer = make_trainer("run", "embrag.train.deterministic=true", "embrag.train.max_steps=2")
+    # A mere warning would leave flash attention as it is.
+    assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    trainer.run()
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    with pytest.raises(UserError, match=r"embrag\.train\.deterministic: CUBLAS_WORKSPACE_CONFIG is :0:0; unset it"):
+        make_trainer("other", "embrag.train.deterministic=true")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_as_before")
+def test_a_deterministic_run_on_a_gpu_resumes_bit_for_bit(
+    make_trainer: Callable[..., Trainer], metrics_of: Callable[..., list[dict[str, Any]]]
+) -> None:
+    settings = ["embrag.train.deterministic=true", "bf16.enabled=true", "embrag.model.dims=64", "embrag.model.heads=1"]
+    settings += ["optimizer.params.lr=0.02", "embrag.retrieval.encoding=refresh"]
+    make_trainer("whole", *settings, "embrag.train.max_steps=8").run()
+    make_trainer("cut", *settings, "embrag.train.max_steps=4").run()
+    make_trainer("cut", *settings, "embrag.train.max_steps=8", resume=True).run()
+    whole, cut = ([line["loss"] for line in metrics_of(name)] for name in ("whole", "cut"))
+    assert len(cut) == 8 and cut == whole

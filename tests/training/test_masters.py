@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -183,6 +184,55 @@ def test_a_run_in_bf16_starts_from_all_digits_of_an_export(
         expected = weights[name].bfloat16().float() if name.startswith("fusion.") else weights[name]
         assert torch.equal(value, expected), name
     trainer.run()
+
+
+def train_in_fp16(
+    make_trainer: MakeTrainer, metrics_of: Callable[..., list[dict]], run_dir: Path, more: list[str]
+) -> None:
+    """Train in fp16 under ZeRO-1 from a loss scale that is far too high at first, and resume."""
+    scaled = 'fp16={"enabled": true, "initial_scale_power": 40, "hysteresis": 1, "loss_scale_window": 100}'
+    settings = [*ZERO[1], *more, scaled, FROZEN, "optimizer.params.lr=0.01", "embrag.model.dropout=0"]
+    make_trainer("run", *settings, "embrag.train.max_steps=60", "embrag.train.checkpoint_every=60").run()
+    lines = metrics_of("run")
+    skipped = [line["skipped_steps"] for line in lines]
+    # A step that overflows is skipped and halves the scale, until none does.
+    assert skipped[:5] == [1] * 5 and 5 < sum(skipped) < 40 and not any(skipped[40:])
+    # Gradients are those of the loss itself, not of the scaled one.
+    norms = [line["gradient_norm"] for line in lines if not line["skipped_steps"]]
+    assert all(0 < norm < 100 for norm in norms)
+    export, masters = read_export(run_dir / MODEL_FILE), of_deepspeed(run_dir)
+    assert all(torch.equal(export.weights[name], master.float()) for name, master in masters.items())
+    head = export.weights["head.weight"]
+    assert not torch.equal(head, head.half().float())
+    resumed = make_trainer("run", *settings, "embrag.train.max_steps=62", resume=True)
+    assert resumed.engine.optimizer.loss_scale == 2.0 ** (40 - sum(skipped))
+    resumed.run()
+    assert [line["skipped_steps"] for line in metrics_of("run")[60:]] == [0, 0]
+
+
+SUMS = pytest.mark.parametrize("more", [[], [IN_FP32]], ids=["in fp16", "in fp32"])
+
+
+@pytest.mark.gpu
+@SUMS
+def test_fp16_with_loss_scaling_under_zero(
+    make_trainer: MakeTrainer, metrics_of: Callable[..., list[dict]], tmp_path: Path, more: list[str]
+) -> None:
+    train_in_fp16(make_trainer, metrics_of, tmp_path / "run", more)
+
+
+@SUMS
+def test_fp16_with_loss_scaling_is_rehearsed_on_a_cpu(
+    make_trainer: MakeTrainer,
+    metrics_of: Callable[..., list[dict]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    more: list[str],
+) -> None:
+    """The test above on a CPU, where torch computes in fp16 and only DeepSpeed refuses to."""
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda accelerator: True)
+    monkeypatch.setattr("embrag_ds.training.trainer.adapt_to_machine", lambda settings: (settings, []))
+    train_in_fp16(make_trainer, metrics_of, tmp_path / "run", more)
 
 
 TWO_RANKS = """
