@@ -48,13 +48,13 @@ class TrainConfig:
     """Parts of the network whose weights are not trained, such as ``embedding``, ``pooling`` or ``confidence``."""
     compile: bool = False
     """Compile the transformer blocks with ``torch.compile``. This takes about a minute, and a C++ compiler on a CPU."""
-    deterministic: bool = False
-    """Use only operations with one result for the same input, so that a resumed run equals an uninterrupted one on a
-    GPU, too. What this costs in time has not been measured. On a CPU runs are equal without it.
-    """
     recompute_projections: bool = False
     """Recompute a transformer block's projections, but not its attention, in the backward pass. This keeps about three
     tenths of the block's activations.
+    """
+    deterministic: bool = False
+    """Use only operations with one result for the same input, so that a resumed run equals an uninterrupted one on a
+    GPU, too. What this costs in time has not been measured. On a CPU runs are equal without it.
     """
 
     def __post_init__(self) -> None:
