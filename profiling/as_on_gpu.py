@@ -36,8 +36,9 @@ def as_on_gpu(launched: Launched, uncounted: Callable[[], Any]) -> Iterator[None
 
     def launch(kernel: Any, blocks: Any, threads: Any, tensors: list[Tensor], sizes: Any) -> None:
         launched(kernel, list(tensors))
-        for tensor in tensors:
-            _settle(tensor)
+        with uncounted():
+            for tensor in tensors:
+                _settle(tensor)
 
     def put(staging: Staging, array: np.ndarray) -> Tensor:
         tensor = put_on_cpu(staging, array)
@@ -96,14 +97,14 @@ def as_on_gpu(launched: Launched, uncounted: Callable[[], Any]) -> Iterator[None
 
 
 def _settle(tensor: Tensor) -> None:
-    """Replace the values of a float tensor outside of (1e-6, 1), behind autograd's back.
+    """Replace the values of a float32 or bf16 tensor outside of (1e-6, 1), behind autograd's back.
 
     Kernels that only count leave their outputs as they were allocated. Any numbers do, but infinite ones would end in a
     step that is skipped.
     """
     if tensor.is_floating_point():
-        values = tensor.detach().numpy()
-        values[~((values > 1e-6) & (values < 1))] = 0.01
+        values = tensor.data  # whose changes autograd does not see
+        values.copy_(torch.where((values > 1e-6) & (values < 1), values, 0.01))
 
 
 def _places(function: Any) -> list[tuple[Any, str]]:
