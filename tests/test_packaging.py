@@ -17,6 +17,7 @@ import pytest
 import setuptools
 
 from embrag_ds.cli.train import OF_EXTRA
+from embrag_ds.training.run_record import package_versions
 
 DISTRIBUTION_OF = {"pynvml": "nvidia-ml-py", "pydantic_core": "pydantic"}
 """Distributions of packages that go by another name; of FAISS and CuPy there are several."""
@@ -99,6 +100,12 @@ def test_what_an_extra_names_is_pinned(described: dict[str, Any], root: Path, ex
     assert names(named) - {"setuptools"} <= set(pins(root, constraints))
     assert len({name for name in names(named) if name.startswith("faiss")}) == 1
     assert len({name for name in names(named) if name.startswith("cupy")}) == (extra != "cpu")
+
+
+def test_a_run_records_which_faiss_and_cupy_it_had(described: dict[str, Any]) -> None:
+    extras = described["extras_require"]
+    named = names([*extras["cpu"], *extras["gpu"], *extras["gpu-cu12"]])
+    assert named == {name for name in package_versions() if name.startswith(("torch", "faiss", "cupy"))}
 
 
 def test_each_gpu_extra_has_one_cuda(root: Path) -> None:
