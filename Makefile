@@ -6,7 +6,7 @@ INSTALLED := $(patsubst .venv/installed-%,%,$(wildcard .venv/installed-*))
 ifdef EXTRAS
 CHOICE := $(EXTRAS) (as EXTRAS says)
 else
-CHOICE := $(or $(patsubst %,% (as before),$(INSTALLED)),$(shell ./which_extra.sh))
+CHOICE := $(or $(patsubst %,% (as before),$(INSTALLED)),$(shell ./which_extra.sh $(PYTHON)))
 EXTRAS := $(firstword $(CHOICE))
 endif
 $(if $(filter cpu gpu gpu-cu12,$(EXTRAS)),,$(error EXTRAS=$(EXTRAS): there are cpu, gpu and gpu-cu12))

@@ -200,6 +200,15 @@ def test_make_installs_what_the_driver_can_run(
     assert lines[-1] == f"touch .venv/installed-{extra}"
 
 
+def test_python_without_faiss_for_cuda_13_gets_cuda_12(make: Make, driver: Callable[..., None], tmp_path: Path) -> None:
+    driver("580.159.04, 9.0")
+    old = tmp_path / "bin" / "python3.10"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    told = make("install", "PYTHON=python3.10").stdout
+    assert "EXTRAS: gpu-cu12 (driver 580.159.04 has CUDA 13, but FAISS for it needs Python 3.11)" in told
+
+
 def test_a_driver_that_does_not_tell_the_capability_is_asked_again(make: Make, driver: Callable[..., None]) -> None:
     driver("470.82.01", knows="driver_version")
     assert "EXTRAS: cpu (driver 470.82.01 has no CUDA 12" in make("install").stdout
