@@ -35,6 +35,7 @@ from embrag_ds.data.windows import DataConfig, WindowedPanel, blend_weights, unc
 from embrag_ds.errors import UserError
 from embrag_ds.export import PRETRAINED, ExportedModel, read_export
 from embrag_ds.model.imputer import Imputer
+from embrag_ds.ops.cuda import require_kernels
 from embrag_ds.retrieval.batch import Batch
 from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.reference import Reference
@@ -177,6 +178,7 @@ def impute(
     if samples_per_batch < 1:
         raise UserError("--samples-per-batch must be at least 1")
     where = _device(device)
+    require_kernels(where)
     began = time.monotonic()
     exported = read_export(model)
     logger.info("model %s", model)

@@ -9,13 +9,12 @@ the tests run it there without a GPU. For the letters see :mod:`embrag_ds.ops.li
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from embrag_ds.ops.cuda import launch, launch_tiled
+from embrag_ds.ops.cuda import kernel
 
 SOURCE = r"""
 #ifndef WARP
@@ -261,18 +260,11 @@ def compile_options(neighbours: int) -> tuple[str, ...]:
     return (f"-DTHREADS={threads}", f"-DPER={per}")
 
 
-@cache
-def _kernel(name: str, options: tuple[str, ...]) -> Any:
-    import cupy
-
-    return cupy.RawKernel(SOURCE, name, options=options)
-
-
 def _run(name: str, tensors: list[Tensor], first: int, last: int) -> None:
     queries, sites, neighbours = tensors[0].shape
-    kernel = _kernel(name, compile_options(neighbours))
     threads, _ = block_shape(neighbours)
-    launch(kernel, (len(tensors[1]),), (threads,), tensors, (queries, sites, neighbours, first, last))
+    sizes = (queries, sites, neighbours, first, last)
+    kernel(SOURCE, name, compile_options(neighbours)).launch(len(tensors[1]), threads, tensors, sizes)
 
 
 class CudaPosterior(torch.autograd.Function):
@@ -325,6 +317,6 @@ def cuda_match_lengths(mismatch: Tensor, position: Tensor, bounds: Tensor, first
     queries, sites, neighbours = mismatch.shape
     lengths = torch.empty(queries, last - first, neighbours, device=mismatch.device)
     given = [mismatch.contiguous().view(torch.uint8), position.float().contiguous(), bounds.float().contiguous()]
-    kernel = _kernel("match_lengths", compile_options(neighbours))
-    launch_tiled(kernel, neighbours, [*given, lengths], (sites, neighbours, first, last))
+    compiled = kernel(SOURCE, "match_lengths", compile_options(neighbours))
+    compiled.launch_tiled(neighbours, [*given, lengths], (sites, neighbours, first, last))
     return lengths

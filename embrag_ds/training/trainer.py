@@ -24,6 +24,7 @@ from embrag_ds.evaluation.metrics import DISJOINT_BINS
 from embrag_ds.export import MODEL_FILE, read_export, start_from, write_export
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.model.losses import Losses, imputation_loss
+from embrag_ds.ops.cuda import require_kernels
 from embrag_ds.ops.li_stephens import copying_backend
 from embrag_ds.retrieval.batch import Batch
 from embrag_ds.retrieval.collate import receive
@@ -89,6 +90,7 @@ class Trainer:
         weights training starts from. ``timeline`` measures the steps. Raises :class:`UserError` for faulty settings and
         files.
         """
+        require_kernels(distributed.device)
         self.config = config
         self.embrag = config.embrag
         self.distributed = distributed

@@ -29,7 +29,7 @@ from embrag_ds.errors import UserError
 from embrag_ds.evaluation.metrics import AggregateR2
 from embrag_ds.export import MODEL_FILE, ExportedModel, read_export
 from embrag_ds.imputation import impute as imputation_module
-from embrag_ds.imputation.impute import Imputation, impute_to_vcf
+from embrag_ds.imputation.impute import Imputation, impute, impute_to_vcf
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.retrieval import codebooks
 from embrag_ds.retrieval.codebooks import Encoder
@@ -470,3 +470,9 @@ def test_a_short_run_beats_the_nearest_haplotype_on_1000_genomes(
     ours = tally.result()
     nearest = {"<0.1 %": 0.2173, "0.1-0.5 %": 0.2714, "0.5-1 %": 0.4041, "1-5 %": 0.5840, "5-50 %": 0.8031}
     assert {name: r2 for name, r2 in nearest.items() if not ours[name] > r2} == {}, ours
+
+
+def test_without_the_kernels_a_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embrag_ds.ops.cuda.import_fault", lambda: "ImportError: no CuPy")
+    with pytest.raises(UserError, match=r"cuda: .* CuPy, .* \(ImportError: no CuPy\); .* --device cpu in imputation"):
+        impute(PanelFiles(), None, tmp_path / "out.vcf.gz", device="cuda")

@@ -168,6 +168,19 @@ def test_settings_of_the_loop_and_of_speed_may_change_on_resume(make_trainer: Ma
     assert [line["step"] for line in metrics_of("run")] == [1, 2]
 
 
+def test_without_the_kernels_a_gpu_is_refused(
+    make_config: MakeConfig,
+    inputs: PanelInputs,
+    distributed: DistributedContext,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("embrag_ds.ops.cuda.import_fault", lambda: "ImportError: no CuPy")
+    on_gpu = dataclasses.replace(distributed, device=torch.device("cuda", 0))
+    with pytest.raises(UserError, match=r"cuda:0: .* CuPy, .* \(ImportError: no CuPy\); install the extra 'gpu'"):
+        Trainer(make_config(), inputs, tmp_path, on_gpu, False)
+
+
 def test_there_must_be_something_to_resume(make_trainer: MakeTrainer) -> None:
     with pytest.raises(UserError, match="no checkpoint to resume from"):
         make_trainer("empty", resume=True)
