@@ -20,7 +20,7 @@ TILE_THREADS = 128
 _KIND = "cuda"
 _TYPES = {
     "unsigned char*": torch.uint8,
-    "int*": torch.int32,
+    "short*": torch.int16,
     "long long*": torch.int64,
     "float*": torch.float32,
     "int": None,

@@ -9,7 +9,7 @@
 #include <vector>
 
 #define __global__
-#define __device__ static
+#define __device__
 #define __forceinline__ inline
 #define __shared__ static
 #define __launch_bounds__(threads)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from embrag_ds.errors import UserError
 from embrag_ds.ops import li_stephens_numba
 from embrag_ds.ops.li_stephens import copying_backend, copying_posterior, posterior_torch
 from embrag_ds.ops.li_stephens_cuda import CudaPosterior, block_shape, cuda_match_lengths
@@ -24,8 +25,25 @@ def random_case(seed: int, queries: int, sites: int, states: int, chains: int = 
 
 CASES = pytest.mark.parametrize(
     ("queries", "sites", "states", "first", "last"),
-    [(2, 1, 1, 0, 1), (1, 7, 3, 0, 7), (3, 12, 9, 4, 8), (2, 9, 30, 0, 3), (2, 9, 17, 8, 9)],
+    [
+        (2, 1, 1, 0, 1),
+        (1, 7, 3, 0, 7),
+        (3, 12, 9, 4, 8),
+        (2, 9, 30, 0, 3),
+        (2, 9, 17, 8, 9),
+        (1, 2, 32, 1, 2),
+        (1, 2, 33, 0, 1),
+        (1, 30, 64, 7, 23),
+        (2, 17, 70, 16, 17),
+        (1, 26, 128, 0, 26),
+        (1, 19, 129, 5, 9),
+        (1, 11, 300, 0, 11),
+        (1, 9, 500, 2, 5),
+        (1, 13, 700, 3, 12),
+        (1, 5, 2000, 1, 4),
+    ],
 )
+"""Few sites and more than are read ahead; one neighbour a lane to sixteen, and blocks of one warp to four."""
 
 
 def run_on(
@@ -62,6 +80,38 @@ def test_values_and_gradients_are_those_of_the_compiled_loops(
     assert_equal(run_on("cpu", given, slice(first, last), True), run_on("cpu", given, slice(first, last)))
 
 
+@pytest.mark.parametrize("states", [3, 70, 600])
+@pytest.mark.usefixtures("kernels_on_host")
+def test_states_stay_in_range_where_all_mismatch_and_the_map_is_flat(states: int) -> None:
+    """Bounds of copying_posterior: emission factors down to exp(-60) and recombination from 1e-8 on."""
+    mismatch = torch.rand(1, 60, states, generator=torch.Generator().manual_seed(1)) < 0.5
+    mismatch[:, 10:13] = True  # all
+    mismatch[:, 20:30, : states // 2] = True  # one part, then the other
+    mismatch[:, 20:30, states // 2 :] = False
+    mismatch[:, 30:40] = ~mismatch[:, 20:30]
+    mismatch_ratio, recombination = torch.full((2, 60), float(np.exp(-60))), torch.full((2, 60), 1e-8)
+    recombination[1] = 0.01
+    prior = torch.softmax(-25 * torch.rand(1, states, generator=torch.Generator().manual_seed(2)), dim=1)
+    given = [mismatch, mismatch_ratio, recombination, prior]
+    found = run_on("cpu", given, slice(None), True)
+    assert all(bool(torch.isfinite(each).all()) for each in found)
+    double = (-mismatch_ratio.double().log(), recombination.double(), prior.double())
+    torch.testing.assert_close(found[0].double(), posterior_torch(mismatch, *double), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.usefixtures("kernels_on_host")
+def test_sums_stay_right_over_many_sites() -> None:
+    given = [*map(torch.from_numpy, random_case(1, 1, 900, 20, 1))]
+    expected = run_on("cpu", given, slice(300, 500))
+    assert_equal(run_on("cpu", given, slice(300, 500), True), expected)
+
+
+@pytest.mark.usefixtures("kernels_on_host")
+def test_more_neighbours_than_a_block_has_places_for_are_refused() -> None:
+    with pytest.raises(UserError, match=r"k=20000: .* at most 16384"):
+        block_shape(20_000)
+
+
 @CASES
 @pytest.mark.usefixtures("kernels_on_host")
 def test_match_lengths_are_those_of_the_compiled_loops(
@@ -79,7 +129,8 @@ def test_match_lengths_are_those_of_the_compiled_loops(
 @pytest.mark.parametrize("neighbours", [1, 31, 128, 256, 257, 700, 1536, 2000, 4096, 4097, 9000])
 def test_a_block_has_a_place_for_every_neighbour(neighbours: int) -> None:
     threads, per = block_shape(neighbours)
-    assert threads % 32 == 0 and threads <= 1024 and neighbours <= threads * per < neighbours + 32 * per
+    assert threads % 32 == 0 and threads <= 1024 and per in (1, 2, 4, 8, 12, 16) and neighbours <= threads * per
+    assert (threads == 32) == (neighbours <= 512)
 
 
 @pytest.mark.gpu
