@@ -60,7 +60,8 @@ def compiled(compiler: Path, source: str, *options: str) -> Compiled:
         ctypes.CDLL(str(part), mode=ctypes.RTLD_GLOBAL)
     library, program = ctypes.CDLL(str(compiler)), ctypes.c_void_p()
     assert library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None) == 0
-    given = [option.encode() for option in ("--ptxas-options=-v", *options)]
+    # CuPy flushes denormal numbers to zero.
+    given = [option.encode() for option in ("--ptxas-options=-v", "-ftz=true", *options)]
     with kept_locale():
         failed = library.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given))
 

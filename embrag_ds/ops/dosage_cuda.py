@@ -81,7 +81,7 @@ class CudaDosage(torch.autograd.Function):
         flanking = [each.detach().contiguous() for each in (left, right, share)]
         given = [alleles.contiguous(), posterior.detach().float().contiguous(), *flanking]
         ctx.sizes = (posterior.shape[1], *alleles.shape[1:])
-        dosage = torch.empty_like(share)
+        dosage = torch.empty_like(flanking[2])
         kernel(SOURCE, "copied_dosage").launch_tiled(dosage.shape[1], [*given, dosage], ctx.sizes)
         ctx.save_for_backward(given[0], *flanking)
         return dosage

@@ -50,7 +50,7 @@ def mismatch_distances(tokens: Tensor, weights: Tensor, packed: Tensor, haplotyp
     """
     queries, sites = tokens.shape
     distance = torch.empty(queries, haplotypes, dtype=torch.float32, device=packed.device)
-    given = [(tokens == 1).to(torch.uint8), weights.float().contiguous(), packed.contiguous(), distance]
+    given = [(tokens == 1).to(torch.uint8).contiguous(), weights.float().contiguous(), packed.contiguous(), distance]
     width = packed.shape[1]
     kernel(SOURCE, "mismatch_distances").launch_tiled(width, given, (sites, width, haplotypes))
     return distance

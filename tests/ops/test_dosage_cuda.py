@@ -49,8 +49,8 @@ def test_strided_tensors_are_copied() -> None:
     alleles, posterior, flanking = random_case(1, 5, 9, 30)
     posterior = torch.cat([posterior, posterior])[::2]
     leaf = torch.cat([posterior, posterior], dim=-1)[..., ::2].requires_grad_()
-    swapped = alleles.mT.contiguous().mT
-    CudaDosage.apply(leaf, swapped, flanking.left, flanking.right, flanking.share).sum().backward()
+    swapped, *others = (each.mT.contiguous().mT for each in (alleles, flanking.left, flanking.right, flanking.share))
+    CudaDosage.apply(leaf, swapped, *others).sum().backward()
     expected = leaf.detach().clone().requires_grad_()
     (interpolated(expected, flanking) * alleles).sum().backward()
     torch.testing.assert_close(leaf.grad, expected.grad, rtol=1e-4, atol=1e-5)

@@ -32,3 +32,11 @@ def test_the_kernel_adds_the_weights_of_mismatches(
     explicit = ((tokens[:, :, None] != reference) * weights[:, :, None]).sum(1)
     found = mismatch_distances(*map(torch.from_numpy, (tokens, weights, packed)), haplotypes)
     assert np.allclose(found.numpy(), explicit, atol=1e-4)
+
+
+@pytest.mark.usefixtures("kernels_on_host")
+def test_strided_tensors_are_copied() -> None:
+    tokens, weights = torch.tensor([[0, 1], [1, 1], [0, 0]]).T, torch.rand(3, 2).T
+    packed = torch.tensor([[1], [2], [3]], dtype=torch.uint8)
+    expected = mismatch_distances(tokens.contiguous(), weights.contiguous(), packed, 2)
+    assert torch.equal(mismatch_distances(tokens, weights, packed, 2), expected)
