@@ -35,13 +35,15 @@ extern "C" __global__ void match_lengths(
     const unsigned char* __restrict__ mismatch,  // [B, T, K]
     const float* __restrict__ position,          // [B, T]
     const float* __restrict__ bounds,            // [B, 2], positions of a row's first and last typed site
+    const long long* __restrict__ firsts,        // [B], first of a row's M sites
     float* __restrict__ lengths,                 // [B, M, K]
-    const int tiles, const int T, const int K, const int first, const int last)
+    const int tiles, const int T, const int K, const int M)
 {
     const long long b = blockIdx.x / tiles;
     const int k = blockIdx.x % tiles * blockDim.x + threadIdx.x;
     if (k >= K) return;
-    mismatch += b * T * K + k; position += b * T; lengths += b * (last - first) * K + k;
+    const int first = firsts[b], last = first + M;
+    mismatch += b * T * K + k; position += b * T; lengths += b * M * K + k;
     float bound = bounds[2 * b];
     _Pragma("unroll 16")  // so that many loads are under way at once
     for (int t = 0; t < last; ++t) {
@@ -89,12 +91,21 @@ class CudaPosterior(torch.autograd.Function):
     """Posterior copying probabilities float32 [C, M, K] on a GPU, differentiable in all but ``mismatch``.
 
     Arguments: mismatch bool [B, T, K]; mismatch_ratio ``exp(-mismatch_nats)`` and recombination float32 [C, T]; prior
-    float32 [B, K]; the M sites from ``first`` to ``last`` (exclusive). CuPy must be installed.
+    float32 [B, K]; first (int64 [B]), count, start and stop of :class:`embrag_ds.ops.li_stephens.Near`. CuPy must be
+    installed.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, mismatch: Tensor, mismatch_ratio: Tensor, recombination: Tensor, prior: Tensor, first: int, last: int
+        ctx: Any,
+        mismatch: Tensor,
+        mismatch_ratio: Tensor,
+        recombination: Tensor,
+        prior: Tensor,
+        first: Tensor,
+        count: int,
+        start: int,
+        stop: int,
     ) -> Tensor:
         numbers = [each.detach().float().contiguous() for each in (mismatch_ratio, recombination, prior)]
         (queries, sites, neighbours), chains = mismatch.shape, len(mismatch_ratio)
@@ -103,61 +114,63 @@ class CudaPosterior(torch.autograd.Function):
         differs = torch.empty(queries, sites, threads, dtype=torch.int16, device=device)
         weight = torch.empty(queries, sites, 2, device=device)
         packed = [mismatch.contiguous().view(torch.uint8), numbers[2], differs, weight]
-        _launch_rows("copying_pack", queries * sites, packed, (queries, sites, neighbours))
+        _launch_rows("copying_pack", neighbours, queries * sites, packed, (queries, sites, neighbours))
         alpha, beta, posterior, alpha_factors, beta_factors = (
             torch.empty(chains, *shape, device=device)
             for shape in (
-                (last, row),
-                (sites - first, row),
-                (last - first, neighbours),
-                (last, 2),
-                (sites - first, 2),
+                (stop, row),
+                (sites - start, row),
+                (count, neighbours),
+                (stop, 2),
+                (sites - start, 2),
             )
         )
         passes = [alpha, beta, alpha_factors, beta_factors]
-        sizes = (queries, sites, neighbours, first, last)
-        _kernel("copying_passes", neighbours).launch(2 * chains, threads, [differs, weight, *numbers, *passes], sizes)
-        _launch_rows("copying_posterior", chains * (last - first), [alpha, beta, posterior], (chains, *sizes[1:]))
-        ctx.save_for_backward(differs, *numbers, *passes, posterior)
+        sizes = (queries, sites, neighbours, count, start, stop)
+        given = [differs, weight, *numbers, first, *passes]
+        _kernel("copying_passes", neighbours).launch(2 * chains, threads, given, sizes)
+        product = [alpha, beta, first, posterior]
+        _launch_rows("copying_posterior", neighbours, chains * count, product, (chains, *sizes))
+        ctx.save_for_backward(differs, *numbers, first, *passes, posterior)
         ctx.sizes = sizes
         return posterior
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         *given, posterior = ctx.saved_tensors
-        alpha, beta = given[4:6]
-        queries, sites, neighbours, first, last = ctx.sizes
+        first, alpha, beta = given[4:7]
+        queries, sites, neighbours, count, *_ = ctx.sizes
         chains, device = len(alpha), alpha.device
-        direct = [torch.empty(chains, last - first, alpha.shape[2], device=device) for _ in range(2)]
-        read = [alpha, beta, posterior, gradients[0].float().contiguous()]
-        _launch_rows("copying_direct", chains * (last - first), [*read, *direct], (chains, *ctx.sizes[1:]))
+        direct = [torch.empty(chains, count, alpha.shape[2], device=device) for _ in range(2)]
+        read = [alpha, beta, first, posterior, gradients[0].float().contiguous()]
+        _launch_rows("copying_direct", neighbours, chains * count, [*read, *direct], (chains, *ctx.sizes))
         ratio_gradient, recombination_gradient = (torch.zeros(chains, 2, sites, device=device) for _ in range(2))
         prior_gradient = torch.empty(chains, 2, neighbours, device=device)
         found = [ratio_gradient, recombination_gradient, prior_gradient]
         threads, _ = block_shape(neighbours)
         _kernel("copying_adjoint", neighbours).launch(2 * chains, threads, [*given, *direct, *found], ctx.sizes)
         of_queries = prior_gradient.unflatten(0, (-1, queries)).sum((0, 2))
-        return None, ratio_gradient.sum(1), recombination_gradient.sum(1), of_queries, None, None
+        return None, ratio_gradient.sum(1), recombination_gradient.sum(1), of_queries, None, None, None, None
 
 
 def _kernel(name: str, neighbours: int) -> Kernel:
     return kernel(SOURCE, name, compile_options(neighbours))
 
 
-def _launch_rows(name: str, rows: int, tensors: list[Tensor], sizes: tuple[int, ...]) -> None:
-    """Launch a kernel with a warp for each of ``rows``; the number of neighbours is ``sizes[2]``."""
-    _kernel(name, sizes[2]).launch(-(-rows // _ROWS_OF_BLOCK), _ROWS_OF_BLOCK * _WARP, tensors, sizes)
+def _launch_rows(name: str, neighbours: int, rows: int, tensors: list[Tensor], sizes: tuple[int, ...]) -> None:
+    """Launch a kernel with a warp for each of ``rows``."""
+    _kernel(name, neighbours).launch(-(-rows // _ROWS_OF_BLOCK), _ROWS_OF_BLOCK * _WARP, tensors, sizes)
 
 
-def cuda_match_lengths(mismatch: Tensor, position: Tensor, bounds: Tensor, first: int, last: int) -> Tensor:
+def cuda_match_lengths(mismatch: Tensor, position: Tensor, bounds: Tensor, first: Tensor, count: int) -> Tensor:
     """Match lengths in cM, float32 [B, M, K], on a GPU; see :func:`embrag_ds.ops.li_stephens.match_lengths`.
 
     ``mismatch`` bool [B, T, K]; ``position`` [B, T] in cM; ``bounds`` [B, 2], the positions of a row's first and last
-    typed site. The M sites are those from ``first`` to ``last`` (exclusive).
+    typed site. A row's M sites are ``count`` from ``first`` on, int64 [B].
     """
     queries, sites, neighbours = mismatch.shape
-    lengths = torch.empty(queries, last - first, neighbours, device=mismatch.device)
+    lengths = torch.empty(queries, count, neighbours, device=mismatch.device)
     given = [mismatch.contiguous().view(torch.uint8), position.float().contiguous(), bounds.float().contiguous()]
-    sizes = (sites, neighbours, first, last)
-    kernel(LENGTHS_SOURCE, "match_lengths").launch_tiled(neighbours, [*given, lengths], sizes)
+    sizes = (sites, neighbours, count)
+    kernel(LENGTHS_SOURCE, "match_lengths").launch_tiled(neighbours, [*given, first, lengths], sizes)
     return lengths

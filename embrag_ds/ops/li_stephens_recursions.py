@@ -74,18 +74,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_passes(
     const float* mismatch_ratio,  // [C, T], emission factor of a mismatch
     const float* recombination,   // [C, T]
     const float* prior,           // [B, K]
-    float* alpha,                 // [C, last, ROW]: the posterior does not depend on later ones
-    float* beta,                  // [C, T - first, ROW], from site first on
-    float* alpha_factors,         // [C, last, 2], what the adjoint needs: see there
-    float* beta_factors,          // [C, T - first, 2]
-    const int B, const int T, const int K, const int first, const int last)
+    const long long* firsts,      // [B], first of a row's M sites, from start on; the last are below stop
+    float* alpha,                 // [C, stop, ROW]: the posterior does not depend on later ones
+    float* beta,                  // [C, T - start, ROW], from site start on
+    float* alpha_factors,         // [C, stop, 2], what the adjoint needs: see there
+    float* beta_factors,          // [C, T - start, 2]
+    const int B, const int T, const int K, const int M, const int start, const int stop)
 {
     __shared__ float scratch[2 * WARPS];
     const long long c = blockIdx.x / 2, b = c % B;
+    const int first = firsts[b], last = first + M;
     differs += b * T * THREADS + threadIdx.x; weight += b * T * 2; prior += b * K;
     mismatch_ratio += c * T; recombination += c * T;
-    alpha += c * last * ROW; beta += c * (T - first) * ROW;
-    alpha_factors += c * last * 2; beta_factors += c * (T - first) * 2;
+    alpha += c * stop * ROW; beta += (c * (T - start) + first - start) * ROW;
+    alpha_factors += c * stop * 2; beta_factors += (c * (T - start) + first - start) * 2;
     float of[PER], state[PER], older[1] = {0.f};
     int turn = 0;
     EACH {
@@ -170,21 +172,22 @@ struct Row : Emission { float jump, inverse, lean, state[PER], direct[PER]; };
 // where part is the gradient at t - 1 without its term of mean[t].
 extern "C" __global__ void __launch_bounds__(THREADS) copying_adjoint(
     const short* differs, const float* mismatch_ratio,
-    const float* recombination, const float* prior, const float* alpha,
+    const float* recombination, const float* prior, const long long* firsts, const float* alpha,
     const float* beta, const float* alpha_factors, const float* beta_factors,
     const float* of_alpha, const float* of_beta,
     float* ratio_gradient,          // [C, 2, T], of either recursion; zero at the start
     float* recombination_gradient,  // [C, 2, T], likewise
     float* prior_gradient,          // [C, 2, K]
-    const int B, const int T, const int K, const int first, const int last)
+    const int B, const int T, const int K, const int M, const int start, const int stop)
 {
     __shared__ float scratch[2 * 3 * WARPS];
     const long long c = blockIdx.x / 2, b = c % B;
+    const int first = firsts[b], last = first + M;
     differs += b * T * THREADS + threadIdx.x; prior += b * K;
     mismatch_ratio += c * T; recombination += c * T;
-    alpha += c * last * ROW; beta += c * (T - first) * ROW;
-    alpha_factors += c * last * 2; beta_factors += c * (T - first) * 2;
-    of_alpha += c * (last - first) * ROW; of_beta += c * (last - first) * ROW;
+    alpha += c * stop * ROW; beta += (c * (T - start) + first - start) * ROW;
+    alpha_factors += c * stop * 2; beta_factors += (c * (T - start) + first - start) * 2;
+    of_alpha += c * M * ROW; of_beta += c * M * ROW;
     ratio_gradient += (long long)blockIdx.x * T; recombination_gradient += (long long)blockIdx.x * T;
     prior_gradient += (long long)blockIdx.x * K;
     float of[PER], of_gradient[PER], chain[PER], older[3] = {0.f, 0.f, 0.f}, missed = 0.f;
@@ -258,7 +261,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_adjoint(
             row.inverse = factors.x;
             row.lean = factors.y;
             read(row.state, beta + (long long)after * ROW);
-            read(row.direct, of_beta + (long long)min(n, last - first - 1) * ROW);
+            read(row.direct, of_beta + (long long)min(n, M - 1) * ROW);
         }, [&](int n, const Row& row) {
             const int t = first + n;  // chain is the gradient of beta at t - 1; at first it is zero, and so is step
             const float directly = t < last ? 1.f : 0.f;

@@ -86,14 +86,17 @@ extern "C" __global__ void copying_pack(
 }
 
 extern "C" __global__ void copying_posterior(
-    const float* __restrict__ alpha, const float* __restrict__ beta,
-    float* __restrict__ posterior,  // [C, M, K]
-    const int C, const int T, const int K, const int first, const int last)
+    const float* __restrict__ alpha,      // [C, stop, ROW]
+    const float* __restrict__ beta,       // [C, T - start, ROW]
+    const long long* __restrict__ firsts,  // [B], first of a row's M sites, from start on; the last are below stop
+    float* __restrict__ posterior,        // [C, M, K]
+    const int C, const int B, const int T, const int K, const int M, const int start, const int stop)
 {
-    const int lane = threadIdx.x % LANES, M = last - first;
-    const long long row = (long long)blockIdx.x * ROWS_OF_BLOCK + threadIdx.x / LANES, c = row / M, m = row % M;
+    const int lane = threadIdx.x % LANES;
+    const long long row = (long long)blockIdx.x * ROWS_OF_BLOCK + threadIdx.x / LANES, c = row / M;
     if (c >= C) return;
-    alpha += (c * last + first + m) * ROW; beta += (c * (T - first) + m) * ROW; posterior += row * K;
+    const long long t = firsts[c % B] + row % M;
+    alpha += (c * stop + t) * ROW; beta += (c * (T - start) + t - start) * ROW; posterior += row * K;
     float sum[1] = {0.f};
     for (int k = lane; k < K; k += LANES) sum[0] += alpha[k] * beta[k];
     add_warp(sum);
@@ -103,16 +106,18 @@ extern "C" __global__ void copying_posterior(
 
 // d loss / d (alpha beta) is (gradient - mean) / total; times beta it is the part of alpha's gradient at its own site.
 extern "C" __global__ void copying_direct(
-    const float* __restrict__ alpha, const float* __restrict__ beta, const float* __restrict__ posterior,
+    const float* __restrict__ alpha, const float* __restrict__ beta, const long long* __restrict__ firsts,
+    const float* __restrict__ posterior,
     const float* __restrict__ gradient,  // [C, M, K]
     float* __restrict__ of_alpha,        // [C, M, ROW]
     float* __restrict__ of_beta,         // [C, M, ROW]
-    const int C, const int T, const int K, const int first, const int last)
+    const int C, const int B, const int T, const int K, const int M, const int start, const int stop)
 {
-    const int lane = threadIdx.x % LANES, M = last - first;
-    const long long row = (long long)blockIdx.x * ROWS_OF_BLOCK + threadIdx.x / LANES, c = row / M, m = row % M;
+    const int lane = threadIdx.x % LANES;
+    const long long row = (long long)blockIdx.x * ROWS_OF_BLOCK + threadIdx.x / LANES, c = row / M;
     if (c >= C) return;
-    alpha += (c * last + first + m) * ROW; beta += (c * (T - first) + m) * ROW;
+    const long long t = firsts[c % B] + row % M;
+    alpha += (c * stop + t) * ROW; beta += (c * (T - start) + t - start) * ROW;
     posterior += row * K; gradient += row * K; of_alpha += row * ROW; of_beta += row * ROW;
     float sum[2] = {0.f, 0.f};
     for (int k = lane; k < K; k += LANES) {

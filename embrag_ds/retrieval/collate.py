@@ -18,7 +18,7 @@ from embrag_ds.data.tokens import MASK
 from embrag_ds.data.windows import WindowedPanel
 from embrag_ds.errors import UserError
 from embrag_ds.ops.dosage import WindowAlleles
-from embrag_ds.ops.li_stephens import mismatches
+from embrag_ds.ops.li_stephens import Near, mismatches
 from embrag_ds.retrieval.batch import Batch, CoreFrame, Retrieved, SiteTensors, WindowFrame
 from embrag_ds.retrieval.codebooks import CodebookSource, WindowCodebook
 from embrag_ds.retrieval.device_panel import DevicePanel
@@ -86,7 +86,7 @@ class RetrievalCollator:
     def _slot_bytes(self, samples: int, sites: int, core: int) -> int:
         """Largest staging memory of a batch in bytes: alleles, masks, typed sites, features, exclusions, panel rows."""
         populations = len(self._data.reference.populations.names)
-        needed = samples * sites * (2 + 1 + 8) + 8 * samples * (self._excluded.shape[1] + 1)
+        needed = samples * sites * (2 + 1 + 8) + 8 * samples * (self._excluded.shape[1] + 2)
         needed += sites * (8 + 4 * (2 + populations))
         needed += self._panel.staged_bytes(sites) + self._panel.staged_bytes(core)
         return needed + 16 * 256  # alignment
@@ -117,6 +117,7 @@ class RetrievalCollator:
         masked = put(queries.masked).repeat_interleave(2, dim=0)
         tokens = alleles.masked_fill(masked, MASK)
         typed, count = _typed_sites(queries.masked)
+        near, near_count = _near(queries.masked, window.core)
         features = self._data.features(queries.window)
         excluded = put(self._excluded[queries.samples])
         reference = self._core_alleles(queries.window)
@@ -137,7 +138,7 @@ class RetrievalCollator:
             sites=sites,
             typed=put(typed).repeat_interleave(2, dim=0),
             typed_count=put(count).repeat_interleave(2, dim=0),
-            near=_near(queries.masked, window.core),
+            near=Near(put(near).repeat_interleave(2), near_count, int(near.min()), int(near.max()) + near_count),
         )
         core = CoreFrame(
             sites=SiteTensors(sites.position[window.core], sites.frequency[window.core]),
@@ -253,15 +254,17 @@ def _typed_sites(masked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(filled, masked.shape[1] - 1, order), count
 
 
-def _near(masked: np.ndarray, core: slice) -> slice:
-    """Columns of the typed sites that cover, for every sample, the last before the core to the first beyond it.
+def _near(masked: np.ndarray, core: slice) -> tuple[np.ndarray, int]:
+    """First of the typed sites near the core of each sample, int64 [N], and their number, which is the same for all.
 
-    ``masked`` is bool [N, L]; the slice indexes the T columns of :attr:`WindowFrame.typed`.
+    They cover the last typed site before the core to the first beyond it. ``masked`` is bool [N, L]; the sites are
+    columns of :attr:`WindowFrame.typed`. Samples with fewer such sites get others after or before these as well.
     """
-    before = (~masked[:, : core.start]).sum(1)
-    until = (~masked[:, : core.stop]).sum(1)
-    last = np.maximum((~masked).sum(1) - 1, 0)
-    return slice(max(0, int(before.min()) - 1), int(np.minimum(until, last).max()) + 1)
+    count = (~masked).sum(1)
+    first = np.maximum((~masked[:, : core.start]).sum(1) - 1, 0)
+    last = np.minimum((~masked[:, : core.stop]).sum(1), np.maximum(count - 1, 0))
+    number = int((last - first).max()) + 1
+    return np.minimum(first, max(1, int(count.max())) - number), number
 
 
 def _common_cuts(masked: np.ndarray) -> np.ndarray | None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from embrag_ds.errors import UserError
-from embrag_ds.ops import li_stephens_numba
-from embrag_ds.ops.li_stephens import copying_backend, copying_posterior, posterior_torch
+from embrag_ds.ops.li_stephens import Near, copying_backend, copying_posterior, match_lengths, posterior_torch
 from embrag_ds.ops.li_stephens_cuda import CudaPosterior, block_shape, cuda_match_lengths
+
+CPU = torch.device("cpu")
 
 
 def random_case(seed: int, queries: int, sites: int, states: int, chains: int = 2) -> list[np.ndarray]:
@@ -46,15 +49,23 @@ CASES = pytest.mark.parametrize(
 """Few sites and more than are read ahead; one neighbour a lane to sixteen, and blocks of one warp to four."""
 
 
+def near_of(rows: int, sites: int, first: int, last: int) -> Near:
+    """Sites from ``first`` to ``last`` (exclusive) in the first row, and as many others in each other row."""
+    count = last - first
+    firsts = [first, *((first + 3 * row) % (sites - count + 1) for row in range(1, rows))]
+    return Near(torch.tensor(firsts), count, min(firsts), max(firsts) + count)
+
+
 def run_on(
-    device: str, given: list[Tensor], near: slice, by_kernel: bool = False
+    device: str, given: list[Tensor], near: Near, by_kernel: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Posterior of random_case's tensors ``given`` and, for random gradients, those of the last three, on the CPU."""
     mismatch, *numbers = (each.to(device) for each in given)
     mismatch_ratio, recombination, prior = leaves = [each.detach().clone().requires_grad_() for each in numbers]
+    near = replace(near, first=near.first.to(device))
     if by_kernel:
-        bounds = near.indices(mismatch.shape[1])[:2]
-        posterior = CudaPosterior.apply(mismatch, mismatch_ratio, recombination, prior, *bounds)
+        where = near.first, near.count, near.start, near.stop
+        posterior = CudaPosterior.apply(mismatch, mismatch_ratio, recombination, prior, *where)
     else:
         posterior = copying_posterior(mismatch, -torch.log(mismatch_ratio), recombination, prior, near)
     weight = torch.randn(posterior.shape, generator=torch.Generator().manual_seed(1)).to(device)
@@ -77,7 +88,8 @@ def test_values_and_gradients_are_those_of_the_compiled_loops(
     queries: int, sites: int, states: int, first: int, last: int, chains: int
 ) -> None:
     given = [*map(torch.from_numpy, random_case(sites, queries, sites, states, chains))]
-    assert_equal(run_on("cpu", given, slice(first, last), True), run_on("cpu", given, slice(first, last)))
+    near = near_of(queries, sites, first, last)
+    assert_equal(run_on("cpu", given, near, True), run_on("cpu", given, near))
 
 
 @pytest.mark.parametrize("states", [3, 70, 600])
@@ -93,7 +105,7 @@ def test_states_stay_in_range_where_all_mismatch_and_the_map_is_flat(states: int
     recombination[1] = 0.01
     prior = torch.softmax(-25 * torch.rand(1, states, generator=torch.Generator().manual_seed(2)), dim=1)
     given = [mismatch, mismatch_ratio, recombination, prior]
-    found = run_on("cpu", given, slice(None), True)
+    found = run_on("cpu", given, Near.same(0, 60, 1, CPU), True)
     assert all(bool(torch.isfinite(each).all()) for each in found)
     double = (-mismatch_ratio.double().log(), recombination.double(), prior.double())
     torch.testing.assert_close(found[0].double(), posterior_torch(mismatch, *double), rtol=1e-3, atol=1e-5)
@@ -102,8 +114,8 @@ def test_states_stay_in_range_where_all_mismatch_and_the_map_is_flat(states: int
 @pytest.mark.usefixtures("kernels_on_host")
 def test_sums_stay_right_over_many_sites() -> None:
     given = [*map(torch.from_numpy, random_case(1, 1, 900, 20, 1))]
-    expected = run_on("cpu", given, slice(300, 500))
-    assert_equal(run_on("cpu", given, slice(300, 500), True), expected)
+    near = Near.same(300, 200, 1, CPU)
+    assert_equal(run_on("cpu", given, near, True), run_on("cpu", given, near))
 
 
 @pytest.mark.usefixtures("kernels_on_host")
@@ -120,10 +132,10 @@ def test_match_lengths_are_those_of_the_compiled_loops(
     mismatch = torch.from_numpy(random_case(sites, queries, sites, states)[0])
     position = torch.rand(queries, sites, generator=torch.Generator().manual_seed(1)).cumsum(1)
     bounds = position[:, [0, -1]]
-    found = cuda_match_lengths(mismatch, position, bounds, first, last)
-    expected = np.empty((queries, last - first, states), np.float32)
-    li_stephens_numba.match_lengths(mismatch.numpy(), position.numpy(), bounds.numpy(), first, last, expected)
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6, atol=1e-6)
+    near = near_of(queries, sites, first, last)
+    found = cuda_match_lengths(mismatch, position, bounds, near.first, near.count)
+    expected = match_lengths(mismatch, position, torch.full((queries,), sites), near)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("neighbours", [1, 31, 128, 256, 257, 700, 1536, 2000, 4096, 4097, 9000])
@@ -138,7 +150,8 @@ def test_a_block_has_a_place_for_every_neighbour(neighbours: int) -> None:
 def test_on_the_gpu_they_are_those_of_the_cpu(queries: int, sites: int, states: int, first: int, last: int) -> None:
     assert copying_backend(torch.device("cuda", 0)) == "cuda kernel"
     given = [*map(torch.from_numpy, random_case(sites, queries, sites, states))]
-    assert_equal(*(run_on(device, given, slice(first, last)) for device in ("cuda", "cpu")))
+    near = near_of(queries, sites, first, last)
+    assert_equal(*(run_on(device, given, near) for device in ("cuda", "cpu")))
 
 
 @pytest.mark.gpu
