@@ -23,8 +23,8 @@ from pathlib import Path
 from embrag_ds.ops import li_stephens_cuda
 from embrag_ds.ops.cuda import kept_locale
 
-SUMS = {"copying_passes": 1, "copying_adjoint": 3}
-"""Sums over neighbours at a site, each of five shuffles."""
+SUMS = {"copying_passes": 1, "copying_adjoint": 3}  # over neighbours at a site, each of five shuffles
+HEAD = ("kernel", "K", "threads x per", "registers", "spilled", "barriers", "a site", "loads", "read ahead")
 ROW = "{:>16} {:>5} {:>13} {:>9} {:>8} {:>8} {:>9} {:>9} {:>10}"
 
 
@@ -72,27 +72,21 @@ def compiled(compiler: Path, source: str, *options: str) -> Compiled:
         getattr(library, f"nvrtcGet{what}")(program, buffer)
         return buffer.raw
 
-    log = text("ProgramLog").rstrip(b"\0").decode()
     if failed:
-        raise ValueError(log)
-    return Compiled(text("CUBIN"), text("PTX").rstrip(b"\0").decode(), log)
+        raise ValueError(text("ProgramLog").decode())
+    return Compiled(text("CUBIN"), text("PTX").decode(), text("ProgramLog").decode())
 
 
 def instructions(code: bytes) -> dict[str, tuple[list[str], dict[str, int]]]:
     """Instructions of each kernel, and the index at which each label stands."""
-    found = shutil.which("nvdisasm") or next(
-        (str(path) for folder in packages() for path in folder.glob("*/bin/nvdisasm")), None
-    )
-    if found is None:
-        sys.exit("nvdisasm is not installed: pip install nvidia-cuda-nvdisasm")
+    installed = [shutil.which("nvdisasm"), *(path for folder in packages() for path in folder.glob("*/bin/nvdisasm"))]
+    found = next((str(each) for each in installed if each), None) or sys.exit("pip install nvidia-cuda-nvdisasm")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(code)
-        file.flush()
+        Path(file.name).write_bytes(code)
         text = subprocess.run([found, "-c", file.name], capture_output=True, text=True, check=True).stdout
     kernels = {}
     for part in re.split(r"\n\.text\.", text)[1:]:
-        lines: list[str] = []
-        labels: dict[str, int] = {}
+        lines, labels = list[str](), dict[str, int]()
         for line in part.splitlines():
             if label := re.match(r"(\.L_x_\d+):", line):
                 labels[label[1]] = len(lines)
@@ -122,10 +116,10 @@ def read_ahead(body: list[str]) -> float:
     for i, line in enumerate(body):
         if load := re.match(r"(?:@!?U?P\d+ )?LDG\S* R(\d+),", line):
             wide = 4 if ".128" in line else 2 if ".64" in line.split(" R")[0] else 1
-            targets = "|".join(str(int(load[1]) + j) for j in range(wide))
+            target = re.compile(rf"\bR({'|'.join(str(int(load[1]) + j) for j in range(wide))})\b")
             rest = body[i + 1 :] + body[: i + 1]
-            distances.append(next(n for n, each in enumerate(rest, 1) if re.search(rf"\bR({targets})\b", each)))
-    return statistics.median(distances) if distances else 0.0
+            distances.append(next(n for n, each in enumerate(rest, 1) if target.search(each)))
+    return statistics.median(distances)
 
 
 def main() -> None:
@@ -133,25 +127,22 @@ def main() -> None:
     parser.add_argument("--neighbours", type=int, nargs="+", default=[32, 64, 128, 256, 512, 2000])
     parser.add_argument("--architecture", default="sm_90")
     given = parser.parse_args()
-    found = compilers()
-    if not found:
-        sys.exit("NVIDIA's run-time compiler is not installed: pip install nvidia-cuda-nvrtc-cu12")
+    found = compilers() or sys.exit("pip install nvidia-cuda-nvrtc-cu12")
     print(f"{found[-1].name}, {given.architecture}")
     print(
         ROW.format("kernel", "K", "threads x per", "registers", "spilled", "barriers", "a site", "loads", "read ahead")
     )
     for neighbours in given.neighbours:
-        options = li_stephens_cuda.compile_options(neighbours)
-        made = compiled(found[-1], li_stephens_cuda.SOURCE, f"-arch={given.architecture}", *options)
+        options = f"-arch={given.architecture}", *li_stephens_cuda.compile_options(neighbours)
+        made = compiled(found[-1], li_stephens_cuda.SOURCE, *options)
         registers, spilled = made.used(r"Used (\d+) registers"), made.used(r"(\d+) bytes spill loads")
         kernels = instructions(made.code)
         shape = " x ".join(map(str, li_stephens_cuda.block_shape(neighbours)))
-        for name, sums in SUMS.items():
+        for name in SUMS:
             for body in recursions(*kernels[name]):
-                sites = count(body, "SHFL") / (5 * sums)
+                sites = count(body, "SHFL") / (5 * SUMS[name])
                 a_site = [f"{count(body, each) / sites:g}" for each in ("BAR", r"[A-Z]\S*", "LDG")]
-                numbers = registers[name], spilled[name], *a_site, f"{read_ahead(body):g}"
-                print(ROW.format(name, neighbours, shape, *numbers))
+                print(ROW.format(name, neighbours, shape, registers[name], spilled[name], *a_site, read_ahead(body)))
 
 
 if __name__ == "__main__":
