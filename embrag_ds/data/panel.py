@@ -33,7 +33,7 @@ from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.vcf import PhasedVcf
 from embrag_ds.errors import UserError
 from embrag_ds.files import folder_written, read_lines, remove_leftovers
-from embrag_ds.ops.bits import pack_host, unpack_chosen, unpack_host
+from embrag_ds.ops.bits import pack_host, unpack_chosen, unpack_host, unpack_samples
 
 FORMAT = 1
 """Version of the cache's layout."""
@@ -64,6 +64,10 @@ class Panel:
         bits = unpack_host(self.packed[start:stop], 0, 2 * len(self.samples))
         chosen = bits if haplotypes is None else bits[:, haplotypes]
         return np.ascontiguousarray(chosen.T)
+
+    def samples_alleles(self, start: int, stop: int, samples: np.ndarray) -> np.ndarray:
+        """Alleles of samples (int64 [N]) at the sites [start, stop), uint8 [2N, L]; the faster way to few samples."""
+        return unpack_samples(self.packed[start:stop], samples)
 
     def alleles_at(self, sites: np.ndarray, haplotypes: np.ndarray | None = None) -> np.ndarray:
         """Alleles at any site rows int64 [L], uint8 [L, H]: of all haplotypes, or of those numbered (int64 [H])."""

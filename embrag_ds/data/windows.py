@@ -224,8 +224,7 @@ class WindowedPanel:
 
     def samples_alleles(self, window: int, samples: np.ndarray) -> np.ndarray:
         """Alleles of panel samples (indices int64 [N]) in a window, uint8 [B, L]."""
-        rows = (2 * samples[:, None] + np.arange(2)).reshape(-1)
-        return self.reference.panel.alleles(self.windows[window].start, self.windows[window].stop, rows)
+        return self.reference.panel.samples_alleles(self.windows[window].start, self.windows[window].stop, samples)
 
     def reference_alleles(self, window: int) -> np.ndarray:
         """Alleles of the reference haplotypes in a window, uint8 [H, L]."""
