@@ -44,6 +44,10 @@ class TrainConfig:
     """Number of checkpoints kept; older ones are deleted."""
     patience: int | None = None
     """Validations in a row without a better score after which training stops; null: it never stops early."""
+    workers: int | None = None
+    """Processes of each rank that draw micro-batches ahead, with the same results for any number; 0: the rank itself.
+    null: 0 on a CPU; on a GPU machine a quarter of the rank's share of the cores, at most 4.
+    """
     frozen: tuple[str, ...] = ()
     """Parts of the network whose weights are not trained, such as ``embedding``, ``pooling`` or ``confidence``."""
     compile: bool = False
@@ -56,6 +60,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for key in ("max_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
             require(getattr(self, key) >= 1, f"train.{key}", "must be at least 1")
+        require(self.workers is None or self.workers >= 0, "train.workers", "must not be negative, or null")
         require(self.patience is None or self.patience >= 1, "train.patience", "must be at least 1, or null")
 
 

@@ -130,7 +130,7 @@ TINY: dict[str, Any] = {
         "masking": {"curriculum_steps": 10, "array_spacing_bp": [1000, 3000]},
         "retrieval": {"encoding": "fixed", "k": 16},
         "model": {"dims": 16, "layers": 1, "heads": 2, "dropout": 0.1},
-        "train": {"max_steps": 6, "log_every": 1, "eval_every": 1000, "checkpoint_every": 1000},
+        "train": {"max_steps": 6, "log_every": 1, "eval_every": 1000, "checkpoint_every": 1000, "workers": 0},
         "validation": {"windows": 2, "samples": 6},
     },
 }

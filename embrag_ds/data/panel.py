@@ -33,7 +33,7 @@ from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.vcf import PhasedVcf
 from embrag_ds.errors import UserError
 from embrag_ds.files import folder_written, read_lines, remove_leftovers
-from embrag_ds.ops.bits import pack_host, unpack_chosen, unpack_host, unpack_samples
+from embrag_ds.ops.bits import pack_host, unpack_chosen, unpack_host
 
 FORMAT = 1
 """Version of the cache's layout."""
@@ -64,10 +64,6 @@ class Panel:
         bits = unpack_host(self.packed[start:stop], 0, 2 * len(self.samples))
         chosen = bits if haplotypes is None else bits[:, haplotypes]
         return np.ascontiguousarray(chosen.T)
-
-    def samples_alleles(self, start: int, stop: int, samples: np.ndarray) -> np.ndarray:
-        """Alleles of samples (int64 [N]) at the sites [start, stop), uint8 [2N, L]; the faster way to few samples."""
-        return unpack_samples(self.packed[start:stop], samples)
 
     def alleles_at(self, sites: np.ndarray, haplotypes: np.ndarray | None = None) -> np.ndarray:
         """Alleles at any site rows int64 [L], uint8 [L, H]: of all haplotypes, or of those numbered (int64 [H])."""
@@ -114,9 +110,13 @@ def open_panel(path: Path, cache_dir: Path, progress: bool = True) -> Panel:
     meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
     sites = SiteTable.load(directory / "sites.tsv")
     samples = tuple(meta["samples"])
-    shape = (len(sites), (2 * len(samples) + 7) // 8)
-    packed = np.memmap(directory / "alleles.bits", dtype=np.uint8, mode="r", shape=shape)
+    packed = map_packed(directory / "alleles.bits", (len(sites), (2 * len(samples) + 7) // 8))
     return Panel(path, sites, samples, packed, meta["skipped"])
+
+
+def map_packed(path: Path | str, shape: tuple[int, ...]) -> np.memmap:
+    """Map a file of packed alleles into memory, read-only: uint8 of ``shape`` [S, bytes]."""
+    return np.memmap(path, dtype=np.uint8, mode="r", shape=shape)
 
 
 @contextmanager

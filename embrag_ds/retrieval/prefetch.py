@@ -18,11 +18,15 @@ class Prefetcher:
     """Prefetcher of batches number ``first`` to ``stop - 1``, in order, with a queue of ``depth`` finished ones.
 
     ``build`` makes a batch from its number, on the prefetch thread. With ``depth`` 0 there is no thread, and
-    :meth:`next` builds the batch itself. ``waited_seconds`` is the total time spent in :meth:`next`.
+    :meth:`next` builds the batch itself. :meth:`close` calls ``finish``, to close what ``build`` takes from.
+    ``waited_seconds`` is the total time spent in :meth:`next`.
     """
 
-    def __init__(self, build: Callable[[int], Batch], first: int, stop: int, depth: int):
+    def __init__(
+        self, build: Callable[[int], Batch], first: int, stop: int, depth: int, finish: Callable[[], None] | None = None
+    ):
         self._build = build
+        self._finish = finish
         self._numbers = iter(range(first, stop))
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(max(depth, 1))
         self._stopping = threading.Event()
@@ -51,6 +55,8 @@ class Prefetcher:
             with suppress(queue.Empty):
                 self._ready.get_nowait()
             self._thread.join(timeout=0.05)
+        if self._finish is not None:
+            self._finish()
 
     def _take(self, thread: threading.Thread) -> Batch | BaseException:
         """Next item of the queue, while the thread lives or items are left."""

@@ -30,6 +30,7 @@ from embrag_ds.retrieval.collate import receive
 from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.reference import Reference
 from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
+from embrag_ds.runtime.workers import InOrder, chosen_workers, start_server
 from embrag_ds.seeds import Purpose, torch_seed
 from embrag_ds.training.checkpoint import TrainState, load_checkpoint, save_checkpoint, seed_step
 from embrag_ds.training.distributed import DistributedContext, adapt_to_machine, initialize_engine
@@ -94,6 +95,10 @@ class Trainer:
         self.distributed = distributed
         self.run_dir = run_dir
         self.timeline = timeline
+        workers = self.embrag.train.workers
+        self.workers = chosen_workers(distributed.device) if workers is None else workers
+        if self.workers:
+            start_server()  # its imports take seconds, which the engine's building takes, too
         settings, notes = adapt_to_machine(config.deepspeed)
         for note in notes:
             logger.info(note)
@@ -185,12 +190,13 @@ class Trainer:
 
     def batches(self) -> Prefetcher:
         """The run's remaining micro-batches, each under the generation of its step."""
+        first, stop = (step * self.accumulation for step in (self.state.step, self.embrag.train.max_steps))
+        drawn = InOrder(self.sampler, first, stop, self.workers)
 
         def build(number: int) -> Batch:
-            return self.collate(self.sampler.queries(number), number // self.accumulation)
+            return self.collate(drawn.take(number), number // self.accumulation)
 
-        first, stop = (step * self.accumulation for step in (self.state.step, self.embrag.train.max_steps))
-        return Prefetcher(build, first, stop, self.reference.prefetch)
+        return Prefetcher(build, first, stop, self.reference.prefetch, finish=drawn.close)
 
     def step(self, batches: Prefetcher, interval: Interval) -> None:
         """Take one optimiser step of ``accumulation`` micro-batches, one window each, and add it to ``interval``.
