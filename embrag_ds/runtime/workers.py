@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from multiprocessing import connection, forkserver, get_context, parent_process, resource_tracker
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -79,7 +78,8 @@ class InOrder(Generic[Item]):
             # Without it the loader draws from torch's own generator, whose numbers belong to the training step.
             generator=torch.Generator(),
         )
-        self._items: Iterator[Item] = iter(loader)
+        self._items: Any = iter(loader)
+        self._workers = workers
 
     def take(self, number: int) -> Item:
         """Item number ``number``, which must be the next; waits until it is made.
@@ -89,11 +89,14 @@ class InOrder(Generic[Item]):
         """
         assert number == self._next, (number, self._next)
         self._next += 1
-        return next(self._items)
+        item: Item = next(self._items)
+        return item
 
     def close(self) -> None:
         """End the workers."""
-        self._items = iter(())  # the loader's iterator ends its workers when it is collected
+        if self._workers:
+            # The loader would end them when it is collected, which the traceback of a fault puts off.
+            self._items._shutdown_workers()
 
 
 def _unchanged(item: Item) -> Item:
