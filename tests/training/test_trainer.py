@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,37 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert len(set(losses(whole))) == 8
     assert timeless(metrics_of("cut")) == whole
     assert timeless(metrics_of("cut", "validation"))[-1] == timeless(metrics_of("whole", "validation"))[-1]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # more workers than cores
+@pytest.mark.parametrize("workers", [1, 3])
+def test_any_number_of_workers_draws_the_same_run_and_goes_on_with_it(
+    make_trainer: MakeTrainer, metrics_of: Metrics, workers: int
+) -> None:
+    overrides = ["gradient_accumulation_steps=2", "embrag.augmentation.typing_error=0.01", STRONG]
+    drawing = f"embrag.train.workers={workers}"
+    make_trainer("whole", *overrides, "embrag.train.max_steps=5").run()
+    make_trainer("cut", *overrides, drawing, "embrag.train.max_steps=3").run()
+    assert not active_children()
+    make_trainer("cut", *overrides, drawing, "embrag.train.max_steps=5", resume=True).run()
+    assert len(set(losses(metrics_of("whole")))) == 5
+    assert timeless(metrics_of("cut")) == timeless(metrics_of("whole"))
+
+
+def test_no_worker_is_left_when_a_run_fails(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer("run", "embrag.train.workers=1")
+    monkeypatch.setattr(trainer, "step", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.run()
+    assert not active_children()
+
+
+@pytest.mark.gpu
+def test_workers_draw_the_same_run_on_a_gpu(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
+    for name, workers in {"none": "0", "chosen": "null", "two": "2"}.items():
+        make_trainer(name, NO_DROPOUT, f"embrag.train.workers={workers}", "embrag.train.max_steps=5").run()
+    for name in ("chosen", "two"):
+        np.testing.assert_allclose(losses(metrics_of(name)), losses(metrics_of("none")), rtol=1e-3)
 
 
 @pytest.mark.parametrize("seed", [281_469_838, 2**63, 2**64 - 1])
