@@ -128,7 +128,7 @@ TINY: dict[str, Any] = {
         "seed": 5,
         "data": {"window_sites": 64, "overlap_sites": 16, "flank_sites": 32, "validation_samples": 6},
         "masking": {"curriculum_steps": 10, "array_spacing_bp": [1000, 3000]},
-        "retrieval": {"encoding": "fixed", "k": 16},
+        "retrieval": {"encoding": "fixed", "k": 16, "backend": "torch"},
         "model": {"dims": 16, "layers": 1, "heads": 2, "dropout": 0.1},
         "train": {"max_steps": 6, "log_every": 1, "eval_every": 1000, "checkpoint_every": 1000},
         "validation": {"windows": 2, "samples": 6},

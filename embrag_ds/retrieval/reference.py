@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from embrag_ds.data.sampler import QueryBatch
 from embrag_ds.data.windows import WindowedPanel
 from embrag_ds.retrieval.batch import SiteTensors
 from embrag_ds.retrieval.codebooks import (
@@ -23,9 +24,10 @@ from embrag_ds.retrieval.codebooks import (
     ReferenceCache,
     SnapshotCodebooks,
 )
-from embrag_ds.retrieval.collate import RetrievalCollator, site_tensors
+from embrag_ds.retrieval.collate import RetrievalCollator, receive, site_tensors
 from embrag_ds.retrieval.dense import DenseStore
 from embrag_ds.retrieval.device_panel import GIB, DevicePanel
+from embrag_ds.retrieval.fastest import FirstSearch, FirstSearchStore
 from embrag_ds.retrieval.schedule import Generation, RefreshSchedule
 from embrag_ds.retrieval.search import Search, make_search
 from embrag_ds.retrieval.settings import RetrievalConfig
@@ -75,7 +77,8 @@ class Reference:
 
     Encoding ``fixed`` keeps the first generation, ``refresh`` re-encodes on a schedule, and ``live`` encodes each batch
     with the current weights. ``schedule`` and ``prefetch`` (batches to build ahead) follow from the settings; ``cache``
-    is None where no generations are held.
+    is None where no generations are held. ``backend`` is the search backend of the collators made from now on: that of
+    the settings, which a choice among the backends may replace.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class Reference:
         the dense store exceeds its budget.
         """
         self._settings = settings
+        self.backend: str = settings.backend
         self._data = data
         self._live_embedding = embedding
         self._gather = gather
@@ -146,8 +150,22 @@ class Reference:
         """
         store: Store | None = self._dense
         if self._source is not None and store is None:
-            search = search or make_search(self._settings.backend, self._device)
+            search = search or make_search(self.backend, self._device)
             store = FactoredStore(search, self._settings.local)
+        return self._collator(samples, slots, store, self._timeline)
+
+    def first_search(self, queries: QueryBatch) -> FirstSearch | None:
+        """The search for ``queries`` at step 0, to time the backends on; None where no backend searches.
+
+        Collective in a sharded run with encoding ``live``.
+        """
+        if self._source is None or self._dense is not None:
+            return None
+        store = FirstSearchStore(self._settings.local, self._device)
+        receive(self._collator(len(queries.samples), 1, store, NO_TIMELINE)(queries, 0))
+        return store.first
+
+    def _collator(self, samples: int, slots: int, store: Store | None, timeline: Timeline) -> RetrievalCollator:
         return RetrievalCollator(
             self._data,
             self._device,
@@ -160,7 +178,7 @@ class Reference:
             slots=slots,
             live=self._live,
             token_k=self._settings.token_k if self._settings.mode == "token" else 0,
-            timeline=self._timeline,
+            timeline=timeline,
         )
 
     def begin_refresh(self, step: int) -> None:

@@ -135,9 +135,6 @@ class Trainer:
             timeline,
             gather=deepspeed.zero.GatheredParameters,
         )
-        # A collator serves one thread: this one prefetches, the other one validates.
-        self.collate = self.reference.collator(micro_batch, slots=self.reference.prefetch + 2)
-        self._validation_collate = self.reference.collator(micro_batch)
         self.validator = Validator(data, self.embrag.validation, held_out, micro_batch, distributed)
         self.record = RunRecord(run_dir, distributed)
         self.state = TrainState()
@@ -145,14 +142,31 @@ class Trainer:
             self.state = load_checkpoint(run_dir / "checkpoints", self.engine, self.reference, self.embrag, distributed)
         else:
             self.reference.begin_refresh(0)
+            self._choose_backend()
+        # A collator serves one thread: this one prefetches, the other one validates.
+        self.collate = self.reference.collator(micro_batch, slots=self.reference.prefetch + 2)
+        self._validation_collate = self.reference.collator(micro_batch)
 
         effective = RunConfig(self.embrag, settings)
         if resume:
             self.record.forget_after(self.state.step)
         self.record.describe(
-            effective, self.engine, {"panel": str(inputs.panel.path), "init_from": init_from and str(init_from)}
+            effective,
+            self.engine,
+            {
+                "panel": str(inputs.panel.path),
+                "init_from": init_from and str(init_from),
+                "search_backend": self.collate.backend,
+            },
         )
         self._log_summary(inputs, len(samples), len(held_out))
+
+    def _choose_backend(self) -> None:
+        """Settle the search backend ``auto``: rank 0 times them, and all ranks take its choice (collective)."""
+        if self.reference.backend == "auto":
+            first = self.reference.first_search(self.sampler.queries(0))
+            if first is not None:
+                self.reference.backend = self.distributed.agree(first.fastest() if self.distributed.is_main else "")
 
     def run(self) -> None:
         """Train to ``max_steps``, or until ``patience`` validations in a row were no better.

@@ -163,7 +163,7 @@ def test_another_network_is_not_a_continuation(make_trainer: MakeTrainer) -> Non
 
 def test_settings_of_the_loop_and_of_speed_may_change_on_resume(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
     make_trainer("run", "embrag.train.max_steps=1").run()
-    overrides = ["embrag.train.eval_every=1", "embrag.retrieval.prefetch=0", "embrag.retrieval.backend=faiss-cpu"]
+    overrides = ["embrag.train.eval_every=1", "embrag.retrieval.prefetch=0", "embrag.retrieval.device_budget_gb=1"]
     make_trainer("run", "embrag.train.max_steps=2", *overrides, resume=True).run()
     assert [line["step"] for line in metrics_of("run")] == [1, 2]
 
