@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -38,8 +39,11 @@ from embrag_ds.model.imputer import Imputer
 from embrag_ds.retrieval.batch import Batch
 from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.reference import Reference
+from embrag_ds.runtime.processor import cpu_has_bf16
 
 logger = logging.getLogger(__name__)
+
+Precision = Literal["bf16", "fp32"]
 
 _AHEAD = 1
 _TIMES_AS_LONG = 4
@@ -64,10 +68,17 @@ class Imputation:
     """
 
     def __init__(
-        self, model: ExportedModel, inputs: PanelInputs, device: torch.device, block: int, transformer: bool = True
+        self,
+        model: ExportedModel,
+        inputs: PanelInputs,
+        device: torch.device,
+        block: int,
+        transformer: bool = True,
+        precision: Precision = "fp32",
     ):
         """``block`` samples are computed at a time. Without ``transformer`` its residual is left out
-        (:meth:`embrag_ds.model.imputer.Imputer.forward`), and windows are longer.
+        (:meth:`embrag_ds.model.imputer.Imputer.forward`), and windows are longer. With ``precision`` bf16 the matrix
+        products of the network are in bf16; search, copying model and dosage are always in fp32.
         """
         config = model.config
         all_samples = np.arange(len(inputs.panel.samples))
@@ -81,6 +92,7 @@ class Imputation:
         self._device = device
         self._block = block
         self._transformer = transformer
+        self._precision = precision
         self._samples = inputs.panel.samples
         self._network = Imputer(config.model)
         self._network.load_state_dict(model.weights)
@@ -120,7 +132,10 @@ class Imputation:
 
     @torch.no_grad()
     def _probability(self, batch: Batch) -> np.ndarray:
-        return self._network(batch, self._transformer).logits.sigmoid().cpu().numpy()
+        # TF32 stays off, torch's default: it would round the weights of the exact search, and bf16 is faster.
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision == "bf16"):
+            logits = self._network(batch, self._transformer).logits
+        return logits.sigmoid().cpu().numpy()
 
 
 def impute_to_vcf(imputation: Imputation, targets: Targets, out: Path) -> None:
@@ -166,6 +181,7 @@ def impute(
     transformer: bool = True,
     allow_overlap: bool = False,
     device: str | None = None,
+    precision: Precision | None = None,
 ) -> None:
     """Impute every panel site of the samples in ``target`` into ``out``, a bgzipped VCF with its index.
 
@@ -177,6 +193,7 @@ def impute(
     if samples_per_batch < 1:
         raise UserError("--samples-per-batch must be at least 1")
     where = _device(device)
+    numbers = _checked(precision, where)
     began = time.monotonic()
     exported = read_export(model)
     logger.info("model %s", model)
@@ -188,7 +205,7 @@ def impute(
     logger.info("panel %s: %d samples, %d sites", panel.path, len(panel.samples), len(panel.sites))
     with tempfile.TemporaryDirectory(dir=cache_directory(exported.config.data)) as scratch:
         targets = harmonise_targets(open_panel(target, Path(scratch)), panel, allow_overlap)
-        imputation = Imputation(exported, inputs, where, samples_per_batch, transformer)
+        imputation = Imputation(exported, inputs, where, samples_per_batch, transformer, numbers)
         impute_to_vcf(imputation, targets, out)
     logger.info("%s: %d samples in %.0f s", out, len(targets.samples), time.monotonic() - began)
 
@@ -198,3 +215,14 @@ def _device(name: str | None) -> torch.device:
         return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as fault:
         raise UserError(f"--device {name}: no such device; use cpu or cuda") from fault
+
+
+def _checked(precision: Precision | None, device: torch.device) -> Precision:
+    """The precision asked for, or the device's default: bf16 on a GPU, fp32 on a CPU."""
+    if precision is None:
+        return "bf16" if device.type == "cuda" else "fp32"
+    if precision not in get_args(Precision):
+        raise UserError(f"--precision {precision}: no such precision; use {' or '.join(get_args(Precision))}")
+    if precision == "bf16" and device.type == "cpu" and not cpu_has_bf16():
+        raise UserError("--precision bf16: this processor has no bf16 instructions; use fp32")
+    return precision

@@ -18,6 +18,7 @@ from embrag_ds.data.inputs import PanelFiles, PanelInputs, open_inputs
 from embrag_ds.data.windows import DataConfig
 from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import Imputer
+from embrag_ds.runtime.processor import cpu_has_bf16
 from embrag_ds.training import deepspeed_log
 from embrag_ds.training.complaints import complaints
 
@@ -99,7 +100,7 @@ def adapt_to_machine(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str
     if settings.get("fp16", {}).get("enabled"):
         raise UserError("fp16.enabled: DeepSpeed has no fp16 on a CPU; use bf16 or a GPU")
     for section in ("bf16", "torch_autocast"):
-        if settings.get(section, {}).get("enabled") and not _cpu_has_bf16():
+        if settings.get(section, {}).get("enabled") and not cpu_has_bf16():
             settings[section]["enabled"] = False
             notes.append(f"CPU without bf16 instructions: {section} is off, computing in fp32")
     return settings, notes
@@ -133,10 +134,6 @@ def initialize_engine(
 
 def _on_cpu() -> bool:
     return get_accelerator().device_name() == "cpu"
-
-
-def _cpu_has_bf16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _free_port() -> int:

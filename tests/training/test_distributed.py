@@ -31,7 +31,7 @@ def tiny_model() -> Imputer:
 
 def on(monkeypatch: pytest.MonkeyPatch, cpu: bool, bf16: bool = False) -> None:
     monkeypatch.setattr(distributed, "_on_cpu", lambda: cpu)
-    monkeypatch.setattr(distributed, "_cpu_has_bf16", lambda: bf16)
+    monkeypatch.setattr(distributed, "cpu_has_bf16", lambda: bf16)
 
 
 def test_a_cpu_without_bf16_computes_in_fp32_and_notes_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ ZERO[3].append("zero_optimization.stage3_param_persistence_threshold=0")
 
 @pytest.fixture(autouse=True)
 def _bf16_on_any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "_cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(distributed, "cpu_has_bf16", lambda: True)
 
 
 def is_rounded(weight: Tensor) -> bool:
@@ -152,7 +152,7 @@ from embrag_ds.training.distributed import start_distributed
 from embrag_ds.data.inputs import PanelFiles, open_inputs
 from embrag_ds.training.trainer import Trainer
 
-distributed._cpu_has_bf16 = lambda: True
+distributed.cpu_has_bf16 = lambda: True
 panel, out, *configs = (Path(each) for each in sys.argv[-4:])
 with logs.on_terminal(), logs.kept_for_run() as run_log, deepspeed_log.written_to(run_log):
     group = start_distributed()
