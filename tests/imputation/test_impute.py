@@ -14,6 +14,7 @@ import pysam.bcftools
 import pytest
 import torch
 
+from embrag_ds.cli.main import main
 from embrag_ds.config import RunConfig, parse_config
 from embrag_ds.config_files import read_tree
 from embrag_ds.data.inputs import PanelFiles, PanelInputs, open_inputs
@@ -33,6 +34,7 @@ from embrag_ds.imputation.impute import Imputation, impute_to_vcf
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.retrieval import codebooks
 from embrag_ds.retrieval.codebooks import Encoder
+from embrag_ds.retrieval.fastest import FirstSearch
 from embrag_ds.training.distributed import DistributedContext
 from embrag_ds.training.trainer import Trainer
 
@@ -431,6 +433,74 @@ def test_a_target_with_one_typed_site_or_all_of_them(
         out = read_dosages(tmp_path / f"{name}.out.vcf.gz")
         assert np.isfinite(out.dosage).all()
         np.testing.assert_array_equal(out.dosage[kept], (truth.alleles[:, 0::2] + truth.alleles[:, 1::2])[kept])
+
+
+def test_in_bf16_only_the_products_of_the_network_are_rounded(
+    model: ExportedModel, retrieval_alone: ExportedModel, inputs: PanelInputs, target: PhasedData
+) -> None:
+    targets = matched(target, Path("target.vcf.gz"), inputs, False)
+    for each, least, most in ((model, 1e-5, 0.03), (retrieval_alone, 0.0, 0.0)):
+        rounded, exact = (
+            np.concatenate(
+                [part for _, part in Imputation(each, inputs, CPU, 9, precision=precision).windows(targets)], 1
+            )
+            for precision in ("bf16", "fp32")
+        )
+        assert least <= np.abs(rounded - exact).max() <= most
+
+
+def test_the_precision_is_bf16_on_a_gpu_and_fp32_on_a_cpu_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda", 0)
+    for has_bf16 in (True, False):
+        monkeypatch.setattr(imputation_module, "cpu_has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        assert [imputation_module._checked(None, where) for where in (cuda, CPU)] == ["bf16", "fp32"]
+        assert [imputation_module._checked("fp32", where) for where in (cuda, CPU)] == ["fp32", "fp32"]
+        assert imputation_module._checked("bf16", cuda) == "bf16"
+    with pytest.raises(UserError, match=r"^--precision bf16: this processor has no bf16 instructions; use fp32$"):
+        imputation_module._checked("bf16", CPU)
+    with pytest.raises(UserError, match=r"^--precision fp16: no such precision; use bf16 or fp32$"):
+        imputation_module._checked("fp16", CPU)
+
+
+def test_the_command_passes_the_precision_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(imputation_module, "impute", lambda *given, **named: seen.update(named))
+    for options, precision in (([], None), (["--precision=bf16"], "bf16"), (["--precision=fp32"], "fp32")):
+        main(arguments=["impute", f"--out={tmp_path / 'out.vcf.gz'}", *options])
+        assert seen["precision"] == precision
+
+
+def with_backend(model: ExportedModel, backend: str) -> ExportedModel:
+    retrieval = dataclasses.replace(model.config.retrieval, backend=backend)
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, retrieval=retrieval))
+
+
+def test_search_backends_are_timed_only_on_a_gpu_with_many_batches(
+    model: ExportedModel, inputs: PanelInputs, target: PhasedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[int] = []
+    monkeypatch.setattr(FirstSearch, "fastest", lambda self: timed.append(len(self.query.tokens)) or "faiss-cpu")
+    targets = matched(target, Path("target.vcf.gz"), inputs, False)
+    imputation = Imputation(with_backend(model, "auto"), inputs, CPU, 4)
+    expected = dict(imputation.windows(targets))
+    assert timed == [] and imputation._collate.backend == "torch"
+    asked: list[int] = []
+    monkeypatch.setattr(imputation_module, "_worth_timing", lambda batches, device: asked.append(batches) or True)
+    found = dict(imputation.windows(targets))
+    assert timed == [8] and imputation._collate.backend == "faiss-cpu" and asked == [3 * len(imputation.data.windows)]
+    # The backends may differ in ties.
+    assert np.mean(np.abs(np.concatenate(list(found.values()), 1) - np.concatenate(list(expected.values()), 1))) < 0.02
+    monkeypatch.undo()
+    cuda = torch.device("cuda", 0)
+    worth = [imputation_module._worth_timing(*each) for each in ((1000, cuda), (999, cuda), (10**6, CPU))]
+    assert worth == [True, False, False]
+
+
+def test_a_model_trained_with_a_gpu_search_is_used_without_one(
+    model: ExportedModel, inputs: PanelInputs, target: PhasedData
+) -> None:
+    for trained, here in (("faiss-gpu", "torch"), ("faiss-cpu", "faiss-cpu")):
+        assert Imputation(with_backend(model, trained), inputs, CPU, 4)._collate.backend == here
 
 
 @pytest.mark.real
