@@ -61,9 +61,13 @@ def _signs(alleles: Tensor) -> Tensor:
     return alleles.to(torch.float32, memory_format=torch.contiguous_format).mul_(2).sub_(1)
 
 
-def _parts(length: int, row_bytes: int) -> Iterator[slice]:
-    """Cut ``length`` rows of ``row_bytes`` bytes into parts of at most :data:`SIGN_BYTES`, or of one row."""
-    size = max(1, SIGN_BYTES // row_bytes)
+def _parts(length: int, row_bytes: int, most: int | None = None) -> Iterator[slice]:
+    """Cut ``length`` rows of ``row_bytes`` bytes into parts of at most :data:`SIGN_BYTES` and ``most`` rows.
+
+    A part has at least one row.
+    """
+    size = SIGN_BYTES // row_bytes
+    size = max(1, size if most is None else min(size, most))
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
@@ -133,7 +137,8 @@ class FaissCpuSearch:
             found = faiss.knn(signed, rows, fetched, metric=faiss.METRIC_INNER_PRODUCT)
             return torch.from_numpy(found[0]), torch.from_numpy(found[1])
 
-        similarity, ids = _best_of_parts(search, 4 * len(reference), count, excluded.cpu(), k)
+        parts = _parts(count, 4 * len(reference))
+        similarity, ids = _best_of_parts(search, parts, excluded.cpu(), k)
         return _distance(similarity.to(weights.device), weights), ids.to(weights.device)
 
 
@@ -180,7 +185,8 @@ class FaissGpuSearch:
             return found
 
         with torch.cuda.device(weights.device):
-            similarity, ids = _best_of_parts(search, 4 * len(reference), count, excluded, k)
+            parts = _parts(count, 4 * len(reference), _fitting_scratch(len(tokens), fetched))
+            similarity, ids = _best_of_parts(search, parts, excluded, k)
         return _distance(similarity, weights), ids
 
 
@@ -202,19 +208,27 @@ class CupySearch:
         return best.values, best.indices
 
 
+def _fitting_scratch(queries: int, fetched: int) -> int:
+    """Largest number of haplotypes that FAISS searches within its scratch memory.
+
+    It takes two buffers of distances (float32) and two of the ``fetched`` distances and ids (float32, int64) of every
+    query. Where they do not fit, FAISS allocates them in every search, and all streams of the device wait.
+    """
+    return (_FAISS_GPU_SCRATCH - 2 * 12 * queries * fetched - (1 << 16)) // (2 * 4 * queries)
+
+
 def _best_of_parts(
-    search: Callable[[slice, int], tuple[Tensor, Tensor]], row_bytes: int, count: int, excluded: Tensor, k: int
+    search: Callable[[slice, int], tuple[Tensor, Tensor]], parts: Iterator[slice], excluded: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
     """Similarities and ids [B, k], best first, of the haplotypes that are not ``excluded`` int64 [B, E].
 
-    ``search`` takes a part of the ``count`` haplotypes, of ``row_bytes`` bytes of signs each, and a number to fetch. It
-    gives similarities and ids within the part, both [B, number], best first.
+    ``search`` takes one of the ``parts`` of the haplotypes, and a number to fetch. It gives similarities and ids within
+    the part, both [B, number], best first.
     """
-    parts = list(_parts(count, row_bytes))
     most = k + excluded.shape[1]
-    found = [search(part, min(most, part.stop - part.start)) for part in parts]
-    similarity = torch.cat([values for values, _ in found], dim=1)
-    ids = torch.cat([ids + part.start for part, (_, ids) in zip(parts, found, strict=True)], dim=1)
+    found = [(part.start, *search(part, min(most, part.stop - part.start))) for part in parts]
+    similarity = torch.cat([values for _, values, _ in found], dim=1)
+    ids = torch.cat([start + ids for start, _, ids in found], dim=1)
     dropped = (ids[:, :, None] == excluded[:, None, :]).any(-1)
     # Stable, so that a single part keeps FAISS's order of ties.
     best = torch.sort(similarity.masked_fill_(dropped, -torch.inf), dim=1, descending=True, stable=True)

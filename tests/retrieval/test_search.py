@@ -171,6 +171,9 @@ class FaissOnGpu:
         assert resources.stream == CURRENT_STREAM
         assert self.device == 0 and given.device == -1
         assert 0 < given.k <= 2048 and given.vectorType == given.queryType == "fp32" and not given.use_cuvs
+        tile = min(given.numVectors, 262144)
+        scratch = given.numQueries * (2 * 4 * tile + 2 * (4 + 8) * given.k)
+        assert scratch <= resources.temporary, "cudaMalloc and cudaFree in every search"
         queries = matrix(given.queries, given.numQueries, given.dims, given.queriesRowMajor)
         vectors = matrix(given.vectors, given.numVectors, given.dims, given.vectorsRowMajor)
         best = torch.topk(queries @ vectors.T, given.k, dim=1)
@@ -235,6 +238,16 @@ def test_faiss_on_a_gpu_pins_no_host_memory_and_little_of_the_device(faiss_on_gp
     thread = threading.Thread(target=second.nearest, args=given(1))
     thread.start()
     thread.join()
+    assert len(faiss_on_gpu.searches) == 2
+
+
+def test_faiss_on_a_gpu_never_runs_out_of_its_scratch_memory(
+    faiss_on_gpu: FaissOnGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts are no larger than the scratch memory allows, and not much smaller."""
+    monkeypatch.setattr(search, "_FAISS_GPU_SCRATCH", 1 << 20)
+    asked = given(1, count=3001, queries=64)
+    check_nearest(FaissGpuSearch().nearest(*asked), asked)
     assert len(faiss_on_gpu.searches) == 2
 
 
