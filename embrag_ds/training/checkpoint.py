@@ -100,6 +100,8 @@ def _check_compatible(client: dict[str, Any], config: EmbragConfig, batches: dic
                 f"{directory}: {name} differs from the checkpoint's ({now_is} for {client['batches'][name]}), so the "
                 "run would not continue; restore it, or start a new run folder"
             )
+    if "backend" not in client:
+        raise UserError(f"{directory}: written by another version of embrag_ds; start a new run folder")
     backend = config.retrieval.backend
     if backend not in ("auto", client["backend"]):
         raise UserError(

@@ -179,6 +179,16 @@ def test_the_backend_chosen_by_auto_is_recorded_and_kept_on_resume(
     assert "\n" not in str(caught.value)
 
 
+def test_a_checkpoint_without_a_backend_is_refused(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    make_trainer("run", "embrag.train.max_steps=1").run()
+    agreed = tmp_path / "run" / "checkpoints" / "agreed.json"
+    content = json.loads(agreed.read_text())
+    del content["backend"]
+    agreed.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="written by another version"):
+        make_trainer("run", resume=True)
+
+
 def test_a_named_backend_is_taken_without_timing(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     timed = fastest_is(monkeypatch, "torch")
     assert make_trainer("run", "embrag.retrieval.backend=faiss-cpu").collate.backend == "faiss-cpu"
