@@ -339,8 +339,13 @@ def test_what_does_not_wait(machine: Machine) -> None:
         torch.nn.functional.one_hot(values, 6)
         event = torch.cuda.current_stream().record_event()
         assert not event.query()
-    values.cpu()
-    assert event.query()
+    pinned = registered(8)
+    pinned.to(machine.device, non_blocking=True)
+    machine.device_catches_up()
+    with machine.expect("fill_ by the host"):
+        pinned.fill_(1)  # finished, but the host does not know
+    assert event.query() and torch.cuda.current_stream().query()
+    pinned.fill_(1)
 
 
 # numpy and DLPack

@@ -22,7 +22,7 @@ from torch import Tensor
 from embrag_ds.data.tokens import ALT, REF
 from embrag_ds.data.windows import Window
 from embrag_ds.retrieval.schedule import Generation, RefreshSchedule
-from embrag_ds.runtime.streams import SideStream, host_buffer, mark_current
+from embrag_ds.runtime.streams import SideStream, host_buffer, mark_current, thread_start
 from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
 
 ALLELES = 2
@@ -111,7 +111,8 @@ class ReferenceCache:
         self._encoded: dict[int, Future[None]] = {}
         self._begun = Condition()
         self._closed = False
-        self._thread = ThreadPoolExecutor(1, "reference-refresh", _yield_to_training) if asynchronous else None
+        start = thread_start() if device.type == "cuda" else _yield_to_training
+        self._thread = ThreadPoolExecutor(1, "reference-refresh", start) if asynchronous else None
         self.refresh_seconds = 0.0
 
     @property
@@ -199,7 +200,7 @@ class ReferenceCache:
 
 
 def _yield_to_training() -> None:
-    """Give the calling thread the lowest scheduling priority, on Linux, so that training comes first."""
+    """Give the calling thread the lowest scheduling priority, on Linux, so that training on the CPU comes first."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, get_native_id(), 19)
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 
 from embrag_ds.retrieval.batch import Batch
 from embrag_ds.retrieval.collate import receive
+from embrag_ds.runtime.streams import thread_start
 
 _LOOK_EVERY_S = 0.5
 
@@ -26,6 +27,7 @@ class Prefetcher:
         self._numbers = iter(range(first, stop))
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(max(depth, 1))
         self._stopping = threading.Event()
+        self._start = thread_start()
         self._thread: threading.Thread | None = None
         self.waited_seconds = 0.0
         if depth > 0:
@@ -62,6 +64,7 @@ class Prefetcher:
 
     def _run(self) -> None:
         try:
+            self._start()
             for number in self._numbers:
                 made = self._build(number)
                 while not self._offer(made):

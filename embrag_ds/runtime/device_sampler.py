@@ -14,6 +14,7 @@ import pynvml
 import torch
 
 from embrag_ds.errors import UserError
+from embrag_ds.runtime.streams import thread_start
 
 INTERVAL_S = 0.1
 """Default seconds between two readings."""
@@ -143,6 +144,7 @@ class DeviceSampler:
         self._taken = 0
         self._kept_every = 1
         self._began = 0.0
+        self._start_thread = thread_start()
         self._stopping = threading.Event()
         self._fault: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="device-sampler", daemon=True)
@@ -180,6 +182,7 @@ class DeviceSampler:
 
     def _run(self) -> None:
         try:
+            self._start_thread()
             self._keep(self._read_all(cpu_percent=None))
             while not self._stopping.wait(self._interval_s):
                 self._keep(self._read_all(self._process.cpu_percent()))

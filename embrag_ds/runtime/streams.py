@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,19 @@ from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
 
 _ALIGNMENT = 256
 """Bytes to which an array in a staging slot is aligned."""
+
+
+def thread_start() -> Callable[[], None]:
+    """Function that a new thread calls first, which makes the caller's current CUDA device that of the new thread.
+
+    A thread starts with device 0 in CUDA, and each process would open a context of half a gigabyte there. Without CUDA
+    the function does nothing.
+    """
+    return partial(torch.cuda.set_device, torch.cuda.current_device()) if torch.cuda.is_initialized() else _nothing
+
+
+def _nothing() -> None:
+    pass
 
 
 class SideStream:

@@ -31,7 +31,8 @@ Breaches raise :class:`RuleBroken`. ``machine.breaches`` lists them. At its end 
 swallowed, and those that were found when memory was freed. A test of a breach uses ``with machine.expect("text"):``,
 after which that breach is forgotten.
 
-Limits. Order between host threads is the order in which they ran. ``Event.query()`` is False until the host has waited.
+Limits. Order between host threads is the order in which they ran. ``Event.query()`` is False until the host has waited,
+or the test has called ``machine.device_catches_up()``.
 Kernels of CuPy do not run: torch takes their place, so a test patches ``embrag_ds.ops.cuda.available`` where CuPy is
 installed. Accesses of numpy to pinned memory are not seen. The calling thread has chosen the run's device;
 ``Machine(set_device=False)`` leaves it on GPU 0, as a new thread is.

@@ -199,7 +199,7 @@ def _stream_class(machine: Machine) -> Any:
             return event
 
         def query(self) -> bool:
-            return machine.order.finished(machine.order.state(self.cuda_stream))
+            return machine.order.asks(machine.order.state(self.cuda_stream))
 
         def synchronize(self) -> None:
             machine.bound("Stream.synchronize()")
@@ -233,7 +233,7 @@ def _event_class(machine: Machine) -> Any:
             machine.order.wait(stream.cuda_stream, self._reached())
 
         def query(self) -> bool:
-            return self._state is not None and machine.order.finished(self._state)
+            return self._state is not None and machine.order.asks(self._state)
 
         def synchronize(self) -> None:
             machine.bound("Event.synchronize()")

@@ -103,6 +103,10 @@ class Machine:
         finally:
             self.thread.forbidden = False
 
+    def device_catches_up(self) -> None:
+        """Let the device finish all that is queued: ``Event.query()`` is then True. The host knows only if it asks."""
+        self.order.catch_up()
+
     def _seen(self, thread: threading.Thread) -> threading.Thread:
         """Make a thread, which is about to start, report its operations."""
         run = thread.run

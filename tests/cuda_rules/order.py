@@ -61,6 +61,7 @@ class Order:
         self.names: dict[int, str] = {}
         self._known: dict[int, dict[int, int]] = {}
         self.host: dict[int, int] = {}
+        self.device: dict[int, int] = {}
         self.held_bytes = self.peak_bytes = 0
 
     def add_stream(self, stream: int, name: str) -> None:
@@ -84,9 +85,19 @@ class Order:
         with self.lock:
             self.host = _later(self.host, state)
 
-    def finished(self, state: dict[int, int]) -> bool:
-        """Whether the host knows that ``state`` is reached."""
-        return all(self.host.get(stream, 0) >= number for stream, number in state.items())
+    def asks(self, state: dict[int, int]) -> bool:
+        """Whether the host knows that ``state`` is reached, or learns it by asking."""
+        with self.lock:
+            reached = all(max(self.host.get(each, 0), self.device.get(each, 0)) >= n for each, n in state.items())
+            if reached:
+                self.host_waits(state)
+            return reached
+
+    def catch_up(self) -> None:
+        """Let the device finish all that is queued, without telling the host."""
+        with self.lock:
+            for known in self._known.values():
+                self.device = _later(self.device, known)
 
     def use(self, stream: int, what: str, reads: list[Span], writes: list[Span]) -> None:
         """Queue an operation on ``stream``. Raises :class:`RuleBroken` if it may overtake an earlier one."""
