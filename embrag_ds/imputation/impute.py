@@ -38,6 +38,7 @@ from embrag_ds.model.imputer import Imputer
 from embrag_ds.retrieval.batch import Batch
 from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.reference import Reference
+from embrag_ds.runtime.streams import use_device
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class Imputation:
         """``block`` samples are computed at a time. Without ``transformer`` its residual is left out
         (:meth:`embrag_ds.model.imputer.Imputer.forward`), and windows are longer.
         """
+        use_device(device)
         config = model.config
         all_samples = np.arange(len(inputs.panel.samples))
         settings = config.data if transformer else _with_longer_windows(config.data, 2 * len(all_samples))

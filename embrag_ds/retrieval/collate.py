@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from embrag_ds.retrieval.codebooks import CodebookSource, WindowCodebook
 from embrag_ds.retrieval.device_panel import DevicePanel
 from embrag_ds.retrieval.frequency import frequencies_without
 from embrag_ds.retrieval.store import Query, Store
-from embrag_ds.runtime.streams import SideStream, Staging, hand_over
+from embrag_ds.runtime.streams import SideStream, Staging, hand_over, mark_current
 from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
 
 
@@ -81,6 +82,7 @@ class RetrievalCollator:
         core = max(window.core_stop - window.core_start for window in data.windows)
         self.staging = Staging(device, slots, self._slot_bytes(samples, longest, core), timeline)
         self._side = SideStream(device, urgent=True)
+        self._side.wait_for_main(mark_current(device))  # for the tensors above, the panel, and a snapshot's weights
         self._latest: tuple[int, WindowAlleles | None] = (-1, None)
 
     def _slot_bytes(self, samples: int, sites: int, core: int) -> int:
@@ -103,13 +105,15 @@ class RetrievalCollator:
         On a CUDA device the batch is still being computed when this returns: pass it to :func:`receive`.
         """
         moved = self.staging.bytes_moved
+        # Live weights are those after the optimiser's last step, which the current stream may not have taken yet.
+        trained = mark_current(self._device) if self._live else None
         with self._side as side:
             with self._timeline.phase("collate"):
-                batch = self._build(queries, step)
+                batch = self._build(queries, step, trained)
             moved = self.staging.bytes_moved - moved + batch.bytes_moved
             return replace(batch, bytes_moved=moved, ready=side.event())
 
-    def _build(self, queries: QueryBatch, step: int) -> Batch:
+    def _build(self, queries: QueryBatch, step: int, trained: Any) -> Batch:
         window = self._data.windows[queries.window]
         put = self.staging.put
         self.staging.begin()
@@ -164,6 +168,7 @@ class RetrievalCollator:
                 excluded=excluded.repeat_interleave(2, dim=0),
                 typed_per_haplotype=float(count.mean()),
             )
+            self._side.wait_for_main(trained)
             code = self._source.code(queries.window, step)
             cuts = _common_cuts(queries.masked[:, window.core])
             retrieved = self._retrieve(query, frame, code, self._store, reference, cuts)
@@ -270,6 +275,9 @@ def _common_cuts(masked: np.ndarray) -> np.ndarray | None:
 
 
 def site_tensors(data: WindowedPanel, window: int, device: torch.device) -> SiteTensors:
-    """Site features of all sites of a window, copied to ``device``."""
+    """Site features of all sites of a window, copied to ``device`` on the current stream; the host does not wait."""
     features = data.features(window)
-    return SiteTensors(*(torch.from_numpy(each).to(device) for each in (features.position, features.frequency)))
+    arrays = [torch.from_numpy(each) for each in (features.position, features.frequency)]
+    if device.type == "cuda":
+        arrays = [each.pin_memory() for each in arrays]
+    return SiteTensors(*(each.to(device, non_blocking=True) for each in arrays))

@@ -49,15 +49,13 @@ class EmbeddingLayer(Protocol):
         """New layer of the same shape, with freshly initialised weights."""
         ...
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> EmbeddingLayer: ...
-
     def requires_grad_(self, requires_grad: bool) -> EmbeddingLayer: ...
 
     def parameters(self) -> Iterable[nn.Parameter]: ...
 
     def state_dict(self) -> dict[str, Tensor]: ...
 
-    def load_state_dict(self, state_dict: dict[str, Tensor]) -> Any: ...
+    def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False) -> Any: ...
 
 
 def window_encoder(embedding: EmbeddingLayer, data: WindowedPanel, device: torch.device) -> Encoder:
@@ -189,10 +187,10 @@ class Reference:
         self.cache.begin(generation, encoder, finished)
 
     def _encoder(self, state: dict[str, Tensor]) -> tuple[EmbeddingLayer, Encoder]:
-        """Frozen embedding layer with the weights ``state``, and the encoder that uses it."""
-        kind = next(iter(state.values())).dtype
-        snapshot = self._live_embedding.twin().to(self._device, kind).requires_grad_(False)
-        snapshot.load_state_dict(state)
+        """Frozen embedding layer with the weights ``state``, which it keeps, and the encoder that uses it."""
+        with torch.device("meta"):  # a twin with weights of its own would be copied to the device, and the host wait
+            snapshot = self._live_embedding.twin().requires_grad_(False)
+        snapshot.load_state_dict(state, assign=True)
         return snapshot, window_encoder(snapshot, self._data, self._device)
 
     def age(self, step: int) -> dict[str, int]:
@@ -212,13 +210,14 @@ class Reference:
         }
 
     def memory(self, collators: list[RetrievalCollator]) -> str:
-        """Describe in one line the memory of reference cache, staging and packed panel, all allocated at the start."""
+        """Describe in one line the memory of reference cache, staging, dense store and packed panel."""
         cache = 0 if self.cache is None else self.cache.host_bytes
         staging = sum(each.staging.host_bytes for each in collators)
         where = "on the device" if self._panel.device_bytes else "memory-mapped"
         pinned = "pinned " if self._device.type == "cuda" else ""
+        dense = "" if self._dense is None else f"dense store up to {self._dense.bytes / GIB:.3f} GiB; "
         return (
-            f"reference cache {cache / GIB:.3f} GiB, staging {staging / GIB:.3f} GiB of {pinned}host memory; "
+            f"reference cache {cache / GIB:.3f} GiB, staging {staging / GIB:.3f} GiB of {pinned}host memory; {dense}"
             f"packed panel {self._panel.packed_bytes / GIB:.3f} GiB {where}"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -77,6 +78,7 @@ class Machine:
     def __exit__(
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
+        gc.collect()  # what the test dropped is freed under this machine's rules
         self.active = False
         self._stack.close()
         if fault is None and self.breaches:
@@ -226,5 +228,6 @@ class Machine:
 
     def _pinned_now(self) -> list[tuple[Memory, StorageWeakRef | None]]:
         with self.order.lock:
-            self.pinned = [each for each in self.pinned if each[1] is None or not each[1].expired()]
+            if any(each[1] is not None and each[1].expired() for each in self.pinned):
+                self.pinned = [each for each in self.pinned if each[1] is None or not each[1].expired()]
             return list(self.pinned)

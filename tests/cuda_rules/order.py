@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from dataclasses import dataclass, field
+from functools import cache
 
 HOST = -1
 """Number of the host among the streams."""
@@ -191,6 +192,7 @@ def place() -> str:
     return f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
 
 
+@cache
 def _is_foreign(path: str) -> bool:
     return path.startswith(_HERE) or path.startswith("<") or "/site-packages/" in path or "/lib/python3" in path
 

@@ -31,10 +31,12 @@ from embrag_ds.export import MODEL_FILE, ExportedModel, read_export
 from embrag_ds.imputation import impute as imputation_module
 from embrag_ds.imputation.impute import Imputation, impute_to_vcf
 from embrag_ds.model.imputer import Imputer
+from embrag_ds.ops import cuda
 from embrag_ds.retrieval import codebooks
 from embrag_ds.retrieval.codebooks import Encoder
 from embrag_ds.training.distributed import DistributedContext
 from embrag_ds.training.trainer import Trainer
+from tests.cuda_rules import Machine
 
 MakeConfig = Callable[..., RunConfig]
 CPU = torch.device("cpu")
@@ -470,3 +472,16 @@ def test_a_short_run_beats_the_nearest_haplotype_on_1000_genomes(
     ours = tally.result()
     nearest = {"<0.1 %": 0.2173, "0.1-0.5 %": 0.2714, "0.5-1 %": 0.4041, "1-5 %": 0.5840, "5-50 %": 0.8031}
     assert {name: r2 for name, r2 in nearest.items() if not ours[name] > r2} == {}, ours
+
+
+def test_imputation_on_another_gpu_than_the_first_keeps_cudas_rules(
+    model: ExportedModel, inputs: PanelInputs, target: PhasedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "available", lambda: False)  # torch's operations in place of the kernels
+    targets = matched(target, Path("target.vcf.gz"), inputs, False)
+    _, expected = next(Imputation(model, inputs, CPU, 5).windows(targets))
+    with Machine(set_device=False) as machine:
+        windows = Imputation(model, inputs, machine.device, 5).windows(targets)
+        _, found = next(windows)
+        windows.close()
+    np.testing.assert_allclose(found, expected, atol=1e-3)
