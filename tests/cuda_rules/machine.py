@@ -78,7 +78,8 @@ class Machine:
     def __exit__(
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
-        gc.collect()  # what the test dropped is freed under this machine's rules
+        if self.pinned:  # what the test dropped is unpinned and freed under this machine's rules
+            gc.collect()
         self.active = False
         self._stack.close()
         if fault is None and self.breaches:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.cuda_rules.order import Memory, Span
 
@@ -57,7 +57,7 @@ class DeviceTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        machine = next(each.machine for each in tree_leaves((args, kwargs)) if isinstance(each, DeviceTensor))
+        machine = next(each.machine for each in leaves((args, kwargs)) if isinstance(each, DeviceTensor))
         return dispatched(machine, function, args, kwargs or {})
 
     @property
@@ -129,11 +129,31 @@ class Watching(TorchDispatchMode):
         return dispatched(self._machine, function, args, kwargs or {})
 
 
+def leaves(value: Any) -> Iterator[Any]:
+    """Values in nested lists, tuples and dictionaries, of which arguments consist (torch's own function is slow)."""
+    if isinstance(value, list | tuple):
+        for each in value:
+            yield from leaves(each)
+    elif isinstance(value, dict):
+        yield from leaves(list(value.values()))
+    else:
+        yield value
+
+
+def mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """Nested lists, tuples and dictionaries with every value changed."""
+    if isinstance(value, list | tuple):
+        return type(value)([mapped(change, each) for each in value])
+    if isinstance(value, dict):
+        return {name: mapped(change, each) for name, each in value.items()}
+    return change(value)
+
+
 def dispatched(machine: Machine, function: Any, args: Any, kwargs: Any) -> Any:
     """Compute one operation, on the inner tensors, after checking it."""
     wanted = kwargs.get("device")
     on_device = wanted is not None and wanted.type in ("meta", "cuda")
-    given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+    given = [each for each in leaves((args, kwargs)) if isinstance(each, Tensor)]
     if function is aten.detach.default and isinstance(args[0], DeviceTensor):
         return DeviceTensor(args[0].inner.detach(), args[0].memory, machine)
     if not on_device and not any(isinstance(each, DeviceTensor) for each in given):
@@ -157,7 +177,7 @@ def dispatched(machine: Machine, function: Any, args: Any, kwargs: Any) -> Any:
     if name.startswith("index") and any(each.dtype in (torch.bool, torch.uint8) for each in _indices(args)):
         machine.wait("indexing by a mask")
     result = _computed(machine, function, args, kwargs)
-    fresh = [_span(each) for each in tree_leaves(result) if isinstance(each, DeviceTensor) and each.numel()]
+    fresh = [_span(each) for each in leaves(result) if isinstance(each, DeviceTensor) and each.numel()]
     known = {id(each[0]) for each in reads + writes} | {
         id(each.memory) for each in given if isinstance(each, DeviceTensor)
     }
@@ -179,8 +199,8 @@ def _computed(machine: Machine, function: Any, args: Any, kwargs: Any) -> Any:
             return value.inner
         return torch.device("cpu") if isinstance(value, torch.device) else value
 
-    plain_args, plain_kwargs = tree_map(inner, (args, kwargs))
-    on_host = {id(each) for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+    plain_args, plain_kwargs = mapped(inner, (args, kwargs))
+    on_host = {id(each) for each in leaves((args, kwargs)) if isinstance(each, Tensor)}
 
     def outer(value: Any) -> Any:
         if not isinstance(value, Tensor) or id(value) in on_host:
@@ -191,7 +211,7 @@ def _computed(machine: Machine, function: Any, args: Any, kwargs: Any) -> Any:
         memories[_storage(value)] = memory
         return DeviceTensor(value, memory, machine)
 
-    return tree_map(outer, function(*plain_args, **plain_kwargs))
+    return mapped(outer, function(*plain_args, **plain_kwargs))
 
 
 def _on_host(machine: Machine, function: Any, args: Any, kwargs: Any) -> Any:
@@ -201,7 +221,7 @@ def _on_host(machine: Machine, function: Any, args: Any, kwargs: Any) -> Any:
             info = argument.alias_info
             if info is not None and not info.is_write:
                 continue  # a view
-            for each in tree_leaves(value):
+            for each in leaves(value):
                 span = machine.pinned_span(each) if isinstance(each, Tensor) else None
                 if span is not None:
                     machine.order.use_by_host(function._schema.name, span, info is not None)
@@ -215,7 +235,7 @@ def _arguments(function: Any, args: Any, kwargs: Any) -> list[tuple[Any, Any]]:
 
 
 def _indices(args: Any) -> list[Tensor]:
-    return [each for each in tree_leaves(args[1:2]) if isinstance(each, Tensor)]
+    return [each for each in leaves(args[1:2]) if isinstance(each, Tensor)]
 
 
 def _spans(function: Any, args: Any, kwargs: Any) -> tuple[list[Span], list[Span]]:
@@ -226,7 +246,7 @@ def _spans(function: Any, args: Any, kwargs: Any) -> tuple[list[Span], list[Span
     )
     for argument, value in _arguments(function, args, kwargs):
         info = argument.alias_info
-        for each in tree_leaves(value):
+        for each in leaves(value):
             if not isinstance(each, DeviceTensor) or not each.numel():
                 continue
             if info is not None and info.is_write:
