@@ -75,6 +75,7 @@ class RetrievalCollator:
                 f"{reference.panel.path}: {len(reference)} reference haplotypes are too few to retrieve from"
             )
         self._excluded = _excluded_haplotypes(exclusions, reference.sample_of)
+        # These copies block. So what was queued before, a snapshot's weights too, is finished for the side stream.
         self._population_of = torch.from_numpy(reference.population_of).to(device)
         self._population_sizes = torch.from_numpy(reference.population_sizes).to(device)
         self._turing = torch.from_numpy(reference.good_turing_odds).to(device)
@@ -82,7 +83,6 @@ class RetrievalCollator:
         core = max(window.core_stop - window.core_start for window in data.windows)
         self.staging = Staging(device, slots, self._slot_bytes(samples, longest, core), timeline)
         self._side = SideStream(device, urgent=True)
-        self._side.wait_for_main(mark_current(device))  # for the tensors above, the panel, and a snapshot's weights
         self._latest: tuple[int, WindowAlleles | None] = (-1, None)
 
     def _slot_bytes(self, samples: int, sites: int, core: int) -> int:

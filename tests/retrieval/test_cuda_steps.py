@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -21,6 +23,7 @@ from embrag_ds.retrieval import reference
 from embrag_ds.retrieval.batch import Batch
 from embrag_ds.retrieval.codebooks import ReferenceCache, SnapshotCodebooks
 from embrag_ds.retrieval.collate import receive
+from embrag_ds.retrieval.dense import DenseStore
 from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.reference import Reference
 from embrag_ds.retrieval.schedule import Generation, RefreshConfig, RefreshSchedule
@@ -200,6 +203,47 @@ def test_a_buffer_is_encoded_again_after_the_reads_of_all_streams(world, machine
     for code in held:
         expected = world.embedding(0).codebooks[0][world.data.windows[0].core, :2]
         assert torch.equal(code.codebook.cpu(), expected)
+
+
+def test_a_refresh_leaves_the_default_stream_to_training(world, machine: Machine) -> None:
+    """The dense store is encoded at its end."""
+    cache, found = refreshing_cache(world, machine.device, asynchronous=True), []
+    embedding = moved(world, machine.device, 1)
+
+    def encode(window: int, tokens: Tensor) -> Tensor:
+        found.append(torch.cuda.current_stream(machine.device))
+        return embedding(window, tokens)
+
+    cache.begin(Generation(0, 0, 0), encode, lambda: found.append(torch.cuda.current_stream(machine.device)))
+    cache.code(0, 0)
+    cache.close()
+    assert len(found) == len(world.data) + 1 and len(set(found)) == 1
+    assert found[0] != torch.cuda.default_stream(machine.device)
+
+
+def test_stored_embeddings_are_usable_on_every_stream(world, machine: Machine) -> None:
+    store = DenseStore(world.data, 3, 1.0, machine.device)
+    store.refresh(Generation(0, 0, 0), moved(world, machine.device, 1))
+    side = SideStream(machine.device)
+    with side:
+        ids = torch.arange(6, device=machine.device).reshape(2, 3)
+        found = store.embeddings(1, ids, Generation(0, 0, 0))
+    del store  # its memory is kept until the side stream has read it
+    hand_over([found], side.event())
+    expected = world.embedding(1).codebooks[1]
+    alleles = torch.from_numpy(world.data.reference_alleles(1)).long()[:6].reshape(2, 3, -1)
+    stored = expected[torch.arange(len(expected)), alleles][:, :, world.data.windows[1].core]
+    assert torch.equal(found.cpu(), stored)
+
+
+def test_batches_that_are_not_taken_leave_nothing_in_use(world, machine: Machine) -> None:
+    run = Run(world, machine.device, **SETTINGS["fixed"])
+    while run.batches._ready.qsize() < 2:
+        time.sleep(0.01)
+    run.close()
+    del run
+    gc.collect()
+    assert machine.breaches == []
 
 
 def test_a_snapshots_codebook_is_usable_on_all_streams_of_a_thread(world, machine: Machine) -> None:
