@@ -287,6 +287,8 @@ def test_streams_are_a_threads_own(machine: Machine) -> None:
     with torch.cuda.stream(side):
         assert torch.cuda.current_stream() == side
         assert on_thread(look) is None
+        torch.ones(1, device=machine.device)
+    assert machine.launched == {("MainThread", "side stream 1")}
     assert found == [torch.cuda.default_stream(machine.device)] == [torch.cuda.current_stream()]
 
 

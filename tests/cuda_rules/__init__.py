@@ -29,7 +29,7 @@ in ``inner``. What is checked is the order that a GPU would be free to choose.
 
 Breaches raise :class:`RuleBroken`. ``machine.breaches`` lists them. At its end the context raises those that a thread
 swallowed, and those that were found when memory was freed. A test of a breach uses ``with machine.expect("text"):``,
-after which that breach is forgotten.
+after which that breach is forgotten. ``machine.launched`` tells which threads used which streams.
 
 Limits. Order between host threads is the order in which they ran. ``Event.query()`` is False until the host has waited,
 or the test has called ``machine.device_catches_up()``.

@@ -47,6 +47,7 @@ class Machine:
         self.order = Order()
         self.waits: list[Wait] = []
         self.pinned: list[tuple[Memory, StorageWeakRef | None]] = []
+        self.launched: set[tuple[str, str]] = set()
         self.active = False
         self.thread = _Thread()
         self._set_device = set_device
@@ -157,7 +158,9 @@ class Machine:
         """Queue an operation on the current stream."""
         if self.active:
             self.bound(what)
-            self.order.use(self.current_stream().cuda_stream, what, reads, writes)
+            stream = self.current_stream().cuda_stream
+            self.launched.add((threading.current_thread().name, self.order.names[stream]))
+            self.order.use(stream, what, reads, writes)
 
     def wait(self, what: str, state: dict[int, int] | None = None) -> None:
         """Let the host wait until ``state`` is reached; by default, for the current stream."""

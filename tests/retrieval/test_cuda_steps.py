@@ -156,6 +156,7 @@ def test_training_keeps_cudas_rules_and_finds_what_the_cpu_does(
                 run.validate(step)
         results.append(run.close())
     assert machine.breaches == []
+    assert {thread for thread, stream in machine.launched if stream == "the default stream"} == {"MainThread"}
     assert len(results[0]) == len(results[1])
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
