@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from embrag_ds.model.recompute import computed_again, not_kept, through
+from embrag_ds.ops import rotation_cuda
 
 _SHORTEST_CM, _LONGEST_CM = 0.02, 40.0
 
@@ -34,14 +35,14 @@ def rotated_heads(qkv: Tensor, angles: Tensor, heads: int) -> tuple[Tensor, Tens
     """Queries, keys and values [B, L, heads, head_dims] of ``qkv`` [B * L, 3 * D], with queries and keys rotated.
 
     ``angles`` [L, head_dims / 2, 2] are those of :func:`rotary_angles`. ``qkv`` is overwritten and marked as modified,
-    so autograd raises RuntimeError if its old values are needed, or if it is a leaf. It should not be a view, because
-    autograd would copy the gradient of the view's base.
+    so autograd raises RuntimeError if its old values are needed, if it is a leaf, or if it is a view.
     """
     shape = (-1, len(angles), 3, heads, 2 * angles.shape[1])
     if torch.compiler.is_compiling():  # torch.compile fuses real operations but no complex ones
         query, key, value = qkv.view(shape).unbind(2)
         return _rotate(query, angles), _rotate(key, angles), value
-    return _RotatedHeads.apply(qkv, angles, shape).view(shape).unbind(2)
+    _, query, key, value = _RotatedHeads.apply(qkv, angles, shape)
+    return query, key, value
 
 
 def _rotate(heads: Tensor, angles: Tensor) -> Tensor:
@@ -53,24 +54,41 @@ def _rotate(heads: Tensor, angles: Tensor) -> Tensor:
 
 
 class _RotatedHeads(torch.autograd.Function):
-    """In-place rotation of queries and keys, without a copy; only the angles are saved for the backward pass."""
+    """In-place rotation of queries and keys, without a copy; only the angles are saved for the backward pass.
+
+    It returns the given tensor and its three parts. So the backward pass receives the gradients of the parts, which are
+    rotated while they are put together. No tensor that may be used elsewhere is written to.
+    """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, angles: Tensor, shape: tuple[int, ...]) -> Tensor:
-        turns = torch.view_as_complex(angles)[:, None, None]
+    def forward(ctx: Any, qkv: Tensor, angles: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
         ctx.mark_dirty(qkv)
-        ctx.save_for_backward(turns)
-        ctx.shape = shape
-        _turn(qkv.view(shape)[:, :, :2], turns)
-        return qkv
+        ctx.save_for_backward(angles)
+        ctx.set_materialize_grads(False)
+        ctx.shapes = qkv.shape, shape
+        parts = qkv.detach().view(shape)
+        if rotation_cuda.serves(qkv):
+            rotation_cuda.rotate(parts, angles)
+        else:
+            _turn(parts[:, :, :2], torch.view_as_complex(angles)[:, None, None])
+        return qkv, *parts.unbind(2)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (turns,) = ctx.saved_tensors
-        # Copied, because the incoming gradient may be used elsewhere too.
-        gradient = gradients[0].clone(memory_format=torch.contiguous_format)
-        _turn(gradient.view(ctx.shape)[:, :, :2], turns.conj())
-        return gradient, None, None
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None]:
+        (angles,) = ctx.saved_tensors
+        given_shape, parted = ctx.shapes
+        whole, *parts = gradients
+        if whole is not None:
+            between = whole.view(parted).unbind(2)
+            parts = [one if other is None else one + other for one, other in zip(between, parts, strict=True)]
+        given = next(each for each in parts if each is not None)
+        query, key, value = (torch.zeros_like(given) if each is None else each for each in parts)
+        if rotation_cuda.serves(given):
+            made = rotation_cuda.rotated_back(query, key, value, angles)
+        else:
+            made = torch.stack([query, key, value], dim=2)
+            _turn(made[:, :, :2], torch.view_as_complex(angles)[:, None, None].conj())
+        return made.view(given_shape), None, None
 
 
 def _turn(heads: Tensor, turns: Tensor) -> None:

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from embrag_ds.ops import dosage_cuda, hamming_cuda, li_stephens_cuda
+from embrag_ds.ops import dosage_cuda, hamming_cuda, li_stephens_cuda, rotation_cuda
 from embrag_ds.ops.cuda import kept_locale
 
 nvrtc = pytest.importorskip("nvidia.cuda_nvrtc", reason="the package nvidia-cuda-nvrtc-cu12 is not installed")
@@ -45,6 +45,6 @@ def test_the_copying_kernels_compile_and_a_block_fits_a_multiprocessor(neighbour
     assert all(threads * -(-each // 8) * 8 <= REGISTERS for each in registers)
 
 
-@pytest.mark.parametrize("module", [hamming_cuda, dosage_cuda])
+@pytest.mark.parametrize("module", [hamming_cuda, dosage_cuda, rotation_cuda])
 def test_the_others_compile(module: ModuleType) -> None:
     assert "Used" in compiled(module.SOURCE, "-arch=sm_90")
