@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from embrag_ds.config_files import read_tree
 from embrag_ds.data.masking import MaskingConfig
@@ -46,8 +46,10 @@ class TrainConfig:
     """Validations in a row without a better score after which training stops; null: it never stops early."""
     frozen: tuple[str, ...] = ()
     """Parts of the network whose weights are not trained, such as ``embedding``, ``pooling`` or ``confidence``."""
-    compile: bool = False
-    """Compile the transformer blocks with ``torch.compile``. This takes about a minute, and a C++ compiler on a CPU."""
+    compile: bool | Literal["max"] = False
+    """Compile everything behind the copying model, up to the losses, with ``torch.compile``. This takes minutes at the
+    start, and a C++ compiler on a CPU. ``max``: try several kernels for every product, which takes longer.
+    """
     recompute_projections: bool = False
     """Recompute a transformer block's projections, but not its attention, in the backward pass. This keeps about three
     tenths of the block's activations.

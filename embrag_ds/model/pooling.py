@@ -240,16 +240,15 @@ def _flanking(batch: Batch) -> FlankingSites:
     return FlankingSites(left - batch.window.near.start, right - batch.window.near.start, share.clamp(0, 1))
 
 
-def pooled_embedding(pooled: Pooled, retrieved: Retrieved, own: Tensor) -> Tensor:
+def pooled_embedding(dosage: Tensor, codebook: Tensor, weights: Tensor | None, embeddings: Tensor | None) -> Tensor:
     """Weighted mean [B, L, D] of the neighbours' embeddings.
 
-    It is the :func:`mixed_embedding` of the generation's codebook, or of the model's ``own`` [L, V, D] with encoding
-    ``live``. With embeddings from a dense store it is the sum over neighbours itself.
+    It is the :func:`mixed_embedding` of the ``codebook``. With ``embeddings`` [B, K, L, D] from a dense store and their
+    ``weights`` [B, K, L] it is the sum over neighbours itself.
     """
-    if retrieved.embeddings is not None:
-        assert pooled.weights is not None
-        return torch.einsum("bkl,bkld->bld", pooled.weights.to(retrieved.embeddings.dtype), retrieved.embeddings)
-    return mixed_embedding(own if retrieved.codebook is None else retrieved.codebook, pooled.dosage)
+    if embeddings is not None and weights is not None:
+        return torch.einsum("bkl,bkld->bld", weights.to(embeddings.dtype), embeddings)
+    return mixed_embedding(codebook, dosage)
 
 
 def mixed_embedding(codebook: Tensor, dosage: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import os
 import socket
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import deepspeed
 import torch
@@ -18,6 +19,7 @@ from embrag_ds.data.inputs import PanelFiles, PanelInputs, open_inputs
 from embrag_ds.data.windows import DataConfig
 from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import Imputer
+from embrag_ds.model.recompute import checkpoint_in_graph
 from embrag_ds.training import deepspeed_log
 from embrag_ds.training.complaints import complaints
 
@@ -105,30 +107,60 @@ def adapt_to_machine(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str
     return settings, notes
 
 
+def compute_type(settings: dict[str, Any]) -> torch.dtype:
+    """Type of the transformer's products under DeepSpeed's settings."""
+    autocast = settings.get("torch_autocast", {})
+    if autocast.get("enabled"):
+        kind: torch.dtype = getattr(torch, autocast.get("dtype", "bfloat16"))
+        return kind
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return next((kind for name, kind in named.items() if settings.get(name, {}).get("enabled")), torch.float32)
+
+
 def initialize_engine(
-    model: Imputer, settings: dict[str, Any], compiled: bool = False, recompute_projections: bool = False
+    model: Imputer,
+    settings: dict[str, Any],
+    compiled: bool | Literal["max"] = False,
+    recompute_projections: bool = False,
+    core_lengths: Collection[int] = (),
 ) -> deepspeed.DeepSpeedEngine:
     """Build DeepSpeed's engine for the model (``deepspeed.initialize``); raises :class:`UserError` for faulty settings.
 
     With the section ``activation_checkpointing``, the first ``number_checkpoints`` transformer blocks (null: all) keep
     only their input and are recomputed in the backward pass. With ``recompute_projections`` the others recompute their
-    projections. ``compiled`` compiles each block.
+    projections. ``compiled`` is the setting ``train.compile``, and ``core_lengths`` are those of the run's windows.
     """
     model.transformer.recompute_projections = recompute_projections
-    if compiled:
-        for block in model.transformer.blocks:
-            block.compile(dynamic=True)  # windows differ in length
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with complaints(everything=True):
         DeepSpeedConfig(copy.deepcopy(settings))
         if "activation_checkpointing" in settings:
             deepspeed.checkpointing.configure(None, deepspeed_config=settings)
     if "activation_checkpointing" in settings:
-        model.transformer.recompute = deepspeed.checkpointing.checkpoint
+        model.transformer.recompute = checkpoint_in_graph if compiled else deepspeed.checkpointing.checkpoint
         model.transformer.recomputed = settings["activation_checkpointing"].get("number_checkpoints")
+    if compiled:
+        _check_compilable(settings)
+        model.compile_losses(compiled == "max", core_lengths)
     with complaints(everything=False), deepspeed_log.prints_logged():
         engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=settings)
     return engine
+
+
+def _check_compilable(settings: dict[str, Any]) -> None:
+    """Raise :class:`UserError` for settings of DeepSpeed that compiled code cannot follow."""
+    if settings.get("zero_optimization", {}).get("stage", 0) == 3:
+        raise UserError(
+            "embrag.train.compile: ZeRO stage 3 fetches parameters while layers run, which cannot be compiled; "
+            "use zero_optimization.stage 1 or 2, or set embrag.train.compile to false"
+        )
+    chosen = settings.get("activation_checkpointing", {})
+    for key in ("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization"):
+        if chosen.get(key):
+            raise UserError(
+                f"embrag.train.compile: activation_checkpointing.{key} cannot be compiled; "
+                f"set it, or embrag.train.compile, to false"
+            )
 
 
 def _on_cpu() -> bool:

@@ -22,8 +22,9 @@ from embrag_ds.data.sampler import QueryBatch, TrainingSampler, exclusion_table,
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation.metrics import DISJOINT_BINS
 from embrag_ds.export import MODEL_FILE, read_export, start_from, write_export
+from embrag_ds.model.attention import prefer_fastest_attention
 from embrag_ds.model.imputer import Imputer
-from embrag_ds.model.losses import Losses, imputation_loss
+from embrag_ds.model.losses import Losses
 from embrag_ds.ops.li_stephens import copying_backend
 from embrag_ds.retrieval.batch import Batch
 from embrag_ds.retrieval.collate import receive
@@ -32,7 +33,7 @@ from embrag_ds.retrieval.reference import Reference
 from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
 from embrag_ds.seeds import Purpose, torch_seed
 from embrag_ds.training.checkpoint import TrainState, load_checkpoint, save_checkpoint, seed_step
-from embrag_ds.training.distributed import DistributedContext, adapt_to_machine, initialize_engine
+from embrag_ds.training.distributed import DistributedContext, adapt_to_machine, compute_type, initialize_engine
 from embrag_ds.training.masters import gathered_state
 from embrag_ds.training.run_record import RunRecord
 from embrag_ds.training.validation import MaskScores, Validator
@@ -122,8 +123,18 @@ class Trainer:
         if init_from is not None:
             start_from(model, self.embrag.model, read_export(init_from), init_from)
         _freeze(model, self.embrag.train.frozen)
+        lengths = {window.core_stop - window.core_start for window in data.windows}
         self.engine = initialize_engine(
-            model, settings, self.embrag.train.compile, self.embrag.train.recompute_projections
+            model,
+            settings,
+            self.embrag.train.compile,
+            self.embrag.train.recompute_projections,
+            lengths,
+        )
+        shape = self.embrag.model
+        rows = 2 * micro_batch * (1 + (self.embrag.retrieval.token_k if self.embrag.retrieval.mode == "token" else 0))
+        prefer_fastest_attention(
+            (rows, max(lengths), shape.heads, shape.dims // shape.heads), compute_type(settings), distributed.device
         )
         self.reference = Reference(
             self.embrag.retrieval,
@@ -203,14 +214,7 @@ class Trainer:
         for _ in range(self.accumulation):
             batch = batches.next()
             with self.timeline.phase("forward"):
-                prediction = self.engine(batch)
-                losses = imputation_loss(
-                    prediction.logits,
-                    batch.core.alleles,
-                    batch.core.scored,
-                    batch.core.sites.frequency,
-                    self.embrag.loss,
-                )
+                losses: Losses = self.engine(batch, loss=self.embrag.loss)
             with self.timeline.phase("backward"):
                 self.engine.backward(losses.total)
             with self.timeline.phase("step"):
@@ -353,7 +357,7 @@ def _selection_score(scores: dict[str, MaskScores]) -> float:
 
 
 def _stacked(losses: Losses) -> torch.Tensor:
-    return torch.stack([losses.total, losses.haplotype, losses.genotype]).detach()
+    return torch.stack(losses).detach()
 
 
 def _clock(seconds: float) -> str:

@@ -234,7 +234,8 @@ def test_the_pooled_embedding_from_the_codebook_is_the_sum_over_neighbours(build
     explicit = sum(pooled["dense"].weights[:, place, :, None] * rows[:, place] for place in range(5))
     for mode, batch in batches.items():
         assert (batch.retrieved.embeddings is not None) == (mode == "dense")
-        reference = pooled_embedding(pooled[mode], batch.retrieved, found.codebook)
+        of = pooled[mode]
+        reference = pooled_embedding(of.dosage, found.codebook, of.weights, batch.retrieved.embeddings)
         assert torch.allclose(reference, explicit, atol=1e-5)
 
 

@@ -14,7 +14,7 @@ from deepspeed.runtime.zero import stage_1_and_2
 from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import Imputer, ModelConfig
 from embrag_ds.training import distributed
-from embrag_ds.training.distributed import DistributedContext, adapt_to_machine, initialize_engine
+from embrag_ds.training.distributed import DistributedContext, adapt_to_machine, compute_type, initialize_engine
 
 PRODUCTION: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 2,
@@ -74,6 +74,20 @@ def test_what_runs_as_it_is_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> N
     assert adapt_to_machine(plain) == (plain, [])
     other = {"optimizer": {"type": "Lion", "params": {}}}
     assert adapt_to_machine(other) == (other, [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({}, torch.float32),
+        ({"bf16": {"enabled": True}}, torch.bfloat16),
+        ({"bf16": {"enabled": False}, "fp16": {"enabled": True}}, torch.float16),
+        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, torch.bfloat16),
+        ({"torch_autocast": {"enabled": False, "dtype": "bfloat16"}}, torch.float32),
+    ],
+)
+def test_the_type_of_products_is_that_of_the_enabled_section(settings: dict[str, Any], kind: torch.dtype) -> None:
+    assert compute_type(settings) == kind
 
 
 def test_fp16_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
