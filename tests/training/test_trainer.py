@@ -625,8 +625,6 @@ def test_a_step_on_a_gpu_never_waits_for_it(make_trainer: MakeTrainer) -> None:
 
 
 COMPILED = "embrag.train.compile=true"
-ONE_PADDING = "embrag.data.window_sites=60"
-"""Cores of 49 to 60 sites."""
 
 
 @pytest.fixture
@@ -652,18 +650,18 @@ def test_a_compiled_network_trains_the_same(
     make_trainer: MakeTrainer, metrics_of: Metrics, compiler: Callable[[str], None], settings: list[str]
 ) -> None:
     compiler("aot_eager_decomp_partition")
-    settings = [NO_DROPOUT, STRONG, ONE_PADDING, "embrag.train.max_steps=2", *settings]
+    settings = [NO_DROPOUT, STRONG, "embrag.train.max_steps=3", *settings]
     for name, given in {"eager": settings, "compiled": [*settings, COMPILED]}.items():
         make_trainer(name, *given).run()
     np.testing.assert_allclose(losses(metrics_of("compiled")), losses(metrics_of("eager")), rtol=1e-4)
     assert not torch._dynamo.utils.counters["graph_break"]
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
 def test_code_for_this_machine_trains_the_same(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
     """Without retrieval, which halves what the C++ compiler is given."""
     for name, settings in {"eager": [], "compiled": [COMPILED]}.items():
-        alone = [ONE_PADDING, "embrag.retrieval.mode=none", "embrag.train.max_steps=2"]
+        alone = ["embrag.retrieval.mode=none", "embrag.train.max_steps=3"]
         make_trainer(name, NO_DROPOUT, STRONG, *alone, *settings).run()
     np.testing.assert_allclose(losses(metrics_of("compiled")), losses(metrics_of("eager")), rtol=1e-4)
 
