@@ -50,18 +50,14 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
-        # Both own the folder faiss/: never install the two together.
+        # Each of the three owns the folder faiss/: never install two. A GPU extra has one CUDA for all its packages.
         "cpu": ["faiss-cpu>=1.10"],
-        "gpu": ["faiss-gpu>=1.10", "cupy-cuda12x>=13"],
-        # NVIDIA's compiler looks over the CUDA kernels where there is no GPU, too.
-        "dev": [
-            *TRAIN,
-            "pytest",
-            "hypothesis",
-            "ruff",
-            "mypy",
-            "setuptools",
-            "nvidia-cuda-nvrtc-cu12; sys_platform == 'linux'",
-        ],
+        # CUDA 13. Later versions of faiss-cuda are CUDA 12, and none has a wheel for Python 3.10.
+        "gpu": ["torch>=2.11", "cupy-cuda13x>=14", "faiss-cuda==1.14.1.post4; python_version >= '3.11'"],
+        # CUDA 12, for older drivers and GPUs. torch 2.10 is PyPI's last with it.
+        "gpu-cu12": ["torch<2.11", "cupy-cuda12x>=14", "faiss-gpu>=1.14"],
+        "dev": [*TRAIN, "pytest", "hypothesis", "ruff", "mypy", "setuptools"],
+        # NVIDIA's compiler, by which the tests look over the CUDA kernels: both GPU extras have one.
+        "nvrtc": ["nvidia-cuda-nvrtc-cu12; sys_platform == 'linux'"],
     },
 )

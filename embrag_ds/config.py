@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from embrag_ds.config_files import read_tree
 from embrag_ds.data.masking import MaskingConfig
@@ -44,18 +44,29 @@ class TrainConfig:
     """Number of checkpoints kept; older ones are deleted."""
     patience: int | None = None
     """Validations in a row without a better score after which training stops; null: it never stops early."""
+    workers: int | None = None
+    """Processes of each rank that draw micro-batches ahead, with the same results for any number; 0: the rank itself.
+    null: 0 on a CPU; on a GPU machine a quarter of the rank's share of the cores, at most 4.
+    """
     frozen: tuple[str, ...] = ()
     """Parts of the network whose weights are not trained, such as ``embedding``, ``pooling`` or ``confidence``."""
-    compile: bool = False
-    """Compile the transformer blocks with ``torch.compile``. This takes about a minute, and a C++ compiler on a CPU."""
+    compile: bool | Literal["max"] = False
+    """Compile everything behind the copying model, up to the losses, with ``torch.compile``. This takes minutes at the
+    start, and a C++ compiler on a CPU. ``max``: try several kernels for every product, which takes longer.
+    """
     recompute_projections: bool = False
     """Recompute a transformer block's projections, but not its attention, in the backward pass. This keeps about three
     tenths of the block's activations.
+    """
+    deterministic: bool = False
+    """Use only operations with one result for the same input, so that a resumed run equals an uninterrupted one on a
+    GPU, too. What this costs in time has not been measured. On a CPU runs are equal without it.
     """
 
     def __post_init__(self) -> None:
         for key in ("max_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
             require(getattr(self, key) >= 1, f"train.{key}", "must be at least 1")
+        require(self.workers is None or self.workers >= 0, "train.workers", "must not be negative, or null")
         require(self.patience is None or self.patience >= 1, "train.patience", "must be at least 1, or null")
 
 

@@ -93,10 +93,9 @@ def _expected(hint: Any) -> str:
     """A type annotation in words; covers the types that settings use."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        (inner,) = (argument for argument in arguments if argument is not type(None))
-        return f"{_expected(inner)}, or null"
+        return ", or ".join("null" if each is type(None) else _expected(each) for each in arguments)
     if origin is Literal:
-        return f"one of {', '.join(map(as_json, arguments))}"
+        return f"{'one of ' if len(arguments) > 1 else ''}{', '.join(map(as_json, arguments))}"
     if origin is tuple and arguments[-1] is Ellipsis:
         return f"a list of {_PLURALS[arguments[0]]}"
     if origin is tuple:

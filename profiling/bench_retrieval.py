@@ -6,6 +6,9 @@ The literal form embeds and stores every reference haplotype, [H, L, D], with a 
 rows. Its collate loops over samples, with one search per haplotype. A refresh embeds every haplotype of every window
 again. Ours has packed alleles, a codebook per window, and one search per batch. Timings that are compared alternate,
 after a warm-up of both; medians are reported.
+
+The search backend is the fastest here, as with ``"backend": "auto"``. The part on growing panels also times every
+backend's search alone.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
-from machine import synchronise
+from machine import on_gpu, synchronise
 from torch import Tensor
 
 from embrag_ds.cli.command import run_command
@@ -44,7 +47,9 @@ from embrag_ds.retrieval.collate import site_tensors
 from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.reference import Reference
 from embrag_ds.retrieval.schedule import Generation, RefreshConfig
+from embrag_ds.retrieval.search import backends_on, make_search
 from embrag_ds.retrieval.settings import RetrievalConfig
+from embrag_ds.retrieval.store import FactoredStore
 from embrag_ds.seeds import Purpose, generator, torch_seed
 from embrag_ds.training.deepspeed_settings import load_training_config
 from embrag_ds.training.run_record import device_name
@@ -52,7 +57,7 @@ from embrag_ds.training.run_record import device_name
 logger = logging.getLogger("embrag_ds.profiling.bench_retrieval")
 
 CPU = torch.device("cpu")
-DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
+DEVICE = torch.device("cuda", 0) if on_gpu() else CPU
 TYPED = 0.2
 _BLOCK = 50
 
@@ -99,13 +104,24 @@ def some_queries(data: WindowedPanel, window: int, samples: int, seed: int) -> Q
     return QueryBatch(window, chosen, data.samples_alleles(window, chosen), masked)
 
 
-def make_reference(data: WindowedPanel, dims: int, **settings: Any) -> Reference:
-    """Retrieval over ``data`` with a new embedding layer, its generation 0 encoded."""
+def make_reference(data: WindowedPanel, dims: int, queries: QueryBatch | None = None, **settings: Any) -> Reference:
+    """Retrieval over ``data`` with a new embedding layer, its generation 0 encoded, and the fastest search for
+    ``queries``.
+    """
     embedding = HaplotypeEmbedding(dims).to(DEVICE).requires_grad_(False)
     exclusions = np.arange(len(data.reference.panel.samples))[:, None]
     reference = Reference(RetrievalConfig(**settings), data, embedding, DEVICE, exclusions)
     reference.begin_refresh(0)
+    if queries is not None:
+        choose_backend(reference, queries)
     return reference
+
+
+def choose_backend(reference: Reference, queries: QueryBatch) -> None:
+    """Settle the backend ``auto``, as training does at its start."""
+    first = reference.first_search(queries)
+    if first is not None and reference.backend == "auto":
+        reference.backend = first.fastest()
 
 
 def alternating(*functions: Callable[[], object], rounds: int) -> list[float]:
@@ -150,7 +166,7 @@ def bench_collate(bench: Bench) -> dict[str, Any]:
     queries = some_queries(data, 0, bench.samples, 2)
     literal = LiteralCollate(data, bench.dims)
     progress("the literal collate is built")
-    reference = make_reference(data, bench.dims, encoding="fixed", k=1)
+    reference = make_reference(data, bench.dims, queries, encoding="fixed", k=1)
     collate = reference.collator(bench.samples)
     slow, fast = alternating(lambda: literal(queries), lambda: collate(queries, 0), rounds=bench.rounds)
 
@@ -162,6 +178,7 @@ def bench_collate(bench: Bench) -> dict[str, Any]:
     assert reference.cache is not None and reference.cache.host_bytes + packed == full
     return {
         "collate_speedup": slow / fast,
+        "search_backend": collate.backend,
         "literal_collate_ms": 1000 * slow,
         "our_collate_ms": 1000 * fast,
         # In bf16, the precision of v18.json; FAISS keeps a copy of the vectors, always in fp32.
@@ -198,18 +215,28 @@ def bench_refresh(bench: Bench) -> dict[str, Any]:
 
 
 def bench_scaling(haplotypes: list[int], bench: Bench) -> list[dict[str, Any]]:
-    """Time of the collate as the panel grows, with K = 128: over the whole window, and in chunks."""
+    """Time of the collate as the panel grows, with K = 128: over the whole window, and in chunks.
+
+    Beside it the time of the search alone over the whole window, with every backend.
+    """
     rows = []
     for count in haplotypes:
         data = random_panel(count, 1, bench.sites)
         queries = some_queries(data, 0, bench.samples, 2)
         collators = {}
         for name, local in (("whole window", {}), ("local", {"per_chunk": 8})):
-            reference = make_reference(data, bench.dims, encoding="fixed", k=128, **local)
+            reference = make_reference(data, bench.dims, queries, encoding="fixed", k=128, **local)
             collators[name] = reference.collator(bench.samples)
-        functions = [partial(collate, queries, 0) for collate in collators.values()]
-        taken = alternating(*functions, rounds=bench.rounds)
-        rows.append({"haplotypes": count, **{f"{n}_ms": 1000 * t for n, t in zip(collators, taken, strict=True)}})
+        functions: dict[str, Callable[[], object]] = {
+            name: partial(collate, queries, 0) for name, collate in collators.items()
+        }
+        first = make_reference(data, bench.dims, encoding="fixed", k=128).first_search(queries)
+        assert first is not None
+        for name in backends_on(DEVICE):
+            store = FactoredStore(make_search(name, DEVICE))
+            functions[f"search {name}"] = partial(store.search, first.query, first.code, first.k)
+        taken = alternating(*functions.values(), rounds=bench.rounds)
+        rows.append({"haplotypes": count, **{f"{n}_ms": 1000 * t for n, t in zip(functions, taken, strict=True)}})
         progress(f"{count} haplotypes: " + ", ".join(f"{value:.1f} ms" for value in list(rows[-1].values())[1:]))
     return rows
 
@@ -229,10 +256,16 @@ class TrainingLoop:
         # Every step of the first half of a block lies between a snapshot and its publication.
         refresh = RefreshConfig(at_steps=tuple(range(2 * lag, 10_000, 2 * lag)), lag_steps=lag)
         settings = RetrievalConfig(
-            encoding="refresh", refresh=refresh, k=embrag.retrieval.k, per_chunk=embrag.retrieval.per_chunk
+            encoding="refresh",
+            refresh=refresh,
+            k=embrag.retrieval.k,
+            per_chunk=embrag.retrieval.per_chunk,
+            backend=embrag.retrieval.backend,
         )
         exclusions = np.arange(bench.reference // 2)[:, None]
         self.reference = Reference(settings, self.data, self.model.embedding, DEVICE, exclusions)
+        self.reference.begin_refresh(0)
+        choose_backend(self.reference, some_queries(self.data, 0, self.samples, 0))
         collate = self.reference.collator(self.samples, slots=4)
 
         def build(number: int) -> Batch:

@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 from arithmetic import matrix_rate, step_flops
 from compare_report import Measured, draw, markdown
+from machine import on_gpu
 from stepper import Block, Built, Recipe, Stepper, alternating
 
 from embrag_ds.cli.command import run_command
@@ -82,7 +83,7 @@ LARGEST: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    on_gpu = torch.cuda.is_available()
+    fast = on_gpu()
     parser = argparse.ArgumentParser(description="V17 beside V18: time, memory and the largest batch.")
     parser.add_argument("--deepspeed_config", type=Path, default=ROOT / "ds_configs" / "v18.json", metavar="JSON")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every variant; repeatable")
@@ -90,9 +91,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--map", type=Path)
     parser.add_argument("--samples", type=Path)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default: all")
-    parser.add_argument("--micro-batch", type=int, default=16 if on_gpu else 4, metavar="N", help="samples")
+    parser.add_argument("--micro-batch", type=int, default=16 if fast else 4, metavar="N", help="samples")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=10 if on_gpu else 2, help="in a block")
+    parser.add_argument("--steps", type=int, default=10 if fast else 2, help="in a block")
     parser.add_argument("--budget-gb", type=float, default=4.0, help="what the largest batch may take on a CPU")
     parser.add_argument("--most-samples", type=int, default=4096, help="end of the search for the largest batch")
     parser.add_argument(
@@ -227,8 +228,7 @@ def largest_batches(
     recipes: dict[str, Recipe], options: argparse.Namespace, device: torch.device, late: Callable[[], bool]
 ) -> dict[str, Largest]:
     """Largest micro-batch of every variant in :data:`LARGEST`, those without further overrides first."""
-    on_gpu = device.type == "cuda"
-    budget = torch.cuda.get_device_properties(device).total_memory if on_gpu else options.budget_gb * GB
+    budget = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else options.budget_gb * GB
     found = {}
     sought = [(variant, *way) for variant in LARGEST if variant in recipes for way in LARGEST[variant].items()]
     for variant, suffix, more in sorted(sought, key=lambda each: each[1] != ""):
@@ -255,7 +255,7 @@ def main() -> None:
     make_folder(options.out)
     if options.json:
         require_writable(options.json)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if on_gpu() else "cpu")
     files = PanelFiles(options.panel, options.map, options.samples)
     recipes = {
         name: Recipe(options.deepspeed_config, (*options.set, *overrides), files)

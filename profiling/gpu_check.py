@@ -14,27 +14,31 @@ import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from embrag_ds.model.transformer import rotary_angles, rotated_heads
+from embrag_ds.ops import rotation_cuda
 from embrag_ds.ops.bits import pack
 from embrag_ds.ops.dosage import DenseAlleles, FlankingSites, expected_allele
-from embrag_ds.ops.li_stephens import copying_backend, copying_posterior, match_lengths
+from embrag_ds.ops.li_stephens import Near, copying_backend, copying_posterior, match_lengths, posterior_torch
 from embrag_ds.retrieval.search import make_search
 from embrag_ds.runtime.device_sampler import DeviceSampler
 from embrag_ds.runtime.streams import Staging
+from embrag_ds.seeds import Purpose, generator
 
 PACKAGES = ("torch", "triton", "deepspeed", "cupy-cuda13x", "cupy-cuda12x", "faiss-cuda", "faiss-gpu", "numpy", "numba")
 CPU = torch.device("cpu")
-HAPLOTYPES, QUERIES, TYPED, SITES = 2000, 12, 301, 640
+HAPLOTYPES, QUERIES, FEW, TYPED, SITES = 2000, 12, 3, 301, 640
 
 Check = Callable[[torch.device], str]
 
 
 def random(*shape: int, seed: int = 1) -> Tensor:
     """Uniform random numbers in [0, 1), the same on every machine."""
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.from_numpy(generator(Purpose.BENCHMARK_QUERIES, seed).random(shape, dtype=np.float32))
 
 
 def agree(there: Tensor | None, here: Tensor | None, tolerance: float) -> str:
@@ -119,23 +123,37 @@ def nearest_by(name: str) -> Check:
     return check
 
 
+def lengths_by_torch(mismatch: Tensor, position: Tensor) -> Tensor:
+    """Match lengths [B, T, K] of rows without padding, by their definition."""
+    place = position[..., None].expand(mismatch.shape)
+    left = torch.where(mismatch, place, position[:, :1, None]).cummax(1).values
+    right = torch.where(mismatch, place, position[:, -1:, None]).flip(1).cummin(1).values.flip(1)
+    return (right - left).clamp_min(0)
+
+
 def copying(neighbours: int) -> Check:
     """Check of the copying model with K ``neighbours``: posteriors, gradients and match lengths."""
 
     def check(device: torch.device) -> str:
-        mismatch = random(QUERIES, TYPED, neighbours) < 0.2
-        numbers = [4 * random(2 * QUERIES, TYPED, seed=2), 0.1 * random(2 * QUERIES, TYPED, seed=3) + 1e-4]
-        prior = torch.softmax(random(QUERIES, neighbours, seed=4), 1)
-        near = slice(100, 160)
-        weight = random(2 * QUERIES, near.stop - near.start, neighbours, seed=5)
-        position = random(QUERIES, TYPED, seed=6).cumsum(1)
-        count = torch.full((QUERIES,), TYPED)
+        mismatch = random(FEW, TYPED, neighbours) < 0.2
+        numbers = [4 * random(2 * FEW, TYPED, seed=2), 0.1 * random(2 * FEW, TYPED, seed=3) + 1e-4]
+        prior = torch.softmax(random(FEW, neighbours, seed=4), 1)
+        first, number = 100, 60
+        weight = random(2 * FEW, number, neighbours, seed=5)
+        position = random(FEW, TYPED, seed=6).cumsum(1)
+        count = torch.full((FEW,), TYPED)
         found: list[list[Tensor | None]] = []
         for there in (device, CPU):
             nats, jump, start = (each.to(there).detach().clone().requires_grad_() for each in (*numbers, prior))
-            posterior = copying_posterior(mismatch.to(there), nats, jump, start, near)
+            near = Near.same(first, number, FEW, there)
+            # On the CPU torch's operations, because its compiled loops would first be compiled.
+            model = posterior_torch if there.type == "cpu" else copying_posterior
+            posterior = model(mismatch.to(there), nats, jump, start, near)
             (posterior * weight.to(there)).sum().backward()
-            lengths = match_lengths(mismatch.to(there), position.to(there), count.to(there), near)
+            if there.type == "cpu":
+                lengths = lengths_by_torch(mismatch, position)[:, first : first + number]
+            else:
+                lengths = match_lengths(mismatch.to(there), position.to(there), count.to(there), near)
             found.append([posterior, lengths, nats.grad, jump.grad, start.grad])
         said = [agree(one, other, tolerance_of(other)) for one, other in zip(*found, strict=True)]
         if device.type == "cuda":
@@ -143,6 +161,23 @@ def copying(neighbours: int) -> Check:
         return said[0]
 
     return check
+
+
+def rotation(device: torch.device) -> str:
+    """Rotated queries and keys, and the gradient of their projection."""
+    width, sites, heads = 64, 930, 4
+    angles = rotary_angles(torch.linspace(-1, 2, sites), width)
+    weight = random(2, sites, heads, width)
+    found: list[list[Tensor | None]] = []
+    for there in (device, CPU):
+        leaf = random(2 * sites, 3 * heads * width, seed=2).to(there, torch.bfloat16).requires_grad_()
+        query, key, value = rotated_heads(leaf * 1, angles.to(there), heads)
+        ((query + 2 * key + value) * weight.to(there)).sum().backward()
+        found.append([query, key, leaf.grad])
+    if device.type == "cuda":
+        assert rotation_cuda.serves(leaf.to(device)), "the kernels are not used"
+    said = [agree(one, other, 0.05) for one, other in zip(*found, strict=True)]
+    return said[0]
 
 
 def dosage(device: torch.device) -> str:
@@ -172,6 +207,7 @@ CHECKS: dict[str, Check] = {
     "search faiss-gpu": nearest_by("faiss-gpu"),
     "search cupy": nearest_by("cupy"),
     **{f"copying, K {neighbours}": copying(neighbours) for neighbours in (64, 128, 300, 1536)},
+    "rotation": rotation,
     "dosage": dosage,
 }
 ONLY_ON_A_GPU = ("search faiss-gpu", "search cupy")
@@ -181,6 +217,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="What of the GPU path works here.")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     device = torch.device(parser.parse_args().device)
+    torch.set_num_threads(1)  # what runs on the CPU is small
     broken = 0
     if device.type == "cuda":
         if not torch.cuda.is_available():

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
+
+
+def on_gpu() -> bool:
+    """Whether runs are on a GPU here: there is one, and DS_ACCELERATOR=cpu does not leave it alone."""
+    return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
 
 
 def synchronise(device: torch.device) -> None:

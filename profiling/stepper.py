@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 import torch
-from machine import peak_resident_bytes, synchronise
+from machine import on_gpu, peak_resident_bytes, synchronise
 
 from embrag_ds.data.inputs import PanelFiles, open_inputs
 from embrag_ds.runtime.device_sampler import DeviceSampler
@@ -94,7 +94,7 @@ class Stepper:
         os.environ.update(_ALLOCATOR)
         # A server forks processes that have imported everything already. CUDA bears no fork after its first use, which
         # an import may be.
-        context = get_context("spawn" if torch.cuda.is_available() else "forkserver")
+        context = get_context("spawn" if on_gpu() else "forkserver")
         context.set_forkserver_preload(_PRELOADED)
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, recipe), daemon=True)  # type: ignore[attr-defined]

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
+
+# The variable has DeepSpeed use the CPU. Then torch, FAISS and CuPy must not see a GPU either. CUDA looks only once.
+if os.environ.get("DS_ACCELERATOR") == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not REAL_DATA.is_dir():
         reasons["real"] = f"no 1000 Genomes data at {REAL_DATA}"
     if not torch.cuda.is_available():
-        reasons["gpu"] = "no CUDA device"
+        reasons["gpu"] = "no CUDA device, or DS_ACCELERATOR=cpu"
     for item in items:
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker):
@@ -128,9 +133,9 @@ TINY: dict[str, Any] = {
         "seed": 5,
         "data": {"window_sites": 64, "overlap_sites": 16, "flank_sites": 32, "validation_samples": 6},
         "masking": {"curriculum_steps": 10, "array_spacing_bp": [1000, 3000]},
-        "retrieval": {"encoding": "fixed", "k": 16},
+        "retrieval": {"encoding": "fixed", "k": 16, "backend": "torch"},
         "model": {"dims": 16, "layers": 1, "heads": 2, "dropout": 0.1},
-        "train": {"max_steps": 6, "log_every": 1, "eval_every": 1000, "checkpoint_every": 1000},
+        "train": {"max_steps": 6, "log_every": 1, "eval_every": 1000, "checkpoint_every": 1000, "workers": 0},
         "validation": {"windows": 2, "samples": 6},
     },
 }

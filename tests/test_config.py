@@ -113,9 +113,6 @@ OFFLOADED = {"device": "cpu", "pin_memory": True}
             {
                 "train_micro_batch_size_per_gpu": 64,
                 "gradient_accumulation_steps": 64,
-                "zero_optimization.stage": 2,
-                "zero_optimization.overlap_comm": True,
-                "zero_optimization.contiguous_gradients": True,
                 "optimizer.params.lr": 0.0068,
                 "scheduler.params.total_num_steps": 390,
                 "scheduler.params.warmup_num_steps": 16,
@@ -143,6 +140,7 @@ def test_v18_is_this() -> None:
         "gradient_clipping": 1.0,
         "steps_per_print": 1_000_000_000,
         "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {"stage": 1},
         "optimizer": {
             "type": "AdamW",
@@ -319,7 +317,8 @@ def test_what_makes_no_sense_is_refused_and_the_key_named(key: str, value: Any) 
         ("seed", True, "a whole number, not true"),
         ("seed", None, "a whole number, not null"),
         ("train.patience", "never", 'a whole number, or null, not "never"'),
-        ("train.compile", 1, "true or false, not 1"),
+        ("train.compile", 1, 'true or false, or "max", not 1'),
+        ("train.compile", "most", 'true or false, or "max", not "most"'),
         ("model.dropout", True, "a number, not true"),
         ("model.dropout", "0", 'a number, not "0"'),
         ("masking.rare_maf", float("nan"), "a number, not NaN"),

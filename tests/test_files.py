@@ -467,6 +467,7 @@ ALLOWED = {
     "embrag_ds/evaluation/external_tools.py": {"open"},  # output of the tools, to look at while they run
     "embrag_ds/training/run_record.py": {"open"},  # metrics, a line at a time
     "profiling/bench_impute.py": {"open"},
+    "profiling/sass.py": {"write_bytes"},  # a temporary file, for the disassembler
     "profiling/stepper.py": {"write_text"},  # /proc
 }
 """Calls that write or rename files elsewhere than through embrag_ds.files, and why."""

@@ -37,7 +37,7 @@ HOMES = {
     "faiss": ("retrieval/",),
     "cupy": ("ops/",),
     "numba": ("ops/",),
-    "pynvml": ("runtime/device_sampler.py",),
+    "pynvml": ("runtime/device_sampler.py", "runtime/driver.py"),
     "matplotlib": ("evaluation/plots.py", "training/profile_plot.py"),
     "hjson": ("config_files.py",),
     "pydantic": ("settings.py", "training/"),

@@ -38,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="retrieval, copying and confidence alone, in longer windows: faster on a CPU",
     )
+    speed.add_argument(
+        "--precision",
+        choices=("bf16", "fp32"),
+        help="of the network's products (default: bf16 on a GPU, fp32 on a CPU); all else is fp32",
+    )
     speed.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
 
 
@@ -55,4 +60,5 @@ def run(options: argparse.Namespace) -> None:
         transformer=not options.without_transformer,
         allow_overlap=options.allow_overlap,
         device=options.device,
+        precision=options.precision,
     )

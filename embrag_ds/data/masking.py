@@ -13,6 +13,7 @@ Policies:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -66,8 +67,8 @@ class MaskingConfig:
 class MaskSites:
     """Properties of a window's sites that masks depend on.
 
-    ``pos`` int64 [L] is in base pairs and ``maf`` float32 [L] is the minor-allele frequency. ``manifest`` bool [L]
-    marks the sites of an array; None without one.
+    ``pos`` int64 [L] is in base pairs, in increasing order, and ``maf`` float32 [L] is the minor-allele frequency.
+    ``manifest`` bool [L] marks the sites of an array; None without one.
     """
 
     pos: np.ndarray
@@ -87,32 +88,55 @@ def array_typed(sites: MaskSites, spacing_bp: float, min_maf: float, rng: np.ran
     Cells are ``spacing_bp`` wide and the grid's origin is random. A cell without a site of at least ``min_maf`` has no
     typed site.
     """
-    origin = rng.random() * spacing_bp
-    order = rng.random(len(sites.pos))
+    return _arrays_typed(sites, np.array([spacing_bp]), min_maf, [rng])[0]
+
+
+def _arrays_typed(
+    sites: MaskSites, spacing_bp: np.ndarray, min_maf: float, rngs: Sequence[np.random.Generator]
+) -> np.ndarray:
+    """Typed sites of one array-like design for each of the n generators and spacings [n], bool [n, L]."""
+    origin = np.empty(len(rngs))
+    order = np.empty((len(rngs), len(sites.pos)))
+    for row, rng in enumerate(rngs):
+        origin[row] = rng.random() * spacing_bp[row]
+        rng.random(out=order[row])
+    typed = np.zeros(order.shape, dtype=bool)
     candidates = np.flatnonzero(sites.maf >= min_maf)
-    typed = np.zeros(len(sites.pos), dtype=bool)
-    cell = np.floor((sites.pos[candidates] + origin) / spacing_bp)
-    ranked = np.lexsort((order[candidates], cell))
-    first_of_cell = np.ones(len(ranked), dtype=bool)
-    first_of_cell[1:] = np.diff(cell[ranked]) > 0
-    typed[candidates[ranked[first_of_cell]]] = True
+    if not candidates.size:
+        return typed
+    cell = np.floor((sites.pos[candidates] + origin[:, None]) / spacing_bp[:, None])
+    begins = np.ones(cell.shape, dtype=bool)
+    begins[:, 1:] = cell[:, 1:] != cell[:, :-1]
+    starts = np.flatnonzero(begins)
+    ranks = order[:, candidates].reshape(-1)
+    lowest = np.minimum.reduceat(ranks, starts)
+    # Two equal ranks in one cell have a chance of 2^-53; both sites would be typed.
+    chosen = ranks == np.repeat(lowest, np.diff(starts, append=len(ranks)))
+    typed[:, candidates] = chosen.reshape(cell.shape)
     return typed
 
 
 def masked_by(
-    policy: Policy, settings: MaskingConfig, sites: MaskSites, rate: float, rng: np.random.Generator
+    policy: Policy, settings: MaskingConfig, sites: MaskSites, rate: float, rngs: Sequence[np.random.Generator]
 ) -> np.ndarray:
-    """One mask drawn by a policy, bool [L], True where masked; ``rate`` is the curriculum's."""
+    """Masks drawn by a policy, bool [n, L], True where masked: one with each of n generators.
+
+    ``rate`` is the curriculum's.
+    """
     if policy == "array" and sites.manifest is not None:
-        return ~sites.manifest
+        return np.repeat(~sites.manifest[None], len(rngs), axis=0)
     if policy == "array":
         low, high = settings.array_spacing_bp
-        spacing = float(np.exp(rng.uniform(np.log(low), np.log(high))))
-        return ~array_typed(sites, spacing, settings.array_min_maf, rng)
-    if policy == "random":
-        return rng.random(len(sites.pos)) < rate
-    threshold = np.where(sites.maf < settings.rare_maf, settings.rare_rate, rate)
-    return rng.random(len(sites.pos)) < threshold
+        # One at a time: numpy's exponential of an array may differ from that of a number in the last bit.
+        spacing = np.array([float(np.exp(rng.uniform(np.log(low), np.log(high)))) for rng in rngs])
+        return ~_arrays_typed(sites, spacing, settings.array_min_maf, rngs)
+    threshold = np.full(len(sites.pos), rate)
+    if policy == "frequency_guided":
+        threshold[sites.maf < settings.rare_maf] = settings.rare_rate
+    drawn = np.empty((len(rngs), len(threshold)))
+    for row, rng in enumerate(rngs):
+        rng.random(out=drawn[row])
+    return drawn < threshold
 
 
 def training_masks(
@@ -127,21 +151,21 @@ def training_masks(
     """Masks of a micro-batch, bool [N, L], True where masked; ``samples`` int64 [N] are panel indices.
 
     ``step`` matters only for the curriculum's rate. With scope ``sample``, a sample's mask does not depend on the other
-    samples of the batch.
+    samples of the batch: each has random numbers of its own.
     """
     rate = curriculum_rate(settings, step)
     names: list[Policy] = sorted(settings.policies)  # type: ignore[arg-type]
     weights = np.array([settings.policies[name] for name in names])
     cumulative = np.cumsum(weights / weights.sum())
-
-    def draw(scope: int) -> np.ndarray:
-        rng = generator(Purpose.TRAINING_MASKS, seed, epoch, window, scope)
-        policy = names[min(int(np.searchsorted(cumulative, rng.random(), side="right")), len(names) - 1)]
-        return masked_by(policy, settings, sites, rate, rng)
-
-    if settings.scope == "window":
-        return np.repeat(draw(0)[None], len(samples), axis=0)
-    return np.stack([draw(1 + int(sample)) for sample in samples])
+    scopes = [0] if settings.scope == "window" else (1 + samples).tolist()
+    rngs = [generator(Purpose.TRAINING_MASKS, seed, epoch, window, scope) for scope in scopes]
+    # The last sum may be below 1 by rounding.
+    drawn = np.searchsorted(cumulative[:-1], [rng.random() for rng in rngs], side="right")
+    masked = np.empty((len(rngs), len(sites.pos)), dtype=bool)
+    for number, policy in enumerate(names):
+        rows = np.flatnonzero(drawn == number)
+        masked[rows] = masked_by(policy, settings, sites, rate, [rngs[row] for row in rows])
+    return np.repeat(masked, len(samples), axis=0) if settings.scope == "window" else masked
 
 
 @dataclass(frozen=True)

@@ -110,9 +110,13 @@ def open_panel(path: Path, cache_dir: Path, progress: bool = True) -> Panel:
     meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
     sites = SiteTable.load(directory / "sites.tsv")
     samples = tuple(meta["samples"])
-    shape = (len(sites), (2 * len(samples) + 7) // 8)
-    packed = np.memmap(directory / "alleles.bits", dtype=np.uint8, mode="r", shape=shape)
+    packed = map_packed(directory / "alleles.bits", (len(sites), (2 * len(samples) + 7) // 8))
     return Panel(path, sites, samples, packed, meta["skipped"])
+
+
+def map_packed(path: Path | str, shape: tuple[int, ...]) -> np.memmap:
+    """Map a file of packed alleles into memory, read-only: uint8 of ``shape`` [S, bytes]."""
+    return np.memmap(path, dtype=np.uint8, mode="r", shape=shape)
 
 
 @contextmanager

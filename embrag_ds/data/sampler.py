@@ -1,7 +1,7 @@
 """Training sampler: micro-batches of queries on the CPU, drawn from a panel.
 
 A micro-batch is one window and a group of samples. It is a pure function of (seed, rank, micro-batch number), so a run
-resumes from its step alone.
+resumes from its step alone, and any process may draw it (:mod:`embrag_ds.runtime.workers`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from embrag_ds.data.panel import Panel
 from embrag_ds.data.windows import WindowedPanel
 from embrag_ds.errors import UserError, require
 from embrag_ds.files import read_lines
+from embrag_ds.ops.bits import pack_host, unpack_host
 from embrag_ds.seeds import Purpose, generator
 from embrag_ds.settings import strict_settings
 
@@ -42,13 +44,22 @@ class QueryBatch:
 
     ``alleles`` uint8 [B, L] are the observed alleles and, at masked sites, the truth (REF where unknown). ``masked``
     bool [N, L] is True where a site is masked. ``samples`` int64 [N] are panel indices, -1 for samples outside the
-    panel.
+    panel. A pickle has one bit for an allele or a mask.
     """
 
     window: int
     samples: np.ndarray
     alleles: np.ndarray
     masked: np.ndarray
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        sites = self.masked.shape[1]
+        return _unpickled, (self.window, self.samples, pack_host(self.alleles), pack_host(self.masked), sites)
+
+
+def _unpickled(window: int, samples: np.ndarray, alleles: np.ndarray, masked: np.ndarray, sites: int) -> QueryBatch:
+    """A batch from its ``alleles`` and masks (``masked``) in bits."""
+    return QueryBatch(window, samples, unpack_host(alleles, 0, sites), unpack_host(masked, 0, sites).view(bool))
 
 
 def split_samples(count: int, held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -68,7 +79,8 @@ class TrainingSampler:
     """Sampler of training micro-batches: every pair of window and group of samples comes once an epoch.
 
     Groups have ``samples_per_batch`` samples, or all if there are fewer, and are drawn anew for every epoch and window.
-    The ranks share an epoch's micro-batches in turn. Raises :class:`UserError` for fewer than two training samples.
+    The ranks share an epoch's micro-batches in turn. An unpickled copy draws the same, but lacks ``data``. Raises
+    :class:`UserError` for fewer than two training samples.
     """
 
     def __init__(
@@ -94,11 +106,19 @@ class TrainingSampler:
             raise UserError(f"{data.reference.panel.path}: training needs at least 3 samples")
         self.group_size = min(samples_per_batch, len(self.samples))
         self.groups = len(self.samples) // self.group_size
+        self._source = data.query_source
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "data"}
+
+    def __getitem__(self, micro_batch: int) -> QueryBatch:
+        """Same as :meth:`queries`."""
+        return self.queries(micro_batch)
 
     @property
     def micro_batches_per_epoch(self) -> int:
         """Micro-batches of one epoch over all ranks; samples beyond the last full group are left out."""
-        return self.groups * len(self.data)
+        return self.groups * len(self._source)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -113,14 +133,13 @@ class TrainingSampler:
         shuffled = generator(Purpose.SAMPLE_GROUPS, self.seed, epoch, window).permutation(self.samples)
         samples = shuffled[group * self.group_size : (group + 1) * self.group_size]
         step = micro_batch // self.accumulation
-        sites = self.data.mask_sites(window)
+        sites = self._source.mask_sites(window)
         masked = training_masks(self.masking, sites, self.seed, epoch, step, window, samples)
-        span = slice(self.data.windows[window].start, self.data.windows[window].stop)
         alleles = augmented(
             self.augmentation,
-            self.data.samples_alleles(window, samples),
+            self._source.samples_alleles(window, samples),
             masked,
-            self.data.position_cm[span],
+            self._source.position_cm[self._source.windows[window].sites],
             self.seed,
             epoch,
             window,

@@ -6,16 +6,19 @@ A :class:`WindowedPanel` is a reference set cut into windows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from embrag_ds.data.masking import MaskSites
-from embrag_ds.data.panel import FEW, RARE, Panel, PanelSubset
+from embrag_ds.data.panel import FEW, RARE, Panel, PanelSubset, map_packed
 from embrag_ds.data.sites import SiteTable
 from embrag_ds.errors import UserError, require
 from embrag_ds.files import read_lines
+from embrag_ds.ops.bits import unpack_samples
 from embrag_ds.settings import strict_settings
 
 
@@ -35,6 +38,11 @@ class Window:
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+    @property
+    def sites(self) -> slice:
+        """The window as a slice of the panel."""
+        return slice(self.start, self.stop)
 
     @property
     def core(self) -> slice:
@@ -183,6 +191,45 @@ class SiteFeatures:
     counts: np.ndarray
 
 
+class QuerySource:
+    """What queries are drawn from: alleles of the panel's samples and properties of the sites, window by window.
+
+    It holds no reference set, and its pickle only the name of a cached panel's file of alleles: another process maps
+    the file again, and shares its memory.
+    """
+
+    def __init__(self, data: WindowedPanel):
+        frequency = data.reference.allele_frequency
+        self.windows = data.windows
+        self.position_cm = data.position_cm
+        self._packed = data.reference.panel.packed
+        self._pos = data.reference.panel.sites.pos
+        self._maf = np.minimum(frequency, 1 - frequency)
+        self._manifest = data.manifest
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def mask_sites(self, window: int) -> MaskSites:
+        """Properties of a window's sites that masks depend on."""
+        span = self.windows[window].sites
+        manifest = None if self._manifest is None else self._manifest[span]
+        return MaskSites(self._pos[span], self._maf[span], manifest)
+
+    def samples_alleles(self, window: int, samples: np.ndarray) -> np.ndarray:
+        """Alleles of panel samples (indices int64 [N]) in a window, uint8 [B, L]."""
+        return unpack_samples(self._packed[self.windows[window].sites], samples)
+
+    def __getstate__(self) -> dict[str, Any]:
+        packed = self._packed
+        return vars(self) | {"_packed": (packed.filename, packed.shape) if isinstance(packed, np.memmap) else packed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if isinstance(self._packed, tuple):
+            self._packed = map_packed(*self._packed)
+
+
 class WindowedPanel:
     """A reference set cut into windows: alleles, site features and properties for masks of each window."""
 
@@ -215,17 +262,18 @@ class WindowedPanel:
             np.ascontiguousarray(self.reference.population_counts[:, span]),
         )
 
+    @cached_property
+    def query_source(self) -> QuerySource:
+        """What queries are drawn from, without the reference set."""
+        return QuerySource(self)
+
     def mask_sites(self, window: int) -> MaskSites:
         """Properties of a window's sites that masks depend on."""
-        span = slice(self.windows[window].start, self.windows[window].stop)
-        frequency = self.reference.allele_frequency[span]
-        manifest = None if self.manifest is None else self.manifest[span]
-        return MaskSites(self.reference.panel.sites.pos[span], np.minimum(frequency, 1 - frequency), manifest)
+        return self.query_source.mask_sites(window)
 
     def samples_alleles(self, window: int, samples: np.ndarray) -> np.ndarray:
         """Alleles of panel samples (indices int64 [N]) in a window, uint8 [B, L]."""
-        rows = (2 * samples[:, None] + np.arange(2)).reshape(-1)
-        return self.reference.panel.alleles(self.windows[window].start, self.windows[window].stop, rows)
+        return self.query_source.samples_alleles(window, samples)
 
     def reference_alleles(self, window: int) -> np.ndarray:
         """Alleles of the reference haplotypes in a window, uint8 [H, L]."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from embrag_ds.data.tokens import ALT, REF, VOCAB
+from embrag_ds.model.recompute import computed_again
 from embrag_ds.retrieval.batch import SiteTensors
 
 _FREQUENCY_OCTAVES = 6
@@ -86,12 +87,16 @@ class HaplotypeEmbedding(nn.Module):
     def site_weights(self, sites: SiteTensors) -> Tensor:
         """Weight of a mismatch at each site, ``w_l = ||e_l(ALT) - e_l(REF)||^2``, float32 [L].
 
-        It is computed without a codebook, because ``site_l`` cancels in the difference.
+        It is computed without a codebook, because ``site_l`` cancels in the difference. For the backward pass only the
+        sites' features are stored.
         """
-        alleles = torch.arange(REF, ALT + 1, device=sites.position.device)  # copying a list would synchronise a GPU
+        return computed_again(self._site_weights, torch.cat(self._features(sites), dim=-1))
+
+    def _site_weights(self, features: Tensor) -> Tensor:
+        """:meth:`site_weights` from the sites' ``features`` [L, FREQUENCY_FEATURES + POSITION_FEATURES]."""
+        alleles = torch.arange(REF, ALT + 1, device=features.device)  # copying a list would synchronise a GPU
         token, effect = (torch.diff(each(alleles), dim=0) for each in (self.token, self.effect))
-        modulation = self.modulation(torch.cat(self._features(sites), dim=-1))
-        return (token + modulation * effect).float().square().sum(-1)
+        return (token + self.modulation(features) * effect).float().square().sum(-1)
 
     def _features(self, sites: SiteTensors) -> tuple[Tensor, Tensor]:
         """Frequency and position features [L, ...], in the type of the weights."""

@@ -30,8 +30,8 @@ class GatedFusion(nn.Module):
         activations take more memory than half a transformer block and little time to compute. So callers recompute them
         in the backward pass (:func:`~embrag_ds.model.recompute.computed_again`).
         """
-        features = torch.cat([frequency_features(frequency), frequency_features(expected)], dim=-1)
-        rarity = self.frequency(features.to(query.dtype))
+        features = frequency_features(torch.stack([frequency, expected], dim=-1))  # half the launches of two calls
+        rarity = self.frequency(features.flatten(-2).to(query.dtype))
         together = torch.cat([query, reference, rarity], dim=-1)
         gate, mixed = torch.sigmoid(self.gate(together)), self.mix(together)
         # Under autocast the products have another type than the inputs.

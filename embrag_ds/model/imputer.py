@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Collection
+from dataclasses import fields
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
 from embrag_ds.errors import require
+from embrag_ds.model.compiled import Compiled, CoreInputs
 from embrag_ds.model.confidence import ConfidenceHead
 from embrag_ds.model.embedding import HaplotypeEmbedding, gather_embeddings
 from embrag_ds.model.fusion import GatedFusion
-from embrag_ds.model.pooling import CopyingPooling, DistancePooling, Pooled, mixed_embedding, pooled_embedding
+from embrag_ds.model.losses import LossConfig, Losses, imputation_loss
+from embrag_ds.model.pooling import (
+    CopyingPooling,
+    DistancePooling,
+    Evidence,
+    Pooled,
+    pooled_embedding,
+)
 from embrag_ds.model.recompute import computed_again
 from embrag_ds.model.transformer import Transformer
-from embrag_ds.retrieval.batch import Batch
+from embrag_ds.retrieval.batch import Batch, SiteTensors
 from embrag_ds.settings import strict_settings
 
 POOLINGS: dict[str, type[nn.Module]] = {"rare_variant": DistancePooling, "copying": CopyingPooling}
@@ -74,6 +84,7 @@ class Imputer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.good_turing = config.good_turing
+        self.compiled: Compiled | None = None
         self.embedding = HaplotypeEmbedding(config.dims)
         self.pooling = POOLINGS[config.fusion]()
         self.fusion = GatedFusion(config.dims)
@@ -85,50 +96,108 @@ class Imputer(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, batch: Batch, transformer: bool = True) -> Prediction:
-        """Log-odds of ALT at every site of the core, the observed ones included.
+    @overload
+    def forward(self, batch: Batch, transformer: bool = True) -> Prediction: ...
+
+    @overload
+    def forward(self, batch: Batch, *, loss: LossConfig) -> Losses: ...
+
+    def forward(self, batch: Batch, transformer: bool = True, loss: LossConfig | None = None) -> Prediction | Losses:
+        """Log-odds of ALT at every site of the core, the observed ones included; with ``loss`` their losses instead.
 
         Without ``transformer`` its residual is not computed, and the result is the prior with the correction of the
         confidence head.
         """
         pooled = None
-        # Without retrieval, the allele frequency replaces the dosage of the neighbours.
-        dosage = expected = batch.core.frequency
         if batch.retrieved is not None:
             # No autocast: products of probabilities along the whole window are too inexact in bf16.
             with torch.autocast(batch.core.tokens.device.type, enabled=False):
-                weight = computed_again(self.embedding.site_weights, batch.window.sites)
+                weight = self.embedding.site_weights(batch.window.sites)
                 pooled = self.pooling(batch, batch.retrieved, weight / weight.mean())
-            dosage = pooled.dosage
-            expected = (pooled.ancestry * batch.core.population_frequency).sum(1)
+        given = _core_inputs(batch, pooled)
+        if loss is None:
+            return self._predict(given, transformer)
+        if self.compiled is not None:
+            losses: Losses = self.compiled(given, loss)
+            return losses
+        return self._losses(given, None, loss)
+
+    def compile_losses(self, best: bool, lengths: Collection[int]) -> None:
+        """Compile what follows the copying model, up to the losses, at the first call of :meth:`forward` for losses.
+
+        ``best`` and ``lengths`` are those of :class:`~embrag_ds.model.compiled.Compiled`.
+        """
+        self.compiled = Compiled(self._losses, best, lengths)
+
+    def _losses(self, given: CoreInputs, sites: int | None, loss: LossConfig) -> Losses:
+        """Losses of a core, computed with padding up to ``sites`` sites."""
+        length = given.tokens.shape[-1]
+        if sites is None or sites == length:
+            logits = self._predict(given).logits
+        else:
+            given = given.padded(sites)
+            logits = self._predict(given, length=length).logits
+        return imputation_loss(logits, given.alleles, given.scored, given.site_frequency, loss)
+
+    def _predict(self, given: CoreInputs, transformer: bool = True, length: int | None = None) -> Prediction:
+        """Prediction after the copying model; sites from ``length`` on are padding."""
+        dosage, expected = given.dosage, given.frequency
+        if dosage is None or given.ancestry is None:
+            dosage = given.frequency  # Without retrieval, the allele frequency replaces the dosage of the neighbours.
+        else:
+            expected = (given.ancestry * given.population_frequency).sum(1)
         share = torch.sigmoid(self.background.float())
         prior = torch.logit((1 - share) * dosage + share * expected, eps=1e-5)
         if self.good_turing:
-            prior = prior + batch.core.good_turing
+            prior = prior + given.good_turing
         residual = torch.zeros_like(prior)
         if transformer:
-            residual = self.head(self._states(batch, pooled, expected))[..., 0].float()
-        if self.confidence is not None and pooled is not None and pooled.evidence is not None:
-            residual = residual + self.confidence(prior, pooled.evidence, batch.core.frequency)
+            residual = self.head(self._states(given, expected, length))[..., 0].float()
+        if self.confidence is not None and given.evidence is not None:
+            residual = residual + self.confidence(prior, Evidence(*given.evidence), given.frequency)
         return Prediction(prior + residual, prior)
 
-    def _states(self, batch: Batch, pooled: Pooled | None, expected: Tensor) -> Tensor:
+    def _states(self, given: CoreInputs, expected: Tensor, length: int | None) -> Tensor:
         """Final hidden states of the query, [B, L, D]; ``expected`` [B, L] is the expected ALT frequency."""
-        retrieved = batch.retrieved
-        position = batch.core.sites.position
-        codebook = self.embedding.codebook(batch.core.sites)
-        if retrieved is not None and retrieved.tokens is not None:
-            embedded = gather_embeddings(codebook, torch.cat([batch.core.tokens[:, None], retrieved.tokens], dim=1))
-            passed = self.transformer(embedded.flatten(0, 1), position).unflatten(0, embedded.shape[:2])
+        position = given.position
+        own = self.embedding.codebook(SiteTensors(position, given.site_frequency))
+        if given.neighbours is not None:
+            embedded = gather_embeddings(own, torch.cat([given.tokens[:, None], given.neighbours], dim=1))
+            passed = self.transformer(embedded.flatten(0, 1), position, length).unflatten(0, embedded.shape[:2])
             reference = passed[:, 1:].mean(1)
-            return computed_again(self.fusion, passed[:, 0], reference, batch.core.frequency, expected)
+            return computed_again(self.fusion, passed[:, 0], reference, given.frequency, expected)
 
         def fused() -> Tensor:
-            query = gather_embeddings(codebook, batch.core.tokens)
-            if retrieved is None or pooled is None:
-                reference = mixed_embedding(codebook, batch.core.frequency)
-            else:
-                reference = pooled_embedding(pooled, retrieved, codebook)
-            return self.fusion(query, reference.to(query.dtype), batch.core.frequency, expected)
+            query = gather_embeddings(own, given.tokens)
+            dosage = given.frequency if given.dosage is None else given.dosage
+            codebook = own if given.codebook is None else given.codebook
+            reference = pooled_embedding(dosage, codebook, given.weights, given.embeddings)
+            return self.fusion(query, reference.to(query.dtype), given.frequency, expected)
 
-        return self.transformer(computed_again(fused), position)
+        return self.transformer(computed_again(fused), position, length)
+
+
+def _core_inputs(batch: Batch, pooled: Pooled | None) -> CoreInputs:
+    core, retrieved = batch.core, batch.retrieved
+    given = CoreInputs(
+        position=core.sites.position,
+        site_frequency=core.sites.frequency,
+        tokens=core.tokens,
+        alleles=core.alleles,
+        scored=core.scored,
+        frequency=core.frequency,
+        population_frequency=core.population_frequency,
+        good_turing=core.good_turing,
+    )
+    if pooled is None or retrieved is None:
+        return given
+    evidence = pooled.evidence
+    return given._replace(
+        dosage=pooled.dosage,
+        ancestry=pooled.ancestry,
+        weights=pooled.weights,
+        evidence=None if evidence is None else tuple(getattr(evidence, each.name) for each in fields(evidence)),
+        codebook=retrieved.codebook,
+        embeddings=retrieved.embeddings,
+        neighbours=retrieved.tokens,
+    )

@@ -6,8 +6,7 @@ the two-class cross-entropy of the logits (0, z).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,11 +45,11 @@ class LossConfig:
         )
 
 
-@dataclass(frozen=True)
-class Losses:
+class Losses(NamedTuple):
     """Losses of a batch, scalars. ``total`` is minimised; ``haplotype`` and ``genotype`` are its unweighted parts.
 
-    The parts are means over the scored sites, in nats (without a unit for ``brier``).
+    The parts are means over the scored sites, in nats (without a unit for ``brier``), and have no gradient. It is a
+    tuple, because DeepSpeed looks for a network's results in tuples.
     """
 
     total: Tensor
@@ -87,7 +86,7 @@ def imputation_loss(logits: Tensor, alleles: Tensor, scored: Tensor, frequency: 
     genotypes = alleles.unflatten(0, (-1, 2)).sum(1)
     genotype = _weighted_mean(genotype_log_probabilities(logits), genotypes, weight[::2], settings)
     total = settings.haplotype_weight * haplotype + settings.genotype_weight * genotype
-    return Losses(total, haplotype, genotype)
+    return Losses(total, haplotype.detach(), genotype.detach())
 
 
 def _weighted_mean(log_probabilities: Tensor, truth: Tensor, weight: Tensor, settings: LossConfig) -> Tensor:

@@ -199,7 +199,8 @@ def _evidence(
     spread = torch.special.entr(posterior).sum(-1) / math.log(max(2, posterior.shape[-1]))
     overall = interpolated(torch.stack([lengths.sum(-1), spread], dim=-1), flanking)
     sites = batch.core.sites.position
-    before, after = (position[:, batch.window.near].gather(1, place) for place in (flanking.left, flanking.right))
+    start = batch.window.near.first[:, None]
+    before, after = (position.gather(1, start + place) for place in (flanking.left, flanking.right))
     return Evidence(
         alt_length=of_alt / dosage.clamp_min(_LEAST),
         ref_length=torch.where(
@@ -224,8 +225,8 @@ def _membership(batch: Batch, retrieved: Retrieved) -> Tensor:
 def _flanking(batch: Batch) -> FlankingSites:
     """Flanking typed sites of every site of the core, and interpolation weights by distance in cM.
 
-    Their indices count from the start of the slice ``batch.window.near`` of a row of ``batch.window.typed``. Before the
-    first and after the last typed site, left and right are the same.
+    Their indices count from the first of a row's sites ``batch.window.near``. Before the first and after the last typed
+    site, left and right are the same.
     """
     sites = torch.arange(batch.window.core.start, batch.window.core.stop, device=batch.window.typed.device)
     # The padding of a row repeats the last site, so rows are sorted.
@@ -237,19 +238,19 @@ def _flanking(batch: Batch) -> FlankingSites:
     start = position[batch.window.typed.gather(1, left)]
     length = position[batch.window.typed.gather(1, right)] - start
     share = torch.where(length > 0, (position[sites] - start) / length.clamp_min(1e-12), 0.0)
-    return FlankingSites(left - batch.window.near.start, right - batch.window.near.start, share.clamp(0, 1))
+    first = batch.window.near.first[:, None]
+    return FlankingSites(left - first, right - first, share.clamp(0, 1))
 
 
-def pooled_embedding(pooled: Pooled, retrieved: Retrieved, own: Tensor) -> Tensor:
+def pooled_embedding(dosage: Tensor, codebook: Tensor, weights: Tensor | None, embeddings: Tensor | None) -> Tensor:
     """Weighted mean [B, L, D] of the neighbours' embeddings.
 
-    It is the :func:`mixed_embedding` of the generation's codebook, or of the model's ``own`` [L, V, D] with encoding
-    ``live``. With embeddings from a dense store it is the sum over neighbours itself.
+    It is the :func:`mixed_embedding` of the ``codebook``. With ``embeddings`` [B, K, L, D] from a dense store and their
+    ``weights`` [B, K, L] it is the sum over neighbours itself.
     """
-    if retrieved.embeddings is not None:
-        assert pooled.weights is not None
-        return torch.einsum("bkl,bkld->bld", pooled.weights.to(retrieved.embeddings.dtype), retrieved.embeddings)
-    return mixed_embedding(own if retrieved.codebook is None else retrieved.codebook, pooled.dosage)
+    if embeddings is not None and weights is not None:
+        return torch.einsum("bkl,bkld->bld", weights.to(embeddings.dtype), embeddings)
+    return mixed_embedding(codebook, dosage)
 
 
 def mixed_embedding(codebook: Tensor, dosage: Tensor) -> Tensor:

@@ -16,21 +16,28 @@ Step = Callable[[Tensor], Tensor]
 def computed_again(function: Callable[..., Tensor], *given: Any) -> Tensor:
     """Return ``function(*given)``, and compute it again in the backward pass; only ``given`` is stored.
 
-    ``function`` must not use random numbers.
+    ``function`` must not use random numbers. In compiled code the compiler chooses instead
+    (:class:`embrag_ds.model.compiled.Compiled`).
     """
-    if not torch.is_grad_enabled():  # the first call of checkpoint takes a second for imports
+    # Without gradients there is nothing to store, and the first call of checkpoint takes a second for imports.
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return function(*given)
     return checkpoint(function, *given, use_reentrant=False, preserve_rng_state=False)
+
+
+def checkpoint_in_graph(function: Callable[..., Tensor], *given: Any) -> Tensor:
+    """Return ``function(*given)``, and compute it again with the same random numbers; in compiled code, too."""
+    return checkpoint(function, *given, use_reentrant=False)
 
 
 def through(first: Step, then: Step, x: Tensor) -> Tensor:
     """Return ``then(first(x))``, and compute ``first(x)`` again for the backward pass of ``then``.
 
     It suits a ``first`` that stores ``x`` anyway and takes little time beside ``then``, such as a norm or an activation
-    before a projection.
+    before a projection. In compiled code the compiler chooses what to compute again.
     """
-    if torch.compiler.is_compiling():  # torch.compile does not support saved-tensor hooks
-        return computed_again(lambda x: then(first(x)), x)
+    if torch.compiler.is_compiling():
+        return then(first(x))
     between, source = first(x), x.detach()
     with not_kept(between, lambda: first(source)):
         return then(between)

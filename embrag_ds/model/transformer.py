@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
-from embrag_ds.model.recompute import computed_again, not_kept, through
+from embrag_ds.model.recompute import not_kept, through
+from embrag_ds.ops import rotation_cuda
 
 _SHORTEST_CM, _LONGEST_CM = 0.02, 40.0
 
 
 Recompute = Callable[..., Tensor]
-"""Function of (block, x, angles) to ``block(x, angles)`` that stores only its arguments for the backward pass."""
+"""Function of (block, x, ...) to ``block(x, ...)`` that stores only its arguments for the backward pass."""
 
 
 def rotary_angles(position: Tensor, head_dims: int) -> Tensor:
@@ -27,6 +29,8 @@ def rotary_angles(position: Tensor, head_dims: int) -> Tensor:
     """
     ladder = torch.logspace(math.log10(_SHORTEST_CM), math.log10(_LONGEST_CM), head_dims // 2, device=position.device)
     angles = position.float()[:, None] * (2 * math.pi / ladder)
+    if torch.compiler.is_compiling():  # it fuses no complex operations
+        return torch.stack([angles.cos(), angles.sin()], dim=-1)
     return torch.view_as_real(torch.polar(torch.ones_like(angles), angles))
 
 
@@ -34,14 +38,14 @@ def rotated_heads(qkv: Tensor, angles: Tensor, heads: int) -> tuple[Tensor, Tens
     """Queries, keys and values [B, L, heads, head_dims] of ``qkv`` [B * L, 3 * D], with queries and keys rotated.
 
     ``angles`` [L, head_dims / 2, 2] are those of :func:`rotary_angles`. ``qkv`` is overwritten and marked as modified,
-    so autograd raises RuntimeError if its old values are needed, or if it is a leaf. It should not be a view, because
-    autograd would copy the gradient of the view's base.
+    so autograd raises RuntimeError if its old values are needed, if it is a leaf, or if it is a view.
     """
     shape = (-1, len(angles), 3, heads, 2 * angles.shape[1])
-    if torch.compiler.is_compiling():  # torch.compile fuses real operations but no complex ones
+    if torch.compiler.is_compiling():  # likewise
         query, key, value = qkv.view(shape).unbind(2)
         return _rotate(query, angles), _rotate(key, angles), value
-    return _RotatedHeads.apply(qkv, angles, shape).view(shape).unbind(2)
+    _, query, key, value = _RotatedHeads.apply(qkv, angles, shape)
+    return query, key, value
 
 
 def _rotate(heads: Tensor, angles: Tensor) -> Tensor:
@@ -53,24 +57,41 @@ def _rotate(heads: Tensor, angles: Tensor) -> Tensor:
 
 
 class _RotatedHeads(torch.autograd.Function):
-    """In-place rotation of queries and keys, without a copy; only the angles are saved for the backward pass."""
+    """In-place rotation of queries and keys, without a copy; only the angles are saved for the backward pass.
+
+    It returns the given tensor and its three parts. So the backward pass receives the gradients of the parts, which are
+    rotated while they are put together. No tensor that may be used elsewhere is written to.
+    """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, angles: Tensor, shape: tuple[int, ...]) -> Tensor:
-        turns = torch.view_as_complex(angles)[:, None, None]
+    def forward(ctx: Any, qkv: Tensor, angles: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
         ctx.mark_dirty(qkv)
-        ctx.save_for_backward(turns)
-        ctx.shape = shape
-        _turn(qkv.view(shape)[:, :, :2], turns)
-        return qkv
+        ctx.save_for_backward(angles)
+        ctx.set_materialize_grads(False)
+        ctx.shapes = qkv.shape, shape
+        parts = qkv.detach().view(shape)
+        if rotation_cuda.serves(qkv):
+            rotation_cuda.rotate(parts, angles)
+        else:
+            _turn(parts[:, :, :2], torch.view_as_complex(angles)[:, None, None])
+        return qkv, *parts.unbind(2)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (turns,) = ctx.saved_tensors
-        # Copied, because the incoming gradient may be used elsewhere too.
-        gradient = gradients[0].clone(memory_format=torch.contiguous_format)
-        _turn(gradient.view(ctx.shape)[:, :, :2], turns.conj())
-        return gradient, None, None
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None]:
+        (angles,) = ctx.saved_tensors
+        given_shape, parted = ctx.shapes
+        whole, *parts = gradients
+        if whole is not None:
+            between = whole.view(parted).unbind(2)
+            parts = [one if other is None else one + other for one, other in zip(between, parts, strict=True)]
+        given = next(each for each in parts if each is not None)
+        query, key, value = (torch.zeros_like(given) if each is None else each for each in parts)
+        if rotation_cuda.serves(given):
+            made = rotation_cuda.rotated_back(query, key, value, angles)
+        else:
+            made = torch.stack([query, key, value], dim=2)
+            _turn(made[:, :, :2], torch.view_as_complex(angles)[:, None, None].conj())
+        return made.view(given_shape), None, None
 
 
 def _turn(heads: Tensor, turns: Tensor) -> None:
@@ -100,22 +121,27 @@ class Block(nn.Module):
         self.ffn_in = nn.Linear(dims, ffn_multiple * dims)
         self.ffn_out = nn.Linear(ffn_multiple * dims, dims)
 
-    def forward(self, x: Tensor, angles: Tensor, recompute_projections: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, angles: Tensor, recompute_projections: bool = False, length: int | None = None
+    ) -> Tensor:
         """Output [B, L, D] for the input ``x`` [B, L, D]; ``angles`` [L, head_dims / 2, 2].
 
-        With ``recompute_projections``, queries, keys, values and hidden layer are computed again in the backward pass.
-        What is stored is then three times as large as ``x``.
+        Sites from ``length`` on are padding, to which no site attends. With ``recompute_projections``, queries, keys,
+        values and hidden layer are computed again in the backward pass. What is stored is then three times as large as
+        ``x``.
         """
         recompute = recompute_projections and torch.is_grad_enabled()
-        x = x + self._drop(self._attend(x, angles, recompute))
+        x = x + self._drop(self._attend(x, angles, recompute, length))
         if recompute:
-            return x + self._drop(computed_again(self._feed_forward, x))
+            return x + self._drop(checkpoint(self._feed_forward, x, use_reentrant=False, preserve_rng_state=False))
         return x + self._drop(through(gelu, self.ffn_out, through(self.ffn_norm, self.ffn_in, x)))
 
-    def _attend(self, x: Tensor, angles: Tensor, recompute: bool) -> Tensor:
+    def _attend(self, x: Tensor, angles: Tensor, recompute: bool, length: int | None) -> Tensor:
         rows = x.flatten(0, 1)  # the projection of [B, L, D] would be a view, see rotated_heads
         qkv = through(self.attention_norm, self.qkv, rows)
         query, key, value = self._rotated(qkv, angles)
+        if length is not None:
+            key, value = key[:, :, :length], value[:, :, :length]
         if recompute and not torch.compiler.is_compiling():  # torch.compile does not support saved-tensor hooks
             source = rows.detach()
 
@@ -158,13 +184,13 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(dims, heads, ffn_multiple, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(dims)
 
-    def forward(self, x: Tensor, position: Tensor) -> Tensor:
-        """Encode ``x`` [B, L, D] of sites at ``position`` [L] in cM."""
+    def forward(self, x: Tensor, position: Tensor, length: int | None = None) -> Tensor:
+        """Encode ``x`` [B, L, D] of sites at ``position`` [L] in cM; those from ``length`` on are padding."""
         angles = rotary_angles(position, self.head_dims)
         recomputed = len(self.blocks) if self.recomputed is None else self.recomputed
         for place, block in enumerate(self.blocks):
             if self.recompute is not None and place < recomputed and torch.is_grad_enabled():
-                x = self.recompute(block, x, angles)
+                x = self.recompute(block, x, angles, False, length)
             else:
-                x = block(x, angles, self.recompute_projections)
+                x = block(x, angles, self.recompute_projections, length)
         return self.norm(x)

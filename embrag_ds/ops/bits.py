@@ -39,6 +39,18 @@ def unpack_chosen(packed: np.ndarray, haplotypes: np.ndarray) -> np.ndarray:
     return (packed[..., haplotypes >> 3] >> (haplotypes & 7).astype(np.uint8)) & 1
 
 
+def unpack_samples(packed: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """Unpack both haplotypes of selected samples of bits uint8 [S, ceil(H / 8)].
+
+    ``samples`` int64 [N] are their numbers; sample i has the haplotypes 2 i and 2 i + 1, which share a byte. Returns
+    alleles uint8 [2N, S], contiguous. Of ``packed`` only these samples' bytes are read.
+    """
+    both = np.ascontiguousarray(np.take(packed, samples >> 2, axis=1).T)
+    first = (2 * (samples & 3)).astype(np.uint8)
+    shifts = first[:, None] + np.arange(2, dtype=np.uint8)
+    return ((both[:, None] >> shifts[:, :, None]) & 1).reshape(2 * len(samples), len(packed))
+
+
 def unpack(packed: Tensor, count: int) -> Tensor:
     """Unpack a tensor of bits uint8 [n, ceil(H / 8)].
 

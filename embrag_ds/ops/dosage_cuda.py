@@ -7,13 +7,12 @@ number, so results are deterministic. The source is plain C, so that a test can 
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from embrag_ds.ops.cuda import launch_tiled
+from embrag_ds.ops.cuda import kernel
 
 SOURCE = r"""
 extern "C" __global__ void copied_dosage(
@@ -69,17 +68,6 @@ extern "C" __global__ void copied_dosage_adjoint(
 """
 
 
-@cache
-def _kernel(name: str) -> Any:
-    import cupy
-
-    return cupy.RawKernel(SOURCE, name)
-
-
-def _run(name: str, over: int, tensors: list[Tensor], sizes: tuple[int, int, int]) -> None:
-    launch_tiled(_kernel(name), over, tensors, sizes)
-
-
 class CudaDosage(torch.autograd.Function):
     """Copied dosage float32 [B, L] on a GPU, differentiable in the posterior.
 
@@ -91,10 +79,10 @@ class CudaDosage(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, posterior: Tensor, alleles: Tensor, left: Tensor, right: Tensor, share: Tensor) -> Tensor:
         flanking = [each.detach().contiguous() for each in (left, right, share)]
-        given = [alleles.contiguous(), posterior.detach().contiguous(), *flanking]
+        given = [alleles.contiguous(), posterior.detach().float().contiguous(), *flanking]
         ctx.sizes = (posterior.shape[1], *alleles.shape[1:])
-        dosage = torch.empty_like(share)
-        _run("copied_dosage", dosage.shape[1], [*given, dosage], ctx.sizes)
+        dosage = torch.empty_like(flanking[2])
+        kernel(SOURCE, "copied_dosage").launch_tiled(dosage.shape[1], [*given, dosage], ctx.sizes)
         ctx.save_for_backward(given[0], *flanking)
         return dosage
 
@@ -103,10 +91,6 @@ class CudaDosage(torch.autograd.Function):
         alleles, *flanking = ctx.saved_tensors
         typed, neighbours, _ = ctx.sizes
         posterior_gradient = torch.zeros(len(alleles), typed, neighbours, device=alleles.device)
-        _run(
-            "copied_dosage_adjoint",
-            neighbours,
-            [alleles, gradients[0].float().contiguous(), *flanking, posterior_gradient],
-            ctx.sizes,
-        )
+        given = [alleles, gradients[0].float().contiguous(), *flanking, posterior_gradient]
+        kernel(SOURCE, "copied_dosage_adjoint").launch_tiled(neighbours, given, ctx.sizes)
         return posterior_gradient, None, None, None, None

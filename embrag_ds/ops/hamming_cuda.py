@@ -8,24 +8,21 @@ a test can compile it for the host.
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from embrag_ds.ops.cuda import TILE_THREADS, launch
+from embrag_ds.ops.cuda import kernel
 
 SOURCE = r"""
 extern "C" __global__ void mismatch_distances(
-    const unsigned char* reference,  // [T, W], bit j of byte w is haplotype 8 w + j
     const unsigned char* query,      // [B, T], alleles
     const float* weight,             // [B, T], 0 at the query's masked sites
+    const unsigned char* reference,  // [T, W], bit j of byte w is haplotype 8 w + j
     float* distance,                 // [B, H]
-    const int sites, const int bytes, const int haplotypes)
+    const int tiles, const int sites, const int bytes, const int haplotypes)
 {
-    const int byte = blockIdx.x * blockDim.x + threadIdx.x;
-    const int b = blockIdx.y;
+    const int b = blockIdx.x / tiles;
+    const int byte = blockIdx.x % tiles * blockDim.x + threadIdx.x;
     if (byte >= bytes) return;
     float sum[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
     for (int t = 0; t < sites; ++t) {
@@ -44,13 +41,6 @@ extern "C" __global__ void mismatch_distances(
 """
 
 
-@cache
-def _kernel() -> Any:
-    import cupy
-
-    return cupy.RawKernel(SOURCE, "mismatch_distances")
-
-
 def mismatch_distances(tokens: Tensor, weights: Tensor, packed: Tensor, haplotypes: int) -> Tensor:
     """Weighted Hamming distances of query from reference haplotypes, float32 [B, H], on a CUDA device.
 
@@ -60,7 +50,7 @@ def mismatch_distances(tokens: Tensor, weights: Tensor, packed: Tensor, haplotyp
     """
     queries, sites = tokens.shape
     distance = torch.empty(queries, haplotypes, dtype=torch.float32, device=packed.device)
-    arguments = [packed.contiguous(), (tokens == 1).to(torch.uint8), weights.contiguous(), distance]
+    given = [(tokens == 1).to(torch.uint8).contiguous(), weights.float().contiguous(), packed.contiguous(), distance]
     width = packed.shape[1]
-    launch(_kernel(), (-(-width // TILE_THREADS), queries), (TILE_THREADS,), arguments, (sites, width, haplotypes))
+    kernel(SOURCE, "mismatch_distances").launch_tiled(width, given, (sites, width, haplotypes))
     return distance

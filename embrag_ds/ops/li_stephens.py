@@ -11,12 +11,13 @@ function and its gradients: numba loops (CPU), CUDA kernels (GPU with CuPy), and
 :mod:`embrag_ds.ops.li_stephens_numba` and :mod:`embrag_ds.ops.li_stephens_cuda`.
 
 Two letters beside those of :mod:`embrag_ds.data.tokens`. C: chains, a multiple of B; chain c models query haplotype
-``c % B``. M: typed sites in the slice ``near``, in or next to the core. All T typed sites of a window are observations,
-but posteriors are returned at those M only.
+``c % B``. M: typed sites of a row that are :class:`Near`, in or next to the core. All T typed sites of a window are
+observations, but posteriors are returned at those M only.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,31 @@ from embrag_ds.ops.li_stephens_cuda import CudaPosterior, cuda_match_lengths
 # neighbours differ from the query, or where each differs somewhere and the genetic map is flat.
 _MOST_MISMATCH_NATS = 60.0
 _LEAST_RECOMBINATION = 1e-8
+
+
+@dataclass(frozen=True)
+class Near:
+    """The M typed sites of each row at which posteriors are returned: ``count`` of them, from ``first[b]`` on.
+
+    ``first`` int64 [B] lies on the device. ``start`` and ``stop`` are the least first site of a row and the end of the
+    last one, known to the host.
+    """
+
+    first: Tensor
+    count: int
+    start: int
+    stop: int
+
+    @classmethod
+    def same(cls, first: int, count: int, rows: int, device: torch.device) -> Near:
+        """``count`` sites from ``first`` on, the same in each of the ``rows``."""
+        return cls(torch.full((rows,), first, device=device), count, first, first + count)
+
+    def of(self, values: Tensor) -> Tensor:
+        """Rows of the M sites among those of all sites: [C, T, ...] to [C, M, ...], for a multiple C of B."""
+        places = self.first[:, None] + torch.arange(self.count, device=self.first.device)
+        rows = torch.arange(len(values), device=values.device)[:, None]
+        return values[rows, places.repeat(len(values) // len(places), 1)]
 
 
 def mismatches(alleles: Tensor, place: Tensor, ids: Tensor, tokens: Tensor, count: Tensor) -> Tensor:
@@ -67,9 +93,9 @@ def copying_backend(device: torch.device) -> str:
 
 
 def copying_posterior(
-    mismatch: Tensor, mismatch_nats: Tensor, recombination: Tensor, prior: Tensor, near: slice = slice(None)
+    mismatch: Tensor, mismatch_nats: Tensor, recombination: Tensor, prior: Tensor, near: Near | None = None
 ) -> Tensor:
-    """Posterior copying probabilities at the typed sites ``near``, float32 [C, M, K], summing to 1 over K.
+    """Posterior copying probabilities at the typed sites ``near``, or at all, float32 [C, M, K], summing to 1 over K.
 
     ``mismatch`` bool [B, T, K] marks where a neighbour differs. ``mismatch_nats`` float32 [C, T], not negative, is the
     loss of log-probability at a mismatch, capped at 60. ``recombination`` float32 [C, T] is the probability of a
@@ -81,14 +107,15 @@ def copying_posterior(
     if way == "torch":
         return posterior_torch(mismatch, mismatch_nats, recombination, prior, near)
     mismatch_nats, recombination = _bounded(mismatch_nats, recombination)
-    first, last, _ = near.indices(mismatch.shape[1])
+    near = near or _all_sites(mismatch)
     if way == "cuda kernel":
-        return CudaPosterior.apply(mismatch, torch.exp(-mismatch_nats), recombination, prior, first, last)
-    return _CompiledPosterior.apply(mismatch, mismatch_nats, recombination, prior, first, last)
+        where = near.first, near.count, near.start, near.stop
+        return CudaPosterior.apply(mismatch, torch.exp(-mismatch_nats), recombination, prior, *where)
+    return _CompiledPosterior.apply(mismatch, mismatch_nats, recombination, prior, near.first, near.count)
 
 
 def posterior_torch(
-    mismatch: Tensor, mismatch_nats: Tensor, recombination: Tensor, prior: Tensor, near: slice = slice(None)
+    mismatch: Tensor, mismatch_nats: Tensor, recombination: Tensor, prior: Tensor, near: Near | None = None
 ) -> Tensor:
     """:func:`copying_posterior` in plain torch operations, one step per site, differentiated by autograd."""
     mismatch_nats, recombination = _bounded(mismatch_nats, recombination)
@@ -106,8 +133,13 @@ def posterior_torch(
     for site in range(len(emission) - 1, 0, -1):
         seen = backward[-1] * emission[site]
         backward.append(jump[site] + stay[site] * seen / (prior * seen).sum(-1, keepdim=True))
-    both = torch.stack(forward[near], 1) * torch.stack(backward[::-1][near], 1)
+    near = near or _all_sites(mismatch)
+    both = near.of(torch.stack(forward, 1)) * near.of(torch.stack(backward[::-1], 1))
     return both / both.sum(-1, keepdim=True)
+
+
+def _all_sites(mismatch: Tensor) -> Near:
+    return Near.same(0, mismatch.shape[1], len(mismatch), mismatch.device)
 
 
 def _bounded(mismatch_nats: Tensor, recombination: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,14 +157,20 @@ class _CompiledPosterior(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, mismatch: Tensor, mismatch_nats: Tensor, recombination: Tensor, prior: Tensor, first: int, last: int
+        ctx: Any,
+        mismatch: Tensor,
+        mismatch_nats: Tensor,
+        recombination: Tensor,
+        prior: Tensor,
+        first: Tensor,
+        count: int,
     ) -> Tensor:
-        posterior = torch.empty(len(mismatch_nats), last - first, mismatch.shape[2], dtype=torch.float32)
+        posterior = torch.empty(len(mismatch_nats), count, mismatch.shape[2], dtype=torch.float32)
         given = _arguments(mismatch, mismatch_nats, recombination, prior)
-        li_stephens_numba.forward_backward(*given, first, last, posterior.numpy())
+        li_stephens_numba.forward_backward(*given, first.numpy(), posterior.numpy())
         # Saved as tensors, so that autograd raises an error if one is modified in place before the backward pass.
         ctx.save_for_backward(mismatch, mismatch_nats, recombination, prior, posterior)
-        ctx.bounds = (first, last)
+        ctx.first = first
         return posterior
 
     @staticmethod
@@ -142,7 +180,7 @@ class _CompiledPosterior(torch.autograd.Function):
         ratio_gradient = np.zeros(mismatch_nats.shape, dtype=np.float32)
         prior_gradient = np.zeros((len(mismatch_nats), prior.shape[1]), dtype=np.float32)
         found = ratio_gradient, np.zeros_like(ratio_gradient), prior_gradient
-        given = (*_arguments(mismatch, mismatch_nats, recombination, prior), *ctx.bounds, posterior.numpy())
+        given = (*_arguments(mismatch, mismatch_nats, recombination, prior), ctx.first.numpy(), posterior.numpy())
         li_stephens_numba.adjoint(*given, gradient.float().contiguous().numpy(), *found)
         # d exp(-mismatch_nats) / d mismatch_nats = -exp(-mismatch_nats)
         nats_gradient = -torch.from_numpy(ratio_gradient) * torch.exp(-mismatch_nats)
@@ -150,8 +188,8 @@ class _CompiledPosterior(torch.autograd.Function):
         return None, nats_gradient, torch.from_numpy(found[1]), of_queries, None, None
 
 
-def match_lengths(mismatch: Tensor, position: Tensor, count: Tensor, near: slice = slice(None)) -> Tensor:
-    """Length of the match of each neighbour with the query around the typed sites ``near``, in cM, float32 [B, M, K].
+def match_lengths(mismatch: Tensor, position: Tensor, count: Tensor, near: Near | None = None) -> Tensor:
+    """Length of each neighbour's match with the query around the sites ``near``, or all, in cM, float32 [B, M, K].
 
     A match reaches from the nearest mismatch at or left of the site to the nearest at or right of it. Without such a
     mismatch it ends at the first or the last typed site. ``mismatch`` bool [B, T, K]; ``position`` [B, T] in cM. Row b
@@ -159,15 +197,15 @@ def match_lengths(mismatch: Tensor, position: Tensor, count: Tensor, near: slice
     """
     ends = torch.cat([position[:, :1], position.gather(1, (count - 1).clamp_min(0)[:, None])], dim=1)
     way = copying_backend(mismatch.device)
-    first, last, _ = near.indices(mismatch.shape[1])
+    near = near or _all_sites(mismatch)
     if way == "cuda kernel":
-        return cuda_match_lengths(mismatch, position, ends, first, last)
+        return cuda_match_lengths(mismatch, position, ends, near.first, near.count)
     if way == "compiled":
-        lengths = np.empty((len(mismatch), last - first, mismatch.shape[2]), dtype=np.float32)
+        lengths = np.empty((len(mismatch), near.count, mismatch.shape[2]), dtype=np.float32)
         places = (each.float().contiguous().numpy() for each in (position, ends))
-        li_stephens_numba.match_lengths(mismatch.contiguous().numpy(), *places, first, last, lengths)
+        li_stephens_numba.match_lengths(mismatch.contiguous().numpy(), *places, near.first.numpy(), lengths)
         return torch.from_numpy(lengths)
     place = position.float()[..., None].expand(mismatch.shape)
-    left = torch.where(mismatch, place, ends[:, :1, None]).cummax(1).values[:, near]
-    right = torch.where(mismatch, place, ends[:, 1:, None]).flip(1).cummin(1).values.flip(1)[:, near]
-    return (right - left).clamp_min(0)
+    left = torch.where(mismatch, place, ends[:, :1, None]).cummax(1).values
+    right = torch.where(mismatch, place, ends[:, 1:, None]).flip(1).cummin(1).values.flip(1)
+    return (near.of(right) - near.of(left)).clamp_min(0)

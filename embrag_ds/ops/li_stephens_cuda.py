@@ -1,238 +1,57 @@
 """CUDA kernels of the Li and Stephens copying model and its adjoint, launched through CuPy.
 
-One block computes one chain. Its threads share the K neighbours, keep their states in registers and proceed over the
-typed sites in step. Synchronisation takes longer than arithmetic, so all sums of a site are reduced together, by
-shuffles and one barrier. Sums that no later term of the site uses are reduced with those of the next site. The
-recursions are those of :mod:`embrag_ds.ops.li_stephens_numba`, term by term. The source also compiles for the host, and
-the tests run it there without a GPU. For the letters see :mod:`embrag_ds.ops.li_stephens`.
+A chain's sites follow one another, so the time of a site counts, and most of it is the sum over neighbours: five
+shuffles among the 32 lanes of a warp, each of which waits for the one before. Therefore:
+
+* The two recursions of a chain, and the two of its adjoint, run at once, each as a block of its own.
+* A warp holds the K neighbours in registers, several a lane. Only above 512 a block has more warps, and a barrier.
+* Rows are read several sites before their use, into registers.
+* Two sums proceed together. The sum S over neighbours k of the unnormalised state u at site t follows from that of the
+  site before, ``S[t] = stay sum(e[k] u[k]) + jump S[t-1] sum(e[k] w[k])``, with emission factors e and prior w. The
+  first sum needs u at the site before, but not S there. So it starts while S is still being added up: a sum's second
+  half runs beside the first half of the next. The adjoint's recursions are linear as well, and have the same form.
+
+Sums over neighbours that do not depend on the recursion, and all that is local to a site, are left to light kernels
+with a warp for every row. They also pack mismatches into bits and pad rows, so that recursions read whole vectors. The
+source also compiles for the host, and the tests run it there without a GPU. For the letters see
+:mod:`embrag_ds.ops.li_stephens`; the recursions are those of :mod:`embrag_ds.ops.li_stephens_numba`.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from embrag_ds.ops.cuda import launch, launch_tiled
+from embrag_ds.errors import UserError
+from embrag_ds.ops import li_stephens_recursions, li_stephens_rows
+from embrag_ds.ops.cuda import Kernel, kernel
 
-SOURCE = r"""
-#ifndef WARP
-#define WARP 32
-#endif
-#define MOST_SUMS 4
-#define SCRATCH (2 * MOST_SUMS * 32)  // two rows, used in turns, of MOST_SUMS sums of at most 32 warps
-// A block has THREADS threads, which limits the registers of each. A thread has PER neighbours, numbered by i.
-#define EACH_NEIGHBOUR \
-    _Pragma("unroll") for (int i = 0, k = threadIdx.x; i < PER; ++i, k += blockDim.x) if (k < K)
-
-// Sums over the block of every thread's values, returned to all threads. A row of scratch is written again two calls
-// later, after a barrier that no thread passes before all have read it.
-template <int N>
-__device__ void block_sums(float (&sum)[N], float* scratch, int& turn)
-{
-    const int warps = blockDim.x / WARP;
-    turn ^= 1;
-    float* row = scratch + turn * MOST_SUMS * 32;
-    _Pragma("unroll")
-    for (int n = 0; n < N; ++n) {
-        for (int distance = WARP / 2; distance > 0; distance /= 2)
-            sum[n] += __shfl_xor_sync(0xffffffffu, sum[n], distance);
-        if (threadIdx.x % WARP == 0) row[n * warps + threadIdx.x / WARP] = sum[n];
-    }
-    __syncthreads();
-    _Pragma("unroll")
-    for (int n = 0; n < N; ++n) {
-        sum[n] = 0.f;
-        for (int warp = 0; warp < warps; ++warp) sum[n] += row[n * warps + warp];
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS) copying_forward_backward(
-    const unsigned char* mismatch,  // [B, T, K]
-    const float* mismatch_ratio,    // [C, T], emission factor of a mismatch
-    const float* recombination,     // [C, T]
-    const float* prior,             // [B, K]
-    float* alpha,                   // [C, last, K]: the posterior does not depend on later ones
-    float* beta,                    // [C, T - first, K], from site first on
-    float* posterior,               // [C, M, K]
-    const int B, const int T, const int K, const int first, const int last)
-{
-    __shared__ float scratch[SCRATCH];
-    const long long c = blockIdx.x, b = c % B;
-    mismatch += b * T * K; prior += b * K;
-    alpha += c * last * K; beta += c * (T - first) * K; mismatch_ratio += c * T; recombination += c * T;
-    posterior += c * (last - first) * K;
-    float weight[PER], state[PER], scale = 0.f;
-    int turn = 0;
-    EACH_NEIGHBOUR {
-        weight[i] = prior[k];
-        state[i] = 0.f;
-    }
-    for (int t = 0; t < last; ++t) {
-        const float stay = t ? (1.f - recombination[t]) * scale : 0.f, jump = t ? recombination[t] : 1.f;
-        const float miss = mismatch_ratio[t];
-        const long long row = (long long)t * K;
-        float sum[1] = {0.f};
-        EACH_NEIGHBOUR {
-            state[i] = (stay * state[i] + jump * weight[i]) * (mismatch[row + k] ? miss : 1.f);
-            sum[0] += state[i];
-        }
-        block_sums(sum, scratch, turn);
-        scale = 1.f / sum[0];
-        EACH_NEIGHBOUR alpha[row + k] = state[i] * scale;
-    }
-    EACH_NEIGHBOUR state[i] = 1.f;
-    for (int t = T - 1; t >= first; --t) {
-        const float miss = mismatch_ratio[t];
-        const long long row = (long long)t * K, out = (long long)(t - first) * K;
-        const bool wanted = t < last;
-        float sum[2] = {0.f, 0.f}, both[PER];
-        EACH_NEIGHBOUR {
-            beta[out + k] = state[i];
-            both[i] = wanted ? alpha[row + k] * state[i] : 0.f;
-            state[i] *= mismatch[row + k] ? miss : 1.f;
-            sum[0] += state[i] * weight[i];
-            sum[1] += both[i];
-        }
-        block_sums(sum, scratch, turn);
-        if (wanted) {
-            EACH_NEIGHBOUR posterior[out + k] = both[i] / sum[1];
-        }
-        const float stay = (1.f - recombination[t]) / sum[0], jump = recombination[t];
-        EACH_NEIGHBOUR state[i] = stay * state[i] + jump;
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS) copying_adjoint(
-    const unsigned char* mismatch, const float* mismatch_ratio, const float* recombination, const float* prior,
-    const float* alpha, const float* beta, const float* posterior,
-    const float* gradient,          // [C, M, K]
-    float* moments,                 // [C, M, 2], scratch
-    float* ratio_gradient,          // [C, T], zero at the start
-    float* recombination_gradient,  // [C, T], zero at the start
-    float* prior_gradient,          // [C, K]
-    const int B, const int T, const int K, const int first, const int last)
-{
-    __shared__ float scratch[SCRATCH];
-    const long long c = blockIdx.x, b = c % B;
-    mismatch += b * T * K; prior += b * K;
-    alpha += c * last * K; beta += c * (T - first) * K; mismatch_ratio += c * T; recombination += c * T;
-    ratio_gradient += c * T; recombination_gradient += c * T; prior_gradient += c * K;
-    posterior += c * (last - first) * K; gradient += c * (last - first) * K; moments += c * (last - first) * 2;
-    float weight[PER], weight_gradient[PER], chain[PER], seen[PER];
-    int turn = 0;
-    EACH_NEIGHBOUR {
-        weight[i] = prior[k];
-        weight_gradient[i] = 0.f;
-    }
-    // d loss / d (alpha beta) at one of the M sites is (gradient - mean) / total.
-    for (int t = first; t < last; ++t) {
-        const long long row = (long long)t * K, out = (long long)(t - first) * K;
-        float sum[2] = {0.f, 0.f};
-        EACH_NEIGHBOUR {
-            sum[0] += alpha[row + k] * beta[out + k];
-            sum[1] += gradient[out + k] * posterior[out + k];
-        }
-        block_sums(sum, scratch, turn);
-        if (threadIdx.x == 0) {
-            moments[2 * (t - first)] = 1.f / sum[0];
-            moments[2 * (t - first) + 1] = sum[1];
-        }
-    }
-    __syncthreads();
-#define DIRECT(t, other) ((gradient[(long long)((t) - first) * K + k] - moments[2 * ((t) - first) + 1]) \
-                          * moments[2 * ((t) - first)] * (other))
-    // The recursion of beta ran down from T - 1, so its adjoint runs up; chain is the gradient of beta at t - 1.
-    EACH_NEIGHBOUR chain[i] = DIRECT(first, alpha[(long long)first * K + k]);
-    float missed = 0.f, moved = 0.f;
-    for (int t = first + 1; t < T; ++t) {
-        const float stay = 1.f - recombination[t], miss = mismatch_ratio[t];
-        const long long row = (long long)t * K, after = (long long)(t - first) * K;
-        float sum[4] = {0.f, 0.f, 0.f, missed};
-        EACH_NEIGHBOUR {
-            seen[i] = beta[after + k] * (mismatch[row + k] ? miss : 1.f);
-            sum[0] += seen[i] * weight[i];
-            sum[1] += chain[i] * seen[i];
-            sum[2] += chain[i];
-        }
-        block_sums(sum, scratch, turn);
-        const float scale = stay / sum[0], weighed = sum[1] / sum[0];
-        if (threadIdx.x == 0) {
-            recombination_gradient[t] += sum[2] - weighed;
-            ratio_gradient[t - 1] += sum[3];
-        }
-        missed = 0.f;
-        EACH_NEIGHBOUR {
-            const float state_gradient = scale * (chain[i] - weighed * weight[i]);
-            weight_gradient[i] -= scale * weighed * seen[i];
-            if (mismatch[row + k]) missed += state_gradient * beta[after + k];
-            chain[i] = state_gradient * (mismatch[row + k] ? miss : 1.f);
-            if (t < last) chain[i] += DIRECT(t, alpha[row + k]);
-        }
-    }
-    {
-        float sum[1] = {missed};
-        block_sums(sum, scratch, turn);
-        if (threadIdx.x == 0) ratio_gradient[T - 1] += sum[0];
-    }
-    // The recursion of alpha ran up from 0, so its adjoint runs down; chain is the gradient of alpha at t.
-    EACH_NEIGHBOUR chain[i] = DIRECT(last - 1, beta[(long long)(last - 1 - first) * K + k]);
-    missed = 0.f;
-    for (int t = last - 1; t >= 0; --t) {
-        const float stay = t ? 1.f - recombination[t] : 0.f, jump = t ? recombination[t] : 1.f;
-        const float miss = mismatch_ratio[t];
-        const long long row = (long long)t * K;
-        float sum[4] = {0.f, 0.f, missed, moved};
-        EACH_NEIGHBOUR {
-            seen[i] = jump * weight[i] + (t ? stay * alpha[row - K + k] : 0.f);
-            sum[0] += seen[i] * (mismatch[row + k] ? miss : 1.f);
-            sum[1] += chain[i] * alpha[row + k];
-        }
-        block_sums(sum, scratch, turn);
-        const float scale = 1.f / sum[0], mean = sum[1];
-        if (threadIdx.x == 0 && t + 1 < last) {
-            ratio_gradient[t + 1] += sum[2];
-            recombination_gradient[t + 1] += sum[3];
-        }
-        missed = moved = 0.f;
-        EACH_NEIGHBOUR {
-            float state_gradient = (chain[i] - mean) * scale;
-            if (mismatch[row + k]) missed += state_gradient * seen[i];
-            state_gradient *= mismatch[row + k] ? miss : 1.f;
-            weight_gradient[i] += jump * state_gradient;
-            if (t) {
-                moved += state_gradient * (weight[i] - alpha[row - K + k]);
-                chain[i] = stay * state_gradient;
-                if (t > first) chain[i] += DIRECT(t - 1, beta[(long long)(t - 1 - first) * K + k]);
-            }
-        }
-    }
-    float sum[1] = {missed};
-    block_sums(sum, scratch, turn);
-    if (threadIdx.x == 0) ratio_gradient[0] += sum[0];
-    EACH_NEIGHBOUR prior_gradient[k] = weight_gradient[i];
-}
-
+SOURCE = li_stephens_rows.SOURCE + li_stephens_recursions.SOURCE
+LENGTHS_SOURCE = r"""
 // One thread per neighbour and query haplotype; the threads are independent.
 extern "C" __global__ void match_lengths(
-    const unsigned char* mismatch,  // [B, T, K]
-    const float* position,          // [B, T]
-    const float* bounds,            // [B, 2], positions of a row's first and last typed site
-    float* lengths,                 // [B, M, K]
-    const int tiles, const int T, const int K, const int first, const int last)
+    const unsigned char* __restrict__ mismatch,  // [B, T, K]
+    const float* __restrict__ position,          // [B, T]
+    const float* __restrict__ bounds,            // [B, 2], positions of a row's first and last typed site
+    const long long* __restrict__ firsts,        // [B], first of a row's M sites
+    float* __restrict__ lengths,                 // [B, M, K]
+    const int tiles, const int T, const int K, const int M)
 {
     const long long b = blockIdx.x / tiles;
     const int k = blockIdx.x % tiles * blockDim.x + threadIdx.x;
     if (k >= K) return;
-    mismatch += b * T * K + k; position += b * T; lengths += b * (last - first) * K + k;
+    const int first = firsts[b], last = first + M;
+    mismatch += b * T * K + k; position += b * T; lengths += b * M * K + k;
     float bound = bounds[2 * b];
+    _Pragma("unroll 16")  // so that many loads are under way at once
     for (int t = 0; t < last; ++t) {
         if (mismatch[(long long)t * K]) bound = position[t];
         if (t >= first) lengths[(long long)(t - first) * K] = bound;
     }
     bound = bounds[2 * b + 1];
+    _Pragma("unroll 16")
     for (int t = T - 1; t >= first; --t) {
         if (mismatch[(long long)t * K]) bound = position[t];
         if (t < last) {
@@ -244,87 +63,114 @@ extern "C" __global__ void match_lengths(
 """
 _WARP = 32
 _MOST_THREADS = 1024
+_MOST_PER_THREAD = 16
+_ROWS_OF_BLOCK = 4
 
 
 def block_shape(neighbours: int) -> tuple[int, int]:
-    """Number of threads of a block and of neighbours per thread, for K ``neighbours``.
+    """Number of threads of a chain's block and of neighbours per thread, for K ``neighbours``.
 
-    Where K is large a thread has several neighbours, because fewer threads synchronise faster.
+    A thread has at most 16. Raises UserError if the largest block has no place for all.
     """
-    per = 1 if neighbours <= 256 else max(4, -(-neighbours // _MOST_THREADS))
-    return _WARP * -(-neighbours // (_WARP * per)), per
+    warps = -(-neighbours // (_WARP * _MOST_PER_THREAD))
+    if warps * _WARP > _MOST_THREADS:
+        most = _MOST_THREADS * _MOST_PER_THREAD
+        raise UserError(f"embrag.retrieval.k={neighbours}: on a GPU the copying model takes at most {most} neighbours")
+    per = -(-neighbours // (_WARP * warps))
+    return _WARP * warps, per if per <= 2 else 4 * -(-per // 4)
 
 
 def compile_options(neighbours: int) -> tuple[str, ...]:
     """Compiler options of the kernels for K ``neighbours``."""
     threads, per = block_shape(neighbours)
-    return (f"-DTHREADS={threads}", f"-DPER={per}")
-
-
-@cache
-def _kernel(name: str, options: tuple[str, ...]) -> Any:
-    import cupy
-
-    return cupy.RawKernel(SOURCE, name, options=options)
-
-
-def _run(name: str, tensors: list[Tensor], first: int, last: int) -> None:
-    queries, sites, neighbours = tensors[0].shape
-    kernel = _kernel(name, compile_options(neighbours))
-    threads, _ = block_shape(neighbours)
-    launch(kernel, (len(tensors[1]),), (threads,), tensors, (queries, sites, neighbours, first, last))
+    ahead = 1 if threads > 96 else 8 if per <= 4 else 32 // per
+    return (f"-DTHREADS={threads}", f"-DPER={per}", f"-DAHEAD={ahead}")
 
 
 class CudaPosterior(torch.autograd.Function):
     """Posterior copying probabilities float32 [C, M, K] on a GPU, differentiable in all but ``mismatch``.
 
     Arguments: mismatch bool [B, T, K]; mismatch_ratio ``exp(-mismatch_nats)`` and recombination float32 [C, T]; prior
-    float32 [B, K]; the M sites from ``first`` to ``last`` (exclusive). CuPy must be installed.
+    float32 [B, K]; first (int64 [B]), count, start and stop of :class:`embrag_ds.ops.li_stephens.Near`. CuPy must be
+    installed.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, mismatch: Tensor, mismatch_ratio: Tensor, recombination: Tensor, prior: Tensor, first: int, last: int
+        ctx: Any,
+        mismatch: Tensor,
+        mismatch_ratio: Tensor,
+        recombination: Tensor,
+        prior: Tensor,
+        first: Tensor,
+        count: int,
+        start: int,
+        stop: int,
     ) -> Tensor:
         numbers = [each.detach().float().contiguous() for each in (mismatch_ratio, recombination, prior)]
-        given = [mismatch.contiguous().view(torch.uint8), *numbers]
-        _, sites, neighbours = mismatch.shape
-        alpha, beta, posterior = (
-            torch.empty(len(mismatch_ratio), length, neighbours, device=mismatch.device)
-            for length in (last, sites - first, last - first)
+        (queries, sites, neighbours), chains = mismatch.shape, len(mismatch_ratio)
+        threads, per = block_shape(neighbours)
+        device, row = mismatch.device, threads * per
+        differs = torch.empty(queries, sites, threads, dtype=torch.int16, device=device)
+        weight = torch.empty(queries, sites, 2, device=device)
+        packed = [mismatch.contiguous().view(torch.uint8), numbers[2], differs, weight]
+        _launch_rows("copying_pack", neighbours, queries * sites, packed, (queries, sites, neighbours))
+        alpha, beta, posterior, alpha_factors, beta_factors = (
+            torch.empty(chains, *shape, device=device)
+            for shape in (
+                (stop, row),
+                (sites - start, row),
+                (count, neighbours),
+                (stop, 2),
+                (sites - start, 2),
+            )
         )
-        _run("copying_forward_backward", [*given, alpha, beta, posterior], first, last)
-        ctx.save_for_backward(*given, alpha, beta, posterior)
-        ctx.bounds = (first, last)
+        passes = [alpha, beta, alpha_factors, beta_factors]
+        sizes = (queries, sites, neighbours, count, start, stop)
+        given = [differs, weight, *numbers, first, *passes]
+        _kernel("copying_passes", neighbours).launch(2 * chains, threads, given, sizes)
+        product = [alpha, beta, first, posterior]
+        _launch_rows("copying_posterior", neighbours, chains * count, product, (chains, *sizes))
+        ctx.save_for_backward(differs, *numbers, first, *passes, posterior)
+        ctx.sizes = sizes
         return posterior
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, Tensor, None, None]:
-        saved = list(ctx.saved_tensors)
-        mismatch_ratio, prior, posterior = saved[1], saved[3], saved[6]
-        moments = torch.empty(*posterior.shape[:2], 2, device=posterior.device)
-        found_gradients = [torch.zeros_like(mismatch_ratio), torch.zeros_like(mismatch_ratio)]
-        found_gradients.append(prior.new_empty(len(mismatch_ratio), prior.shape[1]))
-        _run("copying_adjoint", [*saved, gradients[0].float().contiguous(), moments, *found_gradients], *ctx.bounds)
-        return (
-            None,
-            found_gradients[0],
-            found_gradients[1],
-            found_gradients[2].unflatten(0, (-1, len(prior))).sum(0),
-            None,
-            None,
-        )
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        *given, posterior = ctx.saved_tensors
+        first, alpha, beta = given[4:7]
+        queries, sites, neighbours, count, *_ = ctx.sizes
+        chains, device = len(alpha), alpha.device
+        direct = [torch.empty(chains, count, alpha.shape[2], device=device) for _ in range(2)]
+        read = [alpha, beta, first, posterior, gradients[0].float().contiguous()]
+        _launch_rows("copying_direct", neighbours, chains * count, [*read, *direct], (chains, *ctx.sizes))
+        ratio_gradient, recombination_gradient = (torch.zeros(chains, 2, sites, device=device) for _ in range(2))
+        prior_gradient = torch.empty(chains, 2, neighbours, device=device)
+        found = [ratio_gradient, recombination_gradient, prior_gradient]
+        threads, _ = block_shape(neighbours)
+        _kernel("copying_adjoint", neighbours).launch(2 * chains, threads, [*given, *direct, *found], ctx.sizes)
+        of_queries = prior_gradient.unflatten(0, (-1, queries)).sum((0, 2))
+        return None, ratio_gradient.sum(1), recombination_gradient.sum(1), of_queries, None, None, None, None
 
 
-def cuda_match_lengths(mismatch: Tensor, position: Tensor, bounds: Tensor, first: int, last: int) -> Tensor:
+def _kernel(name: str, neighbours: int) -> Kernel:
+    return kernel(SOURCE, name, compile_options(neighbours))
+
+
+def _launch_rows(name: str, neighbours: int, rows: int, tensors: list[Tensor], sizes: tuple[int, ...]) -> None:
+    """Launch a kernel with a warp for each of ``rows``."""
+    _kernel(name, neighbours).launch(-(-rows // _ROWS_OF_BLOCK), _ROWS_OF_BLOCK * _WARP, tensors, sizes)
+
+
+def cuda_match_lengths(mismatch: Tensor, position: Tensor, bounds: Tensor, first: Tensor, count: int) -> Tensor:
     """Match lengths in cM, float32 [B, M, K], on a GPU; see :func:`embrag_ds.ops.li_stephens.match_lengths`.
 
     ``mismatch`` bool [B, T, K]; ``position`` [B, T] in cM; ``bounds`` [B, 2], the positions of a row's first and last
-    typed site. The M sites are those from ``first`` to ``last`` (exclusive).
+    typed site. A row's M sites are ``count`` from ``first`` on, int64 [B].
     """
     queries, sites, neighbours = mismatch.shape
-    lengths = torch.empty(queries, last - first, neighbours, device=mismatch.device)
+    lengths = torch.empty(queries, count, neighbours, device=mismatch.device)
     given = [mismatch.contiguous().view(torch.uint8), position.float().contiguous(), bounds.float().contiguous()]
-    kernel = _kernel("match_lengths", compile_options(neighbours))
-    launch_tiled(kernel, neighbours, [*given, lengths], (sites, neighbours, first, last))
+    sizes = (sites, neighbours, count)
+    kernel(LENGTHS_SOURCE, "match_lengths").launch_tiled(neighbours, [*given, first, lengths], sizes)
     return lengths

@@ -1,9 +1,9 @@
 """CPU loops of the Li and Stephens copying model and its adjoint, compiled by numba.
 
 Every loop runs in parallel over query haplotypes or chains, and fills arrays allocated by its caller. Shapes: B query
-haplotypes, T typed sites, K neighbours; M typed sites from ``first`` to ``last`` (exclusive), in or next to the core. C
-are chains, a multiple of B; chain c models haplotype ``c % B``. Indices in inner loops are unsigned, because numba
-checks signed ones for negative values, which takes as long as the access itself.
+haplotypes, T typed sites, K neighbours; M typed sites from ``first[b]`` on, in or next to the core. C are chains, a
+multiple of B; chain c models haplotype ``c % B``. Indices in inner loops are unsigned, because numba checks signed ones
+for negative values, which takes as long as the access itself.
 """
 
 from __future__ import annotations
@@ -43,17 +43,20 @@ def add_rows(rows, total):
 
 
 @ParallelLoop
-def forward_backward(mismatch, mismatch_ratio, recombination, prior, first, last, posterior):
+def forward_backward(mismatch, mismatch_ratio, recombination, prior, firsts, posterior):
     """Forward-backward algorithm: fill ``posterior`` float32 [C, M, K] with copying probabilities.
 
     ``mismatch`` bool [B, T, K]; ``mismatch_ratio`` float32 [C, T] is the emission factor of a mismatch;
-    ``recombination`` float32 [C, T]; ``prior`` float32 [B, K] sums to 1 over K. Only the states of the M sites are
-    stored, and the normalisation of a site is multiplied into the step to the next.
+    ``recombination`` float32 [C, T]; ``prior`` float32 [B, K] sums to 1 over K; ``firsts`` int64 [B] is the first of
+    the M sites of each haplotype. Only the states of those are stored, and the normalisation of a site is multiplied
+    into the step to the next.
     """
     queries, sites, neighbours = mismatch.shape
     for c in numba.prange(len(mismatch_ratio)):
         state = np.zeros(neighbours, dtype=np.float32)
         differs, chosen = mismatch[c % queries], prior[c % queries]
+        first = firsts[c % queries]
+        last = first + posterior.shape[1]
         stay, jump = np.float32(0), np.float32(1)
         for t in range(last):
             miss = mismatch_ratio[c, t]
@@ -100,8 +103,7 @@ def adjoint(
     mismatch_ratio,
     recombination,
     prior,
-    first,
-    last,
+    firsts,
     posterior,
     gradient,
     ratio_gradient,
@@ -122,6 +124,8 @@ def adjoint(
     one, zero = np.float32(1), np.float32(0)
     for c in numba.prange(len(mismatch_ratio)):
         differs, chosen = mismatch[c % queries], prior[c % queries]
+        first = firsts[c % queries]
+        last = first + posterior.shape[1]
         # Normalised forward (alpha) and backward (beta) probabilities, and the sums they were divided by. The
         # normalisation: alpha sums to 1, and beta does when weighted by the prior and the emission.
         alpha = np.empty((last, neighbours), dtype=np.float32)
@@ -210,14 +214,16 @@ def adjoint(
 
 
 @ParallelLoop
-def match_lengths(mismatch, position, bounds, first, last, lengths):
+def match_lengths(mismatch, position, bounds, firsts, lengths):
     """Match lengths in cM: fill ``lengths`` float32 [B, M, K]; see :func:`embrag_ds.ops.li_stephens.match_lengths`.
 
     ``mismatch`` bool [B, T, K]; ``position`` float32 [B, T]; ``bounds`` float32 [B, 2] are the positions of a row's
-    first and last typed site.
+    first and last typed site; ``firsts`` int64 [B] is the first of its M sites.
     """
     queries, sites, neighbours = mismatch.shape
     for b in numba.prange(queries):
+        first = firsts[b]
+        last = first + lengths.shape[1]
         bound = np.full(neighbours, bounds[b, 0], dtype=np.float32)
         for t in range(last):
             here = position[b, t]

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from embrag_ds.ops.dosage import Neighbours
+from embrag_ds.ops.li_stephens import Near
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class WindowFrame:
     * ``sites``: features of all its sites.
     * ``typed`` int64 [B, T]: observed sites of each query haplotype, in order, padded with the window's last site.
     * ``typed_count`` int64 [B]: number of observed sites of a row.
-    * ``near``: slice of the columns of ``typed`` that holds every row's typed sites in the core and next to it.
+    * ``near``: the columns of ``typed`` that hold a row's typed sites in the core and next to it.
     """
 
     number: int
@@ -99,7 +100,7 @@ class WindowFrame:
     sites: SiteTensors
     typed: Tensor
     typed_count: Tensor
-    near: slice
+    near: Near
 
 
 @dataclass(frozen=True)

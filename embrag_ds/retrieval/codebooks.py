@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Condition, get_ident, get_native_id
+from threading import Condition, get_native_id
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from embrag_ds.data.tokens import ALT, REF
 from embrag_ds.data.windows import Window
 from embrag_ds.retrieval.schedule import Generation, RefreshSchedule
-from embrag_ds.runtime.streams import SideStream, host_buffer, mark_current
+from embrag_ds.runtime.streams import SideStream, StreamReads, hand_over, host_buffer, mark_current, thread_start
 from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
 
 ALLELES = 2
@@ -73,14 +73,15 @@ class _Buffer:
 
     def __init__(self, windows: list[Window], dims: int, dtype: torch.dtype, device: torch.device):
         cores = [window.core_stop - window.core_start for window in windows]
-        codes = host_buffer(sum(cores) * ALLELES * dims * dtype.itemsize, device).view(dtype)
-        weights = host_buffer(sum(map(len, windows)) * 4, device).view(torch.float32)
-        self.codebooks = [
-            part.view(-1, ALLELES, dims) for part in codes.split([core * ALLELES * dims for core in cores])
-        ]
-        self.weights = list(weights.split(list(map(len, windows))))
+        sizes = sum(cores) * ALLELES * dims * dtype.itemsize, sum(map(len, windows)) * 4
+        codes, weights = (host_buffer(size, device) for size in sizes)
         self.bytes = codes.nbytes + weights.nbytes
-        self.reads: dict[int, Any] = {}  # CUDA event of the last read, by thread
+        self.codebooks = [
+            part.view(-1, ALLELES, dims)
+            for part in codes[: sizes[0]].view(dtype).split([core * ALLELES * dims for core in cores])
+        ]
+        self.weights = list(weights[: sizes[1]].view(torch.float32).split(list(map(len, windows))))
+        self.reads = StreamReads(device)
 
 
 class ReferenceCache:
@@ -111,7 +112,8 @@ class ReferenceCache:
         self._encoded: dict[int, Future[None]] = {}
         self._begun = Condition()
         self._closed = False
-        self._thread = ThreadPoolExecutor(1, "reference-refresh", _yield_to_training) if asynchronous else None
+        start = thread_start() if device.type == "cuda" else _yield_to_training
+        self._thread = ThreadPoolExecutor(1, "reference-refresh", start) if asynchronous else None
         self.refresh_seconds = 0.0
 
     @property
@@ -122,14 +124,14 @@ class ReferenceCache:
     def begin(self, generation: Generation, encoder: Encoder, finished: Callable[[], None] = lambda: None) -> None:
         """Encode every window with ``encoder`` into the generation's buffer, and call ``finished`` at the end.
 
+        Both run on the cache's CUDA stream, after the work that is queued on the current one now.
         An asynchronous cache encodes on its refresh thread; an exception there is raised by :meth:`raise_failure` and
         by every :meth:`code` of that generation. Otherwise the encoding is done, and raises, before this returns.
         """
         ready = mark_current(self._device)
 
         def encode() -> None:
-            self._encode(generation, encoder, ready)
-            finished()
+            self._encode(generation, encoder, finished, ready)
 
         if self._thread is None:
             encode()
@@ -142,12 +144,10 @@ class ReferenceCache:
             self._encoded[generation.number] = future
             self._begun.notify_all()
 
-    def _encode(self, generation: Generation, encoder: Encoder, ready: Any) -> None:
+    def _encode(self, generation: Generation, encoder: Encoder, finished: Callable[[], None], ready: Any) -> None:
         began = time.monotonic()
         buffer = self._buffers[generation.number % len(self._buffers)]
-        for read in list(buffer.reads.values()):
-            if read is not None:
-                read.synchronize()
+        buffer.reads.wait()
         with self._side as side:
             side.wait_for_main(ready)
             with self._timeline.phase("refresh"):
@@ -155,6 +155,7 @@ class ReferenceCache:
                     codebook, weights = encode_window(encoder, window, self._device)
                     buffer.codebooks[window.index].copy_(codebook, non_blocking=True)
                     buffer.weights[window.index].copy_(weights, non_blocking=True)
+                finished()
             done = side.event()
         if done is not None:
             done.synchronize()
@@ -186,7 +187,7 @@ class ReferenceCache:
                 codebook.to(self._device, non_blocking=True, copy=True),
                 weights.to(self._device, non_blocking=True, copy=True),
             )
-        buffer.reads[get_ident()] = mark_current(self._device)
+        buffer.reads.mark()
         return WindowCodebook(*copies, generation)
 
     def close(self) -> None:
@@ -199,7 +200,7 @@ class ReferenceCache:
 
 
 def _yield_to_training() -> None:
-    """Give the calling thread the lowest scheduling priority, on Linux, so that training comes first."""
+    """Give the calling thread the lowest scheduling priority, on Linux, so that training on the CPU comes first."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, get_native_id(), 19)
 
@@ -218,24 +219,32 @@ class EqualWeights:
 class SnapshotCodebooks:
     """Codebook source for imputation: one snapshot of the embedding layer, encoded window by window on demand.
 
-    Only the latest window is held, because imputation visits every window once. An instance serves one thread.
+    Only the latest window is held, because imputation visits every window once. An instance serves one thread, on any
+    of its CUDA streams.
     """
 
     def __init__(self, encoder: Encoder, windows: list[Window], device: torch.device):
         self._encoder = encoder
         self._windows = windows
         self._device = device
-        self._latest: tuple[int, WindowCodebook] | None = None
+        self._latest: tuple[int, WindowCodebook, Any] | None = None
 
     def code(self, window: int, step: int) -> WindowCodebook:
         if self._latest is None or self._latest[0] != window:
             encoded = encode_window(self._encoder, self._windows[window], self._device)
-            self._latest = window, WindowCodebook(*encoded, Generation(0, 0, 0))
-        return self._latest[1]
+            code = WindowCodebook(*encoded, Generation(0, 0, 0))
+            self._latest = window, code, mark_current(self._device)
+            return code
+        _, code, encoded_at = self._latest
+        hand_over((each for each in (code.codebook, code.weights) if each is not None), encoded_at)
+        return code
 
 
 class LiveCodebooks:
-    """Codebook source of encoding ``live``: the current embedding layer, encoded anew for every batch."""
+    """Codebook source of encoding ``live``: the current embedding layer, encoded anew for every batch.
+
+    The current CUDA stream must already wait for the optimiser's last step.
+    """
 
     def __init__(self, encoder: Encoder, windows: list[Window], device: torch.device):
         self._encoder = encoder

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +19,13 @@ from embrag_ds.data.tokens import MASK
 from embrag_ds.data.windows import WindowedPanel
 from embrag_ds.errors import UserError
 from embrag_ds.ops.dosage import WindowAlleles
-from embrag_ds.ops.li_stephens import mismatches
+from embrag_ds.ops.li_stephens import Near, mismatches
 from embrag_ds.retrieval.batch import Batch, CoreFrame, Retrieved, SiteTensors, WindowFrame
 from embrag_ds.retrieval.codebooks import CodebookSource, WindowCodebook
 from embrag_ds.retrieval.device_panel import DevicePanel
 from embrag_ds.retrieval.frequency import frequencies_without
 from embrag_ds.retrieval.store import Query, Store
-from embrag_ds.runtime.streams import SideStream, Staging, hand_over
+from embrag_ds.runtime.streams import SideStream, Staging, hand_over, mark_current
 from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
 
 
@@ -74,6 +75,7 @@ class RetrievalCollator:
                 f"{reference.panel.path}: {len(reference)} reference haplotypes are too few to retrieve from"
             )
         self._excluded = _excluded_haplotypes(exclusions, reference.sample_of)
+        # These copies block. So what was queued before, a snapshot's weights too, is finished for the side stream.
         self._population_of = torch.from_numpy(reference.population_of).to(device)
         self._population_sizes = torch.from_numpy(reference.population_sizes).to(device)
         self._turing = torch.from_numpy(reference.good_turing_odds).to(device)
@@ -86,7 +88,7 @@ class RetrievalCollator:
     def _slot_bytes(self, samples: int, sites: int, core: int) -> int:
         """Largest staging memory of a batch in bytes: alleles, masks, typed sites, features, exclusions, panel rows."""
         populations = len(self._data.reference.populations.names)
-        needed = samples * sites * (2 + 1 + 8) + 8 * samples * (self._excluded.shape[1] + 1)
+        needed = samples * sites * (2 + 1 + 8) + 8 * samples * (self._excluded.shape[1] + 2)
         needed += sites * (8 + 4 * (2 + populations))
         needed += self._panel.staged_bytes(sites) + self._panel.staged_bytes(core)
         return needed + 16 * 256  # alignment
@@ -103,13 +105,15 @@ class RetrievalCollator:
         On a CUDA device the batch is still being computed when this returns: pass it to :func:`receive`.
         """
         moved = self.staging.bytes_moved
+        # Live weights are those after the optimiser's last step, which the current stream may not have taken yet.
+        trained = mark_current(self._device) if self._live else None
         with self._side as side:
             with self._timeline.phase("collate"):
-                batch = self._build(queries, step)
+                batch = self._build(queries, step, trained)
             moved = self.staging.bytes_moved - moved + batch.bytes_moved
             return replace(batch, bytes_moved=moved, ready=side.event())
 
-    def _build(self, queries: QueryBatch, step: int) -> Batch:
+    def _build(self, queries: QueryBatch, step: int, trained: Any) -> Batch:
         window = self._data.windows[queries.window]
         put = self.staging.put
         self.staging.begin()
@@ -117,6 +121,7 @@ class RetrievalCollator:
         masked = put(queries.masked).repeat_interleave(2, dim=0)
         tokens = alleles.masked_fill(masked, MASK)
         typed, count = _typed_sites(queries.masked)
+        near, near_count = _near(queries.masked, window.core)
         features = self._data.features(queries.window)
         excluded = put(self._excluded[queries.samples])
         reference = self._core_alleles(queries.window)
@@ -137,7 +142,7 @@ class RetrievalCollator:
             sites=sites,
             typed=put(typed).repeat_interleave(2, dim=0),
             typed_count=put(count).repeat_interleave(2, dim=0),
-            near=_near(queries.masked, window.core),
+            near=Near(put(near).repeat_interleave(2), near_count, int(near.min()), int(near.max()) + near_count),
         )
         core = CoreFrame(
             sites=SiteTensors(sites.position[window.core], sites.frequency[window.core]),
@@ -164,6 +169,7 @@ class RetrievalCollator:
                 excluded=excluded.repeat_interleave(2, dim=0),
                 typed_per_haplotype=float(count.mean()),
             )
+            self._side.wait_for_main(trained)
             code = self._source.code(queries.window, step)
             cuts = _common_cuts(queries.masked[:, window.core])
             retrieved = self._retrieve(query, frame, code, self._store, reference, cuts)
@@ -247,21 +253,31 @@ def _typed_sites(masked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     ``masked`` is bool [N, L].
     """
-    count = (~masked).sum(1)
-    order = np.argsort(masked, axis=1, kind="stable")[:, : max(1, int(count.max()))]
-    filled = np.arange(order.shape[1]) >= count[:, None]
-    return np.where(filled, masked.shape[1] - 1, order), count
+    observed = ~masked
+    count = _observed_before(masked, masked.shape[1])
+    typed = np.full((len(masked), max(1, int(count.max()))), masked.shape[1] - 1)
+    for row, number, here in zip(typed, count.tolist(), observed, strict=True):
+        row[:number] = np.flatnonzero(here)
+    return typed, count
 
 
-def _near(masked: np.ndarray, core: slice) -> slice:
-    """Columns of the typed sites that cover, for every sample, the last before the core to the first beyond it.
+def _observed_before(masked: np.ndarray, stop: int) -> np.ndarray:
+    """Number of each sample's observed sites among the first ``stop``, int64 [N]; ``masked`` is bool [N, L]."""
+    # Row by row, because numpy counts along an axis many times slower.
+    return stop - np.array([np.count_nonzero(row[:stop]) for row in masked])
 
-    ``masked`` is bool [N, L]; the slice indexes the T columns of :attr:`WindowFrame.typed`.
+
+def _near(masked: np.ndarray, core: slice) -> tuple[np.ndarray, int]:
+    """First of the typed sites near the core of each sample, int64 [N], and their number, which is the same for all.
+
+    They cover the last typed site before the core to the first beyond it. ``masked`` is bool [N, L]; the sites are
+    columns of :attr:`WindowFrame.typed`. Samples with fewer such sites get others after or before these as well.
     """
-    before = (~masked[:, : core.start]).sum(1)
-    until = (~masked[:, : core.stop]).sum(1)
-    last = np.maximum((~masked).sum(1) - 1, 0)
-    return slice(max(0, int(before.min()) - 1), int(np.minimum(until, last).max()) + 1)
+    before, until, count = (_observed_before(masked, stop) for stop in (core.start, core.stop, masked.shape[1]))
+    first = np.maximum(before - 1, 0)
+    last = np.minimum(until, np.maximum(count - 1, 0))
+    number = int((last - first).max()) + 1
+    return np.minimum(first, max(1, int(count.max())) - number), number
 
 
 def _common_cuts(masked: np.ndarray) -> np.ndarray | None:
@@ -270,6 +286,9 @@ def _common_cuts(masked: np.ndarray) -> np.ndarray | None:
 
 
 def site_tensors(data: WindowedPanel, window: int, device: torch.device) -> SiteTensors:
-    """Site features of all sites of a window, copied to ``device``."""
+    """Site features of all sites of a window, copied to ``device`` on the current stream; the host does not wait."""
     features = data.features(window)
-    return SiteTensors(*(torch.from_numpy(each).to(device) for each in (features.position, features.frequency)))
+    arrays = [torch.from_numpy(each) for each in (features.position, features.frequency)]
+    if device.type == "cuda":
+        arrays = [each.pin_memory() for each in arrays]
+    return SiteTensors(*(each.to(device, non_blocking=True) for each in arrays))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from embrag_ds.retrieval.device_panel import GIB
 from embrag_ds.retrieval.schedule import Generation
 from embrag_ds.retrieval.search import barred
 from embrag_ds.retrieval.store import Query
+from embrag_ds.runtime.streams import hand_over, mark_current
 
 
 class DenseStore:
@@ -47,29 +50,30 @@ class DenseStore:
         self._data = data
         self._device = device
         self._generations = generations
-        self._stored: dict[int, list[Tensor]] = {}
-        self._encoders: dict[int, Encoder] = {}
+        self._stored: dict[int, _Stored] = {}
+        self.bytes = needed
+        """Memory of all embeddings in float32; half as much in bf16."""
 
     def refresh(self, generation: Generation, encoder: Encoder) -> None:
         """Encode every reference haplotype in every window, and drop generations that are too old."""
         number = generation.number
         for old in [each for each in self._stored if each <= number - self._generations]:
-            del self._stored[old], self._encoders[old]
-        self._encoders[number] = encoder
+            del self._stored[old]
         with torch.no_grad():
-            self._stored[number] = [
+            windows = [
                 encoder(window, torch.from_numpy(self._data.reference_alleles(window)).to(self._device).long())
                 for window in range(len(self._data))
             ]
+        self._stored[number] = _Stored(encoder, windows, mark_current(self._device))
 
     def search(self, query: Query, code: WindowCodebook, k: int) -> Tensor:
         """Ids int64 [B, k] of the nearest reference haplotypes, nearest first, in the generation of ``code``."""
         import faiss
 
-        tokens, number = query.tokens, code.generation.number
-        stored = self._stored[number][query.window].float().numpy(force=True)
+        tokens, generation = query.tokens, self._stored[code.generation.number]
+        stored = generation.window(query.window).float().numpy(force=True)
         with torch.no_grad():
-            queries = self._encoders[number](query.window, tokens).float().numpy(force=True)
+            queries = generation.encoder(query.window, tokens).float().numpy(force=True)
         observed = (tokens < MASK).numpy(force=True)
         count = len(stored)
         excluded = barred(query.excluded, count).numpy(force=True)
@@ -88,4 +92,19 @@ class DenseStore:
 
     def embeddings(self, window: int, ids: Tensor, generation: Generation) -> Tensor:
         """Stored embeddings [B, K, L, D] of ``ids`` int64 [B, K] in the window's core."""
-        return self._stored[generation.number][window][ids][:, :, self._data.windows[window].core]
+        stored = self._stored[generation.number].window(window)
+        return stored[ids][:, :, self._data.windows[window].core]
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One generation: its encoder, the embeddings [H, L, D] of every window, and a CUDA event after their encoding."""
+
+    encoder: Encoder
+    windows: list[Tensor]
+    encoded: Any
+
+    def window(self, number: int) -> Tensor:
+        """Embeddings of a window, usable on the current stream."""
+        hand_over([self.windows[number]], self.encoded)
+        return self.windows[number]

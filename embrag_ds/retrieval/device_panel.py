@@ -40,7 +40,7 @@ class DevicePanel:
             self._resident = torch.empty(self._packed.shape, dtype=torch.uint8, device=device)
             for start in range(0, len(self._packed), _COPY_ROWS):
                 rows = torch.from_numpy(np.array(self._packed[start : start + _COPY_ROWS]))
-                self._resident[start : start + _COPY_ROWS] = rows.to(device)
+                self._resident[start : start + _COPY_ROWS].copy_(rows)  # the host waits, so every stream may read it
 
     @property
     def packed_bytes(self) -> int:

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from embrag_ds.data.panel import FEW, RARE
 
@@ -43,7 +42,8 @@ def frequencies_without(
     """
     present = (excluded < len(alleles)).float()
     chosen = excluded.clamp_max(len(alleles) - 1)
-    belongs = one_hot(population_of[chosen], len(sizes)).float() * present[..., None]
+    populations = torch.arange(len(sizes), device=excluded.device)
+    belongs = (population_of[chosen][..., None] == populations).float() * present[..., None]
     taken = torch.einsum("bep,bel->bpl", belongs, alleles[chosen].float())
     left = sizes - belongs.sum(1)
     total, without, remaining = counts.sum(0), counts.sum(0) - taken.sum(1), left.sum(1)[:, None]

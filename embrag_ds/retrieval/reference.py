@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from embrag_ds.data.sampler import QueryBatch
 from embrag_ds.data.windows import WindowedPanel
 from embrag_ds.retrieval.batch import SiteTensors
 from embrag_ds.retrieval.codebooks import (
@@ -23,9 +24,10 @@ from embrag_ds.retrieval.codebooks import (
     ReferenceCache,
     SnapshotCodebooks,
 )
-from embrag_ds.retrieval.collate import RetrievalCollator, site_tensors
+from embrag_ds.retrieval.collate import RetrievalCollator, receive, site_tensors
 from embrag_ds.retrieval.dense import DenseStore
 from embrag_ds.retrieval.device_panel import GIB, DevicePanel
+from embrag_ds.retrieval.fastest import FirstSearch, FirstSearchStore
 from embrag_ds.retrieval.schedule import Generation, RefreshSchedule
 from embrag_ds.retrieval.search import Search, make_search
 from embrag_ds.retrieval.settings import RetrievalConfig
@@ -49,15 +51,13 @@ class EmbeddingLayer(Protocol):
         """New layer of the same shape, with freshly initialised weights."""
         ...
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> EmbeddingLayer: ...
-
     def requires_grad_(self, requires_grad: bool) -> EmbeddingLayer: ...
 
     def parameters(self) -> Iterable[nn.Parameter]: ...
 
     def state_dict(self) -> dict[str, Tensor]: ...
 
-    def load_state_dict(self, state_dict: dict[str, Tensor]) -> Any: ...
+    def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False) -> Any: ...
 
 
 def window_encoder(embedding: EmbeddingLayer, data: WindowedPanel, device: torch.device) -> Encoder:
@@ -75,7 +75,8 @@ class Reference:
 
     Encoding ``fixed`` keeps the first generation, ``refresh`` re-encodes on a schedule, and ``live`` encodes each batch
     with the current weights. ``schedule`` and ``prefetch`` (batches to build ahead) follow from the settings; ``cache``
-    is None where no generations are held.
+    is None where no generations are held. ``backend`` is the search backend of the collators made from now on: that of
+    the settings, which a choice among the backends may replace.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Reference:
         the dense store exceeds its budget.
         """
         self._settings = settings
+        self.backend: str = settings.backend
         self._data = data
         self._live_embedding = embedding
         self._gather = gather
@@ -146,8 +148,22 @@ class Reference:
         """
         store: Store | None = self._dense
         if self._source is not None and store is None:
-            search = search or make_search(self._settings.backend, self._device)
+            search = search or make_search(self.backend, self._device)
             store = FactoredStore(search, self._settings.local)
+        return self._collator(samples, slots, store, self._timeline)
+
+    def first_search(self, queries: QueryBatch) -> FirstSearch | None:
+        """The search for ``queries`` at step 0, to time the backends on; None where no backend searches.
+
+        Collective in a sharded run with encoding ``live``.
+        """
+        if self._source is None or self._dense is not None:
+            return None
+        store = FirstSearchStore(self._settings.local, self._device)
+        receive(self._collator(len(queries.samples), 1, store, NO_TIMELINE)(queries, 0))
+        return store.first
+
+    def _collator(self, samples: int, slots: int, store: Store | None, timeline: Timeline) -> RetrievalCollator:
         return RetrievalCollator(
             self._data,
             self._device,
@@ -160,7 +176,7 @@ class Reference:
             slots=slots,
             live=self._live,
             token_k=self._settings.token_k if self._settings.mode == "token" else 0,
-            timeline=self._timeline,
+            timeline=timeline,
         )
 
     def begin_refresh(self, step: int) -> None:
@@ -189,10 +205,10 @@ class Reference:
         self.cache.begin(generation, encoder, finished)
 
     def _encoder(self, state: dict[str, Tensor]) -> tuple[EmbeddingLayer, Encoder]:
-        """Frozen embedding layer with the weights ``state``, and the encoder that uses it."""
-        kind = next(iter(state.values())).dtype
-        snapshot = self._live_embedding.twin().to(self._device, kind).requires_grad_(False)
-        snapshot.load_state_dict(state)
+        """Frozen embedding layer with the weights ``state``, which it keeps, and the encoder that uses it."""
+        with torch.device("meta"):  # a twin with weights of its own would be copied to the device, and the host wait
+            snapshot = self._live_embedding.twin().requires_grad_(False)
+        snapshot.load_state_dict(state, assign=True)
         return snapshot, window_encoder(snapshot, self._data, self._device)
 
     def age(self, step: int) -> dict[str, int]:
@@ -212,13 +228,14 @@ class Reference:
         }
 
     def memory(self, collators: list[RetrievalCollator]) -> str:
-        """Describe in one line the memory of reference cache, staging and packed panel, all allocated at the start."""
+        """Describe in one line the memory of reference cache, staging, dense store and packed panel."""
         cache = 0 if self.cache is None else self.cache.host_bytes
         staging = sum(each.staging.host_bytes for each in collators)
         where = "on the device" if self._panel.device_bytes else "memory-mapped"
         pinned = "pinned " if self._device.type == "cuda" else ""
+        dense = "" if self._dense is None else f"dense store up to {self._dense.bytes / GIB:.3f} GiB; "
         return (
-            f"reference cache {cache / GIB:.3f} GiB, staging {staging / GIB:.3f} GiB of {pinned}host memory; "
+            f"reference cache {cache / GIB:.3f} GiB, staging {staging / GIB:.3f} GiB of {pinned}host memory; {dense}"
             f"packed panel {self._panel.packed_bytes / GIB:.3f} GiB {where}"
         )
 

@@ -58,7 +58,10 @@ class RetrievalConfig:
     dense_budget_gb: float = 2.0
     """Largest size of the dense store, in GiB."""
     backend: Literal["auto", "torch", "faiss-cpu", "faiss-gpu", "cupy"] = "auto"
-    """Search backend of the factored store."""
+    """Search backend of the factored store. ``auto`` times those that are there on the first window of a run and keeps
+    the fastest, also when the run is resumed. Backends differ in which of equally near haplotypes they find, so a run
+    that is to repeat exactly names one.
+    """
     k: int = 64
     """Neighbours per query haplotype."""
     per_chunk: int = 0

@@ -16,6 +16,8 @@ from embrag_ds.retrieval.schedule import Generation
 from embrag_ds.retrieval.search import Search
 from embrag_ds.retrieval.settings import LocalRetrieval
 
+_TABLE_BYTES = 64 << 20
+
 
 @dataclass(frozen=True)
 class Query:
@@ -69,7 +71,7 @@ class FactoredStore:
         tokens = query.tokens.index_select(1, query.observed_on_device)
         weights = code.weights[query.observed_on_device] * (tokens < MASK)
         count = query.alleles.shape[1]
-        reference = pack(query.alleles) if self._search.packed else query.alleles
+        reference = _packed(query.alleles) if self._search.packed else query.alleles
 
         def nearest(sites: slice, number: int) -> Tensor:
             found = self._search.nearest(
@@ -92,10 +94,22 @@ class FactoredStore:
 def first_distinct(candidates: Tensor, k: int, count: int) -> Tensor:
     """First ``k`` distinct ids of each row of ``candidates``, in order, int64 [B, k].
 
-    ``candidates`` int64 [B, n] are below ``count``, and a row must hold at least ``k`` distinct ones.
+    ``candidates`` int64 [B, n] are below ``count``, and a row must hold at least ``k`` distinct ones. Rows are taken a
+    few at a time, so that the table of first places, 4 ``count`` bytes a row, stays within 64 MiB.
     """
     width = candidates.shape[1]
-    place = torch.arange(width, dtype=torch.int32, device=candidates.device).expand(len(candidates), -1)
-    first = torch.full((len(candidates), count), width, dtype=torch.int32, device=candidates.device)
-    first.scatter_reduce_(1, candidates, place, "amin")
-    return torch.topk(first, k, dim=1, largest=False, sorted=True).indices
+    place = torch.arange(width, dtype=torch.int32, device=candidates.device)
+    found = []
+    for rows in candidates.split(max(1, _TABLE_BYTES // (4 * count))):
+        first = torch.full((len(rows), count), width, dtype=torch.int32, device=candidates.device)
+        first.scatter_reduce_(1, rows, place.expand_as(rows), "amin")
+        found.append(torch.topk(first, k, dim=1, largest=False, sorted=True).indices)
+    return torch.cat(found)
+
+
+def _packed(alleles: Tensor) -> Tensor:
+    """Bit-packed alleles uint8 [T, ceil(H / 8)] of ``alleles`` uint8 [T, H].
+
+    Packing takes three times the memory of the alleles, so they are taken a few sites at a time.
+    """
+    return torch.cat([pack(rows) for rows in alleles.split(max(1, _TABLE_BYTES // alleles.shape[1]))])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -14,6 +15,9 @@ import pynvml
 import torch
 
 from embrag_ds.errors import UserError
+from embrag_ds.runtime.streams import thread_start
+
+logger = logging.getLogger(__name__)
 
 INTERVAL_S = 0.1
 """Default seconds between two readings."""
@@ -22,7 +26,7 @@ MOST_READINGS = 10_000
 
 _NO_DRIVER = (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded)
 _UNAVAILABLE = (pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission, pynvml.NVMLError_FunctionNotFound)
-"""NVML errors for a value that the GPU, its driver or a container does not provide."""
+"""NVML errors for a value that the GPU, its driver or a container does not provide; they are no news."""
 
 
 @dataclass(frozen=True)
@@ -88,34 +92,48 @@ class _NoGpu:
 
 
 class _NvmlGpu:
-    """GPU fields of one CUDA device, read by NVML, which must be initialised; :meth:`close` shuts it down."""
+    """GPU fields of one CUDA device, read by NVML, which must be initialised; :meth:`close` shuts it down.
+
+    A value that cannot be read is None. Errors of NVML are logged, once for each query, because they must not end the
+    run that is measured.
+    """
 
     def __init__(self, device: torch.device):
+        self._faulty: set[str] = set()
         self._handle = _handle(device)
         self.name = f"{pynvml.nvmlDeviceGetName(self._handle)}, driver {pynvml.nvmlSystemGetDriverVersion()}"
 
     def read(self) -> dict[str, Any]:
-        handle = self._handle
-        memory = _query_or_none(pynvml.nvmlDeviceGetMemoryInfo, handle)
-        busy = _query_or_none(pynvml.nvmlDeviceGetUtilizationRates, handle)
-        power = _query_or_none(pynvml.nvmlDeviceGetPowerUsage, handle)
+        processes = self._ask("nvmlDeviceGetComputeRunningProcesses_v3")
+        memory = self._ask("nvmlDeviceGetMemoryInfo")
+        busy = self._ask("nvmlDeviceGetUtilizationRates")
+        power = self._ask("nvmlDeviceGetPowerUsage")
         return {
-            "process_bytes": _of_this_process(_query_or_none(pynvml.nvmlDeviceGetComputeRunningProcesses_v3, handle)),
+            "process_bytes": _of_this_process(processes),
             "device_bytes": None if memory is None else memory.used,
             "gpu_percent": None if busy is None else busy.gpu,
             "power_w": None if power is None else power / 1000,
-            "sm_mhz": _query_or_none(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
-            "memory_mhz": _query_or_none(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM),
-            "pcie_rx_kb_per_s": _query_or_none(
-                pynvml.nvmlDeviceGetPcieThroughput, handle, pynvml.NVML_PCIE_UTIL_RX_BYTES
-            ),
-            "pcie_tx_kb_per_s": _query_or_none(
-                pynvml.nvmlDeviceGetPcieThroughput, handle, pynvml.NVML_PCIE_UTIL_TX_BYTES
-            ),
+            "sm_mhz": self._ask("nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_SM),
+            "memory_mhz": self._ask("nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_MEM),
+            "pcie_rx_kb_per_s": self._ask("nvmlDeviceGetPcieThroughput", pynvml.NVML_PCIE_UTIL_RX_BYTES),
+            "pcie_tx_kb_per_s": self._ask("nvmlDeviceGetPcieThroughput", pynvml.NVML_PCIE_UTIL_TX_BYTES),
         }
 
+    def _ask(self, query: str, *arguments: int) -> Any:
+        """Result of an NVML query on the GPU, or None if it fails."""
+        try:
+            return getattr(pynvml, query)(self._handle, *arguments)
+        except pynvml.NVMLError as fault:
+            if not isinstance(fault, _UNAVAILABLE) and query not in self._faulty:
+                self._faulty.add(query)
+                logger.warning("profile: %s fails (%s); its readings are left out where it does", query, fault)
+            return None
+
     def close(self) -> None:
-        pynvml.nvmlShutdown()
+        try:
+            pynvml.nvmlShutdown()
+        except pynvml.NVMLError as fault:
+            logger.warning("profile: NVML does not shut down (%s)", fault)
 
 
 class DeviceSampler:
@@ -129,7 +147,7 @@ class DeviceSampler:
         """``interval_s`` is the time between two readings, in seconds.
 
         Raises :class:`~embrag_ds.errors.UserError` if NVML does not know ``device``, and ``pynvml.NVMLError`` if NVML
-        fails to start for another reason than a missing driver.
+        fails to start, or to find the device, for another reason than a missing driver.
         """
         if device.type == "cuda" and device.index is None:
             # The current device is a property of the calling thread, and the sampling thread has its own.
@@ -143,6 +161,7 @@ class DeviceSampler:
         self._taken = 0
         self._kept_every = 1
         self._began = 0.0
+        self._start_thread = thread_start()
         self._stopping = threading.Event()
         self._fault: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="device-sampler", daemon=True)
@@ -154,7 +173,10 @@ class DeviceSampler:
         self._thread.start()
 
     def stop(self) -> None:
-        """Take the last reading and end the thread. Raises the exception that ended it early, if there was one."""
+        """Take the last reading and end the thread.
+
+        Raises the exception that ended it early, if there was one; an error of NVML is none.
+        """
         self._stopping.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -180,6 +202,7 @@ class DeviceSampler:
 
     def _run(self) -> None:
         try:
+            self._start_thread()
             self._keep(self._read_all(cpu_percent=None))
             while not self._stopping.wait(self._interval_s):
                 self._keep(self._read_all(self._process.cpu_percent()))
@@ -218,7 +241,11 @@ def _open_gpu(device: torch.device) -> tuple[_Gpu, str]:
     if device.type != "cuda":
         pynvml.nvmlShutdown()
         return _NoGpu(), f"the run is on a CPU: {instead}"
-    gpu = _NvmlGpu(device)
+    try:
+        gpu = _NvmlGpu(device)
+    except BaseException:
+        pynvml.nvmlShutdown()
+        raise
     return gpu, f"NVML: {gpu.name}"
 
 
@@ -230,14 +257,6 @@ def _handle(device: torch.device) -> Any:
         with contextlib.suppress(pynvml.NVMLError_NotFound):
             return pynvml.nvmlDeviceGetHandleByUUID(f"{kind}-{uuid}")
     raise UserError(f"--profile: NVML does not know {device} (UUID {uuid})")
-
-
-def _query_or_none(query: Any, *arguments: Any) -> Any:
-    """Result of an NVML query, or None if this machine does not provide the value."""
-    try:
-        return query(*arguments)
-    except _UNAVAILABLE:
-        return None
 
 
 def _of_this_process(processes: Any) -> int | None:

@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+import mmap
+import os
+import weakref
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from embrag_ds.errors import UserError
 from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
 
 _ALIGNMENT = 256
 """Bytes to which an array in a staging slot is aligned."""
+
+
+def use_device(device: torch.device) -> None:
+    """Make a CUDA device the calling thread's current one; ``cuda`` without a number already is."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
+def thread_start() -> Callable[[], None]:
+    """Function that a new thread must call first: it makes the current CUDA device of this thread that of the new one.
+
+    CUDA starts a thread with device 0, on which every rank would open a context of half a gigabyte. Without CUDA the
+    function does nothing.
+    """
+    if not torch.cuda.is_initialized():
+        return lambda: None
+    return partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 class SideStream:
@@ -66,9 +88,57 @@ def hand_over(tensors: Iterable[Tensor], event: Any) -> None:
         tensor.record_stream(current)
 
 
+class StreamReads:
+    """Latest read of host memory by each CUDA stream, which must finish before the memory is written again."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._events: dict[int, Any] = {}
+
+    def mark(self) -> None:
+        """Note that the current stream reads the memory in the work queued so far."""
+        if self._device.type == "cuda":
+            stream = torch.cuda.current_stream(self._device)
+            self._events[stream.cuda_stream] = stream.record_event()
+
+    def wait(self) -> None:
+        """Make the host wait until all reads have finished."""
+        for event in list(self._events.values()):
+            event.synchronize()
+
+
 def host_buffer(size: int, device: torch.device) -> Tensor:
-    """Host buffer uint8 [size], uninitialised, in pinned memory if ``device`` is a CUDA device."""
-    return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    """Host buffer uint8 [n], uninitialised, with n >= ``size`` bytes.
+
+    For a CUDA device it is pinned, and n is ``size`` rounded up to whole pages. Torch's own pinned memory would be
+    rounded up to a power of two. It stays pinned until the tensor and its views are gone. Raises
+    :class:`~embrag_ds.errors.UserError` if the memory cannot be pinned.
+    """
+    if device.type != "cuda":
+        return torch.empty(size, dtype=torch.uint8)
+    pages = mmap.mmap(-1, max(1, -(-size // mmap.PAGESIZE)) * mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # After a fork, a write of this process would move the page away from the memory that the GPU reads.
+    pages.madvise(mmap.MADV_DONTFORK)
+    array = np.frombuffer(pages, dtype=np.uint8)
+    with torch.cuda.device(device):
+        fault = int(torch.cuda.cudart().cudaHostRegister(array.ctypes.data, array.nbytes, 0))
+    if fault:
+        raise UserError(
+            f"{array.nbytes / (1 << 30):.2f} GiB of host memory could not be pinned for {device} (CUDA error {fault}): "
+            "free host memory, lower embrag.retrieval.prefetch, or set embrag.retrieval.encoding to fixed"
+        )
+    # Torch's storage holds ``array``, whose finaliser runs before the pages are unmapped.
+    weakref.finalize(array, _unpin, array.ctypes.data, device, os.getpid())
+    return torch.from_numpy(array)
+
+
+def _unpin(address: int, device: torch.device, process: int) -> None:
+    """Unpin a buffer after the copies out of it; not in a forked process, which has none of its memory."""
+    if os.getpid() != process:
+        return
+    with contextlib.suppress(RuntimeError), torch.cuda.device(device):  # the run may have ended by a fault of CUDA
+        torch.cuda.synchronize(device)
+        torch.cuda.cudart().cudaHostUnregister(address)
 
 
 class Staging:
@@ -91,17 +161,18 @@ class Staging:
 
     @property
     def host_bytes(self) -> int:
-        """Size of all slots in bytes; 0 on a CPU."""
+        """Memory held by all slots, in bytes; 0 on a CPU."""
         return sum(slot.numel() for slot in self._slots)
 
     def begin(self) -> None:
-        """Start a batch on the next slot, after waiting for the last copies out of it."""
+        """Start a batch on the next slot, after waiting for the last copies out of it if they have not finished."""
         if not self._slots:
             return
         self._turn = (self._turn + 1) % len(self._slots)
         self._used = 0
-        if self._copied[self._turn] is not None:
-            self._copied[self._turn].synchronize()
+        copied = self._copied[self._turn]
+        if copied is not None and not copied.query():
+            copied.synchronize()
 
     def put(self, array: np.ndarray) -> Tensor:
         """Copy ``array`` to a tensor on the device, asynchronously on the current stream.

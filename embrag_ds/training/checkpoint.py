@@ -16,10 +16,11 @@ from embrag_ds.errors import UserError
 from embrag_ds.files import make_folder, write_json
 from embrag_ds.retrieval.reference import Reference
 from embrag_ds.seeds import Purpose, torch_seed
+from embrag_ds.training.deepspeed_log import prints_logged
 from embrag_ds.training.distributed import DistributedContext
 
 _AGREED = "agreed.json"
-_SPEED_ONLY = ("backend", "prefetch", "device_budget_gb", "dense_budget_gb")
+_SPEED_ONLY = ("prefetch", "device_budget_gb", "dense_budget_gb")
 
 
 @dataclass
@@ -49,10 +50,11 @@ def save_checkpoint(
         "reference": reference.state_dict(state.step),
         "config": asdict(config),
         "batches": _batches(engine, distributed),
+        "backend": reference.backend,
     }
     if distributed.is_main:
         make_folder(directory)
-        write_json(directory / _AGREED, {"config": client["config"], "batches": client["batches"]})
+        write_json(directory / _AGREED, {name: client[name] for name in ("config", "batches", "backend")})
     engine.save_checkpoint(str(directory), tag=f"step{state.step}", client_state=client)
     if distributed.is_main:
         steps = sorted(int(path.name[4:]) for path in directory.glob("step*") if path.name[4:].isdigit())
@@ -68,7 +70,7 @@ def load_checkpoint(
     config: EmbragConfig,
     distributed: DistributedContext,
 ) -> TrainState:
-    """Restore the newest checkpoint (collective).
+    """Restore the newest checkpoint, and the search backend that was chosen at the run's start (collective).
 
     Raises :class:`UserError` if there is none, or if settings that decide the run's results differ from the
     checkpoint's.
@@ -78,7 +80,9 @@ def load_checkpoint(
     # Before the weights: they would not fit another network.
     agreed = json.loads((directory / _AGREED).read_text(encoding="utf-8"))
     _check_compatible(agreed, config, _batches(engine, distributed), directory)
-    _, client = engine.load_checkpoint(str(directory))
+    reference.backend = agreed["backend"]
+    with prints_logged():
+        _, client = engine.load_checkpoint(str(directory))
     reference.load_state_dict(client["reference"])
     return TrainState(**client["state"])
 
@@ -98,6 +102,14 @@ def _check_compatible(client: dict[str, Any], config: EmbragConfig, batches: dic
                 f"{directory}: {name} differs from the checkpoint's ({now_is} for {client['batches'][name]}), so the "
                 "run would not continue; restore it, or start a new run folder"
             )
+    if "backend" not in client:
+        raise UserError(f"{directory}: written by another version of embrag_ds; start a new run folder")
+    backend = config.retrieval.backend
+    if backend not in ("auto", client["backend"]):
+        raise UserError(
+            f"{directory}: embrag.retrieval.backend differs from what the run has searched with ({backend} for "
+            f'{client["backend"]}), and backends differ in ties; set it to that or to "auto", or start a new run folder'
+        )
     now, then = (_deciding(each) for each in (asdict(config), client["config"]))
     for section in ("seed", "data", "masking", "retrieval", "model", "loss"):
         if json.dumps(now[section]) != json.dumps(then[section]):
@@ -108,8 +120,12 @@ def _check_compatible(client: dict[str, Any], config: EmbragConfig, batches: dic
 
 
 def _deciding(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings that decide a run's results: those of retrieval that only affect speed are left out."""
-    retrieval = {name: value for name, value in config["retrieval"].items() if name not in _SPEED_ONLY}
+    """Settings that decide a run's results: those of retrieval that only affect speed are left out.
+
+    So is the setting of the search backend, because ``auto`` may have chosen the one that is named now.
+    """
+    left_out = (*_SPEED_ONLY, "backend")
+    retrieval = {name: value for name, value in config["retrieval"].items() if name not in left_out}
     refresh = {name: value for name, value in retrieval["refresh"].items() if name != "asynchronous"}
     return {**config, "retrieval": {**retrieval, "refresh": refresh}}
 

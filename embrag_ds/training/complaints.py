@@ -41,7 +41,7 @@ def complaints(everything: bool) -> Iterator[None]:
     """
     try:
         yield
-    except (DeepSpeedConfigError, ValidationError, AssertionError, ValueError, TypeError) as fault:
+    except (DeepSpeedConfigError, ValidationError, AssertionError, NotImplementedError, ValueError, TypeError) as fault:
         if not everything and not about_settings(fault):
             raise
         raise UserError(f"DeepSpeed refuses its settings: {' '.join(str(fault).split())}") from fault

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import os
 import socket
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import deepspeed
 import torch
 import torch.distributed
+import torch.utils.deterministic
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 
@@ -18,8 +20,15 @@ from embrag_ds.data.inputs import PanelFiles, PanelInputs, open_inputs
 from embrag_ds.data.windows import DataConfig
 from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import Imputer
+from embrag_ds.model.recompute import checkpoint_in_graph
+from embrag_ds.runtime.driver import unused_gpus
+from embrag_ds.runtime.processor import cpu_has_bf16
 from embrag_ds.training import deepspeed_log
 from embrag_ds.training.complaints import complaints
+from embrag_ds.training.flat_gradients import handle_gradients_as_a_whole
+
+_WORKSPACES = (":4096:8", ":16:8")
+"""Workspaces with which cuBLAS is deterministic."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,14 @@ class DistributedContext:
 
 
 def start_distributed() -> DistributedContext:
-    """Join the process group that the ``deepspeed`` launcher set up, or a group of one without a launcher."""
+    """Join the process group that the ``deepspeed`` launcher set up, or a group of one without a launcher.
+
+    Raises :class:`UserError` where DeepSpeed would take the CPU although the driver lists a GPU
+    (:func:`embrag_ds.runtime.driver.unused_gpus`). A step of ``v18.json`` takes 100 s on a CPU, so it must be chosen.
+    """
+    unused = unused_gpus() if _on_cpu() else None
+    if unused is not None:
+        raise UserError(f"{unused}; or set DS_ACCELERATOR=cpu to train on the CPU")
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())
@@ -68,6 +84,23 @@ def start_distributed() -> DistributedContext:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return DistributedContext(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def compute_deterministically() -> None:
+    """Restrict torch to deterministic operations from now on (setting ``train.deterministic``).
+
+    Attention then takes flash attention's deterministic backward pass and never cuDNN, and gathers are differentiated
+    by sorting. An operation that has no deterministic way raises RuntimeError. Raises :class:`UserError` for a
+    workspace of cuBLAS that is not deterministic.
+    """
+    workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _WORKSPACES[0])  # read when cuBLAS is first used
+    if workspace not in _WORKSPACES:
+        raise UserError(
+            f"embrag.train.deterministic: CUBLAS_WORKSPACE_CONFIG is {workspace}; unset it, or set {_WORKSPACES[0]}"
+        )
+    torch.use_deterministic_algorithms(True)
+    # Every kernel of ours writes all of its outputs, so memory need not be filled first.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def open_inputs_on_all_ranks(files: PanelFiles, settings: DataConfig, distributed: DistributedContext) -> PanelInputs:
@@ -84,8 +117,8 @@ def open_inputs_on_all_ranks(files: PanelFiles, settings: DataConfig, distribute
 def adapt_to_machine(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """DeepSpeed's settings as this machine can run them, and a text for each change.
 
-    Only CPU runs change: torch's AdamW replaces DeepSpeed's, and bf16 is off without the instructions for it. Raises
-    :class:`UserError` for fp16 on a CPU.
+    Only CPU runs change: torch's AdamW replaces DeepSpeed's, and bf16 is off without the instructions for it, with the
+    type that its gradients are added up in. Raises :class:`UserError` for fp16 on a CPU.
     """
     if not _on_cpu():
         return settings, []
@@ -99,44 +132,74 @@ def adapt_to_machine(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str
     if settings.get("fp16", {}).get("enabled"):
         raise UserError("fp16.enabled: DeepSpeed has no fp16 on a CPU; use bf16 or a GPU")
     for section in ("bf16", "torch_autocast"):
-        if settings.get(section, {}).get("enabled") and not _cpu_has_bf16():
+        if settings.get(section, {}).get("enabled") and not cpu_has_bf16():
             settings[section]["enabled"] = False
-            notes.append(f"CPU without bf16 instructions: {section} is off, computing in fp32")
+            # With fp32 weights DeepSpeed adds up in fp32 anyway, and refuses any other type.
+            dropped = section == "bf16" and settings.get("data_types", {}).pop("grad_accum_dtype", None)
+            also = " and data_types.grad_accum_dtype is left out" if dropped else ""
+            notes.append(f"CPU without bf16 instructions: {section} is off, computing in fp32{also}")
     return settings, notes
 
 
+def compute_type(settings: dict[str, Any]) -> torch.dtype:
+    """Type of the transformer's products under DeepSpeed's settings."""
+    autocast = settings.get("torch_autocast", {})
+    if autocast.get("enabled"):
+        kind: torch.dtype = getattr(torch, autocast.get("dtype", "bfloat16"))
+        return kind
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return next((kind for name, kind in named.items() if settings.get(name, {}).get("enabled")), torch.float32)
+
+
 def initialize_engine(
-    model: Imputer, settings: dict[str, Any], compiled: bool = False, recompute_projections: bool = False
+    model: Imputer,
+    settings: dict[str, Any],
+    compiled: bool | Literal["max"] = False,
+    recompute_projections: bool = False,
+    core_lengths: Collection[int] = (),
 ) -> deepspeed.DeepSpeedEngine:
     """Build DeepSpeed's engine for the model (``deepspeed.initialize``); raises :class:`UserError` for faulty settings.
 
     With the section ``activation_checkpointing``, the first ``number_checkpoints`` transformer blocks (null: all) keep
     only their input and are recomputed in the backward pass. With ``recompute_projections`` the others recompute their
-    projections. ``compiled`` compiles each block.
+    projections. ``compiled`` is the setting ``train.compile``, and ``core_lengths`` are those of the run's windows.
     """
     model.transformer.recompute_projections = recompute_projections
-    if compiled:
-        for block in model.transformer.blocks:
-            block.compile(dynamic=True)  # windows differ in length
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with complaints(everything=True):
         DeepSpeedConfig(copy.deepcopy(settings))
         if "activation_checkpointing" in settings:
             deepspeed.checkpointing.configure(None, deepspeed_config=settings)
     if "activation_checkpointing" in settings:
-        model.transformer.recompute = deepspeed.checkpointing.checkpoint
+        model.transformer.recompute = checkpoint_in_graph if compiled else deepspeed.checkpointing.checkpoint
         model.transformer.recomputed = settings["activation_checkpointing"].get("number_checkpoints")
+    if compiled:
+        _check_compilable(settings)
+        model.compile_losses(compiled == "max", core_lengths)
     with complaints(everything=False), deepspeed_log.prints_logged():
         engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=settings)
+    handle_gradients_as_a_whole(engine.optimizer)
     return engine
+
+
+def _check_compilable(settings: dict[str, Any]) -> None:
+    """Raise :class:`UserError` for settings of DeepSpeed that compiled code cannot follow."""
+    if settings.get("zero_optimization", {}).get("stage", 0) == 3:
+        raise UserError(
+            "embrag.train.compile: ZeRO stage 3 fetches parameters while layers run, which cannot be compiled; "
+            "use zero_optimization.stage 1 or 2, or set embrag.train.compile to false"
+        )
+    chosen = settings.get("activation_checkpointing", {})
+    for key in ("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization"):
+        if chosen.get(key):
+            raise UserError(
+                f"embrag.train.compile: activation_checkpointing.{key} cannot be compiled; "
+                f"set it, or embrag.train.compile, to false"
+            )
 
 
 def _on_cpu() -> bool:
     return get_accelerator().device_name() == "cpu"
-
-
-def _cpu_has_bf16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _free_port() -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import deepspeed
 import torch
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
@@ -30,6 +32,31 @@ def gathered_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
         else:
             state[name] = _copied(master)
     return state
+
+
+def set_masters(engine: deepspeed.DeepSpeedEngine, weights: dict[str, Tensor]) -> None:
+    """Give the optimiser's master weights all digits of ``weights``, fp32 by name, as the network was loaded with them.
+
+    DeepSpeed makes the masters from weights that it has rounded to bf16 or fp16 already. Every rank sets its own part.
+    """
+    replicated = _replicated_masters(engine.optimizer)
+    for name, weight in engine.module.named_parameters():
+        if not weight.requires_grad:
+            continue
+        if id(weight) in replicated:
+            replicated[id(weight)].data.copy_(weights[name])
+        elif hasattr(weight, "ds_id"):
+            _set_partition(engine.optimizer, weight, weights[name].flatten())
+        elif hasattr(weight, "_hp_mapping"):
+            weight.set_full_hp_param(weights[name])
+
+
+def _set_partition(optimizer: Any, weight: Tensor, value: Tensor) -> None:
+    """Set this rank's part of a master under ZeRO-3; DeepSpeed's own setter fails for a last part that is padded."""
+    part, _ = optimizer._get_fp32_opt_state_partition(weight, release_swap_buffers=True)
+    start = part.numel() * optimizer._get_param_partition_rank(weight)
+    own = value[start : start + part.numel()]
+    part.data[: own.numel()].copy_(own)
 
 
 def _copied(weight: Tensor) -> Tensor:

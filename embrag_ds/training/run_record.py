@@ -19,7 +19,9 @@ from embrag_ds.config import RunConfig
 from embrag_ds.files import make_folder, write_json, write_text
 from embrag_ds.training.distributed import DistributedContext
 
-_PACKAGES = ("embrag_ds", "torch", "deepspeed", "numpy", "pysam", "faiss-cpu", "faiss-gpu", "safetensors")
+_FAISS = ("faiss-cpu", "faiss-gpu", "faiss-cuda")
+_CUPY = ("cupy-cuda12x", "cupy-cuda13x")
+_PACKAGES = ("embrag_ds", "torch", "deepspeed", "numpy", "pysam", *_FAISS, *_CUPY, "safetensors")
 
 
 class RunRecord:

@@ -22,18 +22,27 @@ from embrag_ds.data.sampler import QueryBatch, TrainingSampler, exclusion_table,
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation.metrics import DISJOINT_BINS
 from embrag_ds.export import MODEL_FILE, read_export, start_from, write_export
+from embrag_ds.model.attention import prefer_fastest_attention
 from embrag_ds.model.imputer import Imputer
-from embrag_ds.model.losses import Losses, imputation_loss
+from embrag_ds.model.losses import Losses
+from embrag_ds.ops.cuda import require_kernels
 from embrag_ds.ops.li_stephens import copying_backend
 from embrag_ds.retrieval.batch import Batch
 from embrag_ds.retrieval.collate import receive
 from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.reference import Reference
 from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
+from embrag_ds.runtime.workers import InOrder, chosen_workers, start_server
 from embrag_ds.seeds import Purpose, torch_seed
 from embrag_ds.training.checkpoint import TrainState, load_checkpoint, save_checkpoint, seed_step
-from embrag_ds.training.distributed import DistributedContext, adapt_to_machine, initialize_engine
-from embrag_ds.training.masters import gathered_state
+from embrag_ds.training.distributed import (
+    DistributedContext,
+    adapt_to_machine,
+    compute_deterministically,
+    compute_type,
+    initialize_engine,
+)
+from embrag_ds.training.masters import gathered_state, set_masters
 from embrag_ds.training.run_record import RunRecord
 from embrag_ds.training.validation import MaskScores, Validator
 
@@ -89,11 +98,18 @@ class Trainer:
         weights training starts from. ``timeline`` measures the steps. Raises :class:`UserError` for faulty settings and
         files.
         """
+        require_kernels(distributed.device)
         self.config = config
         self.embrag = config.embrag
         self.distributed = distributed
         self.run_dir = run_dir
         self.timeline = timeline
+        if self.embrag.train.deterministic:
+            compute_deterministically()
+        workers = self.embrag.train.workers
+        self.workers = chosen_workers(distributed.device) if workers is None else workers
+        if self.workers:
+            start_server()  # its imports take seconds, which the engine's building takes, too
         settings, notes = adapt_to_machine(config.deepspeed)
         for note in notes:
             logger.info(note)
@@ -119,12 +135,24 @@ class Trainer:
 
         torch.manual_seed(torch_seed(Purpose.INITIAL_WEIGHTS, self.embrag.seed))
         model = Imputer(self.embrag.model)
-        if init_from is not None:
-            start_from(model, self.embrag.model, read_export(init_from), init_from)
+        export = None if init_from is None else read_export(init_from)
+        if export is not None and init_from is not None:
+            start_from(model, self.embrag.model, export, init_from)
         _freeze(model, self.embrag.train.frozen)
+        lengths = {window.core_stop - window.core_start for window in data.windows}
         self.engine = initialize_engine(
-            model, settings, self.embrag.train.compile, self.embrag.train.recompute_projections
+            model, settings, self.embrag.train.compile, self.embrag.train.recompute_projections, lengths
         )
+        shape = self.embrag.model
+        rows = 2 * micro_batch * (1 + (self.embrag.retrieval.token_k if self.embrag.retrieval.mode == "token" else 0))
+        prefer_fastest_attention(
+            (rows, max(lengths), shape.heads, shape.dims // shape.heads),
+            compute_type(settings),
+            distributed.device,
+            compiled=bool(self.embrag.train.compile),
+        )
+        if export is not None:
+            set_masters(self.engine, export.weights)
         self.reference = Reference(
             self.embrag.retrieval,
             data,
@@ -135,9 +163,6 @@ class Trainer:
             timeline,
             gather=deepspeed.zero.GatheredParameters,
         )
-        # A collator serves one thread: this one prefetches, the other one validates.
-        self.collate = self.reference.collator(micro_batch, slots=self.reference.prefetch + 2)
-        self._validation_collate = self.reference.collator(micro_batch)
         self.validator = Validator(data, self.embrag.validation, held_out, micro_batch, distributed)
         self.record = RunRecord(run_dir, distributed)
         self.state = TrainState()
@@ -145,19 +170,36 @@ class Trainer:
             self.state = load_checkpoint(run_dir / "checkpoints", self.engine, self.reference, self.embrag, distributed)
         else:
             self.reference.begin_refresh(0)
+            self._choose_backend()
+        # A collator serves one thread: this one prefetches, the other one validates.
+        self.collate = self.reference.collator(micro_batch, slots=self.reference.prefetch + 2)
+        self._validation_collate = self.reference.collator(micro_batch)
 
         effective = RunConfig(self.embrag, settings)
         if resume:
             self.record.forget_after(self.state.step)
         self.record.describe(
-            effective, self.engine, {"panel": str(inputs.panel.path), "init_from": init_from and str(init_from)}
+            effective,
+            self.engine,
+            {
+                "panel": str(inputs.panel.path),
+                "init_from": init_from and str(init_from),
+                "search_backend": self.collate.backend,
+            },
         )
         self._log_summary(inputs, len(samples), len(held_out))
+
+    def _choose_backend(self) -> None:
+        """Settle the search backend ``auto``: rank 0 times them, and all ranks take its choice (collective)."""
+        if self.reference.backend == "auto":
+            first = self.reference.first_search(self.sampler.queries(0))
+            if first is not None:
+                self.reference.backend = self.distributed.agree(first.fastest() if self.distributed.is_main else "")
 
     def run(self) -> None:
         """Train to ``max_steps``, or until ``patience`` validations in a row were no better.
 
-        Raises :class:`UserError` when the loss or every gradient since the last log line is not finite.
+        Raises :class:`UserError` when the loss or, but in fp16, every gradient since the last log line is not finite.
         """
         train = self.embrag.train
         batches = self.batches()
@@ -185,12 +227,13 @@ class Trainer:
 
     def batches(self) -> Prefetcher:
         """The run's remaining micro-batches, each under the generation of its step."""
+        first, stop = (step * self.accumulation for step in (self.state.step, self.embrag.train.max_steps))
+        drawn = InOrder(self.sampler, first, stop, self.workers)
 
         def build(number: int) -> Batch:
-            return self.collate(self.sampler.queries(number), number // self.accumulation)
+            return self.collate(drawn.take(number), number // self.accumulation)
 
-        first, stop = (step * self.accumulation for step in (self.state.step, self.embrag.train.max_steps))
-        return Prefetcher(build, first, stop, self.reference.prefetch)
+        return Prefetcher(build, first, stop, self.reference.prefetch, finish=drawn.close)
 
     def step(self, batches: Prefetcher, interval: Interval) -> None:
         """Take one optimiser step of ``accumulation`` micro-batches, one window each, and add it to ``interval``.
@@ -203,14 +246,7 @@ class Trainer:
         for _ in range(self.accumulation):
             batch = batches.next()
             with self.timeline.phase("forward"):
-                prediction = self.engine(batch)
-                losses = imputation_loss(
-                    prediction.logits,
-                    batch.core.alleles,
-                    batch.core.scored,
-                    batch.core.sites.frequency,
-                    self.embrag.loss,
-                )
+                losses: Losses = self.engine(batch, loss=self.embrag.loss)
             with self.timeline.phase("backward"):
                 self.engine.backward(losses.total)
             with self.timeline.phase("step"):
@@ -237,7 +273,8 @@ class Trainer:
         seconds = time.monotonic() - interval.started
         steps = interval.micro_batches // self.accumulation
         skipped = self.engine.skipped_steps - interval.skipped_before
-        if skipped == steps:
+        # In fp16 steps are skipped until the loss scale is low enough; DeepSpeed raises an error where it cannot be.
+        if skipped == steps and not self.engine.fp16_enabled():
             raise UserError(
                 f"step {self.state.step}: no gradient since the last log line was finite; lower the learning rate"
             )
@@ -353,7 +390,7 @@ def _selection_score(scores: dict[str, MaskScores]) -> float:
 
 
 def _stacked(losses: Losses) -> torch.Tensor:
-    return torch.stack([losses.total, losses.haplotype, losses.genotype]).detach()
+    return torch.stack(losses).detach()
 
 
 def _clock(seconds: float) -> str:

@@ -140,8 +140,9 @@ def test_an_array_chooses_among_a_cells_sites_at_random() -> None:
 def test_the_array_policy_keeps_its_spacing_within_the_configured_range() -> None:
     sites = MaskSites(np.arange(1, 4001) * 25, np.full(4000, 0.3))  # 100 kb, every site common
     config = MaskingConfig(array_spacing_bp=(500.0, 5000.0))
-    counts = [int((~masked_by("array", config, sites, 0.5, np.random.default_rng(seed))).sum()) for seed in range(150)]
-    assert 20 <= min(counts) <= 25 and 150 <= max(counts) <= 201
+    rngs = [np.random.default_rng(seed) for seed in range(150)]
+    counts = (~masked_by("array", config, sites, 0.5, rngs)).sum(1)
+    assert 20 <= counts.min() <= 25 and 150 <= counts.max() <= 201
     # Log-uniform: half the draws lie below the geometric mean of the range, 1581 bp or 63 typed sites.
     assert np.median(counts) == pytest.approx(63, rel=0.25)
 
@@ -158,7 +159,7 @@ def test_a_manifest_types_exactly_its_sites(seed: int) -> None:
 @pytest.mark.parametrize("rate", [0.3, 0.8])
 def test_the_random_policy_masks_the_given_share_independently_of_frequency(rate: float) -> None:
     sites = mask_sites(1, 20_000)
-    masked = masked_by("random", MaskingConfig(), sites, rate, np.random.default_rng(1))
+    masked = masked_by("random", MaskingConfig(), sites, rate, [np.random.default_rng(1)])[0]
     for maf in np.unique(sites.maf):
         assert masked[sites.maf == maf].mean() == pytest.approx(rate, abs=0.03)
 
@@ -179,7 +180,7 @@ def test_the_curriculum_reaches_the_random_masks() -> None:
 def test_the_frequency_guided_policy_masks_rare_and_other_sites_at_their_own_rates() -> None:
     config = MaskingConfig(rare_maf=0.02, rare_rate=0.9)
     sites = mask_sites(1, 20_000)
-    masked = masked_by("frequency_guided", config, sites, 0.4, np.random.default_rng(2))
+    masked = masked_by("frequency_guided", config, sites, 0.4, [np.random.default_rng(2)])[0]
     for maf in np.unique(sites.maf):
         # The threshold itself is not rare.
         expected = 0.9 if maf < 0.02 else 0.4
@@ -195,14 +196,36 @@ FROZEN = {
 }
 
 
+def plain_sites(first: int = 0, manifest: np.ndarray | None = None) -> MaskSites:
+    """Sites that are made without random numbers."""
+    place = np.arange(20_000, dtype=np.int64)
+    return MaskSites(place * 97 + place**2 % 89 + first, (place * 7919 % 10_007) / 20_014, manifest)
+
+
 def digest(validation: ValidationMask) -> str:
-    """Digest of the masks of three windows, whose sites are made without random numbers."""
+    """Digest of the masks of three windows."""
     hashed = hashlib.sha256()
     for window in (0, 1, 7):
-        place = np.arange(20_000, dtype=np.int64)
-        sites = MaskSites(place * 97 + place**2 % 89 + window, (place * 7919 % 10_007) / 20_014)
-        hashed.update(np.packbits(validation_mask(validation, sites, window)).tobytes())
+        hashed.update(np.packbits(validation_mask(validation, plain_sites(window), window)).tobytes())
     return hashed.hexdigest()[:16]
+
+
+# A resumed run goes on with the masks of the run before it.
+FROZEN_TRAINING = {
+    "sample": (MaskingConfig(), plain_sites(), "a9f0a7cd08be5a5b"),
+    "window": (MaskingConfig(scope="window"), plain_sites(), "e2b7f48e4af1afbf"),
+    "manifest": (MaskingConfig(), plain_sites(manifest=np.arange(20_000) % 7 == 0), "a14b7a79e40fde1d"),
+}
+
+
+@pytest.mark.parametrize("name", FROZEN_TRAINING)
+def test_training_masks_are_what_they_have_always_been(name: str) -> None:
+    config, sites, expected = FROZEN_TRAINING[name]
+    hashed = hashlib.sha256()
+    for step, window in ((0, 0), (400, 1), (5000, 7)):
+        masked = mask(config, sites=sites, step=step, window=window, samples=np.arange(40) * 5 % 43)
+        hashed.update(np.packbits(masked).tobytes())
+    assert hashed.hexdigest()[:16] == expected
 
 
 @pytest.mark.parametrize("validation", VALIDATION_MASKS, ids=lambda each: each.name)
@@ -250,5 +273,5 @@ def test_bad_settings_are_user_errors_naming_the_key(settings: dict, key: str) -
 
 @pytest.mark.parametrize("policy", ["array", "random", "frequency_guided"])
 def test_a_window_of_one_site_can_be_masked(policy: Policy) -> None:
-    masked = masked_by(policy, MaskingConfig(), mask_sites(1, 1), 0.5, np.random.default_rng(1))
-    assert masked.shape == (1,)
+    masked = masked_by(policy, MaskingConfig(), mask_sites(1, 1), 0.5, [np.random.default_rng(1)])
+    assert masked.shape == (1, 1)

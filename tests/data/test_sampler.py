@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import pickle
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 
 from embrag_ds.data import sampler as sampler_module
 from embrag_ds.data.masking import VALIDATION_MASKS, MaskingConfig, training_masks, validation_mask
-from embrag_ds.data.panel import Panel, PanelSubset, Populations
+from embrag_ds.data.panel import Panel, PanelSubset, Populations, map_packed
 from embrag_ds.data.sampler import (
     AugmentationConfig,
     QueryBatch,
@@ -166,6 +168,35 @@ def test_alleles_are_those_of_the_samples_named_flanks_included() -> None:
             assert np.array_equal(haplotype, alleles[window.start : window.stop, column])
         assert queries.masked.shape == (len(queries.samples), len(window))
     assert panel.samples == data.reference.panel.samples
+
+
+def test_a_pickled_sampler_draws_the_same_without_a_copy_of_the_panel(tmp_path: Path) -> None:
+    panel, alleles = make_panel(400, (300, 200))
+    path = tmp_path / "alleles.bits"
+    panel.packed.tofile(path)
+    panel = replace(panel, packed=map_packed(path, panel.packed.shape))
+    reference = PanelSubset(panel, Populations(("all",), np.zeros(400, dtype=np.int64)), np.arange(380))
+    data = WindowedPanel(reference, make_windows(panel.sites, 120, 30, 20), panel.sites.pos * 1e-6)
+    sampler = TrainingSampler(data, MaskingConfig(), 5, 4, augmentation=AugmentationConfig(typing_error=0.1))
+    pickled = pickle.dumps(sampler)
+    assert len(pickled) < panel.packed.nbytes / 2 < alleles.nbytes / 2
+    copy = pickle.loads(pickled)
+    assert not hasattr(copy, "data")
+    assert isinstance(copy._source._packed, np.memmap) and not copy._source._packed.flags.writeable
+    for number in (0, 3, 200, 700):
+        assert same(copy[number], sampler.queries(number))
+
+
+def test_a_pickled_micro_batch_is_small_and_the_same() -> None:
+    sampler = make_sampler(make_data(list(range(9)), 10, (3000,)), 8)
+    queries = sampler.queries(1)
+    pickled = pickle.dumps(queries)
+    copy = pickle.loads(pickled)
+    assert same(copy, queries)
+    assert (copy.alleles.dtype, copy.masked.dtype) == (np.uint8, bool)
+    assert copy.alleles.flags.c_contiguous and copy.alleles.flags.writeable and copy.masked.flags.writeable
+    wide = QueryBatch(0, np.arange(2), np.eye(4, 9999, dtype=np.uint8), np.eye(2, 9999, dtype=bool))
+    assert same(pickle.loads(pickle.dumps(wide)), wide) and len(pickle.dumps(wide)) < wide.alleles.nbytes / 4
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

@@ -14,6 +14,7 @@ import pysam.bcftools
 import pytest
 import torch
 
+from embrag_ds.cli.main import main
 from embrag_ds.config import RunConfig, parse_config
 from embrag_ds.config_files import read_tree
 from embrag_ds.data.inputs import PanelFiles, PanelInputs, open_inputs
@@ -29,12 +30,15 @@ from embrag_ds.errors import UserError
 from embrag_ds.evaluation.metrics import AggregateR2
 from embrag_ds.export import MODEL_FILE, ExportedModel, read_export
 from embrag_ds.imputation import impute as imputation_module
-from embrag_ds.imputation.impute import Imputation, impute_to_vcf
+from embrag_ds.imputation.impute import Imputation, impute, impute_to_vcf
 from embrag_ds.model.imputer import Imputer
+from embrag_ds.ops import cuda
 from embrag_ds.retrieval import codebooks
 from embrag_ds.retrieval.codebooks import Encoder
+from embrag_ds.retrieval.fastest import FirstSearch
 from embrag_ds.training.distributed import DistributedContext
 from embrag_ds.training.trainer import Trainer
+from tests.cuda_rules import Machine
 
 MakeConfig = Callable[..., RunConfig]
 CPU = torch.device("cpu")
@@ -433,6 +437,74 @@ def test_a_target_with_one_typed_site_or_all_of_them(
         np.testing.assert_array_equal(out.dosage[kept], (truth.alleles[:, 0::2] + truth.alleles[:, 1::2])[kept])
 
 
+def test_in_bf16_only_the_products_of_the_network_are_rounded(
+    model: ExportedModel, retrieval_alone: ExportedModel, inputs: PanelInputs, target: PhasedData
+) -> None:
+    targets = matched(target, Path("target.vcf.gz"), inputs, False)
+    for each, least, most in ((model, 1e-5, 0.03), (retrieval_alone, 0.0, 0.0)):
+        rounded, exact = (
+            np.concatenate(
+                [part for _, part in Imputation(each, inputs, CPU, 9, precision=precision).windows(targets)], 1
+            )
+            for precision in ("bf16", "fp32")
+        )
+        assert least <= np.abs(rounded - exact).max() <= most
+
+
+def test_the_precision_is_bf16_on_a_gpu_and_fp32_on_a_cpu_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda", 0)
+    for has_bf16 in (True, False):
+        monkeypatch.setattr(imputation_module, "cpu_has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        assert [imputation_module._checked(None, where) for where in (cuda, CPU)] == ["bf16", "fp32"]
+        assert [imputation_module._checked("fp32", where) for where in (cuda, CPU)] == ["fp32", "fp32"]
+        assert imputation_module._checked("bf16", cuda) == "bf16"
+    with pytest.raises(UserError, match=r"^--precision bf16: this processor has no bf16 instructions; use fp32$"):
+        imputation_module._checked("bf16", CPU)
+    with pytest.raises(UserError, match=r"^--precision fp16: no such precision; use bf16 or fp32$"):
+        imputation_module._checked("fp16", CPU)
+
+
+def test_the_command_passes_the_precision_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(imputation_module, "impute", lambda *given, **named: seen.update(named))
+    for options, precision in (([], None), (["--precision=bf16"], "bf16"), (["--precision=fp32"], "fp32")):
+        main(arguments=["impute", f"--out={tmp_path / 'out.vcf.gz'}", *options])
+        assert seen["precision"] == precision
+
+
+def with_backend(model: ExportedModel, backend: str) -> ExportedModel:
+    retrieval = dataclasses.replace(model.config.retrieval, backend=backend)
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, retrieval=retrieval))
+
+
+def test_search_backends_are_timed_only_on_a_gpu_with_many_batches(
+    model: ExportedModel, inputs: PanelInputs, target: PhasedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[int] = []
+    monkeypatch.setattr(FirstSearch, "fastest", lambda self: timed.append(len(self.query.tokens)) or "faiss-cpu")
+    targets = matched(target, Path("target.vcf.gz"), inputs, False)
+    imputation = Imputation(with_backend(model, "auto"), inputs, CPU, 4)
+    expected = dict(imputation.windows(targets))
+    assert timed == [] and imputation._collate.backend == "torch"
+    asked: list[int] = []
+    monkeypatch.setattr(imputation_module, "_worth_timing", lambda batches, device: asked.append(batches) or True)
+    found = dict(imputation.windows(targets))
+    assert timed == [8] and imputation._collate.backend == "faiss-cpu" and asked == [3 * len(imputation.data.windows)]
+    # The backends may differ in ties.
+    assert np.mean(np.abs(np.concatenate(list(found.values()), 1) - np.concatenate(list(expected.values()), 1))) < 0.02
+    monkeypatch.undo()
+    cuda = torch.device("cuda", 0)
+    worth = [imputation_module._worth_timing(*each) for each in ((1000, cuda), (999, cuda), (10**6, CPU))]
+    assert worth == [True, False, False]
+
+
+def test_a_model_trained_with_a_gpu_search_is_used_without_one(
+    model: ExportedModel, inputs: PanelInputs, target: PhasedData
+) -> None:
+    for trained, here in (("faiss-gpu", "torch"), ("faiss-cpu", "faiss-cpu")):
+        assert Imputation(with_backend(model, trained), inputs, CPU, 4)._collate.backend == here
+
+
 @pytest.mark.real
 def test_a_short_run_beats_the_nearest_haplotype_on_1000_genomes(
     real_data: Path, root: Path, distributed: DistributedContext, tmp_path: Path, cache_dir: Path
@@ -470,3 +542,22 @@ def test_a_short_run_beats_the_nearest_haplotype_on_1000_genomes(
     ours = tally.result()
     nearest = {"<0.1 %": 0.2173, "0.1-0.5 %": 0.2714, "0.5-1 %": 0.4041, "1-5 %": 0.5840, "5-50 %": 0.8031}
     assert {name: r2 for name, r2 in nearest.items() if not ours[name] > r2} == {}, ours
+
+
+def test_without_the_kernels_a_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embrag_ds.ops.cuda.import_fault", lambda: "ImportError: no CuPy")
+    with pytest.raises(UserError, match=r"cuda: .* CuPy, .* \(ImportError: no CuPy\); .* --device cpu in imputation"):
+        impute(PanelFiles(), None, tmp_path / "out.vcf.gz", device="cuda")
+
+
+def test_imputation_on_another_gpu_than_the_first_keeps_cudas_rules(
+    model: ExportedModel, inputs: PanelInputs, target: PhasedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "available", lambda: False)  # torch's operations in place of the kernels
+    targets = matched(target, Path("target.vcf.gz"), inputs, False)
+    _, expected = next(Imputation(model, inputs, CPU, 5).windows(targets))
+    with Machine(set_device=False) as machine:
+        windows = Imputation(model, inputs, machine.device, 5).windows(targets)
+        _, found = next(windows)
+        windows.close()
+    np.testing.assert_allclose(found, expected, atol=1e-3)

@@ -13,7 +13,7 @@ from embrag_ds.model import confidence
 from embrag_ds.model.confidence import ConfidenceHead
 from embrag_ds.model.pooling import Evidence
 from embrag_ds.ops.dosage import dense_alleles
-from embrag_ds.ops.li_stephens import match_lengths
+from embrag_ds.ops.li_stephens import Near, match_lengths
 
 
 @given(seed=st.integers(0, 2**32), sites=st.integers(1, 9), rate=st.sampled_from([0.0, 0.2, 0.6, 1.0]))
@@ -22,11 +22,14 @@ def test_match_lengths_are_those_of_a_walk_to_either_side(seed: int, sites: int,
     count = torch.randint(1, sites + 1, (3,), generator=maker)
     position = torch.rand(3, sites, generator=maker).sort(1).values
     mismatch = (torch.rand(3, sites, 4, generator=maker) < rate) & (torch.arange(sites) < count[:, None])[..., None]
-    near = slice(seed % sites, sites)
+    count_near = 1 + seed % sites
+    firsts = torch.randint(0, sites - count_near + 1, (3,), generator=maker)
+    near = Near(firsts, count_near, int(firsts.min()), int(firsts.max()) + count_near)
     found = match_lengths(mismatch, position, count, near)
     for row in range(3):
         typed = int(count[row])
-        for site in range(near.start, typed):
+        first = int(firsts[row])
+        for site in range(first, min(typed, first + count_near)):
             for neighbour in range(4):
                 left = right = site
                 while left > 0 and not mismatch[row, left, neighbour]:
@@ -34,7 +37,7 @@ def test_match_lengths_are_those_of_a_walk_to_either_side(seed: int, sites: int,
                 while right < typed - 1 and not mismatch[row, right, neighbour]:
                     right += 1
                 expected = float(position[row, right] - position[row, left])
-                assert float(found[row, site - near.start, neighbour]) == pytest.approx(expected, abs=1e-6)
+                assert float(found[row, site - first, neighbour]) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.gpu

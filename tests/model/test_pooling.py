@@ -82,7 +82,7 @@ def test_copying_weights_equal_the_slow_model_interpolated_in_centimorgans(
         share = pooling._share_of_slow(batch.core.frequency).numpy()
     panel = world.data.reference_alleles(window)
     ((_, all_nats, all_recombinations, prior, near),) = passed
-    assert near == batch.window.near
+    assert near is batch.window.near
     rows = 2 * len(samples)
     for row in range(rows):
         typed = batch.window.typed[row, : int(batch.window.typed_count[row])]
@@ -104,6 +104,30 @@ def test_copying_weights_equal_the_slow_model_interpolated_in_centimorgans(
             by_chain.append(slow_weights(rate, nats, weight.double().numpy(), queries, batch, panel, row, prior_of_row))
         slow = share[row] * by_chain[0] + (1 - share[row]) * by_chain[1]
         assert np.allclose(found[row], slow, atol=5e-4), np.abs(found[row] - slow).max()
+
+
+@given(
+    seed=st.integers(0, 2**20),
+    rates=st.lists(st.sampled_from([0.0, 0.5, 0.9, 0.98, 1.1]), min_size=1, max_size=4),
+    window=st.integers(0, 2),
+)
+def test_every_row_has_the_fewest_sites_that_flank_its_core(build, seed: int, rates: list[float], window: int) -> None:
+    """Samples with many typed sites before the core do not lengthen the posteriors of others."""
+    world = build(seed % 10, outside=4)
+    masked = np.concatenate([world.masked(window, 1, seed + i, rate) for i, rate in enumerate(rates)])
+    batch = world.collator(build.imputer(1).embedding, k=3)(world.batch_of(window, range(len(rates)), masked))
+    near, flanking = batch.window.near, pooling_module._flanking(batch)
+    assert int(near.first.min()) == near.start and int(near.first.max()) + near.count == near.stop
+    assert near.start >= 0 and near.stop <= batch.window.typed.shape[1]
+    assert int(flanking.left.min()) >= 0 and int(flanking.right.max()) < near.count
+    core = batch.window.core
+    for row in range(2 * len(rates)):
+        typed = batch.window.typed[row, : int(batch.window.typed_count[row])]
+        within = int(((typed >= core.start) & (typed < core.stop)).sum())
+        needed = within + bool((typed < core.start).any()) + bool((typed >= core.stop).any())
+        assert needed <= near.count
+    most = int(((batch.window.typed >= core.start) & (batch.window.typed < core.stop)).sum(1).max())
+    assert near.count <= most + 2
 
 
 def test_a_recombination_prefers_neighbours_with_fewer_mismatches_and_a_rare_site_the_slow_model(build) -> None:
@@ -234,7 +258,8 @@ def test_the_pooled_embedding_from_the_codebook_is_the_sum_over_neighbours(build
     explicit = sum(pooled["dense"].weights[:, place, :, None] * rows[:, place] for place in range(5))
     for mode, batch in batches.items():
         assert (batch.retrieved.embeddings is not None) == (mode == "dense")
-        reference = pooled_embedding(pooled[mode], batch.retrieved, found.codebook)
+        of = pooled[mode]
+        reference = pooled_embedding(of.dosage, found.codebook, of.weights, batch.retrieved.embeddings)
         assert torch.allclose(reference, explicit, atol=1e-5)
 
 

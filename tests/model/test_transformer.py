@@ -84,26 +84,35 @@ def plainly_rotated_all(qkv: Tensor, angles: Tensor) -> Tensor:
 
 def test_rotating_values_that_autograd_has_saved_is_an_error(leaf: Tensor, angles: Tensor) -> None:
     """Autograd raises an error in place of wrong gradients; also for a leaf, whose own values are lost."""
-    for projection in (leaf * 1, (leaf * 1).view(HAPLOTYPES, SITES, 3, HEADS, -1)):
-        square = projection.square()  # keeps the projection
-        query, _, _ = rotated_heads(projection, angles, HEADS)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            (square.sum() + query.sum()).backward()
+    projection = leaf * 1
+    square = projection.square()  # keeps the projection
+    query, _, _ = rotated_heads(projection, angles, HEADS)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (square.sum() + query.sum()).backward()
     with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
         rotated_heads(leaf, angles, HEADS)
+    with pytest.raises(RuntimeError, match="inplace an input that is a view"):
+        rotated_heads((leaf * 1).view(HAPLOTYPES, SITES, 3, HEADS, -1), angles, HEADS)
 
 
-@pytest.mark.parametrize("view", [False, True])
-def test_what_is_rotated_has_the_gradients_of_what_it_is_now(leaf: Tensor, angles: Tensor, view: bool) -> None:
+def test_what_is_rotated_has_the_gradients_of_what_it_is_now(leaf: Tensor, angles: Tensor) -> None:
     weights = torch.randn(2, *leaf.shape)
     projection = leaf * 1
-    part = projection.view(HAPLOTYPES, SITES, 3, HEADS, -1) if view else projection
-    turned = torch.stack(rotated_heads(part, angles, HEADS), dim=2).view(leaf.shape)
+    turned = torch.stack(rotated_heads(projection, angles, HEADS), dim=2).view(leaf.shape)
     # One use of the returned parts, and one of the given tensor.
     (mine,) = torch.autograd.grad((turned * weights[0] + projection * weights[1]).sum(), leaf)
     expected = plainly_rotated_all(leaf, angles)
     torch.testing.assert_close(projection, expected)
     (theirs,) = torch.autograd.grad((expected * weights.sum(0)).sum(), leaf)
+    torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("used", [0, 1, 2])
+def test_one_part_alone_has_its_gradient(leaf: Tensor, angles: Tensor, used: int) -> None:
+    weights = torch.randn(HAPLOTYPES, SITES, HEADS, DIMS // HEADS)
+    (mine,) = torch.autograd.grad((rotated_heads(leaf * 1, angles, HEADS)[used] * weights).sum(), leaf)
+    expected = plainly_rotated_all(leaf, angles).view(HAPLOTYPES, SITES, 3, HEADS, -1)[:, :, used]
+    (theirs,) = torch.autograd.grad((expected * weights).sum(), leaf)
     torch.testing.assert_close(mine, theirs)
 
 
@@ -116,6 +125,11 @@ def test_gradients_that_come_in_are_left_as_they_are(leaf: Tensor, angles: Tenso
     assert torch.equal(given, before)
     (theirs,) = torch.autograd.grad(plainly_rotated_all(leaf, angles), leaf, before)
     torch.testing.assert_close(mine, theirs)
+    parts = rotated_heads(leaf * 1, angles, HEADS)
+    gradients = [torch.randn(parts[0].shape) for _ in parts]
+    kept = [each.clone() for each in gradients]
+    torch.autograd.grad(parts, leaf, gradients)
+    assert all(torch.equal(one, other) for one, other in zip(gradients, kept, strict=True))
 
 
 @pytest.mark.parametrize("recompute_projections", [False, True])

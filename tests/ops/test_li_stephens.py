@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embrag_ds.ops.li_stephens import (
+    Near,
     copying_posterior,
     count_true,
     mismatches,
@@ -17,10 +18,11 @@ from embrag_ds.ops.li_stephens import (
 from tests.oracles import slow_posterior
 
 
-def some_of(seed: int, sites: int) -> slice:
-    """Slice of at least one of ``sites`` sites, chosen by ``seed``."""
-    first = seed % sites
-    return slice(first, first + 1 + seed // 7 % (sites - first))
+def some_of(seed: int, sites: int, rows: int) -> Near:
+    """At least one of ``sites`` sites, chosen by ``seed``, other ones in each of the ``rows``."""
+    count = 1 + seed // 7 % sites
+    firsts = np.random.default_rng(seed).integers(0, sites - count + 1, rows)
+    return Near(torch.from_numpy(firsts), count, int(firsts.min()), int(firsts.max()) + count)
 
 
 BOTH = pytest.mark.parametrize("posterior_of", [copying_posterior, posterior_torch], ids=["compiled", "torch"])
@@ -56,15 +58,16 @@ def test_the_posterior_equals_forward_backward_with_the_full_transition_matrix(
     posterior_of, seed: int, queries: int, sites: int, states: int, harshness: float, chains: int
 ) -> None:
     mismatch, mismatch_nats, recombination, prior = random_case(seed, queries, sites, states, harshness, chains)
-    near = some_of(seed, sites)
+    near = some_of(seed, sites, queries)
     found = posterior_of(mismatch, mismatch_nats, recombination, prior, near)
-    assert found.shape[1:] == mismatch[0, near].shape and found.dtype == torch.float32
+    assert found.shape == (chains * queries, near.count, states) and found.dtype == torch.float32
     assert len(found) == chains * queries
     for chain in range(len(found)):
         query = chain % queries
         emission = np.exp(-mismatch_nats[chain].double().numpy()[:, None] * mismatch[query].numpy())
         numbers = (each.double().numpy() for each in (recombination[chain], prior[query]))
-        expected = slow_posterior(emission, *numbers)[near]
+        first = int(near.first[query])
+        expected = slow_posterior(emission, *numbers)[first : first + near.count]
         assert np.allclose(found[chain].numpy(), expected, rtol=1e-3, atol=2e-5)
 
 
@@ -90,8 +93,8 @@ def test_compiled_gradients_equal_those_of_autograd_in_double_precision(
     seed: int, queries: int, sites: int, states: int, chains: int
 ) -> None:
     mismatch, mismatch_nats, recombination, prior = random_case(seed, queries, sites, states, chains=chains)
-    near = some_of(seed, sites)
-    shape = (chains * queries, *mismatch[0, near].shape)
+    near = some_of(seed, sites, queries)
+    shape = (chains * queries, near.count, states)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     gradients = []
     for posterior_of, kind in ((copying_posterior, torch.float32), (posterior_torch, torch.float64)):
@@ -106,12 +109,20 @@ def test_compiled_gradients_equal_those_of_autograd_in_double_precision(
 @pytest.mark.parametrize("seed", range(5))
 def test_it_is_the_same_whether_or_not_gradients_are_kept(seed: int) -> None:
     mismatch, mismatch_nats, recombination, prior = random_case(seed, 3, 9, 6, chains=2)
-    near = some_of(seed, 9)
+    near = some_of(seed, 9, 3)
     kept = copying_posterior(mismatch, mismatch_nats.clone().requires_grad_(), recombination, prior, near)
     assert kept.requires_grad
     assert torch.allclose(
         copying_posterior(mismatch, mismatch_nats, recombination, prior, near), kept.detach(), rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_sites_asked_for_do_not_change_what_is_found_there(seed: int) -> None:
+    mismatch, *numbers = random_case(seed, 3, 50, 40, chains=2)
+    near = some_of(seed, 50, 3)
+    found, expected = copying_posterior(mismatch, *numbers, near), near.of(copying_posterior(mismatch, *numbers))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["mismatch", "prior", "posterior"])

@@ -42,4 +42,6 @@ def test_it_writes_the_promised_numbers_and_the_plot(root: Path, tmp_path: Path)
     assert all(isinstance(written[name], float) for name in PROMISED)
     assert "CPU" in written["device"] or "NVIDIA" in written["device"]
     assert [row["haplotypes"] for row in written["scaling"]] == [50, 60]
+    names = {*written["scaling"][0]} - {"haplotypes"}
+    assert names >= {f"{name}_ms" for name in ("whole window", "local", "search torch", "search faiss-cpu")}
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from embrag_ds.model.embedding import HaplotypeEmbedding
+from embrag_ds.ops import cuda
+from embrag_ds.retrieval.collate import receive
 from embrag_ds.retrieval.reference import Reference
 from embrag_ds.retrieval.schedule import RefreshConfig
 from embrag_ds.retrieval.settings import RetrievalConfig
 from embrag_ds.runtime.timeline import Timeline
+from tests.cuda_rules import Machine
 
 CPU = torch.device("cpu")
 
@@ -24,7 +27,7 @@ def retrieve(world, device: torch.device, timeline: Timeline) -> None:
     collate = reference.collator(2, slots=4)
     for step in range(4):
         reference.begin_refresh(step)
-        collate(world.batch_of(step % 2, [1, 2], world.masked(step % 2, 2, step)), step)
+        receive(collate(world.batch_of(step % 2, [1, 2], world.masked(step % 2, 2, step)), step))
     reference.close()
 
 
@@ -45,12 +48,21 @@ def test_retrieval_records_its_phases(world) -> None:
             assert outer.start_s <= inner.start_s and inner.stop_s <= outer.stop_s
 
 
-@pytest.mark.gpu
-def test_retrieval_on_the_gpu_is_measured_on_its_streams(world) -> None:
-    device = torch.device("cuda", 0)
+def check_streams(world, device: torch.device) -> None:
     timeline = Timeline(device)
     retrieve(world, device, timeline)
     torch.cuda.synchronize(device)
     found = {(each.name, each.stream) for each in timeline.totals()}
     assert found == {(name, "side stream") for name in ("collate", "search", "h2d", "refresh")}
     assert all(0 <= span.start_s <= span.stop_s for span in timeline.spans())
+
+
+@pytest.mark.gpu
+def test_retrieval_on_the_gpu_is_measured_on_its_streams(world) -> None:
+    check_streams(world, torch.device("cuda", 0))
+
+
+def test_retrieval_on_a_gpu_is_measured_on_its_streams(world, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "available", lambda: False)  # torch's operations in place of the kernels
+    with Machine() as machine:
+        check_streams(world, machine.device)

@@ -36,9 +36,11 @@ class FakeNvml:
         self.open += 1
 
     def nvmlShutdown(self) -> None:
+        self._may_fail("nvmlShutdown")
         self.open -= 1
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:
+        self._may_fail("handle")
         if uuid not in self.uuids:
             raise pynvml.NVMLError_NotFound()
         return self.uuids[uuid]
@@ -121,6 +123,14 @@ def test_a_gpu_that_nvml_does_not_know(fake: FakeNvml) -> None:
     fake.uuids = {"GPU-aaaa": 0}
     with pytest.raises(UserError, match=r"NVML does not know cuda:1 \(UUID cccc\)"):
         DeviceSampler(SECOND)
+    assert fake.open == 0
+
+
+def test_a_gpu_that_cannot_be_looked_up(fake: FakeNvml) -> None:
+    fake.faults["handle"] = pynvml.NVMLError_GpuIsLost()
+    with pytest.raises(pynvml.NVMLError_GpuIsLost):
+        DeviceSampler(SECOND)
+    assert fake.open == 0
 
 
 @pytest.mark.parametrize(
@@ -141,13 +151,35 @@ def test_a_process_that_the_driver_hides_is_none(fake: FakeNvml, processes: list
     assert first.process_bytes is None and first.device_bytes == 12 << 30
 
 
-def test_what_fails_on_the_thread_is_raised_at_stop(fake: FakeNvml) -> None:
+def test_an_error_of_nvml_leaves_a_field_out_and_is_said_once(fake: FakeNvml, caplog: pytest.LogCaptureFixture) -> None:
     sampler = DeviceSampler(SECOND, interval_s=0.01)
     sampler.start()
     time.sleep(0.03)
     fake.faults["utilisation"] = pynvml.NVMLError_GpuIsLost()
+    time.sleep(0.05)
+    sampler.stop()
+    first, last = sampler.readings[0], sampler.readings[-1]
+    assert (first.gpu_percent, last.gpu_percent) == (82, None) and last.device_bytes == 12 << 30
+    assert caplog.messages == [
+        "profile: nvmlDeviceGetUtilizationRates fails (GPU is lost); its readings are left out where it does"
+    ]
+    assert sampler.peaks()["gpu_percent"] == 82 and fake.open == 0
+
+
+def test_an_error_when_nvml_shuts_down_is_said(fake: FakeNvml, caplog: pytest.LogCaptureFixture) -> None:
+    with DeviceSampler(SECOND, interval_s=0.01) as sampler:
+        fake.faults["nvmlShutdown"] = pynvml.NVMLError_Unknown()
+    assert sampler.peaks()["gpu_percent"] == 82
+    assert caplog.messages == ["profile: NVML does not shut down (Unknown Error)"]
+
+
+def test_what_fails_on_the_thread_is_raised_at_stop(fake: FakeNvml) -> None:
+    sampler = DeviceSampler(SECOND, interval_s=0.01)
+    sampler.start()
     time.sleep(0.03)
-    with pytest.raises(pynvml.NVMLError_GpuIsLost):
+    fake.faults["utilisation"] = OSError("no statistics")
+    time.sleep(0.03)
+    with pytest.raises(OSError, match="no statistics"):
         sampler.stop()
     assert sampler.readings and fake.open == 0
     assert "device-sampler" not in [each.name for each in threading.enumerate()]

@@ -1,7 +1,8 @@
-"""Exports of a trained model, and random numbers of a step."""
+"""Exports of a trained model, the search backend of a resumed run, and random numbers of a step."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from embrag_ds.config import EmbragConfig
 from embrag_ds.errors import UserError
 from embrag_ds.export import MODEL_FILE, ExportedModel, read_export, write_export
 from embrag_ds.model.imputer import Imputer
+from embrag_ds.retrieval.fastest import FirstSearch
 from embrag_ds.training.checkpoint import seed_step
+from embrag_ds.training.distributed import DistributedContext
 from embrag_ds.training.masters import gathered_state
 from embrag_ds.training.trainer import Trainer
 
@@ -146,3 +149,58 @@ def test_random_numbers_are_a_function_of_seed_step_and_rank() -> None:
     seed_step(1, 0, 0)
     assert torch.equal(torch.rand(4), drawn[1, 0, 0])
     assert len({tuple(each.tolist()) for each in drawn.values()}) == len(drawn)
+
+
+AUTO = "embrag.retrieval.backend=auto"
+
+
+def fastest_is(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
+    """Let the timing of the search backends find ``name``; the list gets an entry for every timing."""
+    timed: list[str] = []
+    monkeypatch.setattr(FirstSearch, "fastest", lambda self: timed.append(name) or name)
+    return timed
+
+
+def test_the_backend_chosen_by_auto_is_recorded_and_kept_on_resume(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    timed = fastest_is(monkeypatch, "faiss-cpu")
+    trainer = make_trainer("run", AUTO, "embrag.train.max_steps=1")
+    assert timed == ["faiss-cpu"] and trainer.collate.backend == "faiss-cpu"
+    assert trainer._validation_collate.backend == "faiss-cpu"
+    trainer.run()
+    assert json.loads((tmp_path / "run" / "versions.json").read_text())["search_backend"] == "faiss-cpu"
+    timed = fastest_is(monkeypatch, "torch")
+    for now in (AUTO, "embrag.retrieval.backend=faiss-cpu"):
+        resumed = make_trainer("run", now, "embrag.train.max_steps=2", resume=True)
+        assert timed == [] and resumed.collate.backend == "faiss-cpu"
+    with pytest.raises(UserError, match=r"backend differs .*\(torch for faiss-cpu\).*ties") as caught:
+        make_trainer("run", "embrag.retrieval.backend=torch", resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_without_a_backend_is_refused(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    make_trainer("run", "embrag.train.max_steps=1").run()
+    agreed = tmp_path / "run" / "checkpoints" / "agreed.json"
+    content = json.loads(agreed.read_text())
+    del content["backend"]
+    agreed.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="written by another version"):
+        make_trainer("run", resume=True)
+
+
+def test_a_named_backend_is_taken_without_timing(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = fastest_is(monkeypatch, "torch")
+    assert make_trainer("run", "embrag.retrieval.backend=faiss-cpu").collate.backend == "faiss-cpu"
+    for without in ("embrag.retrieval.mode=none", "embrag.retrieval.store=dense"):
+        make_trainer("other", AUTO, without)
+    assert timed == []
+
+
+@pytest.mark.parametrize("encoding", [REFRESH, ["embrag.retrieval.encoding=live"], ["embrag.retrieval.mode=token"]])
+def test_all_ranks_take_the_choice_of_the_first(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, encoding: list[str]
+) -> None:
+    fastest_is(monkeypatch, "torch")
+    monkeypatch.setattr(DistributedContext, "agree", lambda self, text: "faiss-cpu" if text == "torch" else text)
+    assert make_trainer("run", AUTO, *encoding, *ZERO_3).collate.backend == "faiss-cpu"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
@@ -14,7 +15,8 @@ from deepspeed.runtime.zero import stage_1_and_2
 from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import Imputer, ModelConfig
 from embrag_ds.training import distributed
-from embrag_ds.training.distributed import DistributedContext, adapt_to_machine, initialize_engine
+from embrag_ds.training.distributed import DistributedContext, adapt_to_machine, compute_type, initialize_engine
+from embrag_ds.training.trainer import Trainer
 
 PRODUCTION: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 2,
@@ -31,7 +33,7 @@ def tiny_model() -> Imputer:
 
 def on(monkeypatch: pytest.MonkeyPatch, cpu: bool, bf16: bool = False) -> None:
     monkeypatch.setattr(distributed, "_on_cpu", lambda: cpu)
-    monkeypatch.setattr(distributed, "_cpu_has_bf16", lambda: bf16)
+    monkeypatch.setattr(distributed, "cpu_has_bf16", lambda: bf16)
 
 
 def test_a_cpu_without_bf16_computes_in_fp32_and_notes_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,6 +42,26 @@ def test_a_cpu_without_bf16_computes_in_fp32_and_notes_it(monkeypatch: pytest.Mo
     assert settings["optimizer"]["params"] == {"lr": 0.01, "torch_adam": True}
     assert not settings["bf16"]["enabled"] and not settings["torch_autocast"]["enabled"]
     assert len(notes) == 3 and sum("fp32" in note for note in notes) == 2
+
+
+def test_without_bf16_gradients_are_added_up_in_the_type_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, cpu=True, bf16=False)
+    settings, notes = adapt_to_machine({**PRODUCTION, "data_types": {"grad_accum_dtype": "fp32"}})
+    assert settings["data_types"] == {}
+    assert [note for note in notes if "bf16 is off" in note and "data_types.grad_accum_dtype is left out" in note]
+    on(monkeypatch, cpu=True, bf16=True)
+    settings, _ = adapt_to_machine({**PRODUCTION, "data_types": {"grad_accum_dtype": "fp32"}})
+    assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+def test_stage_0_refuses_to_add_bf16_gradients_up_in_fp32(
+    distributed: DistributedContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(monkeypatch, cpu=True, bf16=True)
+    mixed = {"torch_autocast": {"enabled": False}, "data_types": {"grad_accum_dtype": "fp32"}}
+    settings, _ = adapt_to_machine({**PRODUCTION, **mixed, "zero_optimization": {"stage": 0}})
+    with pytest.raises(UserError, match=r"^DeepSpeed refuses its settings: unsupported mix of .*grad_accum_dtype"):
+        initialize_engine(tiny_model(), settings)
 
 
 def test_a_cpu_with_bf16_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +96,20 @@ def test_what_runs_as_it_is_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> N
     assert adapt_to_machine(plain) == (plain, [])
     other = {"optimizer": {"type": "Lion", "params": {}}}
     assert adapt_to_machine(other) == (other, [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({}, torch.float32),
+        ({"bf16": {"enabled": True}}, torch.bfloat16),
+        ({"bf16": {"enabled": False}, "fp16": {"enabled": True}}, torch.float16),
+        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, torch.bfloat16),
+        ({"torch_autocast": {"enabled": False, "dtype": "bfloat16"}}, torch.float32),
+    ],
+)
+def test_the_type_of_products_is_that_of_the_enabled_section(settings: dict[str, Any], kind: torch.dtype) -> None:
+    assert compute_type(settings) == kind
 
 
 def test_fp16_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,3 +218,45 @@ def test_a_group_of_one(distributed: DistributedContext) -> None:
     assert distributed.agree("mine") == "mine"
     assert distributed.own_file("run.log") == "run.log"
     assert DistributedContext(1, 2, distributed.device).own_file("run.log") == "run-rank1.log"
+
+
+@pytest.fixture
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Torch as it was, after a test that makes it deterministic."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that the variable is restored, whatever it was
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.mark.usefixtures("_as_before")
+def test_a_deterministic_run_allows_no_other_operations(
+    make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_trainer("free")
+    assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    trainer = make_trainer("run", "embrag.train.deterministic=true", "embrag.train.max_steps=2")
+    # A mere warning would leave flash attention as it is.
+    assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    trainer.run()
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    with pytest.raises(UserError, match=r"embrag\.train\.deterministic: CUBLAS_WORKSPACE_CONFIG is :0:0; unset it"):
+        make_trainer("other", "embrag.train.deterministic=true")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_as_before")
+def test_a_deterministic_run_on_a_gpu_resumes_bit_for_bit(
+    make_trainer: Callable[..., Trainer], metrics_of: Callable[..., list[dict[str, Any]]]
+) -> None:
+    settings = ["embrag.train.deterministic=true", "bf16.enabled=true", "embrag.model.dims=64", "embrag.model.heads=1"]
+    settings += ["optimizer.params.lr=0.02", "embrag.retrieval.encoding=refresh"]
+    make_trainer("whole", *settings, "embrag.train.max_steps=8").run()
+    make_trainer("cut", *settings, "embrag.train.max_steps=4").run()
+    make_trainer("cut", *settings, "embrag.train.max_steps=8", resume=True).run()
+    whole, cut = ([line["loss"] for line in metrics_of(name)] for name in ("whole", "cut"))
+    assert len(cut) == 8 and cut == whole

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -18,6 +18,7 @@ from embrag_ds.config import RunConfig, load_config
 from embrag_ds.data.inputs import PanelInputs
 from embrag_ds.export import MODEL_FILE, ExportedModel, read_export
 from embrag_ds.training import distributed
+from embrag_ds.training.flat_gradients import FlatGradients
 from embrag_ds.training.masters import gathered_state
 from embrag_ds.training.trainer import Trainer
 from tests.ranks import run_ranks
@@ -32,11 +33,16 @@ SHORT = ["embrag.train.max_steps=4", "optimizer.params.lr=0.02"]
 REFRESH = ["embrag.retrieval.encoding=refresh", 'embrag.retrieval.refresh={"every_steps": 3, "lag_steps": 0}']
 ZERO = {stage: [f"zero_optimization.stage={stage}"] for stage in range(4)}
 ZERO[3].append("zero_optimization.stage3_param_persistence_threshold=0")
+IN_FP32 = "data_types.grad_accum_dtype=fp32"
+WAYS = {
+    f"{stage}{name}": [*ZERO[stage], *more] for stage in (1, 2) for name, more in (("", []), (" in fp32", [IN_FP32]))
+}
+"""Settings that go on from one another's checkpoints, by the stage and by what gradients are added up in."""
 
 
 @pytest.fixture(autouse=True)
 def _bf16_on_any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "_cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(distributed, "cpu_has_bf16", lambda: True)
 
 
 def is_rounded(weight: Tensor) -> bool:
@@ -76,11 +82,11 @@ def assert_digits(weights: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [ZERO[1], ZERO[2], [*ZERO[2], "zero_optimization.round_robin_gradients=true"], ZERO[3]],
-    ids=["1", "2", "2 in turns", "3"],
+    [*WAYS.values(), [*ZERO[2], "zero_optimization.round_robin_gradients=true"], ZERO[3], [*ZERO[3], IN_FP32]],
+    ids=[*WAYS, "2 in turns", "3", "3 in fp32"],
 )
 def test_a_run_in_bf16_exports_its_master_weights(
-    make_trainer: MakeTrainer, tmp_path: Path, settings: list[str]
+    make_trainer: MakeTrainer, tmp_path: Path, settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = make_trainer("run", *SHORT, *REFRESH, *settings, BF16, FROZEN)
     assert {weight.dtype for weight in trainer.engine.module.parameters()} == {torch.bfloat16}
@@ -90,7 +96,9 @@ def test_a_run_in_bf16_exports_its_master_weights(
     assert used is not None and export.snapshot is not None
     for name, value in export.snapshot.items():
         assert used[name].dtype == torch.bfloat16 and torch.equal(value, used[name].float())
+    capsys.readouterr()
     resumed = make_trainer("run", *SHORT, *REFRESH, *settings, BF16, FROZEN, resume=True)
+    assert capsys.readouterr().out == ""  # what DeepSpeed prints goes to the log
     for name, value in gathered_state(resumed.engine).items():
         assert torch.equal(value, export.weights[name])
 
@@ -103,14 +111,14 @@ def test_masters_outside_of_the_zero_optimisers(
     if way == "one flat parameter":
         monkeypatch.setattr("deepspeed.runtime.engine.FusedAdam", torch.optim.AdamW)
     fp32 = way == "accumulating in fp32"
-    settings = [*ZERO[1], 'data_types={"grad_accum_dtype": "fp32"}'] if fp32 else ZERO[0]
+    settings = WAYS["1 in fp32"] if fp32 else ZERO[0]
     trainer = make_trainer("run", *SHORT, *settings, BF16, FROZEN)
     trainer.run()
     optimizer = trainer.engine.optimizer
     expected = {
         "a parameter each": FP16_UnfusedOptimizer,
         "one flat parameter": FP16_Optimizer,
-        "accumulating in fp32": BF16_Optimizer,
+        "accumulating in fp32": FlatGradients,
     }
     assert type(optimizer) is expected[way]
     (group,) = optimizer.optimizer.param_groups
@@ -135,31 +143,126 @@ def test_autocast_computes_with_the_masters_themselves(make_trainer: MakeTrainer
 
 def test_masters_that_are_kept_elsewhere(make_trainer: MakeTrainer, tmp_path: Path, root: Path) -> None:
     shipped = load_config(root / "ds_configs" / "v18_zero3_offload.json").deepspeed
-    offloaded = [f"{key}={json.dumps(shipped[key])}" for key in ("zero_optimization", "zero_force_ds_cpu_optimizer")]
+    keys = ("zero_optimization", "zero_force_ds_cpu_optimizer", "data_types")
+    offloaded = [f"{key}={json.dumps(shipped[key])}" for key in keys]
     stage_2 = [*ZERO[2], 'zero_optimization.offload_optimizer={"device": "cpu"}', "zero_force_ds_cpu_optimizer=false"]
-    for name, settings in {"three": [*offloaded, ZERO[3][1]], "two": stage_2}.items():
+    runs = {"three": [*offloaded, ZERO[3][1]], "two": stage_2, "two in fp32": [*stage_2, IN_FP32]}
+    for name, settings in runs.items():
         make_trainer(name, *SHORT, *REFRESH, *settings, BF16, FROZEN).run()
         assert_masters(tmp_path / name)
+
+
+@pytest.mark.parametrize(  # five of the sixteen, in which each of the four is left and reached
+    ("before", "after"),
+    [("1", "1 in fp32"), ("1 in fp32", "2"), ("2", "2 in fp32"), ("2 in fp32", "1"), ("1 in fp32", "2 in fp32")],
+)
+def test_a_run_goes_on_under_another_stage_or_sum(
+    make_trainer: MakeTrainer, metrics_of: Callable[..., list[dict]], before: str, after: str
+) -> None:
+    """With one micro-batch a step and one rank, all of them compute the same weights, up to the gradient's norm."""
+    settings = [*SHORT, BF16, "embrag.train.max_steps=4"]
+    make_trainer("whole", *settings, *WAYS[before]).run()
+    make_trainer("cut", *settings, "embrag.train.max_steps=2", *WAYS[before]).run()
+    weights = read_export(make_trainer("cut", *settings, *WAYS[before], resume=True).run_dir / MODEL_FILE).weights
+    trainer = make_trainer("cut", *settings, *WAYS[after], resume=True)
+    for name, value in gathered_state(trainer.engine).items():
+        assert torch.equal(value, weights[name]), name
+    trainer.run()
+    whole, cut = ([line["loss"] for line in metrics_of(name)] for name in ("whole", "cut"))
+    assert len(cut) == 4 and whole == pytest.approx(cut, rel=1e-5)
+
+
+@pytest.mark.parametrize("zero", [ZERO[0], *WAYS.values(), ZERO[3]], ids=["0", *WAYS, "3"])
+def test_a_run_in_bf16_starts_from_all_digits_of_an_export(
+    make_trainer: MakeTrainer, tmp_path: Path, zero: list[str]
+) -> None:
+    make_trainer("first", *SHORT).run()
+    path = tmp_path / "first" / MODEL_FILE
+    weights = read_export(path).weights
+    assert_digits({name: value for name, value in weights.items() if not name.startswith("fusion.")})
+    trainer = make_trainer("second", *SHORT, *zero, BF16, FROZEN, init_from=path)
+    for name, value in gathered_state(trainer.engine).items():
+        # Frozen parts have no masters: the network computes with their rounded values, and so are they exported.
+        expected = weights[name].bfloat16().float() if name.startswith("fusion.") else weights[name]
+        assert torch.equal(value, expected), name
+    trainer.run()
+
+
+def train_in_fp16(
+    make_trainer: MakeTrainer, metrics_of: Callable[..., list[dict]], run_dir: Path, more: list[str]
+) -> None:
+    """Train in fp16 under ZeRO-1 from a loss scale that is far too high at first, and resume."""
+    scaled = 'fp16={"enabled": true, "initial_scale_power": 40, "hysteresis": 1, "loss_scale_window": 100}'
+    settings = [*ZERO[1], *more, scaled, FROZEN, "optimizer.params.lr=0.01", "embrag.model.dropout=0"]
+    make_trainer("run", *settings, "embrag.train.max_steps=60", "embrag.train.checkpoint_every=60").run()
+    lines = metrics_of("run")
+    skipped = [line["skipped_steps"] for line in lines]
+    # A step that overflows is skipped and halves the scale, until none does.
+    assert skipped[:5] == [1] * 5 and 5 < sum(skipped) < 40 and not any(skipped[40:])
+    # Gradients are those of the loss itself, not of the scaled one.
+    norms = [line["gradient_norm"] for line in lines if not line["skipped_steps"]]
+    assert all(0 < norm < 100 for norm in norms)
+    export, masters = read_export(run_dir / MODEL_FILE), of_deepspeed(run_dir)
+    assert all(torch.equal(export.weights[name], master.float()) for name, master in masters.items())
+    head = export.weights["head.weight"]
+    assert not torch.equal(head, head.half().float())
+    resumed = make_trainer("run", *settings, "embrag.train.max_steps=62", resume=True)
+    assert resumed.engine.optimizer.loss_scale == 2.0 ** (40 - sum(skipped))
+    resumed.run()
+    assert [line["skipped_steps"] for line in metrics_of("run")[60:]] == [0, 0]
+
+
+SUMS = pytest.mark.parametrize("more", [[], [IN_FP32]], ids=["in fp16", "in fp32"])
+
+
+@pytest.mark.gpu
+@SUMS
+def test_fp16_with_loss_scaling_under_zero(
+    make_trainer: MakeTrainer, metrics_of: Callable[..., list[dict]], tmp_path: Path, more: list[str]
+) -> None:
+    train_in_fp16(make_trainer, metrics_of, tmp_path / "run", more)
+
+
+@SUMS
+def test_fp16_with_loss_scaling_is_rehearsed_on_a_cpu(
+    make_trainer: MakeTrainer,
+    metrics_of: Callable[..., list[dict]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    more: list[str],
+) -> None:
+    """The test above on a CPU, where torch computes in fp16 and only DeepSpeed refuses to."""
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda accelerator: True)
+    monkeypatch.setattr("embrag_ds.training.trainer.adapt_to_machine", lambda settings: (settings, []))
+    train_in_fp16(make_trainer, metrics_of, tmp_path / "run", more)
 
 
 TWO_RANKS = """
 import sys
 from pathlib import Path
+import torch
 from embrag_ds.config import load_config
 from embrag_ds import logs
+from embrag_ds.export import MODEL_FILE, read_export
+from embrag_ds.training.masters import gathered_state
 from embrag_ds.training import deepspeed_log, distributed
 from embrag_ds.training.distributed import start_distributed
 from embrag_ds.data.inputs import PanelFiles, open_inputs
 from embrag_ds.training.trainer import Trainer
 
-distributed._cpu_has_bf16 = lambda: True
-panel, out, *configs = (Path(each) for each in sys.argv[-4:])
+distributed.cpu_has_bf16 = lambda: True
+panel, out, *configs = (Path(each) for each in sys.argv[1:])
 with logs.on_terminal(), logs.kept_for_run() as run_log, deepspeed_log.written_to(run_log):
     group = start_distributed()
     run_log.write_to(out / group.own_file("run.log"))
     for path in configs:
         run = load_config(path)
-        Trainer(run, open_inputs(PanelFiles(panel), run.embrag.data, False), out / path.stem, group, False).run()
+        inputs = open_inputs(PanelFiles(panel), run.embrag.data, False)
+        Trainer(run, inputs, out / path.stem, group, False).run()
+        export = out / path.stem / MODEL_FILE
+        group.barrier()
+        again = gathered_state(Trainer(run, inputs, out / f"{path.stem} again", group, False, export).engine)
+        assert all(torch.equal(again[name], value) for name, value in read_export(export).weights.items())
     group.close()
 """
 
@@ -168,17 +271,17 @@ def test_two_ranks_export_their_masters_and_each_has_a_log(
     make_config: MakeConfig, inputs: PanelInputs, tmp_path: Path, root: Path
 ) -> None:
     """Each rank holds half of the masters."""
-    for stage in (2, 3):
-        config = make_config(*SHORT, *REFRESH, *ZERO[stage], BF16, FROZEN)
-        (tmp_path / f"zero{stage}.json").write_text(json.dumps(config.as_dict()))
+    settings = {"zero1": WAYS["1 in fp32"], "zero2": ZERO[2], "zero3": ZERO[3]}
+    configs = [tmp_path / f"{name}.json" for name in settings]
+    for path in configs:
+        path.write_text(json.dumps(make_config(*SHORT, *REFRESH, *settings[path.stem], BF16, FROZEN).as_dict()))
     (tmp_path / "two_ranks.py").write_text(TWO_RANKS)
-    configs = [tmp_path / f"zero{stage}.json" for stage in (2, 3)]
     first, second = run_ranks(root, 2, tmp_path / "two_ranks.py", inputs.panel.path, tmp_path, *configs)
     for name in ("run.log", "run-rank1.log"):
         log = (tmp_path / name).read_text()
-        assert " DeepSpeed: " in log and log.count("embrag_ds.training.trainer: run folder: ") == 2
+        assert " DeepSpeed: " in log and log.count("embrag_ds.training.trainer: run folder: ") == 6
     assert (first.stdout, second.stdout) == ("", "")
-    assert first.stderr.count("run folder: ") == 2 and "run folder: " not in second.stderr
+    assert first.stderr.count("run folder: ") == 6 and "run folder: " not in second.stderr
     assert "DeepSpeed" not in first.stderr + second.stderr
     for path in configs:
         assert_masters(tmp_path / path.stem)

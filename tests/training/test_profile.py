@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pynvml
 import pytest
 import torch
 
@@ -94,10 +95,13 @@ def test_the_report_is_complete(
         assert f"\n{name} " in logged
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="it has a driver")
 def test_the_header_names_a_missing_driver(
-    distributed: DistributedContext, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    distributed: DistributedContext, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def no_driver() -> None:
+        raise pynvml.NVMLError_LibraryNotFound
+
+    monkeypatch.setattr(pynvml, "nvmlInit", no_driver)
     with Profile("nvml", tmp_path, distributed):
         pass
     report = json.loads((tmp_path / "profile.json").read_text())

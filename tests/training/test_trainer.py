@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,37 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert timeless(metrics_of("cut", "validation"))[-1] == timeless(metrics_of("whole", "validation"))[-1]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # more workers than cores
+@pytest.mark.parametrize("workers", [1, 3])
+def test_any_number_of_workers_draws_the_same_run_and_goes_on_with_it(
+    make_trainer: MakeTrainer, metrics_of: Metrics, workers: int
+) -> None:
+    overrides = ["gradient_accumulation_steps=2", "embrag.augmentation.typing_error=0.01", STRONG]
+    drawing = f"embrag.train.workers={workers}"
+    make_trainer("whole", *overrides, "embrag.train.max_steps=5").run()
+    make_trainer("cut", *overrides, drawing, "embrag.train.max_steps=3").run()
+    assert not active_children()
+    make_trainer("cut", *overrides, drawing, "embrag.train.max_steps=5", resume=True).run()
+    assert len(set(losses(metrics_of("whole")))) == 5
+    assert timeless(metrics_of("cut")) == timeless(metrics_of("whole"))
+
+
+def test_no_worker_is_left_when_a_run_fails(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer("run", "embrag.train.workers=1")
+    monkeypatch.setattr(trainer, "step", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.run()
+    assert not active_children()
+
+
+@pytest.mark.gpu
+def test_workers_draw_the_same_run_on_a_gpu(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
+    for name, workers in {"none": "0", "chosen": "null", "two": "2"}.items():
+        make_trainer(name, NO_DROPOUT, f"embrag.train.workers={workers}", "embrag.train.max_steps=5").run()
+    for name in ("chosen", "two"):
+        np.testing.assert_allclose(losses(metrics_of(name)), losses(metrics_of("none")), rtol=1e-3)
+
+
 @pytest.mark.parametrize("seed", [281_469_838, 2**63, 2**64 - 1])
 def test_a_run_takes_every_seed_that_the_configuration_does(
     make_trainer: MakeTrainer, metrics_of: Metrics, seed: int
@@ -163,9 +196,22 @@ def test_another_network_is_not_a_continuation(make_trainer: MakeTrainer) -> Non
 
 def test_settings_of_the_loop_and_of_speed_may_change_on_resume(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
     make_trainer("run", "embrag.train.max_steps=1").run()
-    overrides = ["embrag.train.eval_every=1", "embrag.retrieval.prefetch=0", "embrag.retrieval.backend=faiss-cpu"]
+    overrides = ["embrag.train.eval_every=1", "embrag.retrieval.prefetch=0", "embrag.retrieval.device_budget_gb=1"]
     make_trainer("run", "embrag.train.max_steps=2", *overrides, resume=True).run()
     assert [line["step"] for line in metrics_of("run")] == [1, 2]
+
+
+def test_without_the_kernels_a_gpu_is_refused(
+    make_config: MakeConfig,
+    inputs: PanelInputs,
+    distributed: DistributedContext,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("embrag_ds.ops.cuda.import_fault", lambda: "ImportError: no CuPy")
+    on_gpu = dataclasses.replace(distributed, device=torch.device("cuda", 0))
+    with pytest.raises(UserError, match=r"cuda:0: .* CuPy, .* \(ImportError: no CuPy\); install the extra 'gpu'"):
+        Trainer(make_config(), inputs, tmp_path, on_gpu, False)
 
 
 def test_there_must_be_something_to_resume(make_trainer: MakeTrainer) -> None:
@@ -623,13 +669,51 @@ def test_a_step_on_a_gpu_never_waits_for_it(make_trainer: MakeTrainer) -> None:
     assert not ours
 
 
-def test_compiled_blocks_compute_the_same(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
-    compiled = "embrag.train.compile=true"
-    for name, settings in {"eager": [], "compiled": [compiled], "lean": [compiled, LEAN]}.items():
-        make_trainer(name, NO_DROPOUT, "embrag.train.max_steps=3", *settings).run()
-    for name in ("compiled", "lean"):
-        np.testing.assert_allclose(losses(metrics_of(name)), losses(metrics_of("eager")), rtol=1e-4)
-        assert len(metrics_of(name)) == 3
+COMPILED = "embrag.train.compile=true"
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Function that sets the back end of torch.compile; the fast ones trace and differentiate but make no code."""
+    real = torch.compile
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield lambda name: monkeypatch.setattr(torch, "compile", functools.partial(real, backend=name))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["gradient_accumulation_steps=2", "zero_optimization.stage=2"],
+        ["embrag.model.layers=2", LEAN, 'activation_checkpointing={"number_checkpoints": 1}'],
+        ["embrag.retrieval.mode=token", "zero_optimization.stage=0"],
+    ],
+    ids=["accumulated", "recomputed", "token"],
+)
+def test_a_compiled_network_trains_the_same(
+    make_trainer: MakeTrainer, metrics_of: Metrics, compiler: Callable[[str], None], settings: list[str]
+) -> None:
+    compiler("aot_eager_decomp_partition")
+    # Cores of 54 and 55 sites, of which the first begins where its window does.
+    settings = [NO_DROPOUT, STRONG, "embrag.train.max_steps=3", "embrag.data.window_sites=60", *settings]
+    for name, given in {"eager": settings, "compiled": [*settings, COMPILED]}.items():
+        make_trainer(name, *given).run()
+    np.testing.assert_allclose(losses(metrics_of("compiled")), losses(metrics_of("eager")), rtol=1e-4)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        (["zero_optimization.stage=3"], r"use zero_optimization\.stage 1 or 2"),
+        (['activation_checkpointing={"cpu_checkpointing": true}'], r"activation_checkpointing\.cpu_checkpointing"),
+    ],
+)
+def test_what_cannot_be_compiled_is_a_user_error(make_trainer: MakeTrainer, settings: list[str], remedy: str) -> None:
+    with pytest.raises(UserError, match=rf"^embrag\.train\.compile: .*{remedy}"):
+        make_trainer("run", COMPILED, *settings)
 
 
 def test_frozen_parts_stay_and_the_others_move(make_trainer: MakeTrainer) -> None:
