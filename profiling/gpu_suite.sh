@@ -37,12 +37,13 @@ files=()
 if [ "$panel" != - ]; then
     files=(--panel "$panel/panel.vcf.gz" --map "$panel/genetic.map" --samples "$panel/samples.tsv")
 fi
-check=() samples=32 few=16 rounds=3 steps=60 network=() wide=(--set embrag.model.dims=384)
+check=() samples=32 few=16 rounds=3 steps=60 network=() wide=(--set embrag.model.dims=384) panels=(--rounds 3)
 if [ -n "${REHEARSAL:-}" ]; then
     export DS_ACCELERATOR=cpu
     check=(--device cpu) samples=2 few=2 rounds=1 steps=6
     network=(--set embrag.model.dims=16 --set embrag.model.layers=1 --set embrag.model.heads=2)
     network+=(--set embrag.data.validation_samples=2 --set embrag.validation.windows=1) wide=()
+    panels=(--haplotypes 200 --reference 100 --sites 100 --windows 6 --literal-windows 2 --micro-batch 2 --steps 2 --rounds 1)
 fi
 mkdir -p "$results" "$work/results"
 report=$results/report.md
@@ -143,7 +144,7 @@ done
 fenced "$work/run/metrics.jsonl" >"$work/metrics.md"
 written "Training" "$work/metrics.md"
 
-part retrieval 60 "$python" profiling/bench_retrieval.py --json "$work/results/retrieval.json"
+part retrieval 75 "$python" profiling/bench_retrieval.py --json "$work/results/retrieval.json" "${panels[@]}"
 fenced "$work/said" >"$work/retrieval.md"
 written "Retrieval" "$work/retrieval.md"
 echo "written to $report"
