@@ -280,7 +280,8 @@ def test_two_ranks_export_their_masters_and_each_has_a_log(
     for name in ("run.log", "run-rank1.log"):
         log = (tmp_path / name).read_text()
         assert " DeepSpeed: " in log and log.count("embrag_ds.training.trainer: run folder: ") == 6
-    assert (first.stdout, second.stdout) == ("", "")
+    printed = (first.stdout + second.stdout).splitlines()
+    assert not [line for line in printed if not line.startswith("[Gloo] Rank ")]  # torch 2.10 prints those
     assert first.stderr.count("run folder: ") == 6 and "run folder: " not in second.stderr
     assert "DeepSpeed" not in first.stderr + second.stderr
     for path in configs:
