@@ -67,7 +67,7 @@ def stage(queries: QueryBatch, data: WindowedPanel, slot: PlainSlot) -> None:
     slot.put(features.frequency)
     slot.put(typed)
     slot.put(count)
-    host_side._near(queries.masked, window.core)
+    host_side._near(queries.masked, count, window.core)
     observed = np.flatnonzero(~queries.masked.all(0))
     slot.put(observed)
     slot.put(window.start + observed)

@@ -85,15 +85,11 @@ part() {
     echo "| $name | $result | $((SECONDS - began)) |" >>"$work/parts"
 }
 
-# written TITLE FILE...: put text files into the report, write it, and archive all results so far.
+# written [TITLE FILE]: put a text file into the report, write it, and archive all results so far.
 written() {
-    local title=$1
-    shift
-    for file in "$@"; do
-        if [ -s "$file" ]; then
-            { printf '\n## %s\n\n' "$title"; sed 's/^#/###/' "$file"; } >>"$work/details"
-        fi
-    done
+    if [ -s "${2:-}" ]; then
+        { printf '\n## %s\n\n' "$1"; sed 's/^#/###/' "$2"; } >>"$work/details"
+    fi
     cat "$work/heading" "$work/parts" "$work/details" >"$report" 2>/dev/null
     tar -czf "$results/results.tar.gz" -C "$work" results
 }
@@ -111,7 +107,7 @@ written "What works" "$work/check.md"
 
 # A warning of versions that constraints.txt does not pin is no failure here.
 part tests 120 "$python" -m pytest -m gpu -q -p no:cacheprovider -W default
-written "" ""
+written
 
 # Every variant as v18.json is; then V18 alone, compiled.
 compare() {

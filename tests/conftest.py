@@ -8,6 +8,7 @@ import os
 if os.environ.get("DS_ACCELERATOR") == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,6 +61,16 @@ def real_data() -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Function that sets the back end of torch.compile; the fast ones trace and differentiate but make no code."""
+    real = torch.compile
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield lambda name: monkeypatch.setattr(torch, "compile", functools.partial(real, backend=name))
+    torch._dynamo.reset()
 
 
 KeptBytes = Callable[[Callable[[], torch.Tensor]], int]

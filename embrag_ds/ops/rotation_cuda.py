@@ -12,7 +12,7 @@ from torch import Tensor
 
 from embrag_ds.ops import cuda
 
-SOURCE = r"""
+_COMMON = r"""
 typedef unsigned short bfloat16;  // the upper half of a float
 
 union Bits { float value; unsigned int bits; };
@@ -79,40 +79,26 @@ __device__ inline void gather(Pair<Number>* qkv, const Pair<Number>* query, cons
         qkv[2 * size + at] = v;
     }
 }
-
-// qkv [B, L, 3, heads, 2 pairs], angles [L, pairs, 2], gradients [B, L, heads, 2 pairs].
-extern "C" __global__ void rotate_float(
-    float* qkv, const float* angles, const int tiles, const int L, const int heads, const int pairs)
+"""
+# For each type of numbers. qkv [B, L, 3, heads, 2 pairs], angles [L, pairs, 2], gradients [B, L, heads, 2 pairs].
+_KERNELS = r"""
+extern "C" __global__ void rotate_NUMBER(
+    NUMBER* qkv, const float* angles, const int tiles, const int L, const int heads, const int pairs)
 {
-    rotate((Pair<float>*)qkv, angles, tiles, L, heads, pairs);
+    rotate((Pair<NUMBER>*)qkv, angles, tiles, L, heads, pairs);
 }
 
-extern "C" __global__ void gather_float(
-    float* __restrict__ qkv, const float* __restrict__ query, const float* __restrict__ key,
-    const float* __restrict__ value, const float* __restrict__ angles,
+extern "C" __global__ void gather_NUMBER(
+    NUMBER* __restrict__ qkv, const NUMBER* __restrict__ query, const NUMBER* __restrict__ key,
+    const NUMBER* __restrict__ value, const float* __restrict__ angles,
     const int tiles, const int L, const int heads, const int pairs)
 {
-    typedef const Pair<float>* Given;
-    gather((Pair<float>*)qkv, (Given)query, (Given)key, (Given)value, angles, tiles, L, heads, pairs);
-}
-
-extern "C" __global__ void rotate_bfloat16(
-    bfloat16* qkv, const float* angles, const int tiles, const int L, const int heads, const int pairs)
-{
-    rotate((Pair<bfloat16>*)qkv, angles, tiles, L, heads, pairs);
-}
-
-extern "C" __global__ void gather_bfloat16(
-    bfloat16* __restrict__ qkv, const bfloat16* __restrict__ query, const bfloat16* __restrict__ key,
-    const bfloat16* __restrict__ value, const float* __restrict__ angles,
-    const int tiles, const int L, const int heads, const int pairs)
-{
-    typedef const Pair<bfloat16>* Given;
-    gather((Pair<bfloat16>*)qkv, (Given)query, (Given)key, (Given)value, angles, tiles, L, heads, pairs);
+    typedef const Pair<NUMBER>* Given;
+    gather((Pair<NUMBER>*)qkv, (Given)query, (Given)key, (Given)value, angles, tiles, L, heads, pairs);
 }
 """
-
 _NUMBERS = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+SOURCE = _COMMON + "".join(_KERNELS.replace("NUMBER", number) for number in _NUMBERS.values())
 
 
 def serves(qkv: Tensor) -> bool:

@@ -121,7 +121,7 @@ class RetrievalCollator:
         masked = put(queries.masked).repeat_interleave(2, dim=0)
         tokens = alleles.masked_fill(masked, MASK)
         typed, count = _typed_sites(queries.masked)
-        near, near_count = _near(queries.masked, window.core)
+        near, near_count = _near(queries.masked, count, window.core)
         features = self._data.features(queries.window)
         excluded = put(self._excluded[queries.samples])
         reference = self._core_alleles(queries.window)
@@ -267,13 +267,14 @@ def _observed_before(masked: np.ndarray, stop: int) -> np.ndarray:
     return stop - np.array([np.count_nonzero(row[:stop]) for row in masked])
 
 
-def _near(masked: np.ndarray, core: slice) -> tuple[np.ndarray, int]:
+def _near(masked: np.ndarray, count: np.ndarray, core: slice) -> tuple[np.ndarray, int]:
     """First of the typed sites near the core of each sample, int64 [N], and their number, which is the same for all.
 
-    They cover the last typed site before the core to the first beyond it. ``masked`` is bool [N, L]; the sites are
-    columns of :attr:`WindowFrame.typed`. Samples with fewer such sites get others after or before these as well.
+    They cover the last typed site before the core to the first beyond it. ``masked`` is bool [N, L], and ``count``
+    int64 [N] the number of typed sites. The sites are columns of :attr:`WindowFrame.typed`. Samples with fewer such
+    sites get others after or before these as well.
     """
-    before, until, count = (_observed_before(masked, stop) for stop in (core.start, core.stop, masked.shape[1]))
+    before, until = (_observed_before(masked, stop) for stop in (core.start, core.stop))
     first = np.maximum(before - 1, 0)
     last = np.minimum(until, np.maximum(count - 1, 0))
     number = int((last - first).max()) + 1

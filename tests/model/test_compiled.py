@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-
 import pytest
 import torch
 from hypothesis import given
@@ -24,16 +21,6 @@ LOSS = LossConfig(rarity=0.5)
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding alone: the compiled function is the function."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-
-
-@pytest.fixture
-def tracer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Function that sets a back end of torch.compile that makes no code for this machine, which would take a minute."""
-    real = torch.compile
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield lambda name: monkeypatch.setattr(torch, "compile", functools.partial(real, backend=name))
-    torch._dynamo.reset()
 
 
 def batch_of_length(build, length: int, network: Imputer, mode: str = "factored", seed: int = 3) -> Batch:
@@ -94,9 +81,9 @@ def test_attention_is_fused_and_has_no_mask(build, without_compiler, length: int
     assert attention.seen == [(sites, length)]
 
 
-def test_what_is_traced_is_one_graph_for_all_lengths_of_one_padding(build, tracer) -> None:
+def test_what_is_traced_is_one_graph_for_all_lengths_of_one_padding(build, compiler) -> None:
     """The graph is whole (``fullgraph``), and a length that needs no padding has one of its own."""
-    tracer("eager")
+    compiler("eager")
     network = build.imputer().train()
     batches = [batch_of_length(build, length, network) for length in (46, 41, 48)]
     expected = [passes(network, batch) for batch in batches]
@@ -107,9 +94,9 @@ def test_what_is_traced_is_one_graph_for_all_lengths_of_one_padding(build, trace
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-def test_compiled_code_stores_no_norms_and_activations(build, tracer, kept_bytes) -> None:
+def test_compiled_code_stores_no_norms_and_activations(build, compiler, kept_bytes) -> None:
     """They are computed again there, too. Without that, a block would keep seven times its input more."""
-    tracer("aot_eager_decomp_partition")
+    compiler("aot_eager_decomp_partition")
     network = build.imputer(dims=64, layers=3).train()
     batch = batch_of_length(build, 48, network)
     eager = kept_bytes(lambda: network(batch, loss=LOSS).total)

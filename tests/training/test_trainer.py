@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
@@ -670,16 +669,6 @@ def test_a_step_on_a_gpu_never_waits_for_it(make_trainer: MakeTrainer) -> None:
 
 
 COMPILED = "embrag.train.compile=true"
-
-
-@pytest.fixture
-def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Function that sets the back end of torch.compile; the fast ones trace and differentiate but make no code."""
-    real = torch.compile
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield lambda name: monkeypatch.setattr(torch, "compile", functools.partial(real, backend=name))
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(
