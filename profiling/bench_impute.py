@@ -30,12 +30,12 @@ from machine import peak_resident_bytes
 
 from embrag_ds.cli.command import run_command
 from embrag_ds.data.inputs import default_data
-from embrag_ds.data.vcf import PhasedVcf
 from embrag_ds.data.windows import DataConfig
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation.external_tools import TOOLS, check_ended_well, installed, plink_map
 from embrag_ds.files import require_writable, write_json
 from embrag_ds.training.run_record import device_name
+from embrag_ds.variants.records import PhasedVcf
 
 logger = logging.getLogger("embrag_ds.profiling.bench_impute")
 

@@ -35,7 +35,6 @@ from embrag_ds.cli.command import run_command
 from embrag_ds.config import RunConfig
 from embrag_ds.data.panel import Panel, PanelSubset, Populations
 from embrag_ds.data.sampler import QueryBatch
-from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.tokens import MASK
 from embrag_ds.data.windows import WindowedPanel, make_windows
 from embrag_ds.files import require_writable, write_json, written
@@ -53,6 +52,7 @@ from embrag_ds.retrieval.store import FactoredStore
 from embrag_ds.seeds import Purpose, generator, torch_seed
 from embrag_ds.training.deepspeed_settings import load_training_config
 from embrag_ds.training.run_record import device_name
+from embrag_ds.variants.sites import SiteTable
 
 logger = logging.getLogger("embrag_ds.profiling.bench_retrieval")
 

@@ -210,8 +210,8 @@ import resource, sys, time
 import numpy as np
 from pathlib import Path
 from embrag_ds.cli.command import run_command
-from embrag_ds.data.sites import SiteTable
-from embrag_ds.data.vcf_output import write_phased
+from embrag_ds.variants.sites import SiteTable
+from embrag_ds.variants.output import write_phased
 from embrag_ds.files import folder_written, written
 
 path = Path(sys.argv[2])
@@ -463,7 +463,7 @@ ALLOWED = {
     "embrag_ds/files.py": {"open", "replace", "rename", "write_text"},
     "embrag_ds/data/panel.py": {"open", "write_text"},  # its lock, and inside a folder_written
     "embrag_ds/data/simulate.py": {"open", "write_text"},  # inside a folder_written
-    "embrag_ds/data/sites.py": {"open"},  # inside a folder_written
+    "embrag_ds/variants/sites.py": {"open"},  # inside a folder_written
     "embrag_ds/evaluation/external_tools.py": {"open"},  # output of the tools, to look at while they run
     "embrag_ds/training/run_record.py": {"open"},  # metrics, a line at a time
     "profiling/bench_impute.py": {"open"},

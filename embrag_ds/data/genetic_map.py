@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from embrag_ds.data.sites import SiteTable
 from embrag_ds.errors import UserError
 from embrag_ds.files import read_lines, write_text
+from embrag_ds.variants.sites import SiteTable
 
 _CONTIG_NAMES = {"chr", "chrom", "chromosome"}
 _POS_NAMES = {"pos", "position", "bp"}

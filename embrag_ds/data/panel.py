@@ -7,7 +7,7 @@ file              content
 ================  ===========================================================================
 ``alleles.bits``  uint8 [S, ceil(2N / 8)], bit h of row s is haplotype h's allele at site s;
                   memory-mapped, so a window is one contiguous read
-``sites.tsv``     the site table (:meth:`embrag_ds.data.sites.SiteTable.save`)
+``sites.tsv``     the site table (:meth:`embrag_ds.variants.sites.SiteTable.save`)
 ``meta.json``     format number, sample ids, counts of skipped records
 ================  ===========================================================================
 
@@ -29,11 +29,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from embrag_ds.data.sites import SiteTable
-from embrag_ds.data.vcf import PhasedVcf
 from embrag_ds.errors import UserError
 from embrag_ds.files import folder_written, read_lines, remove_leftovers
 from embrag_ds.ops.bits import pack_host, unpack_chosen, unpack_host
+from embrag_ds.variants.records import PhasedVcf
+from embrag_ds.variants.sites import SiteTable
 
 FORMAT = 1
 """Version of the cache's layout."""

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from embrag_ds.data.sites import SiteTable
-from embrag_ds.data.vcf_output import write_phased
 from embrag_ds.errors import UserError
 from embrag_ds.files import folder_written, make_folder
 from embrag_ds.seeds import Purpose, generator
+from embrag_ds.variants.output import write_phased
+from embrag_ds.variants.sites import SiteTable
 
 if TYPE_CHECKING:
     import msprime

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from embrag_ds.data.panel import Panel, skipped_records
-from embrag_ds.data.sites import Harmonised, harmonise
 from embrag_ds.data.tokens import REF
 from embrag_ds.errors import UserError
 from embrag_ds.ops.bits import unpack_host
+from embrag_ds.variants.sites import Harmonised, harmonise
 
 logger = logging.getLogger(__name__)
 

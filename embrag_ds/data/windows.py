@@ -15,11 +15,11 @@ import numpy as np
 
 from embrag_ds.data.masking import MaskSites
 from embrag_ds.data.panel import FEW, RARE, Panel, PanelSubset, map_packed
-from embrag_ds.data.sites import SiteTable
 from embrag_ds.errors import UserError, require
 from embrag_ds.files import read_lines
 from embrag_ds.ops.bits import unpack_samples
 from embrag_ds.settings import strict_settings
+from embrag_ds.variants.sites import SiteTable
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from embrag_ds.data.panel import Panel
-from embrag_ds.data.sites import Harmonised, harmonise
-from embrag_ds.data.vcf_dosages import DosageFile, spool_dosages
 from embrag_ds.errors import UserError
+from embrag_ds.variants.dosages import DosageFile, spool_dosages
+from embrag_ds.variants.sites import Harmonised, harmonise
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from embrag_ds.data.genetic_map import GeneticMap
-from embrag_ds.data.vcf import PhasedVcf
 from embrag_ds.errors import UserError
 from embrag_ds.files import make_folder
+from embrag_ds.variants.records import PhasedVcf
 
 logger = logging.getLogger(__name__)
 Run = Callable[[Sequence[str | Path], Path], None]

@@ -1,7 +1,7 @@
 """Scoring of imputed files against a truth, at the same untyped sites and samples for every tool.
 
 Panel and target are opened packed (:mod:`embrag_ds.data.panel`). The truth and every imputed file are read once and
-spooled (:mod:`embrag_ds.data.spool`). All measures are sums over blocks of sites.
+spooled (:mod:`embrag_ds.variants.spool`). All measures are sums over blocks of sites.
 
 Peak memory, with N samples in a file, R resamples and T tools, is the sum of
 

@@ -31,7 +31,6 @@ from embrag_ds.data.inputs import (
 from embrag_ds.data.panel import open_panel
 from embrag_ds.data.sampler import QueryBatch, exclusion_table
 from embrag_ds.data.targets import Targets, harmonise_targets
-from embrag_ds.data.vcf_output import ImputedVcfWriter
 from embrag_ds.data.windows import DataConfig, WindowedPanel, blend_weights, uncovered
 from embrag_ds.errors import UserError
 from embrag_ds.export import PRETRAINED, ExportedModel, read_export
@@ -44,6 +43,7 @@ from embrag_ds.retrieval.search import backends_on
 from embrag_ds.runtime.driver import unused_gpus
 from embrag_ds.runtime.processor import cpu_has_bf16
 from embrag_ds.runtime.streams import use_device
+from embrag_ds.variants.output import ImputedVcfWriter
 
 logger = logging.getLogger(__name__)
 

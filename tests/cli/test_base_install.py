@@ -12,8 +12,8 @@ import pytest
 
 from embrag_ds.cli.train import OF_EXTRA
 from embrag_ds.data.simulate import DefaultData
-from embrag_ds.data.vcf import read_phased
-from embrag_ds.data.vcf_dosages import read_dosages
+from embrag_ds.variants.dosages import read_dosages
+from embrag_ds.variants.records import read_phased
 
 Embrag = Callable[..., subprocess.CompletedProcess[str]]
 

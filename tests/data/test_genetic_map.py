@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embrag_ds.data.genetic_map import GeneticMap
-from embrag_ds.data.sites import SiteTable
 from embrag_ds.errors import UserError
+from embrag_ds.variants.sites import SiteTable
 
 FORMATS = {
     "plink": "20 rs1 1.0 1000\n20 . 1.5 2000\n20 . 3.5 4000\n",

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 import embrag_ds.data.panel as panel_module
 from embrag_ds.data.panel import Panel, PanelSubset, Populations, open_panel, read_populations
-from embrag_ds.data.sites import SiteTable
-from embrag_ds.data.vcf import PhasedVcf
-from embrag_ds.data.vcf_output import write_phased
 from embrag_ds.errors import UserError
+from embrag_ds.variants.output import write_phased
+from embrag_ds.variants.records import PhasedVcf
+from embrag_ds.variants.sites import SiteTable
 
 
 def site_table(count: int) -> SiteTable:

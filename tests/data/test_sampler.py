@@ -26,9 +26,9 @@ from embrag_ds.data.sampler import (
     read_manifest,
     split_samples,
 )
-from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.windows import DataConfig, WindowedPanel, make_windows
 from embrag_ds.errors import UserError
+from embrag_ds.variants.sites import SiteTable
 
 
 def make_panel(samples: int, lengths: tuple[int, ...], seed: int = 1) -> tuple[Panel, np.ndarray]:

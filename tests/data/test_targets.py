@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embrag_ds.data.panel import Panel
-from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.targets import harmonise_targets
 from embrag_ds.errors import UserError
+from embrag_ds.variants.sites import SiteTable
 
 
 def packed(name: str, pos: np.ndarray, alleles: np.ndarray, swapped: np.ndarray, prefix: str) -> Panel:

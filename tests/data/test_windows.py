@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.windows import Window, blend_weights, make_windows, read_windows, uncovered
 from embrag_ds.errors import UserError
+from embrag_ds.variants.sites import SiteTable
 
 
 def sites_of(lengths: list[int], spacing: int = 10) -> SiteTable:

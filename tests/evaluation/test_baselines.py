@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embrag_ds.data.panel import Panel
-from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.tokens import MISSING
 from embrag_ds.evaluation import baselines
 from embrag_ds.evaluation.baselines import NearestHaplotype, allele_frequency_dosage
+from embrag_ds.variants.sites import SiteTable
 
 
 def nearest(

@@ -10,9 +10,9 @@ import pytest
 
 from embrag_ds.data.genetic_map import GeneticMap
 from embrag_ds.data.simulate import DefaultData
-from embrag_ds.data.vcf_dosages import read_dosages
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation.external_tools import TOOLS, impute_with_tools
+from embrag_ds.variants.dosages import read_dosages
 
 # A stand-in records its arguments and copies the panel to the output file that they name.
 STAND_IN = {

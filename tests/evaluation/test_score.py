@@ -11,12 +11,12 @@ import pysam
 import pytest
 
 from embrag_ds.cli.main import main
-from embrag_ds.data.sites import SiteTable
-from embrag_ds.data.vcf import read_phased
-from embrag_ds.data.vcf_output import write_phased
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation import metrics
 from embrag_ds.evaluation.score import ALLELE_FREQUENCY, NEAREST_HAPLOTYPE, evaluate
+from embrag_ds.variants.output import write_phased
+from embrag_ds.variants.records import read_phased
+from embrag_ds.variants.sites import SiteTable
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT.parent / "shared" / "data" / "kgp_chr20"

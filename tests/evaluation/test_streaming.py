@@ -11,13 +11,13 @@ import numpy as np
 import pysam
 import pytest
 
-from embrag_ds.data import spool as spool_module
-from embrag_ds.data.sites import SiteTable
-from embrag_ds.data.vcf_output import ImputedVcfWriter, write_phased
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation import metrics, scoring
 from embrag_ds.evaluation.report import Report
 from embrag_ds.evaluation.score import ALLELE_FREQUENCY, NEAREST_HAPLOTYPE, evaluate
+from embrag_ds.variants import spool as spool_module
+from embrag_ds.variants.output import ImputedVcfWriter, write_phased
+from embrag_ds.variants.sites import SiteTable
 
 PANEL_SAMPLES = 40
 
@@ -123,7 +123,7 @@ def _close(found: object, expected: object) -> bool:
 PEAK = """
 import sys
 from pathlib import Path
-from embrag_ds.data import spool
+from embrag_ds.variants import spool
 from embrag_ds.evaluation import scoring
 from embrag_ds.evaluation.score import evaluate
 spool._PAGE_ENTRIES, scoring.BLOCK_SITES = 1024, 256  # what does not depend on the number of sites: small

@@ -20,11 +20,7 @@ from embrag_ds.config_files import read_tree
 from embrag_ds.data.inputs import PanelFiles, PanelInputs, open_inputs
 from embrag_ds.data.panel import Panel
 from embrag_ds.data.simulate import DefaultData
-from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.targets import Targets, harmonise_targets
-from embrag_ds.data.vcf import PhasedData, read_phased
-from embrag_ds.data.vcf_dosages import read_dosages
-from embrag_ds.data.vcf_output import write_phased
 from embrag_ds.data.windows import DataConfig, Window
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation.metrics import AggregateR2
@@ -38,6 +34,10 @@ from embrag_ds.retrieval.codebooks import Encoder
 from embrag_ds.retrieval.fastest import FirstSearch
 from embrag_ds.training.distributed import DistributedContext
 from embrag_ds.training.trainer import Trainer
+from embrag_ds.variants.dosages import read_dosages
+from embrag_ds.variants.output import write_phased
+from embrag_ds.variants.records import PhasedData, read_phased
+from embrag_ds.variants.sites import SiteTable
 from tests.cuda_rules import Machine
 
 MakeConfig = Callable[..., RunConfig]

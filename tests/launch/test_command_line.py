@@ -19,10 +19,10 @@ import torch
 
 from embrag_ds.cli.main import main
 from embrag_ds.data.simulate import DefaultData
-from embrag_ds.data.vcf import read_phased
-from embrag_ds.data.vcf_dosages import read_dosages
-from embrag_ds.data.vcf_output import write_phased
 from embrag_ds.training.distributed import DistributedContext
+from embrag_ds.variants.dosages import read_dosages
+from embrag_ds.variants.output import write_phased
+from embrag_ds.variants.records import read_phased
 from tests.ranks import LAUNCHER, free_port
 
 TINY = [

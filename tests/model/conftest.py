@@ -13,13 +13,13 @@ import torch
 
 from embrag_ds.data.panel import Panel, PanelSubset, Populations
 from embrag_ds.data.sampler import QueryBatch, exclusion_table
-from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.windows import WindowedPanel, make_windows
 from embrag_ds.model.embedding import HaplotypeEmbedding
 from embrag_ds.model.imputer import Imputer, ModelConfig
 from embrag_ds.retrieval.batch import Batch
 from embrag_ds.retrieval.reference import Reference
 from embrag_ds.retrieval.settings import RetrievalConfig
+from embrag_ds.variants.sites import SiteTable
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from embrag_ds.data.panel import Panel, PanelSubset, Populations
 from embrag_ds.data.sampler import QueryBatch, exclusion_table
-from embrag_ds.data.sites import SiteTable
 from embrag_ds.data.tokens import MASK, VOCAB
 from embrag_ds.data.windows import WindowedPanel, make_windows
 from embrag_ds.retrieval.batch import Batch
@@ -25,6 +24,7 @@ from embrag_ds.retrieval.schedule import Generation, RefreshSchedule
 from embrag_ds.retrieval.search import make_search
 from embrag_ds.retrieval.settings import LocalRetrieval
 from embrag_ds.retrieval.store import FactoredStore, Query, Store
+from embrag_ds.variants.sites import SiteTable
 
 CPU = torch.device("cpu")
 WAYS = (("factored", "torch"), ("factored", "faiss-cpu"), ("dense", "torch"))

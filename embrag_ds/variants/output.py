@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from embrag_ds.data.sites import SiteTable
-from embrag_ds.data.vcf import published
 from embrag_ds.errors import UserError
 from embrag_ds.files import require_writable
+from embrag_ds.variants.records import published
+from embrag_ds.variants.sites import SiteTable
 
 
 def write_phased(path: str | Path, sites: SiteTable, samples: tuple[str, ...] | list[str], alleles: np.ndarray) -> None:

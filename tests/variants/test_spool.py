@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from embrag_ds.data import spool as spool_module
-from embrag_ds.data.spool import Spool
 from embrag_ds.errors import UserError
+from embrag_ds.variants import spool as spool_module
+from embrag_ds.variants.spool import Spool
 
 
 def write(spool: Spool, values: np.ndarray) -> int:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embrag_ds.data.sites import Harmonised, SiteTable, harmonise
 from embrag_ds.errors import UserError
+from embrag_ds.variants.sites import Harmonised, SiteTable, harmonise
 
 Row = tuple[str, int, str, str]
 

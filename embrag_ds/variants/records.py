@@ -21,9 +21,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import pysam
 
-from embrag_ds.data.sites import SiteTable
 from embrag_ds.errors import UserError
 from embrag_ds.files import written_together
+from embrag_ds.variants.sites import SiteTable
 
 # Our errors name file, record and remedy; htslib's messages on stderr would only repeat them.
 pysam.set_verbosity(0)

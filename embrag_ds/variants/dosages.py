@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from embrag_ds.data.sites import SiteTable
-from embrag_ds.data.spool import Spool
-from embrag_ds.data.vcf import BiallelicFile, VcfRow, site_table
 from embrag_ds.errors import UserError
+from embrag_ds.variants.records import BiallelicFile, VcfRow, site_table
+from embrag_ds.variants.sites import SiteTable
+from embrag_ds.variants.spool import Spool
 
 _DOSAGE, _HAPLOTYPES, _GP = slice(0, 1), slice(1, 3), slice(3, 6)
 _COLUMNS = 6
@@ -67,7 +67,7 @@ def spool_dosages(path: str | Path, folder: Path, allow_missing: bool = False) -
     :class:`UserError` for a damaged file, an unsorted or repeated site, and a FORMAT without any of these keys. It also
     raises one for a value that is missing or no number, and for a dosage outside [0, 2].
 
-    Memory: a page of the :class:`embrag_ds.data.spool.Spool`, the texts of its distinct columns, and the site table.
+    Memory: a page of the :class:`embrag_ds.variants.spool.Spool`, the texts of distinct columns, and the site table.
     """
     with BiallelicFile(path) as vcf, Spool(folder, len(vcf.samples), _COLUMNS) as spool:
         yield _spooled(vcf, spool, allow_missing)

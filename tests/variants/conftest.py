@@ -10,7 +10,7 @@ import pysam
 import pysam.bcftools
 import pytest
 
-from embrag_ds.data.sites import SiteTable
+from embrag_ds.variants.sites import SiteTable
 
 HEADER = (
     "##fileformat=VCFv4.3",

@@ -1,0 +1,1 @@
+"""Variant files, VCF and BCF: their records, site tables, dosages and output (numpy only)."""
