@@ -12,7 +12,7 @@ rate and ZeRO have DeepSpeed's keys only.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,8 @@ from embrag_ds.model.losses import LossConfig
 from embrag_ds.retrieval.settings import RetrievalConfig
 from embrag_ds.seeds import SEED_LIMIT
 from embrag_ds.settings import as_json, parse_settings, strict_settings
+
+_LARGEST = 1 << 53
 
 
 @strict_settings
@@ -67,6 +69,7 @@ class TrainConfig:
         for key in ("max_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
             require(getattr(self, key) >= 1, f"train.{key}", "must be at least 1")
         require(self.workers is None or self.workers >= 0, "train.workers", "must not be negative, or null")
+        require(self.workers is None or self.workers <= 1_024, "train.workers", "must not exceed 1024")
         require(self.patience is None or self.patience >= 1, "train.patience", "must be at least 1, or null")
 
 
@@ -100,6 +103,21 @@ class EmbragConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < SEED_LIMIT, "seed", "must lie in [0, 2^64)")
+
+
+PATHS = ("data.windows_file", "data.cache_dir", "masking.array_manifest", "retrieval.relatives")
+"""Keys of the section ``"embrag"`` that name a file or a folder of the machine on which a model is trained."""
+
+
+def without_paths(config: EmbragConfig) -> tuple[EmbragConfig, list[str]]:
+    """The settings with null for every key of :data:`PATHS`, and the keys that had another value."""
+    dropped = []
+    for section, key in (path.split(".") for path in PATHS):
+        settings = getattr(config, section)
+        if getattr(settings, key) is not None:
+            config = replace(config, **{section: replace(settings, **{key: None})})
+            dropped.append(f"embrag.{section}.{key}")
+    return config, dropped
 
 
 @dataclass(frozen=True)
@@ -146,4 +164,18 @@ def parse_embrag(tree: dict[str, Any], source: str) -> EmbragConfig:
 
     Raises :class:`UserError` for an unknown key, a wrong type, and a value out of range.
     """
-    return parse_settings(EmbragConfig, tree, "embrag", source)
+    config = parse_settings(EmbragConfig, tree, "embrag", source)
+    for section, settings in asdict(config).items():
+        _require_countable(settings if isinstance(settings, dict) else {}, f"embrag.{section}", source)
+    return config
+
+
+def _require_countable(tree: dict[str, Any], place: str, source: str) -> None:
+    """Raise :class:`UserError` for a whole number above 2^53, beyond which sums of such numbers overflow."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            _require_countable(value, f"{place}.{key}", source)
+        elif any(
+            isinstance(each, int) and each > _LARGEST for each in (value if isinstance(value, tuple) else (value,))
+        ):
+            raise UserError(f"{source}: {place}.{key} must not exceed 2^53, and is {as_json(value)}")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,12 +25,17 @@ from typing import Any
 import hjson
 
 from embrag_ds.errors import UserError
+from embrag_ds.files import decode_text
 from embrag_ds.settings import as_json
 
 EXCLUSIVE = {"embrag.retrieval.refresh": ("every_steps", "every_epochs", "at_steps")}
 """Section -> keys of which a configuration keeps only one."""
 REPLACED_WHOLE = ("embrag.masking.policies",)
 """Sections that replace the inherited section instead of being merged with it."""
+_BEYOND = 1 << 64
+_MOST_DIGITS = 4000
+_DEEPEST = 100
+_SHOWN = 60
 _EXTENDS = "extends"
 _PYTHON_ONLY = ("True", "False", "None")
 
@@ -44,7 +50,17 @@ def read_tree(name: Path | str, overrides: Iterable[str] = ()) -> tuple[dict[str
     tree, extended = _read(path, ())
     for override in overrides:
         tree = _merged(tree, _override(override), f"--set {override}")
+    _require_finite({key: value for key, value in tree.items() if key != "embrag"}, "", str(path))
     return tree, f"{path} (extends {', '.join(map(str, extended))})" if extended else str(path)
+
+
+def _require_finite(tree: Any, place: str, source: str) -> None:
+    """Raise :class:`UserError` for a number that is not finite, or beyond 64 bits: DeepSpeed would take some."""
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            _require_finite(value, f"{place}.{key}" if place else str(key), source)
+    elif isinstance(tree, int | float) and not abs(tree) < _BEYOND:
+        raise UserError(f"{source}: {place} must be a finite number of at most 64 bits, not {as_json(tree)}")
 
 
 def shipped_configurations() -> dict[str, Path]:
@@ -72,7 +88,7 @@ def _read(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, Any], list
     if _EXTENDS not in tree:
         return tree, []
     name = tree.pop(_EXTENDS)
-    if not isinstance(name, str):
+    if not isinstance(name, str) or "\0" in name:
         raise UserError(f"{path}: extends must be the path or the name of one configuration, not {as_json(name)}")
     base = _find(name, path.parent)
     inherited, further = _read(base, chain)
@@ -81,7 +97,7 @@ def _read(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, Any], list
 
 def _parse(path: Path, why: str) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = decode_text(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
     except FileNotFoundError as fault:
         names = ", ".join(shipped_configurations())
         raise UserError(
@@ -89,15 +105,42 @@ def _parse(path: Path, why: str) -> dict[str, Any]:
         ) from fault
     except OSError as fault:
         raise UserError(f"{path}: cannot read the configuration{why}: {fault.strerror}") from fault
-    except UnicodeDecodeError as fault:
+    except ValueError as fault:
         raise UserError(f"{path}: cannot read the configuration{why}: not a text file") from fault
     try:
-        tree = hjson.loads(text, object_pairs_hook=_no_duplicates, use_decimal=False)
+        tree = hjson.loads(
+            text, object_pairs_hook=_no_duplicates, use_decimal=False, parse_float=_Number, parse_int=_whole
+        )
+    except RecursionError as fault:
+        raise UserError(f"{path}: not a configuration: its sections are nested too deeply") from fault
     except (hjson.HjsonDecodeError, ValueError) as fault:
         raise UserError(f"{path}: not valid JSON: {fault}") from fault
+    if _depth(tree) > _DEEPEST:
+        raise UserError(f"{path}: not a configuration: its sections are nested too deeply")
     if not isinstance(tree, dict):
         raise UserError(f"{path}: not a configuration: expected a JSON object, as in ds_configs/v18.json")
     return json.loads(json.dumps(tree))  # plain containers instead of hjson's ordered ones
+
+
+def _depth(tree: Any) -> int:
+    """Number of levels of sections and lists, counted without recursion."""
+    level, depth = [tree], 0
+    while level := [each for each in level if isinstance(each, dict | list)]:
+        level = [item for each in level for item in (each.values() if isinstance(each, dict) else each)]
+        depth += 1
+    return depth
+
+
+class _Number(float):
+    """Number that hjson, which asks whether it is whole, may find infinite; the settings refuse it by its key."""
+
+    def __int__(self) -> int:
+        return super().__int__() if math.isfinite(self) else 0
+
+
+def _whole(text: str) -> int | float:
+    """Whole number, or infinity for one with more digits than Python reads."""
+    return int(text) if len(text) < _MOST_DIGITS else float(text)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -117,14 +160,19 @@ def _override(override: str) -> dict[str, Any]:
     if dotted.split(".")[0] == _EXTENDS:
         raise UserError(f"--set {override}: only a file can extend another; give --deepspeed_config the other one")
     try:
-        value = json.loads(text, object_pairs_hook=_no_duplicates)
+        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_int=_whole)
+    except RecursionError as fault:
+        raise UserError(f"--set {override[:_SHOWN]}...: its key or value is nested too deeply") from fault
     except ValueError as fault:
         if text[:1] in ("[", "{"):
             raise UserError(f"--set {override}: not valid JSON: {fault}") from fault
         if text in _PYTHON_ONLY:
             raise UserError(f"--set {override}: write true, false or null") from fault
         value = text
-    for name in reversed(dotted.split(".")):
+    names = dotted.split(".")
+    if len(names) + _depth(value) > _DEEPEST:
+        raise UserError(f"--set {override[:_SHOWN]}...: its key or value is nested too deeply")
+    for name in reversed(names):
         value = {name: value}
     return value
 

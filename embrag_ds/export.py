@@ -1,25 +1,30 @@
 """Exported models: one safetensors file, which is all that imputation needs.
 
 The file holds the network's weights, the section ``"embrag"`` of the configuration, and a snapshot of the embedding
-layer. The snapshot encodes reference panels (encodings ``fixed`` and ``refresh``). It is absent where panels are
-encoded by the current weights (``live``) or not at all.
+layer. The section is without its paths, which mean nothing on another machine or for another panel. The snapshot
+encodes reference panels (encodings ``fixed`` and ``refresh``). It is absent where panels are encoded by the current
+weights (``live``) or not at all.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from embrag_ds.config import EmbragConfig, parse_embrag
+from embrag_ds.config import EmbragConfig, parse_embrag, without_paths
 from embrag_ds.errors import UserError
 from embrag_ds.files import written
-from embrag_ds.model.imputer import ModelConfig
+from embrag_ds.model.imputer import Imputer, ModelConfig
+
+logger = logging.getLogger(__name__)
 
 EXPORT_FORMAT = 2
 """Version of the file's layout; other versions are refused."""
@@ -44,7 +49,7 @@ def write_export(
     if snapshot is not None:
         tensors |= {_SNAPSHOT + name: value.contiguous() for name, value in snapshot.items()}
     # One entry: safetensors writes several in random order, and equal models should be equal files.
-    header = {"format": EXPORT_FORMAT, "embrag": asdict(config)}
+    header = {"format": EXPORT_FORMAT, "embrag": asdict(without_paths(config)[0])}
     with written(path) as temporary:
         try:
             save_file(tensors, temporary, {_HEADER: json.dumps(header)})
@@ -66,22 +71,59 @@ class ExportedModel:
 
 
 def read_export(path: Path) -> ExportedModel:
-    """Read a file written by :func:`write_export`.
+    """Read a file written by :func:`write_export`; paths of the training in a file of an older version are ignored.
 
-    Raises :class:`UserError` if the file cannot be read, or is not an export of this format.
+    Raises :class:`UserError` if the file cannot be read, is not an export of this format, or lacks finite weights for
+    the network that it describes.
     """
     try:
+        if not path.is_file():  # a pipe cannot be mapped into memory, and reading it would wait
+            path.stat()
+            raise OSError("it is no file")
         with safe_open(path, framework="pt") as stored:
-            header = json.loads((stored.metadata() or {}).get(_HEADER, "{}"))
+            header = _header(stored.metadata())
             tensors = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as fault:
         raise UserError(f"{path}: cannot read the model: {fault}; name a model.safetensors of a run folder") from fault
-    if header.get("format") != EXPORT_FORMAT:
+    if header is None or header.get("format") != EXPORT_FORMAT or "embrag" not in header:
         raise UserError(f"{path}: not a model written by launch/train.py (or by another version of it)")
-    config = parse_embrag(header["embrag"], str(path))
+    config, dropped = without_paths(parse_embrag(header["embrag"], str(path)))
+    if dropped:
+        logger.info("%s: paths of its training are ignored (%s)", path, ", ".join(dropped))
+    if fault_found := _fault(tensors, config):
+        raise UserError(f"{path}: the model is damaged: {fault_found}; copy or train it again")
     snapshot = {name.removeprefix(_SNAPSHOT): value for name, value in tensors.items() if name.startswith(_SNAPSHOT)}
     weights = {name: value for name, value in tensors.items() if not name.startswith(_SNAPSHOT)}
     return ExportedModel(config, weights, snapshot or None)
+
+
+def _header(metadata: dict[str, str] | None) -> dict[str, Any] | None:
+    """Our entry of a file's metadata; None if there is none, or one that is no JSON object."""
+    try:
+        header = json.loads((metadata or {}).get(_HEADER, "null"))
+    except (ValueError, RecursionError):
+        return None
+    return header if isinstance(header, dict) else None
+
+
+def _fault(tensors: dict[str, Tensor], config: EmbragConfig) -> str | None:
+    """What the tensors lack as weights of the network that ``config`` describes, or None."""
+    if config.model.layers > len(tensors):
+        return f"it has too few tensors for {config.model.layers} transformer blocks"
+    with torch.device("meta"):
+        network = Imputer(config.model)
+    expected = {name: value.shape for name, value in network.state_dict().items()}
+    if config.retrieval.mode == "embedding" and config.retrieval.encoding != "live":
+        expected |= {_SNAPSHOT + name: value.shape for name, value in network.embedding.state_dict().items()}
+    for name, shape in expected.items():
+        if name not in tensors:
+            return f"it has no tensor {name}"
+        if tensors[name].shape != shape:
+            return f"{name} has the shape {list(tensors[name].shape)}, and its network {list(shape)}"
+        if not bool(torch.isfinite(tensors[name]).all()):
+            return f"{name} has values that are not finite"
+    foreign = sorted(tensors.keys() - expected.keys())
+    return f"{foreign[0]} is no tensor of its network" if foreign else None
 
 
 def start_from(model: nn.Module, settings: ModelConfig, export: ExportedModel, path: Path) -> None:

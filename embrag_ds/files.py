@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import glob
 import gzip
+import io
 import json
 import os
 import secrets
@@ -18,6 +20,18 @@ from typing import Any
 
 from embrag_ds.errors import UserError
 
+_GZIP = b"\x1f\x8b"
+_MOST_TEXT_BYTES = 1 << 28
+_NO_TEXT = "not plain or gzipped text"
+_MARKS = {  # the longer one first: UTF-32's begins as UTF-16's does
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+_LAST_POSITION = 1 << 62
+_LONGEST_NUMBER = 20
 _TOKEN_BYTES = 4
 _LONGEST_NAME = 60  # characters; in UTF-8 and with our prefix they fit the 255 bytes that a name may have
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -25,24 +39,81 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def read_lines(path: Path, what: str) -> list[str]:
-    """Lines of a plain or gzipped UTF-8 text file; ``what`` describes it in errors.
+    """Lines of a plain, gzipped or bgzipped text file; ``what`` describes it in errors.
 
-    Raises :class:`UserError` if the file cannot be read or decoded.
+    Lines end with LF, CRLF or CR, and only there. A byte-order mark is left out, and one of UTF-16 or UTF-32 decides
+    the encoding. Otherwise the text is UTF-8. A byte that is not becomes a surrogate (``surrogateescape``), as in names
+    from variant files, so that equal names are equal strings and the same byte is written again. Raises
+    :class:`UserError` for what cannot be read, is no text, or has more than 256 MiB.
     """
     try:
-        content = path.read_bytes()
-        if content.startswith(b"\x1f\x8b"):
-            content = gzip.decompress(content)
-        return content.decode("utf-8").splitlines()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as fault:
-        reason = getattr(fault, "strerror", None) or "not plain or gzipped text"
+        text = decode_text(_content(path))
+    except (OSError, EOFError, zlib.error, ValueError) as fault:
+        reason = getattr(fault, "strerror", None) or (fault if type(fault) is ValueError else _NO_TEXT)
         raise UserError(f"{path}: cannot read the {what} ({reason}); check the path or write it again") from fault
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
+def split_fields(line: str) -> list[str]:
+    """Fields of a line, without blanks around them: between tabs where it has any, else between spaces.
+
+    Fields between tabs may be empty, but not the last ones: trailing blanks and tabs are no fields. A blank line has no
+    field.
+    """
+    line = line.rstrip()
+    return [field.strip() for field in line.split("\t")] if "\t" in line else line.split()
+
+
+def read_position(text: str) -> int:
+    """A position in base pairs as a table gives it, and at most 2^62; raises ValueError for anything but digits.
+
+    ``int`` alone takes ``1_000``, signs and the digits of any script.
+    """
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(text)
+    return min(int(text), _LAST_POSITION) if len(text) < _LONGEST_NUMBER else _LAST_POSITION
+
+
+def _content(path: Path) -> bytes:
+    """Bytes of a file, decompressed."""
+    with path.open("rb") as stream:
+        head = stream.read(len(_GZIP))
+        # A pipe cannot be read twice.
+        whole = io.BytesIO(head + stream.read(_MOST_TEXT_BYTES + 1)) if not stream.seekable() else stream
+        whole.seek(0)
+        # Bounded, because a small file may expand to any size.
+        limited = gzip.GzipFile(fileobj=whole) if head == _GZIP else whole
+        content = limited.read(_MOST_TEXT_BYTES + 1)
+    if len(content) > _MOST_TEXT_BYTES:
+        raise ValueError(f"it has more than {_MOST_TEXT_BYTES:,} bytes of text")
+    return content
+
+
+def decode_text(content: bytes) -> str:
+    """Text of a file's bytes, as :func:`read_lines` has it, but with its line ends; raises ValueError for no text."""
+    for mark, encoding in _MARKS.items():
+        if content.startswith(mark):
+            errors = "surrogateescape" if encoding == "utf-8" else "strict"
+            text = content[len(mark) :].decode(encoding, errors)
+            break
+    else:
+        text = content.decode("utf-8", "surrogateescape")
+    if "\0" in text:
+        raise ValueError(_NO_TEXT)
+    return text
+
+
+def source_of(path: Path) -> Path:
+    """The file that ``path`` names; ``-`` is standard input."""
+    return Path("/dev/stdin") if str(path) == "-" else path
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file as :func:`written` does."""
     with written(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # Surrogates stand for bytes that are no UTF-8: the same bytes come out.
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def write_json(path: Path, value: Any) -> None:

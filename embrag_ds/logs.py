@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
+from tqdm import tqdm
+
 PACKAGE = "embrag_ds"
 
 
@@ -27,6 +29,14 @@ class RankFilter(logging.Filter):
         return self.rank == 0 or record.levelno >= logging.WARNING
 
 
+class _Stderr(logging.StreamHandler):
+    """Handler that writes a line above the progress bars instead of behind one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode():
+            super().emit(record)
+
+
 class _Terminal(logging.Formatter):
     """Formatter for stderr: warnings and errors start with their level, lines of ranks other than 0 with the rank."""
 
@@ -36,7 +46,8 @@ class _Terminal(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        return f"{self._prefix}{level}{super().format(record)}"
+        # Names may have bytes of no encoding (surrogates), at which not every stream that stands for stderr escapes.
+        return f"{self._prefix}{level}{super().format(record)}".encode("utf-8", "backslashreplace").decode()
 
 
 def rank_of_process() -> int:
@@ -47,7 +58,7 @@ def rank_of_process() -> int:
 @contextmanager
 def on_terminal(verbose: bool = False) -> Iterator[None]:
     """Write the package's log lines to stderr inside ``with``; debug lines too if ``verbose``."""
-    handler = logging.StreamHandler()
+    handler = _Stderr()
     handler.setFormatter(_Terminal(rank_of_process()))
     handler.addFilter(RankFilter(rank_of_process()))
     with _attached(handler, logging.DEBUG if verbose else logging.INFO):
@@ -63,7 +74,7 @@ class RunLog(MemoryHandler):
     def write_to(self, path: Path) -> None:
         """Append the buffered records and all later ones to the file ``path``."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(path, encoding="utf-8")
+        file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self.setTarget(file)
         self.flush()

@@ -30,12 +30,13 @@ from machine import peak_resident_bytes
 
 from embrag_ds.cli.command import run_command
 from embrag_ds.data.inputs import default_data
+from embrag_ds.data.programs import check_ended_well
 from embrag_ds.data.windows import DataConfig
 from embrag_ds.errors import UserError
-from embrag_ds.evaluation.external_tools import TOOLS, check_ended_well, installed, plink_map
+from embrag_ds.evaluation.external_tools import TOOLS, installed, plink_map
 from embrag_ds.files import require_writable, write_json
 from embrag_ds.training.run_record import device_name
-from embrag_ds.variants.records import PhasedVcf
+from embrag_ds.variants.records import VariantReader
 
 logger = logging.getLogger("embrag_ds.profiling.bench_impute")
 
@@ -131,10 +132,10 @@ def main() -> None:
     if options.panel is None:
         default = default_data(DataConfig())
         options.panel, options.target, options.map = default.panel, default.target, default.genetic_map
-    with PhasedVcf(options.target) as vcf:
+    with VariantReader(options.target) as vcf:
         samples = len(vcf.samples)
-    with PhasedVcf(options.panel) as vcf:
-        reference, sites = len(vcf.samples), sum(1 for _ in vcf.records())
+    with VariantReader(options.panel) as vcf:
+        reference, sites = len(vcf.samples), sum(1 for _ in vcf.sites())
     with tempfile.TemporaryDirectory() as folder:
         costs = measure(options, Path(folder))
     result = {

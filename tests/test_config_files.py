@@ -281,9 +281,82 @@ def test_a_missing_or_damaged_file_is_named_with_the_file_that_extends_it(write:
     )
     (tmp_path / "broken.json").write_text("{")
     assert message(lambda: extended(write, {}, "broken.json")).startswith(f"{tmp_path / 'broken.json'}: not valid JSON")
-    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe{}")
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe{}\0")
     assert message(lambda: extended(write, {}, "bytes.json")).endswith("extends: not a text file")
     assert "cannot read the configuration" in message(lambda: read_tree(tmp_path))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["LF", "CRLF", "CR"])
+def test_a_configuration_may_come_from_another_system(tmp_path: Path, encoding: str, end: str) -> None:
+    text = "# a remark" + end + json.dumps(BASE, indent=1).replace("\n", end)
+    (tmp_path / "run.json").write_bytes(text.encode(encoding))
+    assert read_tree(tmp_path / "run.json")[0] == BASE
+
+
+def test_a_remark_may_be_in_any_encoding_but_no_setting(tmp_path: Path) -> None:
+    text = json.dumps({**BASE, "embrag": {"data": {"cache_dir": "HERE"}}})
+    (tmp_path / "run.json").write_bytes(b"# caf\xe9\n" + text.encode())
+    assert load_config(tmp_path / "run.json").embrag.data.cache_dir == "HERE"
+    (tmp_path / "run.json").write_bytes(text.encode().replace(b"HERE", b"caf\xe9"))
+    assert message(lambda: load_config(tmp_path / "run.json")).endswith("embrag: a text in it is not Unicode")
+
+
+HUGE = "9" * 5000
+
+
+@pytest.mark.parametrize("value", ["1e999", "-1e999", "1e400", HUGE, f"-{HUGE}", f"{HUGE}.5"])
+@pytest.mark.parametrize("key", ["embrag.seed", "embrag.loss.rarity", "embrag.model.dims", "gradient_clipping"])
+def test_numbers_without_end_are_refused_by_their_key(write: Write, tmp_path: Path, key: str, value: str) -> None:
+    tree: Any = "VALUE"
+    for name in reversed(key.split(".")):
+        tree = {name: tree}
+    text = json.dumps({"extends": str(write("base.json", BASE)), **tree}).replace('"VALUE"', value)
+    (tmp_path / "run.json").write_text(text)
+    wanted = {"embrag.loss.rarity": "a number", "gradient_clipping": "a finite number of at most 64 bits"}
+    error = message(lambda: load_config(tmp_path / "run.json"))
+    infinity = "-Infinity" if value.startswith("-") else "Infinity"
+    assert error.endswith(f": {key} must be {wanted.get(key, 'a whole number')}, not {infinity}")
+    error = message(lambda: load_config(tmp_path / "base.json", [f"{key}={value}"]))
+    assert f"{key} must be {wanted.get(key, 'a whole number')}, not " in error
+
+
+@pytest.mark.parametrize("number", [2**53 + 1, 2**64 - 1, 2**64, 10**30, -(10**30)])
+def test_whole_numbers_beyond_what_the_machine_counts_are_refused(write: Write, number: int) -> None:
+    for key in ("window_sites", "flank_sites", "validation_samples"):
+        path = write("run.json", {**BASE, "embrag": {"data": {key: number}}})
+        assert f"embrag.data.{key}" in message(lambda path=path: load_config(path))
+    path = write("run.json", {**BASE, "train_micro_batch_size_per_gpu": number})
+    if abs(number) >= 2**64:
+        assert "train_micro_batch_size_per_gpu must be" in message(lambda: load_config(path))
+    path = write("run.json", {**BASE, "embrag": {"seed": number}})
+    if 0 <= number < 2**64:
+        assert load_config(path).embrag.seed == number
+    else:
+        assert "seed" in message(lambda: load_config(path))
+
+
+@pytest.mark.parametrize(
+    "key", ["model.dims", "model.layers", "model.ffn_multiple", "retrieval.prefetch", "train.workers"]
+)
+def test_what_no_machine_could_hold_is_refused_before_it_is_tried(write: Write, key: str) -> None:
+    error = message(lambda: load_config(write("run.json", BASE), [f"embrag.{key}=1000000000"]))
+    assert f"embrag.{key}: must not exceed " in error
+
+
+@pytest.mark.parametrize("depth", [90, 1_000, 100_000])
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")], ids=["lists", "sections"])
+def test_nesting_without_end_is_refused(write: Write, tmp_path: Path, opening: str, closing: str, depth: int) -> None:
+    for closed in (depth, 0):
+        nested = opening * depth + "1" * bool(closed) + closing * closed
+        (tmp_path / "run.json").write_text('{"a": ' + nested + "}")
+        message(lambda: load_config(tmp_path / "run.json"))
+        message(lambda nested=nested: load_config(write("base.json", BASE), [f"embrag.seed={nested}"]))
+    message(lambda: load_config(write("base.json", BASE), ["embrag." + ".".join(["a"] * depth) + "=1"]))
+
+
+def test_a_name_with_a_zero_is_no_name(write: Write) -> None:
+    assert "extends must be the path" in message(lambda: extended(write, {}, "a\0b"))
 
 
 def test_a_shipped_name_will_do_for_a_path(write: Write, root: Path, tmp_path: Path) -> None:

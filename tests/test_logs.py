@@ -46,6 +46,18 @@ def test_a_run_log_has_the_records_from_before_it_had_a_file(tmp_path: Path) -> 
     assert path.read_text().splitlines() == lines
 
 
+def test_names_of_no_encoding_are_logged_with_escapes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", True)  # a handler that fails prints a traceback
+    with logs.on_terminal(), logs.kept_for_run() as run_log:
+        run_log.write_to(tmp_path / "run.log")
+        LOGGER.warning("sample %s, population S\u00e9n\u00e9gal", "caf\udce9")
+    logged = (tmp_path / "run.log").read_text(encoding="utf-8")
+    assert logged.endswith("sample caf\\udce9, population S\u00e9n\u00e9gal\n")
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_a_run_log_without_a_file_leaves_none(tmp_path: Path) -> None:
     with logs.kept_for_run():
         LOGGER.info("lost")

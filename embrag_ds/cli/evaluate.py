@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
+from embrag_ds.cli.command import show
+from embrag_ds.cli.panel_options import add_reading, reading
 from embrag_ds.errors import UserError
 from embrag_ds.files import require_writable, write_json, write_text
+from embrag_ds.preflight import require_distinct, require_folder, require_readable
 
 DESCRIPTION = "Score imputed VCF or BCF files against the truth, at untyped sites, by minor-allele frequency."
 EXAMPLES = """\
@@ -28,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--target", type=Path, metavar="VCF", help="the typed sites, which are not scored")
     files.add_argument("--imputed", action="append", default=[], metavar="[NAME=]FILE", help="may be repeated")
     files.add_argument("--samples", type=Path, metavar="TSV", help="sample and population; adds scores by population")
+    files.add_argument("--cache-dir", type=Path, metavar="DIR", help="packed panels and scratch (~/.cache/embrag_ds)")
+    add_reading(files)
     others = parser.add_argument_group("methods to compare with")
     others.add_argument("--baselines", action="store_true", help="add two cheap methods")
     others.add_argument(
@@ -49,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output (the tables always go to stdout)")
     output.add_argument("--json", type=Path, metavar="OUT", help="write every number here")
     output.add_argument("--markdown", type=Path, metavar="OUT", help="write the tables here")
+    output.add_argument("--excluded", type=Path, metavar="TSV", help="write the sites left out here, with the reason")
     output.add_argument("--plots", type=Path, metavar="DIR", help="write r2.png and calibration.png here")
 
 
@@ -62,6 +67,8 @@ def named(imputed: list[str]) -> dict[str, str | Path]:
         name, equals, path = each.partition("=")
         if not equals or Path(each).exists():
             name, path = each, each
+        if not name or not path:
+            raise UserError(f"--imputed {each}: it lacks a name or a file; give NAME=FILE or FILE")
         if name in files:
             raise UserError(f"{path}: the name {name!r} is given twice; choose another with NAME=FILE")
         files[name] = path
@@ -70,33 +77,76 @@ def named(imputed: list[str]) -> dict[str, str | Path]:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command with parsed options; raises :class:`UserError`."""
-    from embrag_ds.data.inputs import default_data
+    from embrag_ds.data.cache import require_cache
+    from embrag_ds.data.inputs import cache_directory, default_data, with_cache
     from embrag_ds.data.windows import DataConfig
-    from embrag_ds.evaluation.external_tools import impute_with_tools
-    from embrag_ds.evaluation.plots import plot_report
+    from embrag_ds.evaluation.external_tools import impute_with_tools, tool_files
     from embrag_ds.evaluation.score import evaluate
 
+    if options.plots:
+        from embrag_ds.evaluation.plots import plot_files, plot_report
+
+    for name, least, most in (("bootstrap", 0, 1_000_000), ("threads", 1, 100_000)):
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--{name} must lie between {least} and {most}")
+    settings = DataConfig() if options.cache_dir is None else with_cache(DataConfig(), options.cache_dir)
+    cache = cache_directory(settings)
     given = [options.truth, options.panel, options.target]
     if not any(given):
-        default = default_data(DataConfig())
+        default = default_data(settings)
         given = [default.truth, default.panel, default.target]
         options.samples = options.samples or default.samples
         options.map = options.map or default.genetic_map
     if not all(given):
         raise UserError("--truth, --panel and --target go together")
-    for result in filter(None, (options.json, options.markdown)):
+    for result in filter(None, (options.json, options.markdown, options.excluded)):
         require_writable(result)
     truth, panel, target = given
     imputed = named(options.imputed)
+    read: dict[str, Path | list[Path] | None] = {
+        "--truth": truth,
+        "--panel": panel,
+        "--target": target,
+        "--map": options.map,
+        "--samples": options.samples,
+        "--imputed": [Path(path) for path in imputed.values()],
+    }
+    made = {
+        "--json": options.json,
+        "--markdown": options.markdown,
+        "--excluded": options.excluded,
+        "--plots": options.plots and plot_files(options.plots),
+        "--run-tools": options.run_tools and tool_files(options.run_tools),
+    }
+    require_distinct(made, read)
+    for folder in filter(None, (options.plots, options.run_tools)):
+        require_folder(folder)
+    if imputed or options.baselines or options.run_tools:
+        require_readable(read)
+        require_cache(cache)
     if options.run_tools:
+        for pipe in (panel, target):
+            if pipe.is_fifo():
+                raise UserError(f"{pipe}: --run-tools has it read more than once, and this is a pipe; give a file")
         for name, path in impute_with_tools(panel, target, options.map, options.run_tools, options.threads).items():
             if name in imputed:
                 raise UserError(f"{imputed[name]}: the name {name!r} belongs to a tool that is run; choose another")
             imputed[name] = path
     report = evaluate(
-        truth, imputed, panel, target, options.baselines, options.samples, options.bootstrap, options.seed
+        truth,
+        imputed,
+        panel,
+        target,
+        options.baselines,
+        options.samples,
+        options.bootstrap,
+        options.seed,
+        cache,
+        reading=reading(options),
+        excluded=options.excluded,
     )
-    sys.stdout.write(report.table())
+    show(report.table())
     if options.json:
         write_json(options.json, report.to_json())
     if options.markdown:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from embrag_ds.data.inputs import PanelFiles
+from embrag_ds.cli.panel_options import add_panel, panel_files
 
-DESCRIPTION = "Impute every panel site of phased targets."
+DESCRIPTION = "Impute every panel site of targets typed at some."
 EXAMPLES = """\
   embrag impute --panel PANEL.vcf.gz --map MAP --target TARGET.vcf.gz --out IMPUTED.vcf.gz
       with the model that comes with the package
@@ -21,12 +21,43 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
     files = parser.add_argument_group("files (default: the simulated default data)")
-    files.add_argument("--panel", type=Path, metavar="VCF", help="phased, indexed .vcf.gz or .bcf")
-    files.add_argument("--target", type=Path, metavar="VCF", help="phased targets, indexed")
-    files.add_argument("--out", type=Path, required=True, metavar="VCF.GZ", help="imputed, bgzipped and indexed")
-    files.add_argument("--map", type=Path, help="genetic map (default: 1 cM/Mb)")
-    files.add_argument("--samples", type=Path, metavar="TSV", help="panel sample and population")
-    files.add_argument("--allow-overlap", action="store_true", help="targets may also be in the panel")
+    add_panel(files)
+    files.add_argument("--target", type=Path, metavar="VCF", help="targets, typed at some of the panel's sites")
+    files.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="imputed, .vcf.gz or .bcf, with its index"
+    )
+    targets = parser.add_argument_group("targets")
+    targets.add_argument(
+        "--phase", choices=("none", "beagle"), default="none", help="what phases unphased targets (none: refused)"
+    )
+    targets.add_argument(
+        "--strand",
+        choices=("report", "flip", "drop"),
+        default="report",
+        help="sites on the other strand: left out, flipped (palindromic ones by frequency), or left out with all "
+        "palindromic ones (report)",
+    )
+    targets.add_argument("--allow-overlap", action="store_true", help="targets may also be in the panel")
+    targets.add_argument("--report", type=Path, metavar="JSON", help="write what was read and matched here")
+    targets.add_argument("--excluded", type=Path, metavar="TSV", help="write the sites left out here, with the reason")
+    extent = parser.add_argument_group("sites to impute (default: those of contigs with typed sites)")
+    extent.add_argument("--region", metavar="CONTIG[:START-END]", help="write these sites only")
+    extent.add_argument(
+        "--untyped-contigs",
+        choices=("drop", "frequency"),
+        default="drop",
+        help="contigs without typed sites: left out, or allele frequencies (drop)",
+    )
+    output = parser.add_argument_group("output (default: every site, all fields)")
+    output.add_argument("--format", metavar="LIST", default="GT,DS,HDS,GP", help="FORMAT fields (GT,DS,HDS,GP)")
+    output.add_argument("--sites-only", action="store_true", help="no sample columns")
+    output.add_argument("--typed-only", action="store_true", help="no imputed sites")
+    output.add_argument("--min-r2", type=float, default=0.0, metavar="X", help="no imputed sites with DR2 below X")
+    output.add_argument(
+        "--join-multiallelic",
+        action="store_true",
+        help="one record for the ALTs of one panel record, with AP1 and AP2 in place of HDS",
+    )
     group = parser.add_argument_group("model (default: the one that comes with the package)")
     model = group.add_mutually_exclusive_group()
     model.add_argument("--run-dir", type=Path, metavar="DIR", help="run folder of embrag train")
@@ -43,22 +74,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("bf16", "fp32"),
         help="of the network's products (default: bf16 on a GPU, fp32 on a CPU); all else is fp32",
     )
+    speed.add_argument("--threads", type=int, metavar="N", help="of the CPU; the output is the same (default: all)")
     speed.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
 
 
 def run(options: argparse.Namespace) -> None:
     """Run the command with parsed options; raises :class:`UserError`."""
     from embrag_ds.export import MODEL_FILE, PRETRAINED
-    from embrag_ds.imputation.impute import impute
+    from embrag_ds.imputation.impute import TargetOptions, impute
+    from embrag_ds.runtime.processor import use_threads
+    from embrag_ds.variants.output import OutputOptions
 
+    output = OutputOptions(
+        formats=tuple(options.format.split(",")),
+        sites_only=options.sites_only,
+        typed_only=options.typed_only,
+        min_r2=options.min_r2,
+        join_multiallelic=options.join_multiallelic,
+    )
+    if options.threads is not None:
+        use_threads(options.threads)
     impute(
-        PanelFiles(options.panel, options.map, options.samples),
+        panel_files(options),
         options.target,
         options.out,
         model=options.model or (options.run_dir / MODEL_FILE if options.run_dir else PRETRAINED),
+        options=TargetOptions(
+            duplicates=options.duplicates,
+            strand=options.strand,
+            phase=options.phase,
+            allow_overlap=options.allow_overlap,
+            region=options.region,
+            untyped_contigs=options.untyped_contigs,
+            report=options.report,
+            excluded=options.excluded,
+        ),
         samples_per_batch=options.samples_per_batch,
         transformer=not options.without_transformer,
-        allow_overlap=options.allow_overlap,
         device=options.device,
         precision=options.precision,
+        cache_dir=options.cache_dir,
+        output=output,
     )

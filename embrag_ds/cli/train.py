@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 from pathlib import Path
 
-from embrag_ds.data.inputs import PanelFiles
+from embrag_ds.cli.panel_options import add_panel, panel_files
 from embrag_ds.errors import UserError
 
 DESCRIPTION = "Train a model on a phased reference panel."
@@ -40,9 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     data = parser.add_argument_group("data (default: a panel simulated on first use)")
-    data.add_argument("--panel", type=Path, metavar="VCF", help="phased, indexed .vcf.gz or .bcf")
-    data.add_argument("--map", type=Path, help="genetic map, PLINK or SHAPEIT/Eagle format (default: 1 cM/Mb)")
-    data.add_argument("--samples", type=Path, metavar="TSV", help="sample and population, one sample a line")
+    add_panel(data)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -55,9 +54,11 @@ def run(options: argparse.Namespace) -> None:
     overrides = list(options.set)
     if options.max_steps is not None:
         overrides.append(f"embrag.train.max_steps={options.max_steps}")
+    if options.cache_dir is not None:
+        overrides.append(f"embrag.data.cache_dir={json.dumps(str(options.cache_dir))}")
     train(
         options.deepspeed_config,
-        PanelFiles(options.panel, options.map, options.samples),
+        panel_files(options),
         overrides=overrides,
         run_dir=options.run_dir,
         resume=options.resume,

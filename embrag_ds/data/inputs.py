@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from embrag_ds.data.genetic_map import GeneticMap
+from embrag_ds.data.cache import default_cache_dir, locked
+from embrag_ds.data.packing import PANEL, Reading
 from embrag_ds.data.panel import (
     Panel,
     PanelSubset,
     Populations,
-    default_cache_dir,
-    locked,
     open_panel,
     read_populations,
 )
@@ -22,15 +22,50 @@ from embrag_ds.data.simulate import DefaultData, SimulationSettings, simulate_de
 from embrag_ds.data.windows import DataConfig, WindowedPanel
 from embrag_ds.errors import UserError
 from embrag_ds.files import remove_leftovers
+from embrag_ds.maps.formats import LEAST_RATE, MOST_RATE
+from embrag_ds.maps.genetic_map import GeneticMap
+
+logger = logging.getLogger(__name__)
+
+HUMAN_SIZE = 10_000
+"""Effective population size for which genetic distances are taken as they are."""
+_SIZES = (10.0, 1e7)
 
 
 @dataclass(frozen=True)
 class PanelFiles:
-    """Paths of a panel, its genetic map and its sample table; without a panel, the default data set is used."""
+    """Paths of a panel, its genetic map and its sample table; without a panel, the default data set is used.
+
+    ``reading`` holds the rules by which the panel is read. ``cm_per_mb`` is the recombination rate everywhere, in place
+    of a map. ``effective_size`` N, of the population,
+    scales genetic distances by N / 10,000 (:data:`HUMAN_SIZE`). Raises :class:`UserError` if one of the two is out of
+    bounds, or has no panel or a map beside it.
+    """
 
     panel: Path | None = None
     genetic_map: Path | None = None
     samples: Path | None = None
+    cm_per_mb: float | None = None
+    effective_size: float | None = None
+    reading: Reading = PANEL
+
+    def __post_init__(self) -> None:
+        described = (self.genetic_map, self.samples, self.cm_per_mb, self.effective_size)
+        if self.panel is None and any(each is not None for each in described):
+            raise UserError("--map, --samples, --cm-per-mb and --effective-size describe a panel: name it with --panel")
+        if self.genetic_map is not None and self.cm_per_mb is not None:
+            raise UserError(f"--cm-per-mb is for panels without a map: leave it out, or --map {self.genetic_map}")
+        _require_within("--cm-per-mb", self.cm_per_mb, (LEAST_RATE, MOST_RATE), "humans have about 1 cM/Mb")
+        _require_within("--effective-size", self.effective_size, _SIZES, f"humans have about {HUMAN_SIZE}")
+
+    def by_option(self) -> dict[str, Path | None]:
+        """The paths by the options that name them."""
+        return {"--panel": self.panel, "--map": self.genetic_map, "--samples": self.samples}
+
+
+def _require_within(option: str, value: float | None, bounds: tuple[float, float], what: str) -> None:
+    if value is not None and not bounds[0] <= value <= bounds[1]:
+        raise UserError(f"{option} {value:g}: give a number from {bounds[0]:g} to {bounds[1]:g}; {what}")
 
 
 @dataclass(frozen=True)
@@ -40,6 +75,11 @@ class PanelInputs:
     panel: Panel
     populations: Populations
     position_cm: np.ndarray
+
+
+def with_cache(settings: DataConfig, folder: Path) -> DataConfig:
+    """The settings with another cache folder."""
+    return replace(settings, cache_dir=str(folder))
 
 
 def cache_directory(settings: DataConfig) -> Path:
@@ -55,22 +95,40 @@ def default_data(settings: DataConfig) -> DefaultData:
         return simulate_default(directory, SimulationSettings())
 
 
+def with_default(files: PanelFiles, settings: DataConfig) -> PanelFiles:
+    """The files, or those of the default data set where no panel is named."""
+    if files.panel is not None:
+        return files
+    default = default_data(settings)
+    return PanelFiles(default.panel, default.genetic_map, default.samples)
+
+
 def open_inputs(files: PanelFiles, settings: DataConfig, progress: bool = True) -> PanelInputs:
     """Open a panel through the cache, with its populations and genetic positions.
 
-    Without a map, positions follow 1 cM per Mb; without a sample table, all samples form one population. ``progress``
-    displays a progress bar while a panel is packed. Raises :class:`UserError` for a map or sample table without a
-    panel, and for faulty files.
+    Without a map, positions follow ``files.cm_per_mb``, or else 1 cM per Mb. They are scaled by the effective size: the
+    copying model's recombination between sites d cM apart has the probability ``1 - exp(-r d)`` with a learned r, and
+    in Li and Stephens (2003, Genetics 165:2213) its exponent is proportional to the product of the effective size and
+    d. Without a sample table, all samples form one population. ``progress`` displays a progress bar while a panel is
+    packed, and logs what is doubtful about the map. Raises :class:`UserError` for faulty files.
     """
-    if files.panel is None:
-        if files.genetic_map is not None or files.samples is not None:
-            raise UserError("--map and --samples describe a panel: name it with --panel")
-        default = default_data(settings)
-        files = PanelFiles(default.panel, default.genetic_map, default.samples)
+    files = with_default(files, settings)
     assert files.panel is not None
-    panel = open_panel(files.panel, cache_directory(settings), progress)
-    genetic_map = GeneticMap.read(files.genetic_map) if files.genetic_map else GeneticMap.uniform()
-    return PanelInputs(panel, read_populations(files.samples, panel.samples), genetic_map.positions(panel.sites))
+    # The map first: packing may take minutes, and its faults should not wait for that.
+    genetic_map = (
+        GeneticMap.read(files.genetic_map) if files.genetic_map else GeneticMap.uniform(files.cm_per_mb or 1.0)
+    )
+    panel = open_panel(files.panel, cache_directory(settings), progress, files.reading)
+    position_cm = genetic_map.positions(panel.sites)
+    if progress:
+        if panel.monomorphic.all():
+            logger.warning("panel %s: none of its %d sites varies among its samples", panel.path, len(panel.sites))
+        if files.genetic_map is None:
+            logger.info("no genetic map: %g cM/Mb everywhere", genetic_map.cm_per_mb)
+        genetic_map.log_doubts(panel.sites)
+    if files.effective_size is not None:
+        position_cm *= files.effective_size / HUMAN_SIZE
+    return PanelInputs(panel, read_populations(files.samples, panel.samples), position_cm)
 
 
 def windowed(

@@ -1,42 +1,53 @@
 """Reference panels: a phased VCF or BCF packed into an on-disk cache, and views of subsets of its samples.
 
-A cached panel is a directory named after a digest of the input:
+A cached panel is a folder named after a digest of the input's first and last MiB, size, and times of its last change.
+The system sets the time of a change of status (``ctime``) whenever a file is written, whatever a program that copies
+files does to the other time stamps. So another file under the same name is noticed, at the price that a panel which is
+only renamed, or gets other permissions, is packed again. The folder holds:
 
 ================  ===========================================================================
 file              content
 ================  ===========================================================================
 ``alleles.bits``  uint8 [S, ceil(2N / 8)], bit h of row s is haplotype h's allele at site s;
                   memory-mapped, so a window is one contiguous read
+``missing.bits``  likewise the missing alleles of targets; only where there are any
+``unphased.bits`` uint8 [S, ceil(N / 8)], the calls of targets that need phasing; only where there are any
+``ploidy.npz``    haploid samples by site range (:class:`embrag_ds.data.ploidy.Ploidy`), if there are any
 ``sites.tsv``     the site table (:meth:`embrag_ds.variants.sites.SiteTable.save`)
-``meta.json``     format number, sample ids, counts of skipped records
+``excluded.tsv``  what was left out: contig, position, ID, REF, ALT and reason
+``meta.json``     format number, sample ids, counts of records and of those left out by reason
 ================  ===========================================================================
 
-A directory is built by :func:`embrag_ds.files.folder_written`, so that it is there only when complete.
+It is an entry of :mod:`embrag_ds.data.cache`: there only when complete, and made again if it is damaged.
 """
 
 from __future__ import annotations
 
-import fcntl
+import atexit
 import hashlib
 import json
-import os
+import logging
+import secrets
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from embrag_ds.data.cache import building, remove_entry
+from embrag_ds.data.packing import FORMAT, PANEL, Reading, pack
+from embrag_ds.data.ploidy import Ploidy
 from embrag_ds.errors import UserError
-from embrag_ds.files import folder_written, read_lines, remove_leftovers
+from embrag_ds.files import read_lines, source_of, split_fields
 from embrag_ds.ops.bits import pack_host, unpack_chosen, unpack_host
-from embrag_ds.variants.records import PhasedVcf
 from embrag_ds.variants.sites import SiteTable
 
-FORMAT = 1
-"""Version of the cache's layout."""
+logger = logging.getLogger(__name__)
+
 RARE = 0.01
 """Frequency (a fraction) below which an allele is rare."""
 FEW = 10
@@ -49,8 +60,12 @@ _STEADY = 10
 class Panel:
     """A cached panel of N samples at S sites, with one bit per allele.
 
-    ``packed`` uint8 [S, ceil(2N / 8)] is memory-mapped; sample i owns the bits 2i and 2i + 1. ``skipped`` counts the
-    input's skipped records by reason.
+    ``packed`` uint8 [S, ceil(2N / 8)] is memory-mapped; sample i owns the bits 2i and 2i + 1. ``skipped`` counts by
+    reason what was left out of the input's ``records`` records, and the file ``excluded`` lists it. ``filled`` sites
+    got their major allele for missing or unphased calls. ``ploidy`` is None where all samples are diploid.
+
+    Targets are held likewise. Their missing alleles are bits of ``missing`` uint8 [S, ceil(2N / 8)], and their calls
+    that need phasing of ``unphased`` uint8 [S, ceil(N / 8)]; None where there are none.
     """
 
     path: Path
@@ -58,6 +73,12 @@ class Panel:
     samples: tuple[str, ...]
     packed: np.ndarray
     skipped: dict[str, int]
+    records: int = 0
+    filled: int = 0
+    ploidy: Ploidy | None = None
+    missing: np.ndarray | None = None
+    unphased: np.ndarray | None = None
+    excluded: Path | None = None
 
     def alleles(self, start: int, stop: int, haplotypes: np.ndarray | None = None) -> np.ndarray:
         """Alleles of the sites [start, stop), uint8 [H, L]: of all haplotypes, or of those numbered (int64 [H])."""
@@ -76,16 +97,53 @@ class Panel:
     def alt_count(self) -> np.ndarray:
         """Number of ALT copies at every site, int64 [S]; takes one pass over the packed alleles."""
         copies = np.empty(len(self.packed), dtype=np.int64)
-        for start in range(0, len(copies), _SITES_PER_READ):
-            block = self.packed[start : start + _SITES_PER_READ]
-            copies[start : start + _SITES_PER_READ] = np.bitwise_count(block).sum(1, dtype=np.int64)
+        for start, stop, once in self._ranges():
+            block = self.packed[start:stop]
+            copies[start:stop] = np.bitwise_count(block if once is None else block & once).sum(1, dtype=np.int64)
         return copies
+
+    @cached_property
+    def allele_count(self) -> np.ndarray:
+        """Number of alleles at every site, int64 [S]: two for each sample, one where it is haploid."""
+        counts = np.full(len(self.packed), 2 * len(self.samples), dtype=np.int64)
+        if self.ploidy is not None:
+            ends = [*self.ploidy.start[1:].tolist(), len(counts)]
+            for start, stop, haploid in zip(self.ploidy.start.tolist(), ends, self.ploidy.haploid, strict=True):
+                counts[start:stop] -= int(haploid.sum())
+        return counts
+
+    @cached_property
+    def monomorphic(self) -> np.ndarray:
+        """Sites without two different alleles, bool [S]; missing alleles do not count."""
+        known = self.allele_count.copy()
+        if self.missing is not None:
+            for start, stop, once in self._ranges():
+                block = self.missing[start:stop]
+                known[start:stop] -= np.bitwise_count(block if once is None else block & once).sum(1, dtype=np.int64)
+        found: np.ndarray = (self.alt_count == 0) | (self.alt_count == known)
+        return found
+
+    def _ranges(self) -> Iterator[tuple[int, int, np.ndarray | None]]:
+        """Short ranges of sites [start, stop) with the bits of the haplotypes that count, uint8 [ceil(2N / 8)].
+
+        The second haplotype of a haploid sample repeats its first, and does not count. None where all do.
+        """
+        bounds = [0] if self.ploidy is None else self.ploidy.start.tolist()
+        for first, last in pairwise([*bounds, len(self.packed)]):
+            once = None if self.ploidy is None else pack_host(counted_haplotypes(self.ploidy.at(np.array([first]))[0]))
+            for start in range(first, last, _SITES_PER_READ):
+                yield start, min(start + _SITES_PER_READ, last), once
 
     @cached_property
     def minimum_allele_count(self) -> int:
         """Least minor-allele count, above 0, of the panel's sites: the filter that its call set had passed."""
-        minor = np.minimum(self.alt_count, 2 * len(self.samples) - self.alt_count)
+        minor = np.minimum(self.alt_count, self.allele_count - self.alt_count)
         return int(minor[minor > 0].min(initial=2 * len(self.samples)))
+
+
+def counted_haplotypes(haploid: np.ndarray) -> np.ndarray:
+    """Haplotypes that count, bool [2N]: all but the second ones of the ``haploid`` samples, bool [N]."""
+    return np.stack([np.ones_like(haploid), ~haploid], axis=1).reshape(-1)
 
 
 def skipped_records(skipped: dict[str, int]) -> str:
@@ -93,25 +151,44 @@ def skipped_records(skipped: dict[str, int]) -> str:
     return ", ".join(f"{count} records skipped ({reason})" for reason, count in skipped.items() if count)
 
 
-def default_cache_dir() -> Path:
-    """Default cache folder: ``$XDG_CACHE_HOME/embrag_ds``, or ``~/.cache/embrag_ds``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "embrag_ds"
+def open_panel(path: Path, cache_dir: Path, progress: bool = True, reading: Reading = PANEL) -> Panel:
+    """Open a panel, or targets, through the cache; the file is packed on first use, with a bar if ``progress``.
 
-
-def open_panel(path: Path, cache_dir: Path, progress: bool = True) -> Panel:
-    """Open a phased VCF.gz or BCF through the cache; it is packed on first use, with a bar if ``progress``.
-
-    Raises :class:`UserError` as :class:`PhasedVcf` does, and for a file without biallelic records.
+    A pipe is packed for this process alone. Raises :class:`UserError` as
+    :class:`embrag_ds.variants.records.VariantReader` does, for calls that ``reading`` refuses, and for a file without
+    sites. It also does so for a file that changes while it is read, and for a cache that cannot be written to.
     """
-    directory = cache_dir / f"panel-{_identity(path)}"
+    identity = _identity(path, reading)
+    directory = cache_dir / f"panel-{identity or secrets.token_hex(10)}"
+    if identity is None:
+        atexit.register(remove_entry, directory)
+    tables = None
     with building(directory) as target:
         if target is not None:
-            _pack(path, target, progress)
-    meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-    sites = SiteTable.load(directory / "sites.tsv")
+            pack(path, target, reading, progress)
+            if _identity(path, reading) != identity:
+                raise UserError(f"{path}: it changed while it was read; start again when it is complete")
+            tables = _tables(target)  # what cannot be read again must not become an entry
+    sites, meta = tables or _tables(directory)
+    if tables is None and progress:
+        for remark in meta["remarks"]:
+            logger.warning("%s: %s", path, remark)
     samples = tuple(meta["samples"])
-    packed = map_packed(directory / "alleles.bits", (len(sites), (2 * len(samples) + 7) // 8))
-    return Panel(path, sites, samples, packed, meta["skipped"])
+    ploidy, missing, unphased = (directory / name for name in ("ploidy.npz", "missing.bits", "unphased.bits"))
+    by_haplotype, by_sample = (len(sites), (2 * len(samples) + 7) // 8), (len(sites), (len(samples) + 7) // 8)
+    return Panel(
+        path,
+        sites,
+        samples,
+        packed=map_packed(directory / "alleles.bits", by_haplotype),
+        skipped=meta["skipped"],
+        records=meta["records"],
+        filled=meta["filled"],
+        ploidy=Ploidy.load(ploidy, len(samples)) if ploidy.exists() else None,
+        missing=map_packed(missing, by_haplotype) if missing.exists() else None,
+        unphased=map_packed(unphased, by_sample) if unphased.exists() else None,
+        excluded=directory / "excluded.tsv",
+    )
 
 
 def map_packed(path: Path | str, shape: tuple[int, ...]) -> np.memmap:
@@ -119,76 +196,29 @@ def map_packed(path: Path | str, shape: tuple[int, ...]) -> np.memmap:
     return np.memmap(path, dtype=np.uint8, mode="r", shape=shape)
 
 
-@contextmanager
-def building(directory: Path) -> Iterator[Path | None]:
-    """Yield a temporary directory that becomes ``directory`` on success, or None if ``directory`` exists.
-
-    A lock makes concurrent ranks and runs wait for the one that builds. A failure leaves nothing behind. What a killed
-    process left is removed by the next build.
-    """
-    with locked(directory):
-        if directory.exists():
-            yield None
-            return
-        remove_leftovers(directory)
-        with folder_written(directory) as temporary:
-            yield temporary
+def _tables(directory: Path) -> tuple[SiteTable, dict[str, Any]]:
+    """Site table and description of a cached panel."""
+    return SiteTable.load(directory / "sites.tsv"), json.loads((directory / "meta.json").read_text(encoding="utf-8"))
 
 
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Hold an exclusive lock on ``directory`` among the processes of this machine, by a lock file beside it."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with open(directory.parent / f".{directory.name}.lock", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _identity(path: Path) -> str:
-    """Cache key of a file: a digest of its size, modification time, first MiB and last MiB."""
+def _identity(path: Path, reading: Reading) -> str | None:
+    """Cache key of a file: a digest of its size, times of change, first and last MiB, and rules; None for a pipe."""
+    path = source_of(path)
     try:
         status = path.stat()
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            return None
         with path.open("rb") as stream:
             head = stream.read(1 << 20)
             stream.seek(max(0, status.st_size - (1 << 20)))
             tail = stream.read()
     except OSError as fault:
-        raise UserError(f"{path}: cannot read the panel: {fault.strerror}") from fault
-    digest = hashlib.sha256(f"{FORMAT} {status.st_size} {status.st_mtime_ns} ".encode())
+        raise UserError(f"{path}: it cannot be read ({fault.strerror}); check the path and its permissions") from fault
+    times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+    digest = hashlib.sha256(f"{FORMAT} {reading} {status.st_size} {times} ".encode())
     digest.update(head)
     digest.update(tail)
     return digest.hexdigest()[:20]
-
-
-def _pack(path: Path, directory: Path, progress: bool) -> None:
-    codes: list[int] = []
-    positions: list[int] = []
-    refs: list[str] = []
-    alts: list[str] = []
-    ids: list[str] = []
-    with PhasedVcf(path) as vcf, (directory / "alleles.bits").open("wb") as bits:
-        records = tqdm(vcf.records(), desc=f"packing {path.name}", unit=" records", disable=not progress, mininterval=1)
-        for record in records:
-            codes.append(record.contig_code)
-            positions.append(record.pos)
-            refs.append(record.ref)
-            alts.append(record.alt)
-            ids.append(record.id)
-            bits.write(pack_host(record.alleles).tobytes())
-        if not codes:
-            raise UserError(f"{path}: no biallelic record: the panel is empty; check the file")
-        sites = SiteTable(
-            vcf.contigs,
-            vcf.contig_lengths,
-            np.array(codes, dtype=np.int32),
-            np.array(positions, dtype=np.int64),
-            refs,
-            alts,
-            ids,
-        )
-        meta = {"format": FORMAT, "samples": list(vcf.samples), "skipped": dict(vcf.skipped)}
-    sites.save(directory / "sites.tsv")
-    (directory / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -202,17 +232,19 @@ class Populations:
 def read_populations(path: Path | None, samples: tuple[str, ...]) -> Populations:
     """Read the population of every one of ``samples`` from a table with lines ``sample <tab> population``.
 
-    More columns, other samples and a header line are ignored. Without a file all samples form the one population
-    ``all``. Raises :class:`UserError` for a malformed line, contradictory lines, or a sample without a line.
+    More columns, other samples, a header line and lines that begin with ``#`` are ignored, and so are blanks around a
+    field. Without a file all samples form the one population ``all``. Raises :class:`UserError` for a malformed line,
+    contradictory lines, or a sample without a line.
     """
     if path is None:
         return Populations(("all",), np.zeros(len(samples), dtype=np.int64))
     table: dict[str, str] = {}
+    known = set(samples)
     for number, line in enumerate(read_lines(path, "sample table"), start=1):
-        fields = line.split("\t") if "\t" in line else line.split()
-        if not fields:
+        fields = split_fields(line)
+        if not fields or (fields[0].startswith("#") and fields[0] not in known):
             continue
-        if len(fields) < 2:
+        if len(fields) < 2 or not fields[0] or not fields[1]:
             raise UserError(f"{path}: line {number}: expected sample and population, separated by a tab")
         if table.setdefault(fields[0], fields[1]) != fields[1]:
             raise UserError(f"{path}: line {number}: {fields[0]} has another population further up; keep one")
@@ -251,30 +283,62 @@ class PanelSubset:
 
     @cached_property
     def population_sizes(self) -> np.ndarray:
-        """Number of haplotypes in every population, float32 [P]."""
-        return np.bincount(self.population_of, minlength=len(self.populations.names)).astype(np.float32)
+        """Number of haplotypes that count in every population, float32 [P, S], or [P, 1] if the same at all sites."""
+        if self.panel.ploidy is None:
+            return self._members().sum(0, dtype=np.float32)[:, None]
+        sizes = np.empty((len(self.populations.names), len(self.panel.sites)), dtype=np.float32)
+        for start, stop, counted in self._blocks():
+            sizes[:, start:stop] = self._members()[counted].sum(0, dtype=np.float32)[:, None]
+        return sizes
 
     @cached_property
     def population_counts(self) -> np.ndarray:
         """Number of ALT copies in every population, float32 [P, S]."""
+        members = self._members()
+        counts = np.empty((members.shape[1], len(self.panel.sites)), dtype=np.float32)
+        for start, stop, counted in self._blocks():
+            block = self.alleles(start, stop).astype(np.float32)
+            counts[:, start:stop] = (members * counted[:, None]).T @ block
+        return counts
+
+    def counted(self, sites: slice) -> np.ndarray:
+        """Haplotypes that count at some sites, float32 [H, L], or [H, 1] if the same at all sites of the panel.
+
+        The second haplotype of a haploid sample repeats its first, and does not count.
+        """
+        ploidy = self.panel.ploidy
+        if ploidy is None:
+            return np.ones((len(self), 1), dtype=np.float32)
+        haploid = ploidy.at(np.arange(sites.start, sites.stop))[:, self.sample_of]
+        second = self.haplotypes % 2 == 1
+        return np.ascontiguousarray(~(haploid & second).T).astype(np.float32)
+
+    def _members(self) -> np.ndarray:
+        """Which haplotype is of which population, float32 [H, P]."""
         members = np.zeros((len(self), len(self.populations.names)), dtype=np.float32)
         members[np.arange(len(self)), self.population_of] = 1
-        counts = np.empty((members.shape[1], len(self.panel.sites)), dtype=np.float32)
-        for start in range(0, counts.shape[1], _SITES_PER_READ):
-            block = self.alleles(start, start + _SITES_PER_READ).astype(np.float32)
-            counts[:, start : start + _SITES_PER_READ] = members.T @ block
-        return counts
+        return members
+
+    def _blocks(self) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Short ranges of sites [start, stop), each with the haplotypes that count there, bool [H]."""
+        for start, stop, once in self.panel._ranges():
+            counted = (
+                np.ones(2 * len(self.panel.samples), bool)
+                if once is None
+                else unpack_host(once, 0, 2 * len(self.panel.samples)).view(bool)
+            )
+            yield start, stop, counted[self.haplotypes]
 
     @cached_property
     def allele_frequency(self) -> np.ndarray:
         """ALT frequency in the set, float32 [S]."""
-        return self.population_counts.sum(0) / len(self)
+        return self.population_counts.sum(0) / self.population_sizes.sum(0)
 
     @cached_property
     def minor_allele_count(self) -> np.ndarray:
         """Number of copies of the minor allele in the set, float32 [S]."""
         copies = self.population_counts.sum(0)
-        return np.minimum(copies, len(self) - copies)
+        return np.minimum(copies, self.population_sizes.sum(0) - copies)
 
     @cached_property
     def good_turing_odds(self) -> np.ndarray:
@@ -289,7 +353,7 @@ class PanelSubset:
         likelier in the other samples than their count suggests. Ten sites without any correction are added to every
         n_r, which keeps small panels steady.
         """
-        most = min(FEW - 1, len(self) // 4)
+        most = min(FEW - 1, int(self.population_sizes.sum(0).max()) // 4)
         sites = np.bincount(self.minor_allele_count.astype(np.int64), minlength=FEW + 2).astype(np.float64)
         copies = np.arange(max(1, self.panel.minimum_allele_count), most + 1)
         odds = np.zeros(FEW + 1, dtype=np.float32)

@@ -18,7 +18,7 @@ from embrag_ds.data.masking import MaskingConfig, training_masks
 from embrag_ds.data.panel import Panel
 from embrag_ds.data.windows import WindowedPanel
 from embrag_ds.errors import UserError, require
-from embrag_ds.files import read_lines
+from embrag_ds.files import read_lines, read_position, split_fields
 from embrag_ds.ops.bits import pack_host, unpack_host
 from embrag_ds.seeds import Purpose, generator
 from embrag_ds.settings import strict_settings
@@ -44,15 +44,18 @@ class QueryBatch:
 
     ``alleles`` uint8 [B, L] are the observed alleles and, at masked sites, the truth (REF where unknown). ``masked``
     bool [N, L] is True where a site is masked. ``samples`` int64 [N] are panel indices, -1 for samples outside the
-    panel. A pickle has one bit for an allele or a mask.
+    panel. ``missing`` bool [B, L] marks alleles that a target lacks at sites that are not masked; None if there are
+    none, as in training. A pickle has one bit for an allele or a mask.
     """
 
     window: int
     samples: np.ndarray
     alleles: np.ndarray
     masked: np.ndarray
+    missing: np.ndarray | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
+        assert self.missing is None, "only training batches are sent between processes"
         sites = self.masked.shape[1]
         return _unpickled, (self.window, self.samples, pack_host(self.alleles), pack_host(self.masked), sites)
 
@@ -80,7 +83,7 @@ class TrainingSampler:
 
     Groups have ``samples_per_batch`` samples, or all if there are fewer, and are drawn anew for every epoch and window.
     The ranks share an epoch's micro-batches in turn. An unpickled copy draws the same, but lacks ``data``. Raises
-    :class:`UserError` for fewer than two training samples.
+    :class:`UserError` for fewer than two training samples, and if no site varies among them.
     """
 
     def __init__(
@@ -104,6 +107,11 @@ class TrainingSampler:
         self.samples = data.reference.samples
         if len(self.samples) < 2:
             raise UserError(f"{data.reference.panel.path}: training needs at least 3 samples")
+        if not data.reference.minor_allele_count.any():
+            raise UserError(
+                f"{data.reference.panel.path}: none of its {len(data.reference.panel.sites)} sites varies among the "
+                f"{len(self.samples)} samples to train on; give a panel with variants, or more samples"
+            )
         self.group_size = min(samples_per_batch, len(self.samples))
         self.groups = len(self.samples) // self.group_size
         self._source = data.query_source
@@ -160,11 +168,11 @@ def read_manifest(path: Path, panel: Panel) -> np.ndarray:
     """
     listed: set[tuple[str, int]] = set()
     for number, line in enumerate(read_lines(path, "manifest"), start=1):
-        fields = line.split()
-        if not fields or line.startswith("#"):
+        fields = line.split(maxsplit=2)
+        if not fields or fields[0].startswith("#"):
             continue
         try:
-            listed.add((fields[0], int(fields[1])))
+            listed.add((fields[0], read_position(fields[1])))
         except (IndexError, ValueError):
             raise UserError(f"{path}: line {number}: expected contig and position") from None
     sites = panel.sites
@@ -177,14 +185,15 @@ def read_manifest(path: Path, panel: Panel) -> np.ndarray:
 def exclusion_table(samples: Sequence[str], relatives: Path | None) -> np.ndarray:
     """Panel samples that each sample must not retrieve, int64 [N, E]: itself and its relatives, padded with -1.
 
-    ``relatives`` is a file of related pairs, two sample ids per line. Raises :class:`UserError` for any other line.
+    ``relatives`` is a file of related pairs, two sample ids per line; lines that begin with ``#`` are
+    comments. Raises :class:`UserError` for any other line.
     """
     excluded: list[list[int]] = [[number] for number in range(len(samples))]
     if relatives is not None:
         number_of = {sample: number for number, sample in enumerate(samples)}
         for number, line in enumerate(read_lines(relatives, "relatives"), start=1):
-            pair = line.split()
-            if not pair:
+            pair = split_fields(line)
+            if not pair or (pair[0].startswith("#") and pair[0] not in number_of):
                 continue
             if len(pair) != 2 or not all(sample in number_of for sample in pair):
                 raise UserError(f"{relatives}: line {number}: expected two sample ids of the panel")

@@ -12,7 +12,7 @@ import numpy as np
 from embrag_ds.errors import UserError
 from embrag_ds.files import folder_written, make_folder
 from embrag_ds.seeds import Purpose, generator
-from embrag_ds.variants.output import write_phased
+from embrag_ds.variants.phased_output import write_phased
 from embrag_ds.variants.sites import SiteTable
 
 if TYPE_CHECKING:
@@ -50,6 +50,15 @@ _DATA_FILES = (
 )
 
 
+_MOST = {
+    "length_bp": 1_000_000_000,
+    "panel_samples": 1_000_000,
+    "target_samples": 1_000_000,
+    "typed_spacing_bp": 1_000_000_000,
+}
+_MOST_SWITCH_ERRORS, _MOST_CM_PER_MB = 1_000, 1_000
+
+
 @dataclass(frozen=True)
 class SimulationSettings:
     """Settings of a simulated data set; a value out of range raises :class:`UserError` that names its option."""
@@ -83,12 +92,14 @@ class SimulationSettings:
         for name in ("length_bp", "panel_samples", "target_samples", "typed_spacing_bp"):
             if getattr(self, name) < 3:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 3")
-        if self.switch_errors_per_mb < 0:
-            raise UserError("--switch-errors-per-mb must not be negative")
+            if getattr(self, name) > _MOST[name]:
+                raise UserError(f"--{name.replace('_', '-')} must not exceed {_MOST[name]}")
+        if not 0 <= self.switch_errors_per_mb <= _MOST_SWITCH_ERRORS:
+            raise UserError(f"--switch-errors-per-mb must lie between 0 and {_MOST_SWITCH_ERRORS}")
         if not 0 <= self.missed_calls < 1:
             raise UserError("--missed-calls must lie in [0, 1)")
-        if self.cm_per_mb <= 0:
-            raise UserError("--cm-per-mb must be positive")
+        if not 0 < self.cm_per_mb <= _MOST_CM_PER_MB:
+            raise UserError(f"--cm-per-mb must be positive, and {_MOST_CM_PER_MB} at most")
         if not 0 < self.seed < 2**32:  # msprime takes no other
             raise UserError("--seed must lie between 1 and 2^32 - 1")
 
@@ -127,8 +138,7 @@ def simulate_default(directory: Path, settings: SimulationSettings) -> DefaultDa
         samples=directory / "samples.tsv",
     )
     described = json.dumps({"recipe_version": RECIPE_VERSION, **asdict(settings)}, indent=2) + "\n"
-    marker = directory / "settings.json"
-    if marker.is_file() and marker.read_text(encoding="utf-8") == described:
+    if _is_made(directory, described):
         return data
     _check_replaceable(directory)
     make_folder(directory.parent)
@@ -136,6 +146,17 @@ def simulate_default(directory: Path, settings: SimulationSettings) -> DefaultDa
         _build(building, settings)
         (building / "settings.json").write_text(described, encoding="utf-8")
     return data
+
+
+def _is_made(directory: Path, described: str) -> bool:
+    """Whether the directory holds all of a data set that was made with the settings described."""
+    marker = directory / "settings.json"
+    try:
+        return marker.read_text(encoding="utf-8") == described and all(
+            (directory / name).is_file() and (directory / name).stat().st_size for name in _DATA_FILES
+        )
+    except (OSError, ValueError):
+        return False
 
 
 def _check_replaceable(directory: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from embrag_ds.data.masking import MaskSites
 from embrag_ds.data.panel import FEW, RARE, Panel, PanelSubset, map_packed
 from embrag_ds.errors import UserError, require
-from embrag_ds.files import read_lines
+from embrag_ds.files import read_lines, read_position
 from embrag_ds.ops.bits import unpack_samples
 from embrag_ds.settings import strict_settings
 from embrag_ds.variants.sites import SiteTable
@@ -89,10 +89,10 @@ def read_windows(path: Path, sites: SiteTable, flank_sites: int) -> list[Window]
     windows: list[Window] = []
     for number, line in enumerate(read_lines(path, "windows"), start=1):
         fields = line.split()
-        if not fields or line.startswith("#"):
+        if not fields or fields[0].startswith("#"):
             continue
         try:
-            contig, begin, end = fields[0], int(fields[1]), int(fields[2])
+            contig, begin, end = fields[0], read_position(fields[1]), read_position(fields[2])
         except (IndexError, ValueError):
             raise UserError(f"{path}: line {number}: expected contig, start and end in base pairs") from None
         if contig not in codes:

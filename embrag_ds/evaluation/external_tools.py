@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import logging
 import shutil
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from embrag_ds.data.genetic_map import GeneticMap
+from embrag_ds.data.programs import run_logged
 from embrag_ds.errors import UserError
 from embrag_ds.files import make_folder
-from embrag_ds.variants.records import PhasedVcf
+from embrag_ds.maps.genetic_map import GeneticMap
+from embrag_ds.variants.records import VariantReader
 
 logger = logging.getLogger(__name__)
 Run = Callable[[Sequence[str | Path], Path], None]
 """Runs a command, writes its output to a log file, and raises :class:`UserError` if it fails."""
-
-
-def run_logged(command: Sequence[str | Path], log: Path) -> None:
-    """Run a command with its output in ``log``; raises :class:`UserError` if it fails."""
-    with log.open("wb") as out:
-        code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False).returncode
-    check_ended_well(command, code, log)
-
-
-def check_ended_well(command: Sequence[str | Path], code: int, log: Path) -> None:
-    """Raise :class:`UserError` with the last line of ``log`` unless the exit status ``code`` is 0."""
-    if code:
-        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        raise UserError(f"{command[0]} ended with {code} ({' '.join(last)}); see {log}")
 
 
 def beagle(panel: Path, target: Path, genetic_map: Path | None, folder: Path, threads: int, run: Run) -> Path:
@@ -57,8 +43,23 @@ def minimac4(panel: Path, target: Path, genetic_map: Path | None, folder: Path, 
     return out
 
 
+_FILES = (
+    "genetic.map",
+    "beagle.vcf.gz",
+    "beagle.log",
+    "beagle.out",
+    "panel.msav",
+    "minimac4-panel.out",
+    "minimac4.vcf.gz",
+    "minimac4.out",
+)
 TOOLS = {"beagle": beagle, "minimac4": minimac4}
 """Name of the program -> function that imputes with it."""
+
+
+def tool_files(folder: Path) -> tuple[Path, ...]:
+    """Files that :func:`impute_with_tools` may write."""
+    return tuple(folder / name for name in _FILES)
 
 
 def installed() -> list[str]:
@@ -72,7 +73,11 @@ def plink_map(genetic_map: Path, panel: Path, folder: Path) -> Path:
     Returns the path of the new map in ``folder``.
     """
     path = folder / "genetic.map"
-    with PhasedVcf(panel) as vcf:
+    with VariantReader(panel) as vcf:
+        if not vcf.contigs:
+            # A header without contigs: they are known when the records are read.
+            for _ in vcf.sites():
+                pass
         GeneticMap.read(genetic_map).write_plink(path, vcf.contigs)
     return path
 

@@ -4,6 +4,8 @@ Conventions of all functions: n sites of a block, N samples, G = 7 MAF bins, R b
 
 - ``truth`` [n, N] is the ALT count 0, 1 or 2; NaN where the true genotype is unknown.
 - ``dosage`` [n, N] is the expected ALT count, in [0, 2].
+- ``haploid`` bool [n, N] marks haploid genotypes, None if there are none. Their one allele counts twice in ``truth``
+  and ``dosage``, so that they are homozygotes where genotypes are compared. Both r2 halve their counts to 0 and 1.
 - ``panel_af`` [n] is the ALT frequency in the reference panel.
 
 The panel decides which allele is minor: the one with a frequency of at most 0.5, ALT at exactly 0.5. Neither target nor
@@ -66,14 +68,30 @@ def polarise(counts: np.ndarray, panel_af: np.ndarray) -> np.ndarray:
     return np.where(np.asarray(panel_af)[:, None] > 0.5, 2.0 - counts, counts)
 
 
-def best_guess(dosage: np.ndarray, probabilities: np.ndarray | None = None) -> np.ndarray:
+def halved(counts: np.ndarray, haploid: np.ndarray | None) -> np.ndarray:
+    """Counts [n, N] of which those of haploid genotypes are halved."""
+    return counts if haploid is None else np.where(haploid, 0.5 * counts, counts)
+
+
+def best_guess(
+    dosage: np.ndarray, probabilities: np.ndarray | None = None, haploid: np.ndarray | None = None
+) -> np.ndarray:
     """Called genotype, int64 [n, N]: the most probable one of ``probabilities`` [n, N, 3], else the nearest count.
 
-    A dosage half way between two counts goes to the homozygote, which treats REF and ALT alike.
+    A dosage half way between two counts goes to the homozygote, which treats REF and ALT alike. A haploid genotype is 0
+    or 2.
     """
     if probabilities is not None:
         return np.argmax(probabilities, axis=-1)
-    return np.rint(dosage).astype(np.int64)
+    called = np.rint(dosage).astype(np.int64)
+    return called if haploid is None else np.where(haploid, 2 * (np.asarray(dosage) > 1), called)
+
+
+def without_heterozygotes(probabilities: np.ndarray, haploid: np.ndarray) -> np.ndarray:
+    """Probabilities [n, N, 3] in which haploid genotypes are homozygous, each with half of the heterozygote's."""
+    half = 0.5 * probabilities[..., 1]
+    homozygous = np.stack([probabilities[..., 0] + half, np.zeros_like(half), probabilities[..., 2] + half], axis=-1)
+    return np.where(haploid[..., None], homozygous, probabilities)
 
 
 def by_bin(values: np.ndarray, panel_af: np.ndarray) -> dict[str, float]:
@@ -113,13 +131,15 @@ class AggregateR2:
         self.moments = np.zeros((len(MAF_BINS), samples, 6), dtype=np.float64)
         self.site_counts = np.zeros(len(MAF_BINS), dtype=np.int64)
 
-    def add(self, truth: np.ndarray, dosage: np.ndarray, panel_af: np.ndarray) -> None:
-        """Add a block: truth [n, N], dosage [n, N], panel_af [n]."""
+    def add(
+        self, truth: np.ndarray, dosage: np.ndarray, panel_af: np.ndarray, haploid: np.ndarray | None = None
+    ) -> None:
+        """Add a block: truth [n, N], dosage [n, N], panel_af [n], haploid bool [n, N]."""
         members = bin_members(panel_af)
         self.site_counts += members.sum(axis=1)
         known = np.isfinite(truth)
-        x = np.where(known, polarise(truth, panel_af), 0.0)
-        y = np.where(known, polarise(dosage, panel_af), 0.0)
+        x = np.where(known, halved(polarise(truth, panel_af), haploid), 0.0)
+        y = np.where(known, halved(polarise(dosage, panel_af), haploid), 0.0)
         weight = members.astype(np.float64)
         for column, values in enumerate((known.astype(np.float64), x, y, x * x, y * y, x * y)):
             self.moments[:, :, column] += weight @ values
@@ -166,19 +186,20 @@ def interval(values: np.ndarray) -> dict[str, tuple[float, float]]:
     return limits
 
 
-def site_r2(truth: np.ndarray, dosage: np.ndarray) -> np.ndarray:
+def site_r2(truth: np.ndarray, dosage: np.ndarray, haploid: np.ndarray | None = None) -> np.ndarray:
     """Squared Pearson correlation of truth and dosage over samples, at each site: float64 [n].
 
     NaN where the truth has no variance, so that nothing can be measured; the caller counts those sites. 0 where only
     the dosage has none, because the tool missed all variation.
     """
     known = np.isfinite(truth)
-    x = np.where(known, truth, 0.0).astype(np.float64)
-    y = np.where(known, dosage, 0.0).astype(np.float64)
+    x = np.where(known, halved(truth, haploid), 0.0).astype(np.float64)
+    y = np.where(known, halved(dosage, haploid), 0.0).astype(np.float64)
     n = known.sum(axis=1)
     sums = [values.sum(axis=1) for values in (x, y, x * x, y * y, x * y)]
     r2 = squared_correlation(np.stack([n, *sums], axis=-1))
-    truth_varies = n * sums[2] - sums[0] ** 2 > 0.5  # an integer: 0 or at least 1
+    # The difference of counts is an integer, 0 or at least 1; that of dosages may be any number.
+    truth_varies = n * sums[2] - sums[0] ** 2 > np.minimum(0.5, 1e-9 * n * sums[2])
     return np.where(truth_varies, np.where(np.isnan(r2), 0.0, r2), np.nan)
 
 

@@ -15,13 +15,25 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 
+def plot_files(folder: Path) -> tuple[Path, Path]:
+    """Files that :func:`plot_report` writes."""
+    return folder / "r2.png", folder / "calibration.png"
+
+
 def plot_report(report: Report, folder: Path) -> list[Path]:
     """Write ``r2.png`` (aggregate r2 against MAF, with intervals) and ``calibration.png`` into ``folder``.
 
     Returns the two paths.
     """
     make_folder(folder)
-    return [_plot_r2(report, folder / "r2.png"), _plot_calibration(report, folder / "calibration.png")]
+    r2, calibration = plot_files(folder)
+    return [_plot_r2(report, r2), _plot_calibration(report, calibration)]
+
+
+def label(name: str) -> str:
+    """A tool's name as plain text: matplotlib sets formulas between dollars, and leaves out names that begin with _."""
+    shown = name.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def _plot_r2(report: Report, path: Path) -> Path:
@@ -32,7 +44,7 @@ def _plot_r2(report: Report, path: Path) -> Path:
         value = np.array([scores.aggregate_r2[name] for name in bins])
         limits = np.array([scores.aggregate_r2_interval[name] for name in bins]).T
         spread = np.clip([value - limits[0], limits[1] - value], 0, None)
-        axes.errorbar(place, value, yerr=spread if report.bootstrap else None, marker="o", capsize=3, label=tool)
+        axes.errorbar(place, value, yerr=spread if report.bootstrap else None, marker="o", capsize=3, label=label(tool))
     axes.set_xticks(range(len(bins)), bins)
     axes.set(xlabel="minor-allele frequency in the panel", ylabel="aggregate dosage r2")
     axes.set_title(f"{report.samples} samples, {report.sites['all']} sites; bars: 95 % over samples")
@@ -49,7 +61,7 @@ def _plot_calibration(report: Report, path: Path) -> Path:
         for tool, scores in report.tools.items():
             confidence, correct, _ = np.array(getattr(scores, curve)).reshape(-1, 3).T
             if len(confidence):
-                axes.plot(confidence, correct, marker="o", label=tool)
+                axes.plot(confidence, correct, marker="o", label=label(tool))
         axes.set(xlabel="probability of the called genotype", title=title)
     both[0].set_ylabel("share called correctly")
     return save_figure(figure, both[1], path)

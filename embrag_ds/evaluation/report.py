@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from embrag_ds.evaluation import metrics
@@ -60,6 +60,7 @@ class Report:
     ``sites`` counts the scored sites by bin, ``sites_without_truth_variance`` those of them without a per-site r2.
     ``missing_truth_genotypes`` counts genotypes at scored sites that the truth lacks; they are not scored. ``iqs_from``
     names the values that every tool's IQS was computed from. ``populations`` has the number of samples of each.
+    ``harmonisation`` has the numbers of every file's sites and of those matched to the panel's and dropped.
     """
 
     files: dict[str, str]
@@ -74,6 +75,7 @@ class Report:
     populations: dict[str, int]
     tools: dict[str, Scores]
     differences: list[Difference]
+    harmonisation: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def sections(self) -> list[Section]:
         """The report's tables."""
@@ -180,7 +182,8 @@ def _text_table(section: Section) -> str:
 
 def _markdown_table(section: Section) -> str:
     ruler = ["---", *("---:" for _ in section.header[1:])]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (section.header, ruler, *section.rows)]
+    rows = [[cell.replace("|", r"\|") for cell in row] for row in (section.header, ruler, *section.rows)]
+    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
     return "\n".join([f"**{section.title}**", "", *lines])
 
 

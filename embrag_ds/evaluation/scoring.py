@@ -25,7 +25,8 @@ class Tool:
     """Imputed values of one tool, for the truth's samples.
 
     ``dosage`` and, where the tool has genotype probabilities, ``gp`` are functions of panel rows int64 [n]. They return
-    float32 [n, N] and [n, N, 3]. ``dr2`` float32 [S] is the tool's own estimate of r2 at all scored sites, or None.
+    float32 [n, N] and [n, N, 3], on the diploid scale (:mod:`embrag_ds.evaluation.alignment`). ``dr2`` float32 [S] is
+    the tool's own estimate of r2 at all scored sites, or None.
     """
 
     dosage: Callable[[np.ndarray], np.ndarray]
@@ -38,8 +39,10 @@ class Scored:
     """Sites, samples and truth that all tools are scored against.
 
     ``sites`` int64 [S] are rows of the panel and ``panel_af`` [S] is their ALT frequency. ``truth`` returns the true
-    dosage at panel rows int64 [n], float32 [n, N], NaN where a genotype is missing. ``populations`` has the members of
-    each population, bool [N].
+    dosage at panel rows int64 [n] on the diploid scale, float32 [n, N], NaN where a genotype is missing.
+    ``populations`` has the members of each population, bool [N]. ``haploid`` returns the haploid genotypes at panel
+    rows, bool [n, N], or None if there are none. The truth is a count of ALT copies if ``is_called``; else it is
+    rounded to one where genotypes are compared.
     """
 
     sites: np.ndarray
@@ -47,6 +50,8 @@ class Scored:
     samples: int
     truth: Callable[[np.ndarray], np.ndarray]
     populations: Mapping[str, np.ndarray]
+    haploid: Callable[[np.ndarray], np.ndarray | None] = lambda rows: None
+    is_called: bool = True
 
 
 def score(
@@ -59,26 +64,32 @@ def score(
     # The same input for all tools: IQS of probabilities and of best guesses do not compare.
     from_probabilities = all(tool.gp is not None for tool in tools.values())
     sums = {name: _Sums(scored, tool, from_probabilities) for name, tool in tools.items()}
-    missing = 0
+    missing, haploids = 0, 0
     last_logged = time.monotonic()
     at_once = max(1, min(BLOCK_SITES, BLOCK_GENOTYPES // scored.samples))
     for start in range(0, len(scored.sites), at_once):
         block = slice(start, start + at_once)
         truth = scored.truth(scored.sites[block])
         missing += int(np.isnan(truth).sum())
+        haploid = scored.haploid(scored.sites[block])
+        haploids += 0 if haploid is None else int(haploid.sum())
         for each in sums.values():
-            each.add(block, truth)
+            each.add(block, truth, haploid)
         due = time.monotonic() - last_logged > _SECONDS_BETWEEN_LINES
         done = (min(block.stop, len(scored.sites)), len(scored.sites))
         logger.log(logging.INFO if due else logging.DEBUG, "scored %d of %d sites", *done)
         if due:
             last_logged = time.monotonic()
+    genotypes = scored.samples * len(scored.sites)
     if missing:
-        genotypes = scored.samples * len(scored.sites)
         logger.info("%d of %d truth genotypes are missing and not scored", missing, genotypes)
+    if haploids:
+        logger.info("%d of %d truth genotypes are haploid", haploids, genotypes)
     weights = metrics.bootstrap_weights(scored.samples, bootstrap, seed)
     scores = {name: each.result(weights) for name, each in sums.items()}
     constant = np.isnan(next(iter(sums.values())).true_r2)
+    if constant.all():
+        logger.warning("%s: none of the %d scored sites varies in it; r2 is undefined", files["truth"], len(constant))
     members = metrics.bin_members(scored.panel_af)
     return Report(
         files=files,
@@ -127,15 +138,19 @@ class _Sums:
         self.true_r2 = np.empty(len(scored.sites))
         self._quality = np.empty(len(scored.sites))
 
-    def add(self, block: slice, truth: np.ndarray) -> None:
-        """Add a block of the scored sites, with its truth [n, N]."""
+    def add(self, block: slice, truth: np.ndarray, haploid: np.ndarray | None) -> None:
+        """Add a block of the scored sites, with its truth [n, N] and haploid genotypes bool [n, N]."""
         rows, panel_af = self._scored.sites[block], self._scored.panel_af[block]
         dosage = self._tool.dosage(rows)
         gp = None if self._tool.gp is None else self._tool.gp(rows)
-        called = metrics.best_guess(dosage, gp)
-        self.aggregate.add(truth, dosage, panel_af)
+        if gp is not None and haploid is not None:
+            gp = metrics.without_heterozygotes(gp, haploid)
+        called = metrics.best_guess(dosage, gp, haploid)
+        self.aggregate.add(truth, dosage, panel_af, haploid)
+        self.true_r2[block] = metrics.site_r2(truth, dosage, haploid)
+        if not self._scored.is_called:
+            truth = np.rint(truth)
         self._concordance.add(truth, called, panel_af)
-        self.true_r2[block] = metrics.site_r2(truth, dosage)
         self._quality[block] = metrics.iqs(
             truth, gp if gp is not None and self._iqs_from_probabilities else metrics.one_hot(called)
         )

@@ -1,201 +1,73 @@
-"""Imputation: from phased targets typed at some sites to dosages at every site of the panel.
-
-Windows are computed one after another and blended where they overlap. Sites are written as soon as no later window can
-change them. Memory therefore holds two windows of the targets, whatever the chromosome. Their typed alleles stay packed
-on disk.
-"""
+"""The work of ``embrag impute``: checks, reading of the targets, imputation."""
 
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, get_args
 
-import numpy as np
 import torch
 
-import embrag_ds
+from embrag_ds.data.cache import require_cache, scratch_folder
 from embrag_ds.data.inputs import (
     PanelFiles,
     PanelInputs,
     cache_directory,
     default_data,
     open_inputs,
-    windowed,
+    with_cache,
+    with_default,
 )
-from embrag_ds.data.panel import open_panel
-from embrag_ds.data.sampler import QueryBatch, exclusion_table
-from embrag_ds.data.targets import Targets, harmonise_targets
-from embrag_ds.data.windows import DataConfig, WindowedPanel, blend_weights, uncovered
+from embrag_ds.data.packing import TARGET
+from embrag_ds.data.panel import Panel, open_panel
+from embrag_ds.data.phasing import require_beagle
+from embrag_ds.data.targets import Phase, Targets, match_targets, open_targets, phase_targets
+from embrag_ds.data.windows import DataConfig
 from embrag_ds.errors import UserError
-from embrag_ds.export import PRETRAINED, ExportedModel, read_export
-from embrag_ds.model.imputer import Imputer
+from embrag_ds.export import PRETRAINED, read_export
+from embrag_ds.files import require_writable, write_json
+from embrag_ds.imputation.engine import Imputation, Precision, impute_to_vcf
+from embrag_ds.imputation.extent import UntypedContigs, extent, warn_of_few_typed
+from embrag_ds.imputation.report import describe, describe_targets, table, write_left_out
+from embrag_ds.imputation.sample_checks import check_samples
 from embrag_ds.ops.cuda import require_kernels
-from embrag_ds.retrieval.batch import Batch
-from embrag_ds.retrieval.prefetch import Prefetcher
-from embrag_ds.retrieval.reference import Reference
-from embrag_ds.retrieval.search import backends_on
+from embrag_ds.preflight import require_distinct, require_readable, require_space
 from embrag_ds.runtime.driver import unused_gpus
 from embrag_ds.runtime.processor import cpu_has_bf16
-from embrag_ds.runtime.streams import use_device
-from embrag_ds.variants.output import ImputedVcfWriter
+from embrag_ds.variants.harmonise import Strand
+from embrag_ds.variants.output import EVERYTHING, OutputOptions
+from embrag_ds.variants.published import check_output
+from embrag_ds.variants.records import Duplicates
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["bf16", "fp32"]
-"""Of the network's matrix products."""
-
-_AHEAD = 1
-_WORTH_TIMING = 1000
-_TIMES_AS_LONG = 4
-_MOST_CORE_BYTES = 1 << 28
+_LEAST_BYTES, _LIKELY_BYTES = 0.04, 3.2
+"""Bytes of output for a genotype: of 40 bytes of text DEFLATE leaves 0.04 at best (1 of 1032), and 3.2 is what 250
+samples of 1000 Genomes take on chromosome 20.
+"""
 
 
-def _with_longer_windows(settings: DataConfig, haplotypes: int) -> DataConfig:
-    """Settings with longer cores, for imputation without the transformer.
+@dataclass(frozen=True)
+class TargetOptions:
+    """Options of what is read from the targets, and of what is imputed.
 
-    Retrieval and copying run along the flanks of every window, so fewer and longer cores are faster. Only the
-    transformer is tied to the core's length. The alleles of all ``haplotypes`` of the panel in a core are held in
-    memory, which limits its length.
-    """
-    most = max(settings.window_sites, _MOST_CORE_BYTES // haplotypes)
-    return replace(settings, window_sites=min(_TIMES_AS_LONG * settings.window_sites, most))
-
-
-def _worth_timing(batches: int, device: torch.device) -> bool:
-    """Whether timing the search backends, some twenty searches and a second, costs less than the fastest may save.
-
-    On a CPU never, because torch is the fastest there (2 to 7 times as fast as FAISS), and outputs repeat exactly.
-    """
-    return device.type == "cuda" and batches >= _WORTH_TIMING
-
-
-class Imputation:
-    """An exported model applied to a panel, one window and one block of samples at a time.
-
-    Raises :class:`UserError` if sites of the panel lie in no window.
+    ``duplicates`` is the rule for sites that the file has twice, and ``strand`` that for sites on the other strand
+    (:func:`embrag_ds.variants.harmonise.harmonise`). ``phase`` says what phases unphased targets. With
+    ``allow_overlap``, targets may also be in the panel. ``region`` limits what is written, and ``untyped_contigs`` says
+    what becomes of contigs without typed sites (:func:`embrag_ds.imputation.extent.extent`). ``report`` is a file for
+    the numbers as JSON, and ``excluded`` one for the sites that were left out, each with the reason.
     """
 
-    def __init__(
-        self,
-        model: ExportedModel,
-        inputs: PanelInputs,
-        device: torch.device,
-        block: int,
-        transformer: bool = True,
-        precision: Precision = "fp32",
-    ):
-        """``block`` samples are computed at a time. Without ``transformer`` its residual is left out
-        (:meth:`embrag_ds.model.imputer.Imputer.forward`), and windows are longer. With ``precision`` bf16 the matrix
-        products of the network are in bf16; search, copying model and dosage are always in fp32.
-        """
-        use_device(device)
-        config = model.config
-        all_samples = np.arange(len(inputs.panel.samples))
-        settings = config.data if transformer else _with_longer_windows(config.data, 2 * len(all_samples))
-        self.data: WindowedPanel = windowed(inputs, settings, all_samples)
-        left_out = uncovered(self.data.windows, len(inputs.panel.sites))
-        if left_out:
-            raise UserError(
-                f"{config.data.windows_file}: {left_out} panel sites lie in no window; imputation needs all"
-            )
-        self._device = device
-        self._block = block
-        self._transformer = transformer
-        self._precision = precision
-        self._samples = inputs.panel.samples
-        self._network = Imputer(config.model)
-        self._network.load_state_dict(model.weights)
-        self._network.to(device).eval()
-        exclusions = exclusion_table(inputs.panel.samples, None)
-        self._reference = Reference(
-            config.retrieval, self.data, self._network.embedding, device, exclusions, snapshot=model.snapshot
-        )
-        if self._reference.backend not in ("auto", *backends_on(device)):
-            logger.info("the model names search %s, which this machine lacks; torch searches", self._reference.backend)
-            self._reference.backend = "torch"
-        self._collate = self._reference.collator(block, slots=_AHEAD + 2)
-
-    def windows(self, targets: Targets) -> Iterator[tuple[int, np.ndarray]]:
-        """Iterate over (window number, ALT probabilities float32 [2N, L] of the target haplotypes in its core), in
-        order.
-
-        While the network computes one block of samples, retrieval works on the next.
-        """
-        code_of = {sample: code for code, sample in enumerate(self._samples)}
-        numbers = np.array([code_of.get(sample, -1) for sample in targets.samples], dtype=np.int64)
-        starts = range(0, len(numbers), self._block)
-
-        def queries(block: int) -> QueryBatch:
-            index, place = divmod(block, len(starts))
-            window = self.data.windows[index]
-            span = slice(window.start, window.stop)
-            group = numbers[starts[place] :][: self._block]
-            return QueryBatch(
-                window=window.index,
-                samples=group,
-                alleles=targets.alleles(span, slice(starts[place], starts[place] + len(group))),
-                masked=np.repeat(~targets.typed[span][None], len(group), axis=0),
-            )
-
-        number = len(self.data.windows) * len(starts)
-        if self._reference.backend == "auto" and _worth_timing(number, self._device):
-            first = self._reference.first_search(queries(0))
-            if first is not None:
-                self._reference.backend = first.fastest()
-                self._collate = self._reference.collator(self._block, slots=_AHEAD + 2)
-
-        def build(block: int) -> Batch:
-            return self._collate(queries(block), step=0)
-
-        with closing(Prefetcher(build, 0, number, _AHEAD)) as batches:
-            for window in self.data.windows:
-                yield window.index, np.concatenate([self._probability(batches.next()) for _ in starts])
-
-    @torch.no_grad()
-    def _probability(self, batch: Batch) -> np.ndarray:
-        # TF32 stays off, torch's default: it would round the weights of the exact search, and bf16 is faster.
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._precision == "bf16"):
-            logits = self._network(batch, self._transformer).logits
-        return logits.sigmoid().cpu().numpy()
-
-
-def impute_to_vcf(imputation: Imputation, targets: Targets, out: Path) -> None:
-    """Impute every window, blend the overlaps, and write a bgzipped, indexed VCF.
-
-    Raises :class:`UserError` if ``out`` cannot be written.
-    """
-    windows = imputation.data.windows
-    sites = imputation.data.reference.panel.sites
-    weights = blend_weights(windows)
-    source = f"embrag_ds {embrag_ds.__version__}"
-    pending = np.zeros((2 * len(targets.samples), 0), dtype=np.float32)
-    written = 0
-    last_logged = time.monotonic()
-    with ImputedVcfWriter(out, sites, targets.samples, source) as writer:
-        for number, probability in imputation.windows(targets):
-            window = windows[number]
-            # ``pending`` holds the blended part of the windows so far, from site ``written`` on.
-            grown = np.zeros((len(pending), window.core_stop - written), dtype=np.float32)
-            grown[:, : pending.shape[1]] = pending
-            grown[:, window.core_start - written :] += probability * weights[number].astype(np.float32)
-            last = number + 1 == len(windows)
-            settled = window.core_stop if last else windows[number + 1].core_start
-            span = slice(written, settled)
-            samples = slice(0, len(targets.samples))
-            writer.write(written, grown[:, : settled - written], targets.typed[span], targets.alleles(span, samples))
-            pending = grown[:, settled - written :]
-            written = settled
-            due = last or time.monotonic() - last_logged > 2
-            done = (number + 1, len(windows), written, len(sites))
-            logger.log(logging.INFO if due else logging.DEBUG, "imputed window %d/%d, %d/%d sites", *done)
-            if due:
-                last_logged = time.monotonic()
+    duplicates: Duplicates = "first"
+    strand: Strand = "report"
+    phase: Phase = "none"
+    allow_overlap: bool = False
+    region: str | None = None
+    untyped_contigs: UntypedContigs = "drop"
+    report: Path | None = None
+    excluded: Path | None = None
 
 
 def impute(
@@ -204,23 +76,32 @@ def impute(
     out: Path,
     *,
     model: Path = PRETRAINED,
+    options: TargetOptions = TargetOptions(),
     samples_per_batch: int = 32,
     transformer: bool = True,
-    allow_overlap: bool = False,
     device: str | None = None,
     precision: Precision | None = None,
+    output: OutputOptions = EVERYTHING,
+    cache_dir: Path | None = None,
 ) -> None:
-    """Impute every panel site of the samples in ``target`` into ``out``, a bgzipped VCF with its index.
+    """Impute every panel site of the samples in ``target`` into ``out``, a bgzipped VCF or a BCF with its index.
 
-    ``model`` is an exported model. Without panel and target, those of the default data set are used. More
-    ``samples_per_batch`` take more memory and less time. Without ``transformer`` its residual is left out
-    (:meth:`embrag_ds.model.imputer.Imputer.forward`). With ``allow_overlap``, targets may also be in the panel.
-    ``device`` defaults to CUDA where there is a device; a warning says where torch cannot use one that the driver
-    lists. ``precision`` of the network's matrix products defaults to bf16 on a GPU and fp32 on a CPU. Raises
-    :class:`UserError` for faulty files and arguments.
+    ``model`` is an exported model; ``options`` say how targets are read, and ``output`` what is written. Without panel
+    and target, those of the default data set are used. More ``samples_per_batch`` take more memory and less time.
+    Without ``transformer`` its residual is left out (:meth:`embrag_ds.model.imputer.Imputer.forward`). ``device``
+    defaults to CUDA where there is a device; a warning says where torch cannot use one that the driver lists.
+    ``precision`` of the network's matrix products defaults to bf16 on a GPU and fp32 on a CPU. The packed panel and
+    scratch files lie in ``cache_dir`` (default: :func:`embrag_ds.data.cache.default_cache_dir`). Beagle's log, if it
+    phases, is ``out`` with ``.beagle.log``.
+
+    Raises :class:`UserError` for faulty files and arguments: before any work where an output is an input, or where
+    a file cannot be read or written.
     """
     if samples_per_batch < 1:
         raise UserError("--samples-per-batch must be at least 1")
+    check_output(out)
+    for result in filter(None, (options.report, options.excluded)):
+        require_writable(result)
     where = _device(device)
     require_kernels(where)
     numbers = _checked(precision, where)
@@ -229,15 +110,53 @@ def impute(
     logger.info("model %s", model)
     if (files.panel is None) != (target is None):
         raise UserError("--panel and --target go together")
-    target = target or default_data(exported.config.data).target
-    inputs = open_inputs(files, exported.config.data)
+    settings = DataConfig() if cache_dir is None else with_cache(DataConfig(), cache_dir)
+    target = target or default_data(settings).target
+    files = with_default(files, settings)
+    read = {"--target": target, **files.by_option()}
+    require_readable(read)
+    log = Path(f"{out}.beagle.log")
+    outputs = {"--out": out, "--report": options.report, "--excluded": options.excluded}
+    if options.phase == "beagle":
+        require_beagle(target, files.panel or target)
+        outputs["Beagle's log"] = log
+    require_distinct(outputs, {**read, "--model": model})
+    require_cache(cache_directory(settings))
+    inputs = open_inputs(files, settings)
     panel = inputs.panel
     logger.info("panel %s: %d samples, %d sites", panel.path, len(panel.samples), len(panel.sites))
-    with tempfile.TemporaryDirectory(dir=cache_directory(exported.config.data)) as scratch:
-        targets = harmonise_targets(open_panel(target, Path(scratch)), panel, allow_overlap)
+    with scratch_folder(cache_directory(settings), "imputation-") as scratch:
+        targets, found, opened = _read_targets(target, inputs, options, scratch, log)
+        written = extent(
+            panel.sites, targets.typed, options.region, options.untyped_contigs, str(panel.path), str(target)
+        )
+        if output == EVERYTHING:
+            genotypes = len(targets.samples) * len(written.rows())
+            require_space(out, int(_LEAST_BYTES * genotypes), int(_LIKELY_BYTES * genotypes))
+        write_left_out(options.excluded, panel, opened, targets.match)
+        if options.report is not None:
+            write_json(options.report, found)
         imputation = Imputation(exported, inputs, where, samples_per_batch, transformer, numbers)
-        impute_to_vcf(imputation, targets, out)
+        warn_of_few_typed(written.windows(imputation.data.windows), panel.sites, targets.typed)
+        impute_to_vcf(imputation, targets, out, written, output)
     logger.info("%s: %d samples in %.0f s", out, len(targets.samples), time.monotonic() - began)
+
+
+def _read_targets(
+    path: Path, inputs: PanelInputs, options: TargetOptions, scratch: Path, log: Path
+) -> tuple[Targets, dict[str, Any], Panel]:
+    """Read, match, phase and check the targets; returns them, the report of what was done, and the opened file."""
+    panel = inputs.panel
+    target = open_panel(path, scratch, reading=replace(TARGET, duplicates=options.duplicates))
+    match = match_targets(target, panel, options.strand, options.allow_overlap)
+    found = describe(panel, target, match, options.strand)
+    logger.info("what was read and matched:\n%s", table(found))
+    if options.phase == "beagle":
+        targets = phase_targets(target, match, panel, inputs.position_cm, scratch, log, torch.get_num_threads())
+    else:
+        targets = open_targets(target, match, panel)
+    found |= describe_targets(targets, check_samples(targets, panel))
+    return targets, found, target
 
 
 def _device(name: str | None) -> torch.device:
@@ -245,9 +164,20 @@ def _device(name: str | None) -> torch.device:
     if unused is not None:  # no error: unlike training, imputation is of use on a CPU
         logger.warning("%s; imputing on the CPU, as --device cpu would", unused)
     try:
-        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name is None else name)
     except RuntimeError as fault:
         raise UserError(f"--device {name}: no such device; use cpu or cuda") from fault
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: embrag_ds has no kernels for it; use cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        why = unused_gpus() or f"torch sees {torch.cuda.device_count()} CUDA devices"
+        raise UserError(f"--device {name}: {why}; use {_present()}")
+    return device
+
+
+def _present() -> str:
+    """The devices of this machine, as ``--device`` takes them."""
+    return " or ".join(["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
 
 
 def _checked(precision: Precision | None, device: torch.device) -> Precision:

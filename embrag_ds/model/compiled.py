@@ -22,6 +22,7 @@ _MOST_LENGTHS = 4
 _NUMBER = 0.5
 """Padding of floats, with which every feature and its gradient is finite."""
 _PLACES = {"codebook": 0, "embeddings": 2}
+_WITHOUT_ROWS = ("position", "site_frequency", "codebook")
 
 
 class CoreInputs(NamedTuple):
@@ -67,6 +68,20 @@ class CoreInputs(NamedTuple):
             return given if whole else given.clone(memory_format=torch.contiguous_format)
 
         return self._each(copied)
+
+    def blocks(self, rows: int) -> list[CoreInputs]:
+        """The same in blocks of ``rows`` of the B rows."""
+
+        def part(start: int) -> CoreInputs:
+            made: dict[str, Any] = {}
+            for name, value in zip(self._fields, self, strict=True):
+                if isinstance(value, tuple):
+                    made[name] = tuple(each[start : start + rows] for each in value)
+                elif value is not None and name not in _WITHOUT_ROWS:
+                    made[name] = value[start : start + rows]
+            return self._replace(**made)
+
+        return [part(start) for start in range(0, len(self.tokens), rows)]
 
     def mark_dynamic(self) -> None:
         """Tell torch.compile that the number of sites is not the same in every batch."""

@@ -23,6 +23,7 @@ from embrag_ds.model.pooling import (
     pooled_embedding,
 )
 from embrag_ds.model.recompute import computed_again
+from embrag_ds.model.row_blocks import RowBlocks
 from embrag_ds.model.transformer import Transformer
 from embrag_ds.retrieval.batch import Batch, SiteTensors
 from embrag_ds.settings import strict_settings
@@ -55,6 +56,8 @@ class ModelConfig:
         require(self.layers >= 1, "model.layers", "must be at least 1")
         require(self.heads >= 1, "model.heads", "must be at least 1")
         require(self.ffn_multiple >= 1, "model.ffn_multiple", "must be at least 1")
+        for key, most in (("dims", 65_536), ("layers", 10_000), ("ffn_multiple", 1_024)):  # no machine holds more
+            require(getattr(self, key) <= most, f"model.{key}", f"must not exceed {most}")
         require(
             self.dims % (2 * self.heads) == 0,
             "model.heads",
@@ -85,6 +88,7 @@ class Imputer(nn.Module):
         super().__init__()
         self.good_turing = config.good_turing
         self.compiled: Compiled | None = None
+        self.row_blocks: RowBlocks | None = None
         self.embedding = HaplotypeEmbedding(config.dims)
         self.pooling = POOLINGS[config.fusion]()
         self.fusion = GatedFusion(config.dims)
@@ -116,6 +120,8 @@ class Imputer(nn.Module):
                 pooled = self.pooling(batch, batch.retrieved, weight / weight.mean())
         given = _core_inputs(batch, pooled)
         if loss is None:
+            if self.row_blocks is not None:
+                return Prediction(*self.row_blocks(lambda block: self._predict(block, transformer), given))
             return self._predict(given, transformer)
         if self.compiled is not None:
             losses: Losses = self.compiled(given, loss)

@@ -138,7 +138,7 @@ def list_sequences(words, count, bounds, start, who):
                     place += np.uint64(1)
 
 
-@numba.njit(cache=True)
+@numba.njit  # kept on the disk as a part of the loops that call it
 def run_end(left, right, begin, stop):
     """End, at most ``stop``, of the run of sites that have the same flanking typed sites as site ``begin``.
 

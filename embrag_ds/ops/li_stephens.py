@@ -62,15 +62,16 @@ def mismatches(alleles: Tensor, place: Tensor, ids: Tensor, tokens: Tensor, coun
     """Mismatch indicators: where neighbours differ from the query at its typed sites, bool [B, T, K].
 
     ``alleles`` uint8 [sites, H] are those of the reference, and ``place`` int64 [B, T] its rows at the typed sites.
-    ``ids`` int64 [B, K] are the neighbours and ``tokens`` int64 [B, T] the query's alleles. Row b has ``count[b]``
-    (int64 [B]) typed sites; the rest of it is padding, and False in the result.
+    ``ids`` int64 [B, K] are the neighbours and ``tokens`` int64 [B, T] the query's alleles; MASK differs from none. Row
+    b has ``count[b]`` (int64 [B]) typed sites; the rest of it is padding, and False in the result.
     """
     if alleles.device.type == "cpu":
         out = np.empty((*place.shape, ids.shape[1]), dtype=np.bool_)
         li_stephens_numba.mismatches(*(each.contiguous().numpy() for each in (alleles, place, ids, tokens, count)), out)
         return torch.from_numpy(out)
     valid = torch.arange(place.shape[1], device=ids.device) < count[:, None]
-    return (alleles[place[:, :, None], ids[:, None, :]] != tokens[:, :, None]) & valid[:, :, None]
+    # An allele and its opposite add up to 1, and MASK (2) with either to more.
+    return (alleles[place[:, :, None], ids[:, None, :]] + tokens[:, :, None] == 1) & valid[:, :, None]
 
 
 def count_true(rows: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ def mismatches(alleles, place, ids, tokens, count, out):
         own = ids[b].astype(np.uint32)
         for t in range(sites):
             differs = out[b, t]
-            if t < count[b]:
+            # A token that is no allele, MASK, differs from none.
+            if t < count[b] and tokens[b, t] < 2:
                 row, token = alleles[place[b, t]], np.uint8(tokens[b, t])
                 for k in range(neighbours):
                     differs[k] = row[own[k]] != token

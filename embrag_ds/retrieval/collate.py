@@ -72,12 +72,15 @@ class RetrievalCollator:
         self.k = min(k, len(reference) - 2 * exclusions.shape[1])
         if store is not None and self.k < 1:
             raise UserError(
-                f"{reference.panel.path}: {len(reference)} reference haplotypes are too few to retrieve from"
+                f"{reference.panel.path}: {len(reference)} reference haplotypes are too few to retrieve from; give a "
+                "panel of more samples"
             )
         self._excluded = _excluded_haplotypes(exclusions, reference.sample_of)
         # These copies block. So what was queued before, a snapshot's weights too, is finished for the side stream.
         self._population_of = torch.from_numpy(reference.population_of).to(device)
-        self._population_sizes = torch.from_numpy(reference.population_sizes).to(device)
+        self._haploid = reference.panel.ploidy is not None
+        self._counted = torch.from_numpy(reference.counted(slice(0, 1))).to(device)
+        self._population_sizes = torch.from_numpy(reference.population_sizes[:, :1]).to(device)
         self._turing = torch.from_numpy(reference.good_turing_odds).to(device)
         longest = max(map(len, data.windows))
         core = max(window.core_stop - window.core_start for window in data.windows)
@@ -88,8 +91,10 @@ class RetrievalCollator:
     def _slot_bytes(self, samples: int, sites: int, core: int) -> int:
         """Largest staging memory of a batch in bytes: alleles, masks, typed sites, features, exclusions, panel rows."""
         populations = len(self._data.reference.populations.names)
-        needed = samples * sites * (2 + 1 + 8) + 8 * samples * (self._excluded.shape[1] + 2)
+        needed = samples * sites * (2 + 1 + 2 + 8) + 8 * samples * (self._excluded.shape[1] + 2)
         needed += sites * (8 + 4 * (2 + populations))
+        if self._haploid:
+            needed += 4 * core * (len(self._data.reference) + populations)
         needed += self._panel.staged_bytes(sites) + self._panel.staged_bytes(core)
         return needed + 16 * 256  # alignment
 
@@ -119,18 +124,27 @@ class RetrievalCollator:
         self.staging.begin()
         alleles = put(queries.alleles).to(torch.int64)
         masked = put(queries.masked).repeat_interleave(2, dim=0)
+        if queries.missing is not None:
+            # Masked for this haplotype only: `typed` below stays the same for all, so that they share their search.
+            masked |= put(queries.missing)
         tokens = alleles.masked_fill(masked, MASK)
         typed, count = _typed_sites(queries.masked)
         near, near_count = _near(queries.masked, count, window.core)
         features = self._data.features(queries.window)
         excluded = put(self._excluded[queries.samples])
         reference = self._core_alleles(queries.window)
+        counted, sizes = self._counted, self._population_sizes
+        if self._haploid:  # they differ from site to site
+            here = self._data.windows[queries.window].core_sites
+            counted = put(self._data.reference.counted(here))
+            sizes = put(np.ascontiguousarray(self._data.reference.population_sizes[:, here]))
         frequencies = frequencies_without(
             excluded,
             reference.by_haplotype,
             self._population_of,
+            counted,
             put(np.ascontiguousarray(features.counts[:, window.core])),
-            self._population_sizes,
+            sizes,
         )
         good_turing = self._turing[frequencies.minor_allele_count.long().clamp_max(len(self._turing) - 1)]
         good_turing = torch.where(frequencies.overall > 0.5, -good_turing, good_turing)

@@ -32,26 +32,27 @@ class Frequencies(NamedTuple):
 
 
 def frequencies_without(
-    excluded: Tensor, alleles: Tensor, population_of: Tensor, counts: Tensor, sizes: Tensor
+    excluded: Tensor, alleles: Tensor, population_of: Tensor, counted: Tensor, counts: Tensor, sizes: Tensor
 ) -> Frequencies:
     """ALT frequencies in the reference set, those of rare alleles without the haplotypes ``excluded`` int64 [N, E].
 
-    ``excluded`` is padded with H. ``alleles`` uint8 [H, L] and ``population_of`` int64 [H] are the reference set's;
-    ``counts`` float32 [P, L] of ALT and ``sizes`` float32 [P], in haplotypes, its populations'. A population with no
-    haplotype left gets the overall frequency.
+    ``excluded`` is padded with H. ``alleles`` uint8 [H, L] and ``population_of`` int64 [H] are the reference set's, and
+    ``counted`` float32 [H, L] is 1 where a haplotype counts, else 0; ``counts`` float32 [P, L] of ALT and ``sizes``
+    float32 [P, L], in haplotypes, are its populations'. ``counted`` and ``sizes`` have one column where all sites are
+    alike. A population with no haplotype left gets the overall frequency.
     """
-    present = (excluded < len(alleles)).float()
     chosen = excluded.clamp_max(len(alleles) - 1)
+    present = counted[chosen] * (excluded < len(alleles))[..., None]
     populations = torch.arange(len(sizes), device=excluded.device)
-    belongs = (population_of[chosen][..., None] == populations).float() * present[..., None]
-    taken = torch.einsum("bep,bel->bpl", belongs, alleles[chosen].float())
-    left = sizes - belongs.sum(1)
-    total, without, remaining = counts.sum(0), counts.sum(0) - taken.sum(1), left.sum(1)[:, None]
-    overall = _frequency(total, sizes.sum(), without, remaining)
-    each = _frequency(counts, sizes[:, None], counts - taken, left[..., None])
+    belongs = (population_of[chosen][..., None] == populations).float()
+    taken = torch.einsum("bep,bel->bpl", belongs, alleles[chosen] * present)
+    left = sizes - torch.einsum("bep,bel->bpl", belongs, present)
+    total, without, remaining = counts.sum(0), counts.sum(0) - taken.sum(1), left.sum(1)
+    overall = _frequency(total, sizes.sum(0), without, remaining)
+    each = _frequency(counts, sizes, counts - taken, left)
     return Frequencies(
         overall=overall,
-        population=torch.where(left[..., None] > 0, each, overall[:, None]),
+        population=torch.where(left > 0, each, overall[:, None]),
         minor_allele_count=torch.minimum(without, remaining - without),
     )
 

@@ -86,6 +86,7 @@ class RetrievalConfig:
         require(self.chunk_sites >= 1, "retrieval.chunk_sites", "must be at least 1")
         require(self.context_sites >= 0, "retrieval.context_sites", "must not be negative")
         require(self.prefetch >= 0, "retrieval.prefetch", "must not be negative")
+        require(self.prefetch <= 1_024, "retrieval.prefetch", "must not exceed 1024")
         require(
             not (self.store == "dense" and self.encoding == "live"),
             "retrieval.store",

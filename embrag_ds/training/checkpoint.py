@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import PickleError
 from typing import Any
 
 import deepspeed
@@ -20,6 +21,19 @@ from embrag_ds.training.deepspeed_log import prints_logged
 from embrag_ds.training.distributed import DistributedContext
 
 _AGREED = "agreed.json"
+_DAMAGED = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    PickleError,
+    AssertionError,
+)
+"""What torch, DeepSpeed and pickle raise for a file that is not what they wrote."""
+_SHOWN = 200
 _SPEED_ONLY = ("prefetch", "device_budget_gb", "dense_budget_gb")
 
 
@@ -75,16 +89,54 @@ def load_checkpoint(
     Raises :class:`UserError` if there is none, or if settings that decide the run's results differ from the
     checkpoint's.
     """
-    if not (directory / "latest").exists():
-        raise UserError(f"{directory}: no checkpoint to resume from; start without --resume")
+    tag = _newest(directory)
     # Before the weights: they would not fit another network.
-    agreed = json.loads((directory / _AGREED).read_text(encoding="utf-8"))
-    _check_compatible(agreed, config, _batches(engine, distributed), directory)
+    try:
+        agreed = json.loads((directory / _AGREED).read_text(encoding="utf-8"))
+        _check_compatible(agreed, config, _batches(engine, distributed), directory)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
+        raise UserError(
+            f"{directory / _AGREED}: damaged, or written by another version of embrag_ds; start a new run folder"
+        ) from fault
     reference.backend = agreed["backend"]
-    with prints_logged():
-        _, client = engine.load_checkpoint(str(directory))
-    reference.load_state_dict(client["reference"])
-    return TrainState(**client["state"])
+    try:
+        with prints_logged():
+            _, client = engine.load_checkpoint(str(directory), tag=tag)
+        reference.load_state_dict(client["reference"])
+        return TrainState(**client["state"])
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except _DAMAGED as fault:
+        reason = " ".join(str(fault).split())[:_SHOWN] or type(fault).__name__
+        message = f"{directory / tag}: cannot read the checkpoint ({reason}); {_way_out(directory, tag)}"
+        raise UserError(message) from fault
+
+
+def _newest(directory: Path) -> str:
+    """Name of the newest checkpoint, which the file ``latest`` holds; raises :class:`UserError` if it is not there."""
+    latest = directory / "latest"
+    if not latest.exists():
+        raise UserError(f"{directory}: no checkpoint to resume from; start without --resume")
+    try:
+        tag = latest.read_text(encoding="utf-8").strip()
+        if tag in ("", "..") or Path(tag).name != tag or not (directory / tag).is_dir():
+            raise ValueError(f"it names {tag[:_SHOWN]!r}, which is not there")
+    except (OSError, ValueError) as fault:
+        reason = getattr(fault, "strerror", None) or fault  # not the name that the file holds, which may be long
+        raise UserError(f"{latest}: cannot find the newest checkpoint ({reason}); {_way_out(directory, '')}") from fault
+    return tag
+
+
+def _way_out(directory: Path, damaged: str) -> str:
+    """Advice for a checkpoint that cannot be read: the newest of the others, or a new run."""
+    others = sorted((_step(path) for path in directory.glob("step*")), reverse=True)
+    names = [f"step{step}" for step in others if step >= 0 and f"step{step}" != damaged]
+    again = f"write {names[0]} into {directory / 'latest'} to go on from that, or " if names else ""
+    return f"{again}start a new run folder"
+
+
+def _step(path: Path) -> int:
+    return int(path.name[4:]) if path.name[4:].isascii() and path.name[4:].isdigit() else -1
 
 
 def _batches(engine: deepspeed.DeepSpeedEngine, distributed: DistributedContext) -> dict[str, int]:
@@ -120,14 +172,15 @@ def _check_compatible(client: dict[str, Any], config: EmbragConfig, batches: dic
 
 
 def _deciding(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings that decide a run's results: those of retrieval that only affect speed are left out.
+    """Settings that decide a run's results: those of retrieval that only affect speed, and the cache, are left out.
 
     So is the setting of the search backend, because ``auto`` may have chosen the one that is named now.
     """
     left_out = (*_SPEED_ONLY, "backend")
     retrieval = {name: value for name, value in config["retrieval"].items() if name not in left_out}
     refresh = {name: value for name, value in retrieval["refresh"].items() if name != "asynchronous"}
-    return {**config, "retrieval": {**retrieval, "refresh": refresh}}
+    data = {name: value for name, value in config["data"].items() if name != "cache_dir"}
+    return {**config, "data": data, "retrieval": {**retrieval, "refresh": refresh}}
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -19,6 +19,8 @@ from embrag_ds.config import RunConfig
 from embrag_ds.files import make_folder, write_json, write_text
 from embrag_ds.training.distributed import DistributedContext
 
+CONFIG, VERSIONS, METRICS = "config.json", "versions.json", "metrics.jsonl"
+"""Names of the files of a run folder."""
 _FAISS = ("faiss-cpu", "faiss-gpu", "faiss-cuda")
 _CUPY = ("cupy-cuda12x", "cupy-cuda13x")
 _PACKAGES = ("embrag_ds", "torch", "deepspeed", "numpy", "pysam", *_FAISS, *_CUPY, "safetensors")
@@ -31,15 +33,15 @@ class RunRecord:
     """
 
     def __init__(self, directory: Path, distributed: DistributedContext):
-        self._path = directory / "metrics.jsonl"
+        self._path = directory / METRICS
         self._distributed = distributed
         self._started = time.monotonic()
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines beyond ``step``, which a resumed run writes again."""
+        """Drop the lines beyond ``step``, which a resumed run writes again, and what a killed run left of a line."""
         if self._distributed.is_main and self._path.exists():
-            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_text(self._path, "".join(line for line in lines if json.loads(line)["step"] <= step))
+            lines = self._path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+            write_text(self._path, "".join(f"{line}\n" for line in lines if _step(line) <= step))
 
     def describe(self, config: RunConfig, engine: deepspeed.DeepSpeedEngine, inputs: dict[str, Any]) -> None:
         """Write ``config.json``, the effective settings, and ``versions.json``: versions, device, batch sizes,
@@ -60,8 +62,8 @@ class RunRecord:
             "global_batch_samples": engine.train_batch_size(),
             **inputs,
         }
-        write_json(directory / "config.json", config.as_dict())
-        write_json(directory / "versions.json", versions)
+        write_json(directory / CONFIG, config.as_dict())
+        write_json(directory / VERSIONS, versions)
 
     def write(self, kind: str, step: int, values: dict[str, Any], engine: deepspeed.DeepSpeedEngine) -> None:
         """Append a line to ``metrics.jsonl``, and pass its numbers to the monitors that DeepSpeed's settings enable."""
@@ -73,6 +75,15 @@ class RunRecord:
         if engine.monitor.enabled:
             events = [(f"{kind}/{name}", value, step) for name, value in _flat(values) if math.isfinite(value)]
             engine.monitor.write_events(events)
+
+
+def _step(line: str) -> float:
+    """Step of a line; infinity for one that is not whole."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError):
+        return math.inf
+    return step if isinstance(step, int) else math.inf
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

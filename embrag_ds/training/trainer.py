@@ -188,6 +188,7 @@ class Trainer:
             },
         )
         self._log_summary(inputs, len(samples), len(held_out))
+        self.validator.warn_of_unscored()
 
     def _choose_backend(self) -> None:
         """Settle the search backend ``auto``: rank 0 times them, and all ranks take its choice (collective)."""

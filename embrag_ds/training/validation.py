@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from embrag_ds.model.imputer import Prediction
 from embrag_ds.model.losses import genotype_log_probabilities
 from embrag_ds.retrieval.batch import Batch
 from embrag_ds.training.distributed import DistributedContext
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,23 @@ class Validator:
         windows = len(self._tasks) // len(VALIDATION_MASKS)
         return f"{len(self._samples)} held-out samples, {windows} windows, {len(VALIDATION_MASKS)} frozen mask sets"
 
+    def warn_of_unscored(self) -> None:
+        """Warn of masks that will have no r2, because the masked genotypes do not vary."""
+        tallies = [AggregateR2(1) for _ in VALIDATION_MASKS]
+        for mask, window in self._tasks:
+            scored = self._scored(mask, window)
+            truth = self._truth(self._data.samples_alleles(window, self._samples), window)[scored].reshape(-1, 1)
+            tallies[mask].add(truth, truth, np.repeat(self._frequency(window)[scored], len(self._samples)))
+        masks = zip(VALIDATION_MASKS, tallies, strict=True)
+        unscored = [mask.name for mask, tally in masks if np.isnan(tally.result()["all"])]
+        if unscored and self._distributed.is_main:
+            logger.warning(
+                "validation will have no r2 under %s: the masked genotypes of %s do not vary; hold out more samples "
+                "(embrag.data.validation_samples), or give a panel with more variants",
+                " and ".join(unscored),
+                self,
+            )
+
     def scores(
         self, predict: Callable[[Batch], Prediction], collate: Callable[[QueryBatch], Batch]
     ) -> dict[str, MaskScores]:
@@ -83,7 +103,7 @@ class Validator:
         predict: Callable[[Batch], Prediction],
         collate: Callable[[QueryBatch], Batch],
     ) -> _Measured:
-        masked = validation_mask(VALIDATION_MASKS[mask], self._data.mask_sites(window), window)
+        masked = self._masked(mask, window)
         alleles = self._data.samples_alleles(window, self._samples)
         probabilities: list[np.ndarray] = []
         dosages: list[np.ndarray] = []
@@ -95,15 +115,31 @@ class Validator:
                 prediction = predict(collate(QueryBatch(window, samples, alleles[rows], masks)))
             probabilities.append(genotype_log_probabilities(prediction.logits).exp().cpu().numpy())
             dosages.append(prediction.prior.sigmoid().unflatten(0, (-1, 2)).sum(1).cpu().numpy())
-        core, sites = self._data.windows[window].core, self._data.windows[window].core_sites
-        reference = self._data.reference
-        scored = masked[core] & reference.passes_minimum_count[sites]
+        scored = self._scored(mask, window)
         return _Measured(
-            truth=(alleles[0::2] + alleles[1::2]).T[core][scored],
+            truth=self._truth(alleles, window)[scored],
             probabilities=np.concatenate(probabilities).transpose(1, 0, 2)[scored],
             prior=np.concatenate(dosages).T[scored],
-            frequency=reference.allele_frequency[sites][scored],
+            frequency=self._frequency(window)[scored],
         )
+
+    def _masked(self, mask: int, window: int) -> np.ndarray:
+        """Masked sites of a window, bool [L]."""
+        return validation_mask(VALIDATION_MASKS[mask], self._data.mask_sites(window), window)
+
+    def _scored(self, mask: int, window: int) -> np.ndarray:
+        """Sites of a window's core that are scored under a mask, bool [core]."""
+        place = self._data.windows[window]
+        passes: np.ndarray = self._data.reference.passes_minimum_count[place.core_sites]
+        return passes & self._masked(mask, window)[place.core]
+
+    def _truth(self, alleles: np.ndarray, window: int) -> np.ndarray:
+        """ALT counts in a window's core, uint8 [core, N], from alleles uint8 [2N, L]."""
+        return (alleles[0::2] + alleles[1::2]).T[self._data.windows[window].core]
+
+    def _frequency(self, window: int) -> np.ndarray:
+        """ALT frequency of the sites of a window's core in the reference set, float32 [core]."""
+        return self._data.reference.allele_frequency[self._data.windows[window].core_sites]
 
 
 @dataclass(frozen=True)

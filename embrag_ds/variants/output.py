@@ -1,9 +1,11 @@
-"""VCF output: phased panels and imputed targets, bgzipped and indexed."""
+"""Imputed targets as VCF or BCF: what is written, and the writer."""
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
-from functools import cache
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,61 +13,160 @@ from typing import Any
 import numpy as np
 
 from embrag_ds.errors import UserError
-from embrag_ds.files import require_writable
-from embrag_ds.variants.records import published
+from embrag_ds.variants.header import as_bytes, header_text
+from embrag_ds.variants.published import check_output, published
+from embrag_ds.variants.sample_text import FORMATS, joined_text, rows_of, sample_texts
 from embrag_ds.variants.sites import SiteTable
 
+logger = logging.getLogger(__name__)
 
-def write_phased(path: str | Path, sites: SiteTable, samples: tuple[str, ...] | list[str], alleles: np.ndarray) -> None:
-    """Write ``alleles`` uint8 [S, 2N] as a bgzipped phased VCF with its index.
 
-    ``path`` must end in ``.vcf.gz``. The file appears only when complete. Raises :class:`UserError` if it cannot be
-    written.
+@dataclass(frozen=True)
+class OutputOptions:
+    """What an imputed file holds; the defaults are everything, one ALT a record.
+
+    ``formats`` are the FORMAT fields, of GT, DS, HDS and GP. With ``sites_only`` there are no sample columns, and with
+    ``typed_only`` no imputed sites. Imputed sites with DR2 below ``min_r2`` are left out. ``join_multiallelic`` joins
+    the sites that were split from one record of the panel. Raises :class:`UserError` for values that cannot be.
     """
-    assert alleles.shape == (len(sites), 2 * len(samples)), alleles.shape
-    _check_output(Path(path))
-    genotype = np.array([list(f"{a}|{b}\t".encode()) for a in (0, 1) for b in (0, 1)], dtype=np.uint8)
-    with published(Path(path), sites) as out:
-        out.write(_header(sites, samples, ['##FORMAT=<ID=GT,Number=1,Type=String,Description="Genotype">']))
-        for site, (contig, pos, ref, alt) in enumerate(sites.identities()):
-            body = genotype[2 * alleles[site, 0::2] + alleles[site, 1::2]].tobytes()
-            prefix = f"{contig}\t{pos}\t{sites.id[site]}\t{ref}\t{alt}\t.\tPASS\t.\tGT\t"
-            out.write(prefix.encode() + body[:-1] + b"\n")
+
+    formats: tuple[str, ...] = FORMATS
+    sites_only: bool = False
+    typed_only: bool = False
+    min_r2: float = 0.0
+    join_multiallelic: bool = False
+
+    def __post_init__(self) -> None:
+        known = ",".join(FORMATS)
+        for name in self.formats:
+            if name not in FORMATS:
+                raise UserError(f"--format {','.join(self.formats)}: there is no field {name!r}; choose from {known}")
+        if not self.formats or len(set(self.formats)) < len(self.formats):
+            raise UserError(f"--format {','.join(self.formats)}: give each field once; choose from {known}")
+        if not 0 <= self.min_r2 <= 1:
+            raise UserError(f"--min-r2 {self.min_r2:g}: DR2 is from 0 to 1; give a number in this range")
+        if self.sites_only and set(self.formats) != set(FORMATS):
+            raise UserError("--sites-only writes no sample columns, so --format has no use; leave out one of them")
+        if self.typed_only and self.min_r2 > 0:
+            raise UserError("--typed-only leaves out what --min-r2 could filter: imputed sites; leave out one of them")
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """FORMAT fields in their order in a record.
+
+        Where sites are joined, HDS is AP1 and AP2. They have one value an ALT, so that tools can split the record.
+        """
+        chosen = [name for name in FORMATS if name in self.formats]
+        if self.join_multiallelic and "HDS" in chosen:
+            place = chosen.index("HDS")
+            chosen[place : place + 1] = ["AP1", "AP2"]
+        return tuple(chosen)
 
 
-_IMPUTED_DEFINITIONS = [
+EVERYTHING = OutputOptions()
+"""The defaults."""
+
+_INFO = [
     '##INFO=<ID=AF,Number=A,Type=Float,Description="Estimated ALT allele frequency: mean of HDS">',
-    '##INFO=<ID=DR2,Number=1,Type=Float,Description="Estimated squared correlation of dosage and true allele:'
+    '##INFO=<ID=DR2,Number=A,Type=Float,Description="Estimated squared correlation of dosage and true allele:'
     ' variance of HDS over p(1-p)">',
     '##INFO=<ID=IMP,Number=0,Type=Flag,Description="Imputed site">',
-    '##FORMAT=<ID=GT,Number=1,Type=String,Description="Genotype: ALT where HDS is above 0.5">',
-    '##FORMAT=<ID=DS,Number=A,Type=Float,Description="ALT dosage: sum of HDS">',
-    '##FORMAT=<ID=HDS,Number=2,Type=Float,Description="ALT probability of each haplotype">',
-    '##FORMAT=<ID=GP,Number=G,Type=Float,Description="Genotype probabilities: products of HDS">',
+    '##INFO=<ID=AN,Number=1,Type=Integer,Description="Number of haplotypes">',
+    '##INFO=<ID=S_X,Number=A,Type=Float,Description="Sum of HDS over the haplotypes">',
+    '##INFO=<ID=S_XX,Number=A,Type=Float,Description="Sum of squared HDS. DR2 of merged batches of samples, from sums'
+    ' of AN, S_X and S_XX over the batches: (S_XX/AN - p^2)/(p(1-p)), where p is S_X/AN">',
 ]
+_FORMAT = {
+    "GT": "Number=1,Type=String,Description="
+    '"Genotype: ALT where its HDS is above 0.5, the likeliest if several are; one allele if haploid"',
+    "DS": 'Number=A,Type=Float,Description="ALT dosage: sum of HDS; at most 1 if haploid"',
+    "HDS": 'Number=.,Type=Float,Description="ALT probability of each haplotype"',
+    "AP1": 'Number=A,Type=Float,Description="ALT probability of the first haplotype"',
+    "AP2": 'Number=A,Type=Float,Description="ALT probability of the second haplotype; missing if haploid"',
+    "GP": 'Number=G,Type=Float,Description="Genotype probabilities: products of HDS"',
+}
+_BLOCK_VALUES = 2**23 // 40
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Consecutive sites from ``first`` on: HDS float64 [n, 2N], ``typed`` and ``known`` bool [n], ``haploid`` bool [n,
+    N] or None. A typed site is known unless some of its alleles are imputed.
+    """
+
+    first: int
+    hds: np.ndarray
+    typed: np.ndarray
+    known: np.ndarray
+    haploid: np.ndarray | None
+
+    def cut(self, start: int, stop: int) -> _Block:
+        haploid = None if self.haploid is None else self.haploid[start:stop]
+        rows = slice(start, stop)
+        return _Block(self.first + start, self.hds[rows], self.typed[rows], self.known[rows], haploid)
+
+    def followed_by(self, other: _Block) -> _Block:
+        haploid = None
+        if self.haploid is not None or other.haploid is not None:
+            haploid = np.concatenate([self._all_haploid(), other._all_haploid()])
+        return _Block(
+            self.first,
+            np.concatenate([self.hds, other.hds]),
+            np.concatenate([self.typed, other.typed]),
+            np.concatenate([self.known, other.known]),
+            haploid,
+        )
+
+    def _all_haploid(self) -> np.ndarray:
+        return np.zeros((len(self.hds), self.hds.shape[1] // 2), bool) if self.haploid is None else self.haploid
 
 
 class ImputedVcfWriter:
-    """Writer of an imputed VCF of N samples at ``sites``, block by block in site order.
+    """Writer of an imputed file of N samples at ``sites``, or a range of them, block by block in site order.
 
-    ``FORMAT`` is ``GT:DS:HDS:GP`` to three decimals. HDS is rounded, and GT, DS and GP follow from the rounded HDS. So
-    a sample's columns agree exactly, and GP sums to 1. ``INFO`` has ``AF``, ``DR2``, and the flag ``IMP`` at imputed
-    sites. DR2 is minimac's Rsq (Das et al. 2016, Nat. Genet. 48:1284): the variance of HDS over p(1-p). It is at most
-    1, and 0 where p is 0 or 1; typed sites have 1.
+    ``FORMAT`` is ``GT:DS:HDS:GP`` to three decimals, or those of them that ``options`` choose. HDS is rounded, and GT,
+    DS and GP follow from the rounded HDS. So a sample's columns agree exactly, and GP sums to 1. A haploid sample has
+    one allele in GT, one value in HDS, two in GP, and DS in [0, 1].
 
-    Use it as a context manager; ``path`` must end in ``.vcf.gz``. File and index appear when the block ends without an
-    exception, and nothing is left otherwise. Raises :class:`UserError` if the file cannot be written.
+    ``INFO`` has ``AF``, ``DR2``, and the flag ``IMP`` at imputed sites. DR2 is minimac's Rsq (Das et al. 2016, Nat.
+    Genet. 48:1284): the variance of HDS over p(1-p). It is at most 1, and 0 where p is 0 or 1; typed sites have 1. A
+    typed site where some alleles are imputed has no ``IMP``, and DR2 by the formula. ``AN``, ``S_X`` and ``S_XX``
+    (minimac4's names) are the number of haplotypes and the sums of HDS and of its square, from which DR2 of merged
+    batches follows. All are of HDS before rounding, and a haploid sample counts once.
+
+    Use it as a context manager; ``path`` must end in ``.vcf.gz`` or ``.bcf``. File and index appear when the block ends
+    without an exception, and nothing is left otherwise. Raises :class:`UserError` if the file cannot be written.
     """
 
-    def __init__(self, path: str | Path, sites: SiteTable, samples: tuple[str, ...] | list[str], source: str) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        sites: SiteTable,
+        samples: tuple[str, ...] | list[str],
+        source: str,
+        options: OutputOptions = EVERYTHING,
+        first: int = 0,
+        stop: int | None = None,
+    ) -> None:
+        """The range of sites is ``first`` to ``stop``, all by default; ``source`` names the program in the header."""
         self._sites = sites
         self._samples = len(samples)
-        self._header = _header(sites, samples, [f"##source={source}", *_IMPUTED_DEFINITIONS])
+        self._options = options
         self._path = Path(path)
-        _check_output(self._path)
-        self._next = 0
+        check_output(self._path)
+        fields = () if options.sites_only else options.fields
+        formats = [f"##FORMAT=<ID={name},{_FORMAT[name]}>" for name in fields]
+        shown = None if options.sites_only else samples
+        self._header = header_text(sites, [f"##source={source}", *_INFO, *formats], shown)
+        self._fields = fields
+        self._format = f"\t{':'.join(fields)}\t" if fields else ""
+        self._sample_texts = sample_texts(fields) if fields else None
+        self._next = first
+        self._stop = len(sites) if stop is None else stop
+        self._imputed = 0
+        self._below = 0
+        self._held: _Block | None = None
         self._stack = ExitStack()
-        self._sample_text = _imputed_sample_text()
 
     def __enter__(self) -> ImputedVcfWriter:
         self._out = self._stack.enter_context(published(self._path, self._sites))
@@ -77,80 +178,198 @@ class ImputedVcfWriter:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._stack.__exit__(exc_type, exc, tb)
+        if exc_type is None and self._options.min_r2 > 0:
+            logger.info(
+                "%s: %d of %d imputed sites have DR2 below %g and are left out",
+                *(self._path, self._below, self._imputed, self._options.min_r2),
+            )
 
     def _check_complete(self, exc_type: Any, exc: Any, tb: Any) -> None:
-        assert exc_type or self._next == len(self._sites), f"{self._next} of {len(self._sites)} sites written"
+        assert exc_type or self._next == self._stop, f"{self._next} of {self._stop} sites written"
 
-    def write(self, first: int, haplotype_dosage: np.ndarray, typed: np.ndarray, alleles_typed: np.ndarray) -> None:
+    def write(
+        self,
+        first: int,
+        haplotype_dosage: np.ndarray,
+        typed: np.ndarray,
+        alleles_typed: np.ndarray,
+        missing: np.ndarray | None = None,
+        haploid: np.ndarray | None = None,
+    ) -> None:
         """Write the sites ``first`` to ``first + n``, which must follow those written before.
 
         ``haplotype_dosage`` float32 [2N, n] are ALT probabilities in [0, 1]. ``typed`` bool [n] marks typed sites;
-        there ``alleles_typed`` uint8 [2N, n] are written unchanged and the dosage is ignored.
+        there ``alleles_typed`` uint8 [2N, n] are written unchanged and the dosage is ignored, except where ``missing``
+        bool [2N, n] marks alleles that the target lacks. ``haploid`` bool [N, n] marks samples that are haploid at a
+        site; their two rows must agree.
         """
         assert first == self._next, f"sites {first}.. follow {self._next}"
         assert haplotype_dosage.shape == alleles_typed.shape == (2 * self._samples, len(typed))
-        step = max(1, 2**23 // (_SAMPLE_WIDTH * self._samples))
+        assert missing is None or missing.shape == haplotype_dosage.shape
+        assert haploid is None or haploid.shape == (self._samples, len(typed))
+        step = max(1, _BLOCK_VALUES // self._samples)
         for start in range(0, len(typed), step):
-            block = slice(start, start + step)
-            self._write_block(haplotype_dosage[:, block], typed[block], alleles_typed[:, block])
-
-    def _write_block(self, dosage: np.ndarray, typed: np.ndarray, alleles: np.ndarray) -> None:
-        hds = np.where(typed, alleles, dosage).T.astype(np.float64, order="C")
-        thousandths = np.rint(hds * 1000).astype(np.int64)
-        assert thousandths.min() >= 0 and thousandths.max() <= 1000, "haplotype dosages outside [0, 1]"
-        texts = self._sample_text[thousandths[:, 0::2] * 1001 + thousandths[:, 1::2]]
-        af = hds.mean(axis=1)
-        spread = af * (1 - af)
-        dr2 = np.divide(hds.var(axis=1), spread, out=np.zeros_like(af), where=spread > 0)
-        dr2 = np.where(typed, 1.0, np.minimum(dr2, 1.0))
-        parts: list[bytes] = []
-        sites = self._sites
-        for i in range(len(typed)):
-            site = self._next + i
-            parts.append(
-                f"{sites.contigs[sites.contig[site]]}\t{sites.pos[site]}\t{sites.id[site]}\t{sites.ref[site]}\t"
-                f"{sites.alt[site]}\t.\tPASS\tAF={af[i]:.6g};DR2={dr2[i]:.4g}{'' if typed[i] else ';IMP'}"
-                "\tGT:DS:HDS:GP\t".encode()
+            part = slice(start, start + step)
+            self._add(
+                haplotype_dosage[:, part],
+                typed[part],
+                alleles_typed[:, part],
+                None if missing is None else missing[:, part],
+                None if haploid is None else haploid[:, part],
             )
-            parts.append(texts[i].tobytes()[:-1])
+
+    def _add(
+        self,
+        dosage: np.ndarray,
+        typed: np.ndarray,
+        alleles: np.ndarray,
+        missing: np.ndarray | None,
+        haploid: np.ndarray | None,
+    ) -> None:
+        known = typed
+        given = typed
+        if missing is not None and (lacking := missing & typed).any():
+            known = typed & ~lacking.any(axis=0)
+            given = typed & ~missing
+        hds = np.where(given, alleles, dosage).T.astype(np.float64, order="C")
+        each = haploid.T if haploid is not None and haploid.any() else None
+        block = _Block(self._next, hds, typed, known, each)
+        self._next += len(typed)
+        if not self._options.join_multiallelic:
+            self._write_block(block)
+            return
+        if self._held is not None:
+            block = self._held.followed_by(block)
+        whole = self._whole_records(block)
+        self._held = block.cut(whole, len(block.typed)) if whole < len(block.typed) else None
+        if whole:
+            self._write_block(block.cut(0, whole))
+
+    def _whole_records(self, block: _Block) -> int:
+        """Number of the block's sites up to the last record that the next site does not continue."""
+        record, stop = self._sites.record, block.first + len(block.typed)
+        if record is None or stop == self._stop:
+            return len(block.typed)
+        while stop > block.first and record[stop - 1] == record[stop]:
+            stop -= 1
+        return stop - block.first
+
+    def _write_block(self, block: _Block) -> None:
+        thousandths = np.rint(block.hds * 1000).astype(np.int64)
+        assert thousandths.min() >= 0 and thousandths.max() <= 1000, "haplotype dosages outside [0, 1]"
+        statistics = _Statistics(block)
+        kept = self._kept(block.typed, statistics.dr2)
+        if not self._options.join_multiallelic:
+            groups = [[row] for row in kept.tolist()]
+        else:
+            groups = self._records(block.first, kept)
+        rows = rows_of(thousandths, block.haploid)
+        parts: list[bytes] = []
+        for group in groups:
+            parts.append(self._fixed_columns(block, group, statistics))
+            if self._sample_texts is None:
+                pass
+            elif len(group) == 1:
+                text = self._sample_texts[rows[group[0]]].tobytes()
+                parts.append((text if block.haploid is None else text.translate(None, b"\0"))[:-1])
+            else:
+                parts.append(self._joined(thousandths[group], block, group[0]))
             parts.append(b"\n")
         self._out.write(b"".join(parts))
-        self._next += len(typed)
+
+    def _kept(self, typed: np.ndarray, dr2: np.ndarray) -> np.ndarray:
+        """Rows of a block that are written."""
+        if self._options.typed_only:
+            return np.flatnonzero(typed)
+        below = ~typed & (dr2 < self._options.min_r2)
+        self._imputed += int((~typed).sum())
+        self._below += int(below.sum())
+        return np.flatnonzero(~below)
+
+    def _records(self, first: int, rows: np.ndarray) -> list[list[int]]:
+        """Rows of a block as lists of those that become one record."""
+        if (numbers := self._sites.record) is None:
+            return [[row] for row in rows.tolist()]
+
+        def origin(row: int) -> tuple[int, str | None]:
+            # A record has one END, so ALTs of different END stay apart.
+            return int(numbers[first + row]), _extent_of(self._sites, first + row).get("END")
+
+        return [list(group) for _, group in groupby(rows.tolist(), key=origin)]
+
+    def _fixed_columns(self, block: _Block, group: list[int], statistics: _Statistics) -> bytes:
+        """Columns of a record before those of the samples."""
+        sites, site = self._sites, block.first + group[0]
+        if len(group) == 1:
+            row = group[0]
+            alt = sites.alt[site]
+            imputed = not block.typed[row]
+            info = (
+                f"AF={statistics.af[row]:.6g};DR2={statistics.dr2[row]:.4g}{';IMP' if imputed else ''}"
+                f";AN={statistics.number[row]};S_X={statistics.sum[row]};S_XX={statistics.square_sum[row]}"
+            )
+            if site in sites.extent:
+                info = f"{info};{sites.extent[site]}"
+        else:
+            alt = ",".join(sites.alt[block.first + row] for row in group)
+            info = self._joined_info(block, group, statistics)
+        text = f"{sites.contigs[sites.contig[site]]}\t{sites.pos[site]}\t{sites.id[site]}\t{sites.ref[site]}\t{alt}"
+        return as_bytes(f"{text}\t.\tPASS\t{info}{self._format}")
+
+    def _joined_info(self, block: _Block, group: list[int], statistics: _Statistics) -> str:
+        entries = {
+            "AF": ",".join(f"{statistics.af[row]:.6g}" for row in group),
+            "DR2": ",".join(f"{statistics.dr2[row]:.4g}" for row in group),
+            "IMP": None if block.typed[group].all() else "",
+            "AN": str(statistics.number[group[0]]),
+            "S_X": ",".join(statistics.sum[row] for row in group),
+            "S_XX": ",".join(statistics.square_sum[row] for row in group),
+        }
+        extents = [_extent_of(self._sites, block.first + row) for row in group]
+        entries["END"] = extents[0].get("END")
+        if any("SVLEN" in extent for extent in extents):
+            entries["SVLEN"] = ",".join(extent.get("SVLEN", ".") for extent in extents)
+        return ";".join(f"{key}={value}" if value else key for key, value in entries.items() if value is not None)
+
+    def _joined(self, thousandths: np.ndarray, block: _Block, row: int) -> bytes:
+        """Sample columns of a record of K ALTs, from HDS in thousandths int64 [K, 2N]."""
+        columns = list(map(tuple, thousandths.T.tolist()))
+        haploid = [False] * self._samples if block.haploid is None else block.haploid[row].tolist()
+        texts = (
+            joined_text(self._fields, columns[2 * sample], None if one else columns[2 * sample + 1])
+            for sample, one in enumerate(haploid)
+        )
+        return "\t".join(texts).encode()
 
 
-_SAMPLE_WIDTH = len("0|0:0.000:0.000,0.000:1.000,0.000,0.000\t")
+class _Statistics:
+    """Per site of a block: ``number`` of haplotypes, ``af`` and ``dr2``, and the texts of ``sum`` and ``square_sum``.
 
-
-@cache
-def _imputed_sample_text() -> np.ndarray:
-    """Text of a sample whose HDS are a/1000 and b/1000, 40 bytes in row 1001 a + b: uint64 [1001 * 1001, 5].
-
-    A sample's columns depend on these two numbers only, so a block of records is one gather.
+    ``af`` and ``dr2`` are computed from the sums as they are printed, so that anybody gets the same numbers from them.
     """
-    a, b = (part.ravel() for part in np.meshgrid(np.arange(1001), np.arange(1001), indexing="ij"))
-    gp_millionths = np.stack([(1000 - a) * (1000 - b), a * (1000 - b) + (1000 - a) * b, a * b], axis=1)
-    gp = (gp_millionths + 500) // 1000
-    # The largest probability absorbs the rounding errors, so that the written values sum to 1.
-    gp[np.arange(len(gp)), gp.argmax(axis=1)] += 1000 - gp.sum(axis=1)
-    digits = np.array([list(f"{i / 1000:.3f}".encode()) for i in range(2001)], dtype=np.uint8)
-    text = np.empty((len(a), _SAMPLE_WIDTH), dtype=np.uint8)
-    text[:] = np.frombuffer(b"0|0:0.000:0.000,0.000:1.000,0.000,0.000\t", dtype=np.uint8)
-    text[:, 0] += a > 500
-    text[:, 2] += b > 500
-    for start, value in ((4, a + b), (10, a), (16, b), (22, gp[:, 0]), (28, gp[:, 1]), (34, gp[:, 2])):
-        text[:, start : start + 5] = digits[value]
-    return text.view(np.uint64)
+
+    def __init__(self, block: _Block) -> None:
+        hds, samples = block.hds, block.hds.shape[1] // 2
+        number = np.full(len(hds), 2 * samples)
+        if block.haploid is not None:
+            assert (hds[:, 0::2] == hds[:, 1::2])[block.haploid].all(), "two values of a haploid sample"
+            hds = hds.copy()
+            hds[:, 1::2][block.haploid] = 0
+            number -= block.haploid.sum(axis=1)
+        self.number: list[int] = number.tolist()
+        self.sum = [f"{value:.12g}" for value in hds.sum(axis=1).tolist()]
+        self.square_sum = [f"{value:.12g}" for value in np.einsum("ij,ij->i", hds, hds).tolist()]
+        af = np.array(self.sum, dtype=np.float64) / number
+        spread = af * (1 - af)
+        variance = np.array(self.square_sum, dtype=np.float64) / number - af**2
+        # Less than the rounding of the sums, to twelve digits, could leave: no variance.
+        has_variance = (spread > 0) & (variance > 2e-12 * af)
+        dr2 = np.divide(variance, spread, out=np.zeros_like(af), where=has_variance)
+        self.dr2 = np.where(block.known, 1.0, np.minimum(dr2, 1.0))
+        self.af: list[float] = af.tolist()
 
 
-def _header(sites: SiteTable, samples: tuple[str, ...] | list[str], definitions: list[str]) -> bytes:
-    lines = ["##fileformat=VCFv4.3", '##FILTER=<ID=PASS,Description="All filters passed">']
-    for name, length in zip(sites.contigs, sites.contig_lengths, strict=True):
-        lines.append(f"##contig=<ID={name},length={length}>" if length else f"##contig=<ID={name}>")
-    columns = ["#CHROM", "POS", "ID", "REF", "ALT", "QUAL", "FILTER", "INFO", "FORMAT", *samples]
-    return "\n".join([*lines, *definitions, "\t".join(columns), ""]).encode()
-
-
-def _check_output(path: Path) -> None:
-    if not path.name.endswith(".vcf.gz"):
-        raise UserError(f"{path}: the output is a bgzipped VCF; give it a name ending in .vcf.gz")
-    require_writable(path)
+def _extent_of(sites: SiteTable, site: int) -> dict[str, str]:
+    """END and SVLEN of a site, where it has them."""
+    text = sites.extent.get(site, "")
+    return dict(entry.split("=", 1) for entry in text.split(";")) if text else {}

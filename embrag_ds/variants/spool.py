@@ -41,6 +41,7 @@ class Spool:
         self._entries = entries
         self._table = np.empty((max(_PAGE_ENTRIES, 4 * entries), columns), dtype=np.float32)
         self._used = 0
+        self._added: list[Sequence[float]] = []
         self._rows = 0
         # For every page: its first row, and the place of its table, counted in entries.
         self._first_row = [0]
@@ -74,9 +75,8 @@ class Spool:
 
     def add(self, entry: Sequence[float]) -> int:
         """Store one more entry of ``columns`` numbers in the page, and return its code."""
-        self._table[self._used] = entry
-        self._used += 1
-        return self._used - 1
+        self._added.append(entry)
+        return self._used + len(self._added) - 1
 
     def append(self, codes: np.ndarray) -> None:
         """Write a row of N codes with dtype :attr:`code_type`."""
@@ -84,6 +84,10 @@ class Spool:
         with self._writing():
             self._codes.write(codes.tobytes())
         self._rows += 1
+        if self._added:
+            self._table[self._used : self._used + len(self._added)] = self._added
+            self._used += len(self._added)
+            self._added.clear()
 
     def finish(self) -> None:
         """End the last page; no rows may follow."""

@@ -12,8 +12,7 @@ import pytest
 
 from embrag_ds.cli.train import OF_EXTRA
 from embrag_ds.data.simulate import DefaultData
-from embrag_ds.variants.dosages import read_dosages
-from embrag_ds.variants.records import read_phased
+from tests.whole_files import read_dosages, read_phased
 
 Embrag = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -61,6 +60,7 @@ def test_help_comes_without_the_packages_that_take_seconds_to_import(embrag: Emb
     code = f"""
 import sys
 from embrag_ds.cli.main import main
+from tests.whole_files import read_dosages, read_phased
 try:
     {"main()" if arguments else "pass"}
 except SystemExit as ended:

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import embrag_ds.data.panel as panel_module
+from embrag_ds.data import packing
 from embrag_ds.data.panel import Panel, PanelSubset, Populations, open_panel, read_populations
 from embrag_ds.errors import UserError
-from embrag_ds.variants.output import write_phased
-from embrag_ds.variants.records import PhasedVcf
+from embrag_ds.variants.phased_output import write_phased
+from embrag_ds.variants.records import VariantReader
 from embrag_ds.variants.sites import SiteTable
 
 
@@ -62,7 +63,7 @@ def no_packing(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("the VCF was read again")
 
-    monkeypatch.setattr(panel_module, "PhasedVcf", refuse)
+    monkeypatch.setattr(panel_module, "pack", refuse)
 
 
 @settings(max_examples=25, deadline=None)
@@ -113,14 +114,14 @@ def test_an_interrupted_build_leaves_nothing_and_the_next_open_succeeds(
     alleles = random_alleles(1, 5, 3)
     path = write_panel(tmp_path / "p.vcf.gz", alleles)
 
-    class Interrupted(PhasedVcf):
-        def records(self):  # type: ignore[no-untyped-def]
-            records = super().records()
-            yield next(records)
+    class Interrupted(VariantReader):
+        def sites(self):  # type: ignore[no-untyped-def]
+            sites = super().sites()
+            yield next(sites)
             raise interruption
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(panel_module, "PhasedVcf", Interrupted)
+        patch.setattr(packing, "VariantReader", Interrupted)
         with pytest.raises(interruption):
             open_panel(path, tmp_path / "cache", progress=False)
     assert entries(tmp_path / "cache") == unfinished(tmp_path / "cache") == []
@@ -144,8 +145,8 @@ def test_what_a_killed_process_left_is_replaced(tmp_path: Path) -> None:
 def test_processes_that_open_a_panel_at_once_build_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_panel(tmp_path / "p.vcf.gz", random_alleles(1, 5, 3))
     built = []
-    pack = panel_module._pack
-    monkeypatch.setattr(panel_module, "_pack", lambda *given: (built.append(1), pack(*given)))
+    pack = panel_module.pack
+    monkeypatch.setattr(panel_module, "pack", lambda *given: (built.append(1), pack(*given)))
     opened = []
     threads = [
         threading.Thread(target=lambda: opened.append(open_panel(path, tmp_path / "cache", progress=False)))
@@ -160,7 +161,7 @@ def test_processes_that_open_a_panel_at_once_build_it_once(tmp_path: Path, monke
 
 def test_an_empty_panel_is_a_user_error_and_leaves_nothing(tmp_path: Path) -> None:
     path = write_panel(tmp_path / "p.vcf.gz", random_alleles(1, 0, 3))
-    with pytest.raises(UserError, match="the panel is empty"):
+    with pytest.raises(UserError, match="it has no records; check the file"):
         open_panel(path, tmp_path / "cache", progress=False)
     assert entries(tmp_path / "cache") == unfinished(tmp_path / "cache") == []
 
@@ -241,6 +242,10 @@ def test_a_sample_table_may_have_a_header_more_columns_other_samples_and_any_ord
     [
         (b"a\tCEU\nb\n", "line 2"),
         (b"a\tCEU\n", "1 samples have no line, the first is b"),
+        (b"a\tCEU\nb\t\t\n", "line 2: expected sample and population"),
+        (b"a\tCEU\nb\t \tf\n", "line 2: expected sample and population"),
+        (b"a\tCEU\n\tCEU\n", "line 2: expected sample and population"),
+        (b"a\tCEU\nb\tCEU \nb\tYRI\n", "line 3: b has another population further up"),
         (b"\xff\xfe\x00", "cannot read"),
     ],
 )
@@ -250,6 +255,23 @@ def test_errors_of_a_sample_table_name_file_and_fault(tmp_path: Path, content: b
     with pytest.raises(UserError, match=message) as fault:
         read_populations(path, ("a", "b"))
     assert str(path) in str(fault.value) and "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "mark"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"], ids=["LF", "CRLF", "CR"])
+@pytest.mark.parametrize("between", [b"\t", b" \t ", b"  "])
+def test_a_sample_table_may_come_from_another_system(tmp_path: Path, mark: bytes, end: bytes, between: bytes) -> None:
+    rows = [(b"#IID", b"SuperPop"), (b"a", b"EUR "), (b"caf\xe9", b"EUR"), (b" #1", b"S\xc3\xa9n\xc3\xa9gal")]
+    lines = [
+        mark + b"# made by hand, ",
+        b"##x",
+        *(between.join(row) for row in rows),
+        b" \t",
+        b"a" + between + b"EUR\t",
+    ]
+    (tmp_path / "samples.tsv").write_bytes(end.join(lines))
+    populations = read_populations(tmp_path / "samples.tsv", ("#1", "caf\udce9", "a"))
+    assert (populations.names, populations.of.tolist()) == (("EUR", "S\u00e9n\u00e9gal"), [1, 0, 0])
 
 
 def test_an_absent_sample_table_is_a_user_error(tmp_path: Path) -> None:

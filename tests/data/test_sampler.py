@@ -288,6 +288,8 @@ def test_a_manifest_marks_exactly_its_sites(tmp_path: Path, text: str, suffix: s
         (b"1 200\n1\n", "line 2: expected contig and position"),
         (b"chr1 200\n", "no site of the manifest is in panel.vcf.gz"),
         (b"", "no site of the manifest"),
+        (b"1 200\n1 2_00\n", "line 2: expected contig and position"),
+        (b"1 " + b"9" * 5000, "no site of the manifest"),
         (b"\xff\xfe\x00", "cannot read"),
     ],
 )
@@ -297,6 +299,15 @@ def test_errors_of_a_manifest_name_file_and_fault(tmp_path: Path, content: bytes
     with pytest.raises(UserError, match=message) as fault:
         read_manifest(path, make_panel(2, (3, 2))[0])
     assert str(path) in str(fault.value) and "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize("text", [VCF_MANIFEST, PLAIN_MANIFEST], ids=["vcf", "plain"])
+@pytest.mark.parametrize("end", [b"\r\n", b"\r"], ids=["CRLF", "CR"])
+def test_a_manifest_may_come_from_another_system(tmp_path: Path, text: str, end: bytes) -> None:
+    path = tmp_path / "array.txt"
+    path.write_bytes(b"\xef\xbb\xbf# caf\xe9" + end + text.encode().replace(b"\n", end))
+    panel, _ = make_panel(2, (3, 2))
+    assert read_manifest(path, panel).tolist() == [False, True, False, True, False]
 
 
 DAMAGED = bytearray(gzip.compress(PLAIN_MANIFEST.encode(), mtime=0))
@@ -325,6 +336,12 @@ def test_relatives_exclude_each_other_both_ways(tmp_path: Path) -> None:
     table = exclusion_table(("a", "b", "c", "d"), path)
     assert [set(row.tolist()) - {-1} for row in table] == [{0, 1, 2}, {0, 1}, {0, 2}, {3}]
     assert table[:, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_relatives_may_come_from_another_system_and_have_comments_and_names_with_blanks(tmp_path: Path) -> None:
+    path = tmp_path / "relatives.txt"
+    path.write_bytes(b"\xef\xbb\xbf# trios\r\n a 1\tb\xe9 \r\n\r\n#x \tb\xe9\t\r\n")
+    assert exclusion_table(("a 1", "b\udce9", "#x"), path).tolist() == [[0, 1, -1], [1, 0, 2], [2, 1, -1]]
 
 
 def test_a_pair_listed_twice_or_with_itself_counts_once(tmp_path: Path) -> None:

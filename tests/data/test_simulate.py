@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from embrag_ds.data import simulate
-from embrag_ds.data.genetic_map import GeneticMap
 from embrag_ds.data.simulate import DefaultData, SimulationSettings, simulate_default
 from embrag_ds.errors import UserError
-from embrag_ds.variants.records import read_phased
+from embrag_ds.maps.genetic_map import GeneticMap
+from tests.whole_files import read_phased
 
 SMALL = SimulationSettings(length_bp=200_000, panel_samples=31, target_samples=6, seed=3)
 

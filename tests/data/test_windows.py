@@ -135,6 +135,18 @@ def test_a_windows_file_is_one_based_and_inclusive(tmp_path: Path) -> None:
     assert [window.index for window in windows] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "mark"])
+def test_a_windows_file_may_come_from_another_system(tmp_path: Path, mark: bytes) -> None:
+    path = tmp_path / "windows.txt"
+    for content in (
+        mark + b"c0 20 40 \r\n\r\n  # \xe9\r\nc0\t31\t100\t\r\n",
+        mark + b"c0 20 40\rc0 31 99999999999999999999 \xe9\r",
+    ):
+        path.write_bytes(content)
+        cores = [(window.core_start, window.core_stop) for window in read_windows(path, sites_of([10, 5]), 2)]
+        assert cores == [(1, 4), (3, 10)]
+
+
 def test_windows_without_a_site_are_left_out_and_numbers_stay_dense(tmp_path: Path) -> None:
     windows = read_windows(windows_file(tmp_path, "c0 1 9\nc0 11 19\nc0 20 30\nc0 31 39\nc0 50 60\n"), sites_of([9]), 0)
     assert [(window.index, window.core_start, window.core_stop) for window in windows] == [(0, 1, 3), (1, 4, 6)]
@@ -173,6 +185,10 @@ def test_a_windows_file_that_is_accepted_blends_to_one(
         ("c0 10 50\nc0 30 70\nc0 40 90\n", "line 3: at most two windows"),
         ("c0 1 9\n", "no window holds a site"),
         ("", "no window holds a site"),
+        ("c0 1_0 20\n", "line 1: expected contig, start and end"),
+        ("c0 \u0661 20\n", "line 1: expected contig, start and end"),
+        ("c0 -5 20\n", "line 1: expected contig, start and end"),
+        ("c0 1e3 2e3\n", "line 1: expected contig, start and end"),
     ],
 )
 def test_errors_of_a_windows_file_name_the_line(tmp_path: Path, text: str, message: str) -> None:

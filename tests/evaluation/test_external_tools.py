@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embrag_ds.data.genetic_map import GeneticMap
 from embrag_ds.data.simulate import DefaultData
 from embrag_ds.errors import UserError
-from embrag_ds.evaluation.external_tools import TOOLS, impute_with_tools
-from embrag_ds.variants.dosages import read_dosages
+from embrag_ds.evaluation.external_tools import TOOLS, impute_with_tools, plink_map
+from embrag_ds.maps.genetic_map import GeneticMap
+from tests.whole_files import read_dosages
 
 # A stand-in records its arguments and copies the panel to the output file that they name.
 STAND_IN = {
@@ -76,3 +76,26 @@ def test_the_real_programs_impute(tmp_path: Path, simulated: DefaultData) -> Non
     for path in found.values():
         dosages = read_dosages(path)
         assert dosages.gp is not None and dosages.dr2 is not None and len(dosages.sites) > 0
+
+
+@pytest.mark.parametrize(
+    ("printed", "why"),
+    [
+        ("start\\nError: sample ploidy is not consistent\\nError: compressing variant failed", "sample ploidy"),
+        ("start\\njava.lang.Exception: Sample A is haploid\\n\\tat java.base/run", "Sample A is haploid"),
+    ],
+)
+def test_a_program_that_fails_is_quoted_with_the_line_that_tells_why(
+    programs: Path, tmp_path: Path, simulated: DefaultData, printed: str, why: str
+) -> None:
+    (programs / "beagle").write_text(f'#!/bin/sh\nprintf "{printed}"\nexit 1\n', encoding="utf-8")
+    with pytest.raises(UserError, match=rf"beagle ended with 1 \(.*{why}[^()]*\); see .*beagle\.out"):
+        impute_with_tools(simulated.panel, simulated.target, None, tmp_path / "work", 1)
+
+
+def test_the_map_has_the_contigs_of_a_panel_without_contig_lines(tmp_path: Path) -> None:
+    names = "\t".join(["#CHROM", "POS", "ID", "REF", "ALT", "QUAL", "FILTER", "INFO", "FORMAT", "A"])
+    panel, genetic_map = tmp_path / "panel.vcf", tmp_path / "map"
+    panel.write_text(f"##fileformat=VCFv4.2\n{names}\nchr7\t10\t.\tA\tC\t.\t.\t.\tGT\t0|1\n", encoding="utf-8")
+    genetic_map.write_text("7 . 0.5 1000\n7 . 1.5 900000\n", encoding="utf-8")
+    assert plink_map(genetic_map, panel, tmp_path).read_text(encoding="utf-8").startswith("chr7\t.\t0.5")

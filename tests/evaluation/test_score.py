@@ -14,9 +14,9 @@ from embrag_ds.cli.main import main
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation import metrics
 from embrag_ds.evaluation.score import ALLELE_FREQUENCY, NEAREST_HAPLOTYPE, evaluate
-from embrag_ds.variants.output import write_phased
-from embrag_ds.variants.records import read_phased
+from embrag_ds.variants.phased_output import write_phased
 from embrag_ds.variants.sites import SiteTable
+from tests.whole_files import read_phased
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT.parent / "shared" / "data" / "kgp_chr20"

@@ -11,12 +11,14 @@ import numpy as np
 import pysam
 import pytest
 
+from embrag_ds.data import panel as panel_module
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation import metrics, scoring
 from embrag_ds.evaluation.report import Report
 from embrag_ds.evaluation.score import ALLELE_FREQUENCY, NEAREST_HAPLOTYPE, evaluate
 from embrag_ds.variants import spool as spool_module
-from embrag_ds.variants.output import ImputedVcfWriter, write_phased
+from embrag_ds.variants.output import ImputedVcfWriter
+from embrag_ds.variants.phased_output import write_phased
 from embrag_ds.variants.sites import SiteTable
 
 PANEL_SAMPLES = 40
@@ -174,10 +176,8 @@ def test_nothing_is_left_behind(folder: Path, tmp_path: Path) -> None:
 def test_the_panel_is_packed_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = score(folder, cache_dir=tmp_path)
     read: list[Path] = []
-    import embrag_ds.data.panel as panel_module
-
-    real = panel_module.PhasedVcf
-    monkeypatch.setattr(panel_module, "PhasedVcf", lambda path: read.append(path) or real(path))
+    real = panel_module.pack
+    monkeypatch.setattr(panel_module, "pack", lambda path, *others: read.append(path) or real(path, *others))
     assert score(folder, cache_dir=tmp_path).to_json() == first.to_json()
     assert read == [folder / "target.vcf.gz"]
 

@@ -20,13 +20,15 @@ from embrag_ds.config_files import read_tree
 from embrag_ds.data.inputs import PanelFiles, PanelInputs, open_inputs
 from embrag_ds.data.panel import Panel
 from embrag_ds.data.simulate import DefaultData
-from embrag_ds.data.targets import Targets, harmonise_targets
+from embrag_ds.data.targets import Targets, match_targets, open_targets
 from embrag_ds.data.windows import DataConfig, Window
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation.metrics import AggregateR2
 from embrag_ds.export import MODEL_FILE, ExportedModel, read_export
+from embrag_ds.imputation import engine
 from embrag_ds.imputation import impute as imputation_module
-from embrag_ds.imputation.impute import Imputation, impute, impute_to_vcf
+from embrag_ds.imputation.engine import Imputation, impute_to_vcf
+from embrag_ds.imputation.impute import impute
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.ops import cuda
 from embrag_ds.retrieval import codebooks
@@ -34,11 +36,10 @@ from embrag_ds.retrieval.codebooks import Encoder
 from embrag_ds.retrieval.fastest import FirstSearch
 from embrag_ds.training.distributed import DistributedContext
 from embrag_ds.training.trainer import Trainer
-from embrag_ds.variants.dosages import read_dosages
-from embrag_ds.variants.output import write_phased
-from embrag_ds.variants.records import PhasedData, read_phased
+from embrag_ds.variants.phased_output import write_phased
 from embrag_ds.variants.sites import SiteTable
 from tests.cuda_rules import Machine
+from tests.whole_files import PhasedData, read_dosages, read_phased
 
 MakeConfig = Callable[..., RunConfig]
 CPU = torch.device("cpu")
@@ -67,7 +68,7 @@ def retrieval_alone(make_config: MakeConfig) -> ExportedModel:
 def matched(target: PhasedData, path: Path, inputs: PanelInputs, overlap: bool) -> Targets:
     packed = np.packbits(target.alleles, axis=1, bitorder="little")
     panel = Panel(path, target.sites, target.samples, packed, target.skipped)
-    return harmonise_targets(panel, inputs.panel, overlap)
+    return open_targets(panel, match_targets(panel, inputs.panel, "report", overlap), inputs.panel)
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def imputed(
     model: ExportedModel, inputs: PanelInputs, target: PhasedData, block: int = 4, overlap: bool = False
 ) -> list[tuple[int, np.ndarray]]:
     targets = matched(target, Path("target.vcf.gz"), inputs, overlap)
-    return list(Imputation(model, inputs, CPU, block).windows(targets))
+    return [(window.index, found) for window, found in Imputation(model, inputs, CPU, block).windows(targets)]
 
 
 @pytest.fixture
@@ -137,7 +138,7 @@ def test_every_window_is_said_at_least_to_those_who_debug(
     caplog.set_level("DEBUG", logger="embrag_ds")
     imputation = Imputation(model, inputs, CPU, 4)
     impute_to_vcf(imputation, matched(target, Path("target.vcf.gz"), inputs, False), tmp_path / "out.vcf.gz")
-    said = [each.getMessage() for each in caplog.records if each.name == imputation_module.__name__]
+    said = [each.getMessage() for each in caplog.records if each.name == engine.__name__]
     windows, sites = imputation.data.windows, len(inputs.panel.sites)
     ends = [each.core_start for each in windows[1:]] + [sites]
     every = [f"imputed window {number}/{len(windows)}, {end}/{sites} sites" for number, end in enumerate(ends, 1)]
@@ -171,8 +172,14 @@ def exchanged(sites: SiteTable, rows: np.ndarray) -> SiteTable:
     return dataclasses.replace(sites, ref=ref, alt=alt)
 
 
+def not_palindromic(sites: SiteTable) -> np.ndarray:
+    """Rows whose alleles may be exchanged without a doubt about the strand."""
+    pairs = zip(sites.ref, sites.alt, strict=True)
+    return np.flatnonzero([f"{ref}{alt}" not in ("AT", "TA", "CG", "GC") for ref, alt in pairs])
+
+
 def test_exchanged_alleles_mean_the_same(model: ExportedModel, inputs: PanelInputs, target: PhasedData) -> None:
-    rows = np.arange(0, len(target.sites), 2)
+    rows = not_palindromic(target.sites)[::2]
     alleles = target.alleles.copy()
     alleles[rows] = 1 - alleles[rows]
     other = dataclasses.replace(target, sites=exchanged(target.sites, rows), alleles=alleles)
@@ -268,11 +275,11 @@ def test_an_interrupted_imputation_leaves_nothing(
     imputation = Imputation(model, inputs, CPU, 4)
     whole = imputation.windows
 
-    def interrupted(targets: Targets) -> Any:
-        for number, values in whole(targets):
-            if number == 3:
+    def interrupted(targets: Targets, chosen: list[Window]) -> Any:
+        for window, values in whole(targets, chosen):
+            if window.index == 3:
                 raise KeyboardInterrupt
-            yield number, values
+            yield window, values
 
     monkeypatch.setattr(imputation, "windows", interrupted)
     folder = tmp_path / "results"
@@ -286,7 +293,7 @@ def test_without_the_transformer_nothing_but_its_windows_changes(
     model: ExportedModel, inputs: PanelInputs, target: PhasedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A head of zeros adds no residual, so a network with it must give the same."""
-    monkeypatch.setattr(imputation_module, "_TIMES_AS_LONG", 1)
+    monkeypatch.setattr(engine, "_TIMES_AS_LONG", 1)
     targets = matched(target, Path("target.vcf.gz"), inputs, False)
     weights = {
         name: torch.zeros_like(each) if name.startswith("head.") else each for name, each in model.weights.items()
@@ -309,8 +316,8 @@ def test_without_the_transformer_windows_are_longer_as_far_as_memory_goes(
 
     def spread(imputation: Imputation) -> np.ndarray:
         found = np.full((2 * len(targets.samples), sites), np.nan)
-        for number, probability in imputation.windows(targets):
-            found[:, imputation.data.windows[number].core_sites] = probability
+        for window, probability in imputation.windows(targets):
+            found[:, window.core_sites] = probability
         return found
 
     short, long = (Imputation(retrieval_alone, inputs, CPU, 4, transformer=each) for each in (True, False))
@@ -318,10 +325,10 @@ def test_without_the_transformer_windows_are_longer_as_far_as_memory_goes(
     one, other = spread(short), spread(long)
     untyped = ~targets.typed
     assert np.corrcoef(one[:, untyped].ravel(), other[:, untyped].ravel())[0, 1] > 0.95
-    monkeypatch.setattr(imputation_module, "_MOST_CORE_BYTES", 2 * longest * haplotypes)
+    monkeypatch.setattr(engine, "_MOST_CORE_BYTES", 2 * longest * haplotypes)
     held_back = Imputation(retrieval_alone, inputs, CPU, 4, transformer=False).data.windows
     assert longest < max(each.core_stop - each.core_start for each in held_back) <= 2 * longest
-    monkeypatch.setattr(imputation_module, "_MOST_CORE_BYTES", haplotypes)
+    monkeypatch.setattr(engine, "_MOST_CORE_BYTES", haplotypes)
     assert Imputation(retrieval_alone, inputs, CPU, 4, transformer=False).data.windows == short.data.windows
 
 
@@ -340,8 +347,8 @@ def test_windows_are_encoded_as_they_come(
     targets = matched(target, Path("target.vcf.gz"), inputs, False)
     imputation = Imputation(model, inputs, CPU, 4)
     assert encoded == []
-    for number, _ in imputation.windows(targets):
-        assert encoded == list(range(len(encoded))) and number < len(encoded) <= number + 3
+    for window, _ in imputation.windows(targets):
+        assert encoded == list(range(len(encoded))) and window.index < len(encoded) <= window.index + 3
     assert encoded == list(range(len(imputation.data)))
 
 
@@ -381,7 +388,7 @@ def test_retrieval_runs_ahead_raises_its_failures_and_ends_with_its_reader(
 
 
 def test_alleles_of_any_samples_and_sites_are_the_files(inputs: PanelInputs, target: PhasedData) -> None:
-    rows = np.array([0, 3])
+    rows = not_palindromic(target.sites)[[0, 3]]
     other = dataclasses.replace(target, sites=exchanged(target.sites, rows))
     targets = matched(other, Path("t.vcf.gz"), inputs, False)
     whole = np.zeros((18, len(inputs.panel.sites)), dtype=np.uint8)
@@ -399,10 +406,10 @@ def test_the_numbers_of_matched_sites_are_logged(
     inputs: PanelInputs, target: PhasedData, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    row = exchanged(target.sites, np.array([0]))
+    row = exchanged(target.sites, not_palindromic(target.sites)[:1])
     matched(dataclasses.replace(target, sites=row), Path("t.vcf.gz"), inputs, False)
     message = caplog.messages[0]
-    assert "9 samples" in message and f"{len(target.sites)} sites matched, 1 of them with REF/ALT exchanged" in message
+    assert "9 samples" in message and f"{len(target.sites)} matched, 1 REF and ALT exchanged" in message
     with pytest.raises(UserError, match=r"t\.vcf\.gz: no site in common"):
         none = dataclasses.replace(target, sites=dataclasses.replace(target.sites, pos=target.sites.pos + 10_000_000))
         matched(none, Path("t.vcf.gz"), inputs, False)
@@ -484,17 +491,17 @@ def test_search_backends_are_timed_only_on_a_gpu_with_many_batches(
     monkeypatch.setattr(FirstSearch, "fastest", lambda self: timed.append(len(self.query.tokens)) or "faiss-cpu")
     targets = matched(target, Path("target.vcf.gz"), inputs, False)
     imputation = Imputation(with_backend(model, "auto"), inputs, CPU, 4)
-    expected = dict(imputation.windows(targets))
+    expected = {window.index: values for window, values in imputation.windows(targets)}
     assert timed == [] and imputation._collate.backend == "torch"
     asked: list[int] = []
-    monkeypatch.setattr(imputation_module, "_worth_timing", lambda batches, device: asked.append(batches) or True)
-    found = dict(imputation.windows(targets))
+    monkeypatch.setattr(engine, "_worth_timing", lambda batches, device: asked.append(batches) or True)
+    found = {window.index: values for window, values in imputation.windows(targets)}
     assert timed == [8] and imputation._collate.backend == "faiss-cpu" and asked == [3 * len(imputation.data.windows)]
     # The backends may differ in ties.
     assert np.mean(np.abs(np.concatenate(list(found.values()), 1) - np.concatenate(list(expected.values()), 1))) < 0.02
     monkeypatch.undo()
     cuda = torch.device("cuda", 0)
-    worth = [imputation_module._worth_timing(*each) for each in ((1000, cuda), (999, cuda), (10**6, CPU))]
+    worth = [engine._worth_timing(*each) for each in ((1000, cuda), (999, cuda), (10**6, CPU))]
     assert worth == [True, False, False]
 
 
@@ -532,7 +539,7 @@ def test_a_short_run_beats_the_nearest_haplotype_on_1000_genomes(
     imputation = Imputation(read_export(tmp_path / "run" / MODEL_FILE), inputs, distributed.device, len(names))
     probability = np.empty((len(columns), len(truth.sites)), dtype=np.float32)
     for window, values in imputation.windows(targets):
-        probability[:, imputation.data.windows[window].core_sites] = values
+        probability[:, window.core_sites] = values
     untyped = ~targets.typed
     counts, dosage = (
         (each[0::2] + each[1::2]).T[untyped].astype(float) for each in (truth.alleles[:, columns].T, probability)
@@ -546,6 +553,7 @@ def test_a_short_run_beats_the_nearest_haplotype_on_1000_genomes(
 
 def test_without_the_kernels_a_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embrag_ds.ops.cuda.import_fault", lambda: "ImportError: no CuPy")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=r"cuda: .* CuPy, .* \(ImportError: no CuPy\); .* --device cpu in imputation"):
         impute(PanelFiles(), None, tmp_path / "out.vcf.gz", device="cuda")
 

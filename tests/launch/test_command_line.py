@@ -20,10 +20,9 @@ import torch
 from embrag_ds.cli.main import main
 from embrag_ds.data.simulate import DefaultData
 from embrag_ds.training.distributed import DistributedContext
-from embrag_ds.variants.dosages import read_dosages
-from embrag_ds.variants.output import write_phased
-from embrag_ds.variants.records import read_phased
+from embrag_ds.variants.phased_output import write_phased
 from tests.ranks import LAUNCHER, free_port
+from tests.whole_files import read_dosages, read_phased
 
 TINY = [
     "embrag.data.window_sites=64",
@@ -186,14 +185,6 @@ def test_a_typo_in_deepspeeds_half_of_a_shipped_configuration_is_found_before_th
     assert not (tmp_path / "run").exists()
 
 
-def test_a_panel_without_index(fails: Fails, train_options: list[str], simulated: DefaultData, tmp_path: Path) -> None:
-    panel = tmp_path / "bare.vcf.gz"
-    panel.write_bytes(simulated.panel.read_bytes())
-    error = fails("train", *train_options, f"--panel={panel}", "--run-dir", tmp_path / "run")
-    assert f"{panel}: it has no index" in error and "bcftools index" in error
-    assert not (tmp_path / "run").exists()
-
-
 def test_an_unphased_panel(fails: Fails, train_options: list[str], simulated: DefaultData, tmp_path: Path) -> None:
     panel = tmp_path / "unphased.vcf.gz"
     with pysam.BGZFile(str(simulated.panel), "rb") as lines, pysam.BGZFile(str(panel), "wb") as out:
@@ -236,6 +227,14 @@ def test_a_run_is_either_resumed_or_begun(fails: Fails, train_options: list[str]
     [
         (["--panel-samples=2"], "--panel-samples must be at least 3"),
         (["--missed-calls=1"], "must lie in"),
+        (["--missed-calls=nan"], "must lie in"),
+        (["--switch-errors-per-mb=nan"], "--switch-errors-per-mb must lie between 0 and"),
+        (["--switch-errors-per-mb=inf"], "--switch-errors-per-mb must lie between 0 and"),
+        (["--cm-per-mb=nan"], "--cm-per-mb must be positive"),
+        (["--cm-per-mb=1e300"], "--cm-per-mb must be positive"),
+        (["--length-bp=99999999999999999999"], "--length-bp must not exceed"),
+        (["--panel-samples=99999999999"], "--panel-samples must not exceed"),
+        (["--typed-spacing-bp=99999999999999999999"], "--typed-spacing-bp must not exceed"),
         (["--seed=0"], "--seed must lie"),
     ],
 )
@@ -283,7 +282,7 @@ def test_targets_that_are_in_the_panel(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--out=out.bcf"], "out.bcf: the output is a bgzipped VCF"),
+        (["--out=out.vcf"], "out.vcf: the output is a bgzipped VCF or a BCF"),
         (["--out=none/out.vcf.gz"], "none does not exist"),
         (["--samples-per-batch=0"], "--samples-per-batch must be at least 1"),
         (["--panel=p.vcf.gz"], "--panel and --target go together"),
@@ -312,6 +311,9 @@ def test_errors_of_impute(
         (["--truth=t.vcf.gz"], "--truth, --panel and --target go together"),
         (["--truth=t", "--panel=p", "--target=t", "--imputed=a=x", "--imputed=a=y"], "'a' is given twice"),
         (["--truth=t.vcf.gz", "--panel=p.vcf.gz", "--target=u.vcf.gz"], "nothing to score"),
+        (["--bootstrap=-1"], "--bootstrap must lie between 0 and"),
+        (["--bootstrap=99999999999999"], "--bootstrap must lie between 0 and"),
+        (["--threads=0"], "--threads must lie between 1 and"),
         (["--truth=t", "--panel=p", "--target=u", "--json=none/out.json"], "the folder none does not exist"),
         (["--truth=t", "--panel=p", "--target=u", "--markdown=none/out.md"], "the folder none does not exist"),
     ],

@@ -40,3 +40,29 @@ def output_of(root: Path, code: str, **environment: str) -> str:
 @pytest.mark.parametrize("layer", ["omp", "workqueue"])
 def test_threads_run_loops_at_once_and_with_the_threads_that_torch_was_given(root: Path, layer: str) -> None:
     assert output_of(root, SCRIPT, OMP_NUM_THREADS="1", NUMBA_THREADING_LAYER=layer) == f"{layer} 1 1"
+
+
+# Loops of a new process, in which numba finds no folder for compiled code, or one on a full disk.
+UNKEPT = """
+import errno, logging, sys
+import numba.core.caching as caching
+
+def refuse(*given, **named):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+if sys.argv[1:] == ["no place"]:
+    caching.tempfile.TemporaryFile = refuse
+else:
+    caching.IndexDataCacheFile.save = refuse
+    caching.IndexDataCacheFile.load = lambda *given: None
+import torch
+from embrag_ds.ops.li_stephens import count_true
+logging.basicConfig(level=logging.DEBUG, format="%(message)s", stream=sys.stdout)
+assert (count_true(torch.ones(64, 400, 50, dtype=torch.bool)) == 400).all()
+"""
+
+
+@pytest.mark.parametrize("way", ["no place", "full disk"])
+def test_loops_run_where_numba_cannot_keep_them(root: Path, way: str) -> None:
+    said = output_of(root, f"import sys; sys.argv[1:] = [{way!r}]\n{UNKEPT}")
+    assert ("numba cannot keep" in said and "No space left" in said) == (way == "full disk")

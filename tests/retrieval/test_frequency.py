@@ -10,7 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embrag_ds.data.panel import FEW, RARE
+from embrag_ds.data.panel import FEW, RARE, Panel, PanelSubset, Populations
+from embrag_ds.data.ploidy import Ploidy
+from embrag_ds.retrieval.frequency import frequencies_without
+from embrag_ds.variants.sites import SiteTable
 from tests.retrieval.test_collate import WAY, leaves
 
 
@@ -152,3 +155,59 @@ def test_what_the_loss_leaves_out_is_what_the_panel_would_not_list(build) -> Non
     # any one sample.
     assert batch.core.scored[0::2].tolist() == [[True, False, True]] * 2 + [[True, True, True]] * 2
     assert batch.core.frequency[0, 2] == pytest.approx(3 / 58)
+
+
+def test_a_haploid_sample_counts_once() -> None:
+    """The frequencies of haploid samples are those of half as many diploid ones with the same haplotypes."""
+    rng = np.random.default_rng(5)
+    alleles = (rng.random((40, 24)) < 0.2).astype(np.uint8)
+    everywhere = Ploidy(np.array([0]), np.ones((1, 24), dtype=bool))
+    haploid = subset(np.repeat(alleles, 2, axis=1), everywhere)
+    diploid = subset(alleles, None)
+    assert haploid.panel.minimum_allele_count == diploid.panel.minimum_allele_count
+    np.testing.assert_array_equal(haploid.minor_allele_count, diploid.minor_allele_count)
+    np.testing.assert_array_equal(haploid.panel.alt_count, diploid.panel.alt_count)
+    np.testing.assert_array_equal(haploid.panel.allele_count, diploid.panel.allele_count)
+    np.testing.assert_array_equal(haploid.allele_frequency, diploid.allele_frequency)
+    np.testing.assert_array_equal(haploid.good_turing_odds, diploid.good_turing_odds)
+    # Excluding a haploid sample takes one allele away, as excluding one haplotype of a diploid one would.
+    found = [
+        frequencies_without(
+            torch.tensor([excluded]),
+            torch.from_numpy(np.ascontiguousarray(each.alleles(0, 40))),
+            torch.zeros(len(each), dtype=torch.int64),
+            torch.from_numpy(each.counted(slice(0, 40))),
+            torch.from_numpy(each.population_counts),
+            torch.from_numpy(each.population_sizes),
+        )
+        for each, excluded in ((haploid, [6, 7]), (diploid, [3, 24]))
+    ]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_ploidy_that_changes_along_the_sites() -> None:
+    rng = np.random.default_rng(6)
+    alleles = (rng.random((30, 20)) < 0.3).astype(np.uint8)
+    haploid = np.zeros((3, 10), dtype=bool)
+    haploid[1, 4:] = True
+    ploidy = Ploidy(np.array([0, 10, 25]), haploid)
+    alleles[10:25, 9::2] = alleles[10:25, 8::2]
+    one = subset(alleles, ploidy)
+    counted = one.counted(slice(0, 30)).T
+    np.testing.assert_array_equal(one.population_counts[0], (alleles * counted).sum(1))
+    np.testing.assert_array_equal(one.population_sizes[0], counted.sum(1))
+    np.testing.assert_array_equal(counted.sum(1), np.repeat([20, 14, 20], [10, 15, 5]))
+    np.testing.assert_array_equal(one.panel.alt_count, (alleles * counted).sum(1))
+
+
+def subset(alleles: np.ndarray, ploidy: Ploidy | None) -> PanelSubset:
+    """Reference set of all samples of a panel in memory with ``alleles`` uint8 [S, 2N]."""
+    sites, samples = len(alleles), alleles.shape[1] // 2
+    table = SiteTable(
+        ("1",), (0,), np.zeros(sites, np.int32), np.arange(sites) + 1, ["A"] * sites, ["C"] * sites, ["."] * sites
+    )
+    names = tuple(f"s{number}" for number in range(samples))
+    packed = np.packbits(alleles, axis=1, bitorder="little")
+    panel = Panel(Path("panel.vcf"), table, names, packed, {}, ploidy=ploidy)
+    return PanelSubset(panel, Populations(("all",), np.zeros(samples, dtype=np.int64)), np.arange(samples))

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import typing
 from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -13,12 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from embrag_ds import export
-from embrag_ds.config import EmbragConfig
+from embrag_ds.config import PATHS, EmbragConfig, parse_config, without_paths
 from embrag_ds.errors import UserError
 from embrag_ds.export import MODEL_FILE, ExportedModel, read_export, write_export
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.retrieval.fastest import FirstSearch
-from embrag_ds.training.checkpoint import seed_step
+from embrag_ds.training.checkpoint import _newest, seed_step
 from embrag_ds.training.distributed import DistributedContext
 from embrag_ds.training.masters import gathered_state
 from embrag_ds.training.trainer import Trainer
@@ -50,7 +54,7 @@ def test_an_export_predicts_what_the_trainer_predicts(
     trainer = make_trainer("run", *SHORT, *encoding, *stage)
     trainer.run()
     model = read_export(tmp_path / "run" / MODEL_FILE)
-    assert model.config == trainer.embrag
+    assert model.config == without_paths(trainer.embrag)[0] and trainer.embrag.data.cache_dir is not None
     torch.testing.assert_close(
         predicted(rebuilt(model), trainer), predicted(trainer.engine, trainer), rtol=0, atol=1e-6
     )
@@ -131,6 +135,131 @@ def test_what_is_not_an_export_is_refused(tmp_path: Path) -> None:
         assert str(path) in str(caught.value) and complaint in str(caught.value) and "\n" not in str(caught.value)
 
 
+def a_model(*overrides: str) -> tuple[EmbragConfig, dict[str, Tensor], dict[str, Tensor]]:
+    """Settings of a small network, its weights, and its snapshot."""
+    tree = {"train_micro_batch_size_per_gpu": 1, "optimizer": {}, "embrag": {"model": {"dims": 8, "layers": 1}}}
+    tree["embrag"] |= {"retrieval": {"encoding": "fixed"}}  # type: ignore[operator]
+    for override in overrides:
+        section, key, value = override.split(".", 2)
+        tree["embrag"].setdefault(section, {})[key] = value  # type: ignore[attr-defined]
+    config = parse_config(tree, "tree").embrag
+    weights = Imputer(config.model).state_dict()
+    return config, weights, {key[10:]: value.clone() for key, value in weights.items() if key.startswith("embedding.")}
+
+
+def test_a_model_carries_no_path_of_its_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    named = ["data.windows_file./secret/w", "data.cache_dir./secret/c", "masking.array_manifest./secret/m"]
+    config, weights, snapshot = a_model(*named, "retrieval.relatives./secret/r")
+    assert json.dumps(asdict(config)).count("/secret/") == 4
+    path = tmp_path / MODEL_FILE
+    write_export(path, weights, snapshot, config)
+    assert b"secret" not in path.read_bytes()
+    found = read_export(path).config
+    assert caplog.messages == []
+    bare = a_model()[0]
+    assert found == bare and found.data.windows_file is None
+    # A file written before: its paths are there, and ignored with a line.
+    tensors = dict(weights) | {f"snapshot.{name}": value for name, value in snapshot.items()}
+    header = json.dumps({"format": export.EXPORT_FORMAT, "embrag": asdict(config)})
+    save_file(tensors, path, {"embrag_ds": header})
+    assert b"secret" in path.read_bytes() and read_export(path).config == bare
+    ignored = (
+        "embrag.data.windows_file, embrag.data.cache_dir, embrag.masking.array_manifest, embrag.retrieval.relatives"
+    )
+    assert caplog.messages == [f"{path}: paths of its training are ignored ({ignored})"]
+
+
+def test_every_setting_that_may_be_a_path_is_known_as_one() -> None:
+    """Text without a fixed choice is a path; a new one must be dropped from models, or be an exception here."""
+    texts = set()
+    for section, kind in typing.get_type_hints(EmbragConfig).items():
+        for key, hint in typing.get_type_hints(kind).items() if is_dataclass(kind) else ():
+            if str in (hint, *typing.get_args(hint)) and typing.get_origin(hint) is not dict:
+                texts.add(f"{section}.{key}")
+    assert texts - {"train.frozen"} == set(PATHS)
+
+
+def without_snapshot(tensors: dict[str, Tensor]) -> None:
+    for name in [name for name in tensors if name.startswith("snapshot.")]:
+        del tensors[name]
+
+
+def with_tensor(name: str, value: list[float]) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: tensors.update({name: torch.tensor(value)})
+
+
+DAMAGES: dict[str, Callable[[dict[str, Tensor]], object]] = {
+    "no tensor head.bias": lambda tensors: tensors.pop("head.bias"),
+    "no tensor snapshot.": without_snapshot,
+    "head.bias has the shape [2], and its network [1]": with_tensor("head.bias", [0, 0]),
+    "head.bias has values that are not finite": with_tensor("head.bias", [torch.nan]),
+    "background has values that are not finite": with_tensor("background", [torch.inf]),
+    "extra is no tensor of its network": with_tensor("extra", [0]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_weights_that_are_not_those_of_the_network_are_refused(tmp_path: Path, damage: str) -> None:
+    config, weights, snapshot = a_model()
+    tensors = dict(weights) | {f"snapshot.{name}": value for name, value in snapshot.items()}
+    header = json.dumps({"format": export.EXPORT_FORMAT, "embrag": asdict(config)})
+    path = tmp_path / MODEL_FILE
+    save_file(tensors, path, {"embrag_ds": header})
+    read_export(path)
+    DAMAGES[damage](tensors)
+    save_file(tensors, path, {"embrag_ds": header})
+    with pytest.raises(UserError) as raised:
+        read_export(path)
+    said = str(raised.value)
+    assert said.startswith(f"{path}: the model is damaged: ") and damage in said and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("header", "complaint"),
+    [
+        ("{", "not a model"),
+        ("[1]", "not a model"),
+        ("[" * 100_000, "not a model"),
+        ('{"format": 2}', "not a model"),
+        ('{"format": 2, "embrag": %s}' % ("9" * 5000), "not a model"),
+        ('{"format": 2, "embrag": 5}', "embrag must be a section, not 5"),
+        ('{"format": 2, "embrag": {"seed": NaN}}', "embrag.seed must be a whole number, not NaN"),
+        ('{"format": 2, "embrag": {"model": {"layers": 1000000000000}}}', "embrag.model.layers: must not exceed"),
+        (
+            '{"format": 2, "embrag": {"model": {"dims": 16000000000000, "layers": 1}}}',
+            "embrag.model.dims: must not exceed",
+        ),
+        ('{"format": 2, "embrag": {"model": {"layers": 10000}}}', "too few tensors for 10000"),
+        ('{"format": 2, "embrag": {"model": {"dims": 1e999}}}', "embrag.model.dims must be a whole number"),
+    ],
+)
+def test_a_header_that_means_nothing_is_one_line(tmp_path: Path, header: str, complaint: str) -> None:
+    path = tmp_path / MODEL_FILE
+    save_file({"weight": torch.zeros(2)}, path, {"embrag_ds": header})
+    with pytest.raises(UserError) as raised:
+        read_export(path)
+    said = str(raised.value)
+    assert said.startswith(f"{path}: ") and complaint in said and "\n" not in said
+
+
+def test_other_files_are_no_models(tmp_path: Path) -> None:
+    whole = export.PRETRAINED.read_bytes()
+    os.mkfifo(tmp_path / "pipe")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "torch")
+    (tmp_path / "pickle").write_bytes(pickle.dumps({"weight": 1}))
+    (tmp_path / "empty").touch()
+    (tmp_path / "cut").write_bytes(whole[:-1])
+    (tmp_path / "header").write_bytes(whole[:99])
+    (tmp_path / "long").write_bytes(b"\xff" * 8 + whole[8:])
+    (tmp_path / "longer").write_bytes(whole + b"\0")
+    for path in tmp_path.iterdir():
+        with pytest.raises(UserError) as raised:
+            read_export(path)
+        said = str(raised.value)
+        assert said.startswith(f"{path}: cannot read the model: ") and "\n" not in said
+
+
 def test_an_export_of_another_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "old.safetensors"
     save_file({"weight": torch.zeros(2)}, path, {"format": "embrag_ds 0", "embrag": "{}"})
@@ -179,6 +308,58 @@ def test_the_backend_chosen_by_auto_is_recorded_and_kept_on_resume(
     assert "\n" not in str(caught.value)
 
 
+def half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("spoil", [half, Path.unlink, lambda path: path.write_bytes(b"\xff" * 99)])
+@pytest.mark.parametrize("pattern", ["latest", "agreed.json", "step3/*model_states.pt", "step3/*optim_states.pt"])
+def test_a_damaged_checkpoint_is_one_line_with_a_way_out(
+    make_trainer: MakeTrainer, tmp_path: Path, pattern: str, spoil: Callable[[Path], None]
+) -> None:
+    options = ["embrag.train.checkpoint_every=1", "embrag.train.max_steps=3"]
+    make_trainer("run", *options).run()
+    folder = tmp_path / "run" / "checkpoints"
+    (path,) = folder.glob(pattern)
+    spoil(path)
+    with pytest.raises(UserError) as raised:
+        make_trainer("run", *options, resume=True)
+    said = str(raised.value)
+    assert said.startswith(str(tmp_path)) and "\n" not in said
+    if pattern.startswith("step3"):
+        assert f"{folder / 'step3'}: cannot read the checkpoint (" in said
+        assert said.endswith(f"; write step2 into {folder / 'latest'} to go on from that, or start a new run folder")
+        (folder / "latest").write_text("step2\n")
+        assert make_trainer("run", *options, resume=True).state.step == 2
+    elif pattern == "latest" and path.exists():
+        assert said.endswith(f"write step3 into {folder / 'latest'} to go on from that, or start a new run folder")
+    else:
+        assert said.endswith(("; start a new run folder", "; start without --resume"))
+
+
+@pytest.mark.parametrize("tag", ["", "step9", "..", ".", "../checkpoints", "/", "step1\nstep2", "a" * 5000])
+def test_the_newest_checkpoint_has_to_be_there(make_trainer: MakeTrainer, tmp_path: Path, tag: str) -> None:
+    make_trainer("run", "embrag.train.max_steps=1").run()
+    (tmp_path / "run" / "checkpoints" / "latest").write_text(tag)
+    with pytest.raises(UserError, match=r"latest: cannot find the newest checkpoint .*; write step1 into") as raised:
+        make_trainer("run", resume=True)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"batches": 1}', '{"batches": {}, "backend": "torch"}', "1e999"])
+def test_what_checkpoints_agree_on_has_to_be_whole(make_trainer: MakeTrainer, tmp_path: Path, content: str) -> None:
+    make_trainer("run", "embrag.train.max_steps=1").run()
+    (tmp_path / "run" / "checkpoints" / "agreed.json").write_text(content)
+    with pytest.raises(UserError, match=r"agreed\.json: damaged, or written by another version"):
+        make_trainer("run", resume=True)
+
+
+def test_a_run_goes_on_with_another_cache_folder(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    make_trainer("run", "embrag.train.max_steps=1").run()
+    other = make_trainer("run", f"embrag.data.cache_dir={tmp_path / 'elsewhere'}", resume=True)
+    assert other.state.step == 1
+
+
 def test_a_checkpoint_without_a_backend_is_refused(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     make_trainer("run", "embrag.train.max_steps=1").run()
     agreed = tmp_path / "run" / "checkpoints" / "agreed.json"
@@ -204,3 +385,10 @@ def test_all_ranks_take_the_choice_of_the_first(
     fastest_is(monkeypatch, "torch")
     monkeypatch.setattr(DistributedContext, "agree", lambda self, text: "faiss-cpu" if text == "torch" else text)
     assert make_trainer("run", AUTO, *encoding, *ZERO_3).collate.backend == "faiss-cpu"
+
+
+def test_a_long_name_of_the_newest_checkpoint_is_not_repeated(tmp_path):
+    (tmp_path / "latest").write_text("x" * 70_000)
+    with pytest.raises(UserError, match=r"cannot find the newest checkpoint \(File name too long\)") as caught:
+        _newest(tmp_path)
+    assert len(str(caught.value)) < 1000

@@ -69,8 +69,8 @@ def test_a_resumed_run_that_cannot_drop_lines_keeps_them(
         record.write("train", step, {"a": 1.0}, SILENT)  # type: ignore[arg-type]
     before = (tmp_path / "metrics.jsonl").read_text()
 
-    def half(path: Path, text: str, encoding: str) -> None:
-        path.write_bytes(text.encode(encoding)[: len(text) // 2])
+    def half(path: Path, text: str, encoding: str, errors: str) -> None:
+        path.write_bytes(text.encode(encoding, errors)[: len(text) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -78,6 +78,8 @@ def test_a_resumed_run_that_cannot_drop_lines_keeps_them(
         with pytest.raises(UserError, match=r"metrics.jsonl: cannot write it \(No space left on device\)"):
             record.forget_after(4)
     assert (tmp_path / "metrics.jsonl").read_text() == before and len(list(tmp_path.iterdir())) == 1
+    with (tmp_path / "metrics.jsonl").open("ab") as stream:  # as a killed process may leave it
+        stream.write(b'[1]\n{"step": "2"}\n{}\n\xff\n{"step": 3, "kin')
     record.forget_after(4)
     assert [line["step"] for line in strict_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 

@@ -1,0 +1,102 @@
+"""Checks of the target samples: their call rates, and how near their nearest haplotypes in the panel are."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from embrag_ds.data.panel import Panel
+from embrag_ds.data.targets import Targets
+from embrag_ds.ops.bits import unpack_host
+
+logger = logging.getLogger(__name__)
+
+LEAST_CALL_RATE = 0.9
+"""Share of typed sites with a call below which a sample is reported."""
+TIMES_AS_FAR = 2.0
+"""Ratio to the greatest distance among panel samples above which a target's distance is reported."""
+LEAST_DISTANCE = 0.02
+"""Share of differing alleles below which a distance is never reported."""
+_CHUNK_SITES = 64
+_MOST_CHUNKS = 16
+_MOST_HAPLOTYPES = 1 << 14
+_PANEL_SAMPLES = 32
+_FEWEST = 20
+_SITES_AT_ONCE = 4096
+
+
+def check_samples(targets: Targets, panel: Panel) -> list[dict[str, Any]]:
+    """Log a line about every target sample that looks wrong, and return name, call rate and distance of all.
+
+    The distance is the share of alleles in which a haplotype differs from its nearest one in the panel, over short
+    chunks of typed sites; that of a sample is the share of both. It is compared with panel samples' distances from
+    all others. It is None where the panel or the typed sites are fewer than 20, or the sample has no calls there.
+    """
+    rates = call_rates(targets)
+    distances, usual = _distances(targets, panel)
+    found = []
+    for number, name in enumerate(targets.samples):
+        known = distances is not None and not np.isnan(distances[number])
+        distance = float(distances[number]) if distances is not None and known else None
+        found.append({"sample": name, "call_rate": float(rates[number]), "distance": distance})
+        if rates[number] < LEAST_CALL_RATE:
+            logger.info("sample %s: calls at only %.1f %% of the typed sites", name, 100 * rates[number])
+        if distance is not None and distance > max(LEAST_DISTANCE, TIMES_AS_FAR * usual):
+            logger.info(
+                "sample %s: its haplotypes differ from the panel's nearest in %.1f %% of alleles (panel samples: at "
+                "most %.1f %%); wrong build, strand or population, or bad calls?",
+                name,
+                100 * distance,
+                100 * usual,
+            )
+    return found
+
+
+def call_rates(targets: Targets) -> np.ndarray:
+    """Share of each target sample's alleles at typed sites that are known, float64 [N]."""
+    samples = len(targets.samples)
+    if targets.missing is None:
+        return np.ones(samples)
+    lacking = np.zeros(samples, dtype=np.int64)
+    for start in range(0, len(targets.rows), _SITES_AT_ONCE):
+        bits = unpack_host(targets.missing[targets.rows[start : start + _SITES_AT_ONCE]], 0, 2 * samples)
+        lacking += bits.sum(0, dtype=np.int64).reshape(samples, 2).sum(1)
+    return 1 - lacking / (2 * len(targets.rows))
+
+
+def _distances(targets: Targets, panel: Panel) -> tuple[np.ndarray | None, float]:
+    """Distance of each target sample, float64 [N] or None, and the greatest one of some panel samples.
+
+    It is NaN for samples without calls at the compared sites.
+    """
+    sites, samples = targets.sites, len(targets.samples)
+    if len(panel.samples) < _FEWEST or len(sites) < _FEWEST:
+        return None, 0.0
+    chunks = np.unique(np.linspace(0, max(0, len(sites) - _CHUNK_SITES), _MOST_CHUNKS).astype(np.int64))
+    stride = -(-2 * len(panel.samples) // _MOST_HAPLOTYPES)
+    kept = np.arange(0, 2 * len(panel.samples), stride)
+    compared = np.unique(np.linspace(0, len(panel.samples) - 1, _PANEL_SAMPLES).astype(np.int64))
+    theirs = (2 * compared[:, None] + np.arange(2)).reshape(-1)
+    own = kept[None] // 2 == theirs[:, None] // 2
+    sums, seen, usual = np.zeros(2 * samples), np.zeros(2 * samples), np.zeros(len(theirs))
+    for chunk in chunks.tolist():
+        rows = slice(chunk, chunk + _CHUNK_SITES)
+        panel_alleles = panel.alleles_at(sites[rows])
+        signs = 2 * panel_alleles[:, kept].astype(np.float32) - 1
+        alleles = targets.typed_alleles(rows, slice(0, samples)).T
+        known = np.ones(alleles.shape, dtype=bool)
+        if targets.missing is not None:
+            known = ~unpack_host(targets.missing[targets.rows[rows]], 0, 2 * samples).view(bool).T
+        observed = np.where(known, 2 * alleles.astype(np.float32) - 1, 0)
+        number = known.sum(1)
+        # The inner product of signs is the number of equal alleles less that of different ones.
+        sums += (number - (observed @ signs).max(1)) / 2
+        seen += number
+        inner = (2 * panel_alleles[:, theirs].T.astype(np.float32) - 1) @ signs
+        usual += (len(panel_alleles) - np.where(own, -np.inf, inner).max(1)) / 2
+    both = sums.reshape(samples, 2).sum(1), seen.reshape(samples, 2).sum(1)
+    distance = np.where(both[1] > 0, both[0] / np.maximum(both[1], 1), np.nan)
+    total = sum(len(sites[chunk : chunk + _CHUNK_SITES]) for chunk in chunks.tolist())
+    return distance, float((usual / total).reshape(-1, 2).mean(1).max())

@@ -1,0 +1,1 @@
+"""Genetic maps: recombination along the contigs, from files of many formats."""

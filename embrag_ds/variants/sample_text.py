@@ -1,0 +1,138 @@
+"""Text of imputed samples: GT, DS, HDS and GP to three decimals, for haploid and diploid samples.
+
+HDS in thousandths are integers a and b, and all columns follow from them. A table holds the text for every pair, so
+that a block of records is one gather. Records of several ALTs are rare and have their text made sample by sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache, lru_cache
+
+import numpy as np
+
+FORMATS = ("GT", "DS", "HDS", "GP")
+"""FORMAT fields that can be written, in their order in a record."""
+_VALUES = 1001
+_DIPLOID = _VALUES * _VALUES
+
+
+@cache
+def sample_texts(fields: tuple[str, ...]) -> np.ndarray:
+    """Text of a sample with a tab behind it, as a void scalar in each row: [1001 * 1001 + 1001].
+
+    Row 1001 a + b is of a diploid sample whose HDS are a/1000 and b/1000, and row 1001 * 1001 + a of a haploid one. All
+    rows are of one width; those of haploid samples hold NUL where there is nothing. ``fields`` are of :data:`FORMATS`,
+    or AP1 and AP2 in place of HDS.
+    """
+    a, b = (part.ravel() for part in np.meshgrid(np.arange(_VALUES), np.arange(_VALUES), indexing="ij"))
+    one = np.arange(_VALUES)
+    columns = []
+    for field in fields:
+        both = np.concatenate([_diploid(field, a, b), _haploid(field, one)])
+        columns += [both, np.full((len(both), 1), ord(":"), dtype=np.uint8)]
+    columns[-1][:] = ord("\t")
+    text = np.concatenate(columns, axis=1)
+    return text.view(f"V{text.shape[1]}")[:, 0]
+
+
+def rows_of(thousandths: np.ndarray, haploid: np.ndarray | None) -> np.ndarray:
+    """Rows [n, N] of :func:`sample_texts` for HDS in thousandths int64 [n, 2N]; ``haploid`` bool [n, N]."""
+    rows: np.ndarray = thousandths[:, 0::2] * _VALUES + thousandths[:, 1::2]
+    return rows if haploid is None else np.where(haploid, _DIPLOID + thousandths[:, 0::2], rows)
+
+
+def _diploid(field: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Text of one field, uint8 [rows, width]."""
+    if field == "GT":
+        text = np.empty((len(a), 3), dtype=np.uint8)
+        text[:] = np.frombuffer(b"0|0", dtype=np.uint8)
+        text[:, 0] += a > 500
+        text[:, 2] += b > 500
+        return text
+    if field == "GP":
+        return _listed(_gp(a, b))
+    return _listed({"DS": [a + b], "HDS": [a, b], "AP1": [a], "AP2": [b]}[field])
+
+
+def _haploid(field: str, a: np.ndarray) -> np.ndarray:
+    """Text of one field, as wide as that of a diploid sample."""
+    text = np.zeros_like(_diploid(field, a, a))
+    if field == "GT":
+        text[:, 0] = ord("0") + (a > 500)
+    elif field == "AP2":
+        text[:, 0] = ord(".")
+    else:
+        values = _listed([1000 - a, a] if field == "GP" else [a])
+        text[:, : values.shape[1]] = values
+    return text
+
+
+def _gp(a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
+    """Probabilities of 0, 1 and 2 ALT copies, in thousandths."""
+    millionths = np.stack([(1000 - a) * (1000 - b), a * (1000 - b) + (1000 - a) * b, a * b], axis=1)
+    gp = (millionths + 500) // 1000
+    # The largest probability absorbs the rounding errors, so that the written values sum to 1.
+    gp[np.arange(len(gp)), gp.argmax(axis=1)] += 1000 - gp.sum(axis=1)
+    return list(gp.T)
+
+
+def _listed(values: Sequence[np.ndarray]) -> np.ndarray:
+    """Text of values in thousandths, with commas between."""
+    digits = np.array([list(f"{i / 1000:.3f}".encode()) for i in range(2 * _VALUES - 1)], dtype=np.uint8)
+    comma = np.full((len(values[0]), 1), ord(","), dtype=np.uint8)
+    parts = [part for value in values for part in (comma, digits[value])]
+    return np.concatenate(parts[1:], axis=1)
+
+
+@lru_cache(maxsize=1 << 16)
+def joined_text(fields: tuple[str, ...], first: tuple[int, ...], second: tuple[int, ...] | None) -> str:
+    """Text of one sample at a record of K ALTs, from the thousandths of each on its haplotypes.
+
+    ``second`` is None for a haploid sample. The allele of a haplotype is the likeliest ALT if its probability is above
+    0.5, and REF otherwise. Probabilities of ALTs that sum to more than 1 are scaled down for GP.
+    """
+    haplotypes = [first] if second is None else [first, second]
+    sums = [sum(each) for each in zip(*haplotypes, strict=True)]
+    texts = {
+        "GT": "|".join(str(_best(each)) for each in haplotypes),
+        "DS": _decimals(sums),
+        "AP1": _decimals(first),
+        "AP2": "." if second is None else _decimals(second),
+    }
+    return ":".join(_decimals(_joined_gp(haplotypes)) if field == "GP" else texts[field] for field in fields)
+
+
+def _best(thousandths: tuple[int, ...]) -> int:
+    best = max(thousandths)
+    return thousandths.index(best) + 1 if best > 500 else 0
+
+
+def _joined_gp(haplotypes: list[tuple[int, ...]]) -> list[int]:
+    """Genotype probabilities in thousandths, in VCF's order; they sum to 1000."""
+    alleles, wholes = [], []
+    for each in haplotypes:
+        total = max(1000, sum(each))
+        alleles.append([total - sum(each), *each])
+        wholes.append(total)
+    if len(haplotypes) == 1:
+        return _shared_out(alleles[0], wholes[0])
+    first, second = alleles
+    products = []
+    for j in range(len(first)):
+        products += [first[i] * second[j] + first[j] * second[i] for i in range(j)]
+        products.append(first[j] * second[j])
+    return _shared_out(products, wholes[0] * wholes[1])
+
+
+def _shared_out(parts: list[int], whole: int) -> list[int]:
+    """Thousandths that each part is of the whole, by largest remainders: they sum to 1000."""
+    shares = [1000 * part // whole for part in parts]
+    remainders = [1000 * part % whole for part in parts]
+    for place in sorted(range(len(parts)), key=lambda i: (-remainders[i], i))[: 1000 - sum(shares)]:
+        shares[place] += 1
+    return shares
+
+
+def _decimals(thousandths: Sequence[int]) -> str:
+    return ",".join(f"{value / 1000:.3f}" for value in thousandths)

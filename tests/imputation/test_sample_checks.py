@@ -1,0 +1,110 @@
+"""Call rates and distances of target samples, compared with loops."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import embrag_ds.imputation.sample_checks as module
+from embrag_ds.data.panel import Panel
+from embrag_ds.data.targets import Targets, match_targets, open_targets
+from embrag_ds.imputation.sample_checks import call_rates, check_samples
+from embrag_ds.ops.bits import pack_host
+from embrag_ds.variants.sites import SiteTable
+
+SITES, SAMPLES = 200, 30
+
+
+def packed(name: str, alleles: np.ndarray, missing: np.ndarray | None = None) -> Panel:
+    number = len(alleles)
+    texts = (["A"] * number, ["C"] * number, ["."] * number)
+    sites = SiteTable(("1",), (0,), np.zeros(number, np.int32), np.arange(number), *texts)
+    samples = tuple(f"{name}{each}" for each in range(alleles.shape[1] // 2))
+    return Panel(
+        Path(name), sites, samples, pack_host(alleles), {}, missing=None if missing is None else pack_host(missing)
+    )
+
+
+def panel_alleles(samples: int = SAMPLES) -> np.ndarray:
+    """Alleles [S, 2N] of haplotypes that are copies of eight, with one allele in fifty changed."""
+    rng = np.random.default_rng(1)
+    kinds = rng.integers(0, 2, (SITES, 8), dtype=np.uint8)
+    copies = kinds[:, rng.integers(8, size=2 * samples)]
+    return copies ^ (rng.random(copies.shape) < 0.02)
+
+
+def opened(panel: Panel, alleles: np.ndarray, missing: np.ndarray | None = None) -> Targets:
+    target = packed("t", alleles, missing)
+    return open_targets(target, match_targets(target, panel, "report", allow_overlap=True), panel)
+
+
+def slow_distance(own: np.ndarray, known: np.ndarray, panel: np.ndarray, chunks: list[int]) -> float:
+    """Share of differing alleles of a sample [S, 2] from the nearest of the panel's haplotypes, chunk by chunk."""
+    different = seen = 0
+    for chunk in chunks:
+        span = slice(chunk, chunk + module._CHUNK_SITES)
+        for haplotype in range(2):
+            there = known[span, haplotype]
+            apart = (own[span, haplotype][:, None] != panel[span])[there].sum(axis=0)
+            different += int(apart.min())
+            seen += int(there.sum())
+    return different / seen
+
+
+def test_call_rates_and_distances_equal_loops() -> None:
+    rng = np.random.default_rng(2)
+    alleles = panel_alleles()
+    panel = packed("p", alleles)
+    own = np.concatenate([alleles[:, 3:5], rng.integers(0, 2, (SITES, 2), dtype=np.uint8), alleles[:, [9, 2]]], axis=1)
+    missing = rng.random(own.shape) < 0.3
+    missing[:, 4:] = True  # nothing is known of the last sample
+    missing[missing.all(axis=1), 0] = False  # a site at which nobody has a call is not typed
+    targets = opened(panel, own, missing)
+    np.testing.assert_allclose(call_rates(targets), 1 - missing.reshape(SITES, 3, 2).mean(axis=(0, 2)))
+    found = check_samples(targets, panel)
+    assert [each["sample"] for each in found] == ["t0", "t1", "t2"]
+    assert [each["call_rate"] for each in found] == pytest.approx([*call_rates(targets)])
+    chunks = np.unique(np.linspace(0, SITES - 64, 16).astype(int)).tolist()
+    for number in range(2):
+        columns = slice(2 * number, 2 * number + 2)
+        expected = slow_distance(own[:, columns], ~missing[:, columns], alleles, chunks)
+        assert found[number]["distance"] == pytest.approx(expected)
+    assert found[0]["distance"] == 0
+    assert found[2] == {"sample": "t2", "call_rate": 0.0, "distance": None}
+
+
+def test_samples_that_look_wrong_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    alleles = panel_alleles(SAMPLES + 1)
+    panel = packed("p", alleles[:, :-2])
+    usual = alleles[:, -2:]
+    other = np.random.default_rng(3).integers(0, 2, (SITES, 2), dtype=np.uint8)
+    missing = np.zeros((SITES, 6), dtype=bool)
+    missing[:30, 4:] = True
+    check_samples(opened(panel, np.concatenate([usual, other, usual], axis=1), missing), panel)
+    assert len(caplog.messages) >= 2
+    lines = [each for each in caplog.messages if each.startswith("sample ")]
+    assert [each.split(":")[0] for each in lines] == ["sample t1", "sample t2"]
+    assert "differ from the panel's nearest in" in lines[0] and "wrong build, strand or population" in lines[0]
+    assert lines[1] == "sample t2: calls at only 85.0 % of the typed sites"
+
+
+@pytest.mark.parametrize(("samples", "sites"), [(19, SITES), (SAMPLES, 19)])
+def test_few_samples_or_sites_have_no_distance(samples: int, sites: int) -> None:
+    panel = packed("p", panel_alleles(samples)[:sites])
+    found = check_samples(opened(panel, panel_alleles(samples)[:sites, :2]), panel)
+    assert found == [{"sample": "t0", "call_rate": 1.0, "distance": None}]
+
+
+def test_a_large_panel_is_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    alleles = panel_alleles()
+    panel = packed("p", alleles)
+    targets = opened(panel, alleles[:, [0, 6]])
+    assert check_samples(targets, panel)[0]["distance"] == 0
+    monkeypatch.setattr(module, "_MOST_HAPLOTYPES", 20)
+    # Every third haplotype is compared, these two among them.
+    assert check_samples(targets, panel)[0]["distance"] == 0
+    assert check_samples(opened(panel, alleles[:, [1, 2]]), panel)[0]["distance"] > 0
