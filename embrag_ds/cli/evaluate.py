@@ -78,8 +78,7 @@ def named(imputed: list[str]) -> dict[str, str | Path]:
 def run(options: argparse.Namespace) -> None:
     """Run the command with parsed options; raises :class:`UserError`."""
     from embrag_ds.data.cache import require_cache
-    from embrag_ds.data.inputs import cache_directory, default_data, with_cache
-    from embrag_ds.data.windows import DataConfig
+    from embrag_ds.data.inputs import cache_directory, default_data, settings_for
     from embrag_ds.evaluation.external_tools import impute_with_tools, tool_files
     from embrag_ds.evaluation.score import evaluate
 
@@ -90,7 +89,7 @@ def run(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and not least <= value <= most:
             raise UserError(f"--{name} must lie between {least} and {most}")
-    settings = DataConfig() if options.cache_dir is None else with_cache(DataConfig(), options.cache_dir)
+    settings = settings_for(options.cache_dir)
     cache = cache_directory(settings)
     given = [options.truth, options.panel, options.target]
     if not any(given):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +36,9 @@ _SIZES = (10.0, 1e7)
 class PanelFiles:
     """Paths of a panel, its genetic map and its sample table; without a panel, the default data set is used.
 
-    ``reading`` holds the rules by which the panel is read. ``cm_per_mb`` is the recombination rate everywhere, in place
-    of a map. ``effective_size`` N, of the population,
-    scales genetic distances by N / 10,000 (:data:`HUMAN_SIZE`). Raises :class:`UserError` if one of the two is out of
-    bounds, or has no panel or a map beside it.
+    ``cm_per_mb`` is the recombination rate everywhere, in place of a map. ``effective_size`` N, of the population,
+    scales genetic distances by N / 10,000 (:data:`HUMAN_SIZE`). ``reading`` holds the rules by which the panel is read.
+    Raises :class:`UserError` if one of the two numbers is out of bounds, or has no panel or a map beside it.
     """
 
     panel: Path | None = None
@@ -77,9 +76,9 @@ class PanelInputs:
     position_cm: np.ndarray
 
 
-def with_cache(settings: DataConfig, folder: Path) -> DataConfig:
-    """The settings with another cache folder."""
-    return replace(settings, cache_dir=str(folder))
+def settings_for(cache_dir: Path | None) -> DataConfig:
+    """The settings that a command without a configuration reads data by."""
+    return DataConfig(cache_dir=None if cache_dir is None else str(cache_dir))
 
 
 def cache_directory(settings: DataConfig) -> Path:

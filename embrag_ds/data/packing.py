@@ -88,8 +88,7 @@ def pack(path: Path, directory: Path, reading: Reading, progress: bool) -> None:
                     filled += 1
             bits.write(pack_host(calls.alleles).data)
             ploidy.add(calls.ploidy, lacking)
-            # The columns are large, and their content is in the bits.
-            rows.append(Site._make((*site[:-3], b"", b"", b"")))
+            rows.append(site.bare())
         if not rows:
             raise UserError(f"{path}: {_nothing(vcf)}; check the file")
         site_table(vcf, rows).save(directory / "sites.tsv")

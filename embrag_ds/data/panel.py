@@ -96,11 +96,7 @@ class Panel:
     @cached_property
     def alt_count(self) -> np.ndarray:
         """Number of ALT copies at every site, int64 [S]; takes one pass over the packed alleles."""
-        copies = np.empty(len(self.packed), dtype=np.int64)
-        for start, stop, once in self._ranges():
-            block = self.packed[start:stop]
-            copies[start:stop] = np.bitwise_count(block if once is None else block & once).sum(1, dtype=np.int64)
-        return copies
+        return self._copies(self.packed)
 
     @cached_property
     def allele_count(self) -> np.ndarray:
@@ -115,24 +111,30 @@ class Panel:
     @cached_property
     def monomorphic(self) -> np.ndarray:
         """Sites without two different alleles, bool [S]; missing alleles do not count."""
-        known = self.allele_count.copy()
+        known = self.allele_count
         if self.missing is not None:
-            for start, stop, once in self._ranges():
-                block = self.missing[start:stop]
-                known[start:stop] -= np.bitwise_count(block if once is None else block & once).sum(1, dtype=np.int64)
+            known = known - self._copies(self.missing)
         found: np.ndarray = (self.alt_count == 0) | (self.alt_count == known)
         return found
 
-    def _ranges(self) -> Iterator[tuple[int, int, np.ndarray | None]]:
-        """Short ranges of sites [start, stop) with the bits of the haplotypes that count, uint8 [ceil(2N / 8)].
+    def _copies(self, bits: np.ndarray) -> np.ndarray:
+        """Number of haplotypes that count and are marked at every site, int64 [S]; ``bits`` as those of ``packed``."""
+        copies = np.empty(len(bits), dtype=np.int64)
+        for start, stop, counted in self.ranges():
+            block = bits[start:stop] if counted is None else bits[start:stop] & pack_host(counted)
+            copies[start:stop] = np.bitwise_count(block).sum(1, dtype=np.int64)
+        return copies
+
+    def ranges(self) -> Iterator[tuple[int, int, np.ndarray | None]]:
+        """Iterate over short ranges of sites [start, stop), each with the haplotypes that count there, bool [2N].
 
         The second haplotype of a haploid sample repeats its first, and does not count. None where all do.
         """
         bounds = [0] if self.ploidy is None else self.ploidy.start.tolist()
-        for first, last in pairwise([*bounds, len(self.packed)]):
-            once = None if self.ploidy is None else pack_host(counted_haplotypes(self.ploidy.at(np.array([first]))[0]))
+        for number, (first, last) in enumerate(pairwise([*bounds, len(self.packed)])):
+            counted = None if self.ploidy is None else _counted_haplotypes(self.ploidy.haploid[number])
             for start in range(first, last, _SITES_PER_READ):
-                yield start, min(start + _SITES_PER_READ, last), once
+                yield start, min(start + _SITES_PER_READ, last), counted
 
     @cached_property
     def minimum_allele_count(self) -> int:
@@ -141,7 +143,7 @@ class Panel:
         return int(minor[minor > 0].min(initial=2 * len(self.samples)))
 
 
-def counted_haplotypes(haploid: np.ndarray) -> np.ndarray:
+def _counted_haplotypes(haploid: np.ndarray) -> np.ndarray:
     """Haplotypes that count, bool [2N]: all but the second ones of the ``haploid`` samples, bool [N]."""
     return np.stack([np.ones_like(haploid), ~haploid], axis=1).reshape(-1)
 
@@ -284,11 +286,12 @@ class PanelSubset:
     @cached_property
     def population_sizes(self) -> np.ndarray:
         """Number of haplotypes that count in every population, float32 [P, S], or [P, 1] if the same at all sites."""
+        members = self._members()
         if self.panel.ploidy is None:
-            return self._members().sum(0, dtype=np.float32)[:, None]
-        sizes = np.empty((len(self.populations.names), len(self.panel.sites)), dtype=np.float32)
-        for start, stop, counted in self._blocks():
-            sizes[:, start:stop] = self._members()[counted].sum(0, dtype=np.float32)[:, None]
+            return members.sum(0)[:, None]
+        sizes = np.empty((members.shape[1], len(self.panel.sites)), dtype=np.float32)
+        for start, stop, counted in self._blocks(members):
+            sizes[:, start:stop] = counted.sum(0)[:, None]
         return sizes
 
     @cached_property
@@ -296,9 +299,8 @@ class PanelSubset:
         """Number of ALT copies in every population, float32 [P, S]."""
         members = self._members()
         counts = np.empty((members.shape[1], len(self.panel.sites)), dtype=np.float32)
-        for start, stop, counted in self._blocks():
-            block = self.alleles(start, stop).astype(np.float32)
-            counts[:, start:stop] = (members * counted[:, None]).T @ block
+        for start, stop, counted in self._blocks(members):
+            counts[:, start:stop] = counted.T @ self.alleles(start, stop).astype(np.float32)
         return counts
 
     def counted(self, sites: slice) -> np.ndarray:
@@ -319,15 +321,10 @@ class PanelSubset:
         members[np.arange(len(self)), self.population_of] = 1
         return members
 
-    def _blocks(self) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Short ranges of sites [start, stop), each with the haplotypes that count there, bool [H]."""
-        for start, stop, once in self.panel._ranges():
-            counted = (
-                np.ones(2 * len(self.panel.samples), bool)
-                if once is None
-                else unpack_host(once, 0, 2 * len(self.panel.samples)).view(bool)
-            )
-            yield start, stop, counted[self.haplotypes]
+    def _blocks(self, members: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Short ranges of sites [start, stop), each with the ``members`` float32 [H, P] that count there."""
+        for start, stop, counted in self.panel.ranges():
+            yield start, stop, members if counted is None else members * counted[self.haplotypes, None]
 
     @cached_property
     def allele_frequency(self) -> np.ndarray:

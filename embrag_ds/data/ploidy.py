@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from embrag_ds.ops.bits import pack_host, unpack_host
 from embrag_ds.variants.genotypes import DIPLOID, HAPLOID, UNKNOWN
 
 
@@ -27,14 +28,13 @@ class Ploidy:
 
     def save(self, path: Path) -> None:
         """Write the ranges as an ``.npz`` file."""
-        np.savez(path, start=self.start, haploid=np.packbits(self.haploid, axis=1, bitorder="little"))
+        np.savez(path, start=self.start, haploid=pack_host(self.haploid))
 
     @staticmethod
     def load(path: Path, samples: int) -> Ploidy:
         """Read the ranges of ``samples`` samples written by :meth:`save`."""
         with np.load(path) as arrays:
-            bits = np.unpackbits(arrays["haploid"], axis=1, count=samples, bitorder="little")
-            return Ploidy(arrays["start"], bits.view(bool))
+            return Ploidy(arrays["start"], unpack_host(arrays["haploid"], 0, samples).view(bool))
 
 
 class PloidyRecorder:

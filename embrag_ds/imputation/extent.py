@@ -11,7 +11,7 @@ import numpy as np
 
 from embrag_ds.data.windows import Window
 from embrag_ds.errors import UserError
-from embrag_ds.variants.contigs import reconcile
+from embrag_ds.variants.contigs import listed, reconcile
 from embrag_ds.variants.sites import SiteTable
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def extent(
         logger.warning(
             "%s is not typed on %s, which %d sites of %s are on: left out (--untyped-contigs frequency writes them)",
             target,
-            _some(left_out),
+            listed(left_out),
             sum(stop - start for start, stop in without),
             panel,
         )
@@ -72,7 +72,7 @@ def extent(
         logger.warning(
             "%s is not typed on %s: dosages there are the panel's allele frequencies",
             target,
-            _some(sorted(chosen & set(names))),
+            listed(sorted(chosen & set(names))),
         )
     return Extent(runs)
 
@@ -133,10 +133,6 @@ def _position(text: str) -> int:
 
 def _no_region(region: str, contigs: list[str], panel: str) -> str:
     return (
-        f"--region {region}: no such region of {panel}, whose contigs are {_some(contigs)}; give contig or "
+        f"--region {region}: no such region of {panel}, whose contigs are {listed(contigs)}; give contig or "
         "contig:start-end"
     )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} others" if len(names) > 5 else "")

@@ -17,14 +17,13 @@ from embrag_ds.data.inputs import (
     cache_directory,
     default_data,
     open_inputs,
-    with_cache,
+    settings_for,
     with_default,
 )
 from embrag_ds.data.packing import TARGET
 from embrag_ds.data.panel import Panel, open_panel
 from embrag_ds.data.phasing import require_beagle
 from embrag_ds.data.targets import Phase, Targets, match_targets, open_targets, phase_targets
-from embrag_ds.data.windows import DataConfig
 from embrag_ds.errors import UserError
 from embrag_ds.export import PRETRAINED, read_export
 from embrag_ds.files import require_writable, write_json
@@ -110,7 +109,7 @@ def impute(
     logger.info("model %s", model)
     if (files.panel is None) != (target is None):
         raise UserError("--panel and --target go together")
-    settings = DataConfig() if cache_dir is None else with_cache(DataConfig(), cache_dir)
+    settings = settings_for(cache_dir)
     target = target or default_data(settings).target
     files = with_default(files, settings)
     read = {"--target": target, **files.by_option()}

@@ -88,8 +88,8 @@ def regular_file(path: Path) -> Iterator[Path]:
             return
         if not given.exists():
             raise UserError(f"{path}: there is no such file; check the path")
-        with ExitStack() as stack:
-            yield stack.enter_context(_copied(given, path))
+        with _copied(given, path) as copy:
+            yield copy
     except OSError as fault:
         if fault.filename is None or os.fspath(fault.filename) != os.fspath(given):
             raise
@@ -137,8 +137,6 @@ class VariantText:
         self._is_bgzf = False
         self._is_gzip = False
         self._is_bcf = self._recognise()
-        self._warned = False
-        self._warned_of_end = False
         try:
             self.header = self._bcf_header() if self._is_bcf else self._text_header()
         except _Damage as error:
@@ -149,8 +147,9 @@ class VariantText:
             raise UserError(f"{self.name}: its header does not end in a #CHROM line; add it (bcftools reheader)")
 
     def _remark(self, text: str) -> None:
-        self.remarks.append(text)
-        logger.warning("%s: %s", self.name, text)
+        if text not in self.remarks:  # lines may be iterated again
+            self.remarks.append(text)
+            logger.warning("%s: %s", self.name, text)
 
     def _recognise(self) -> bool:
         """Whether the file is a BCF (else text). Raises :class:`UserError` if it is neither."""
@@ -209,9 +208,7 @@ class VariantText:
                     raise ValueError(f"a line of over {_LONGEST_LINE >> 20} MiB")
                 block = file.read(_BLOCK_BYTES)
             if length:
-                if not self._warned_of_end:
-                    self._remark("its last line does not end; if the file was cut short, copy it again")
-                    self._warned_of_end = True
+                self._remark("its last line does not end; if the file was cut short, copy it again")
                 yield b"".join(begun)
         finally:
             # After damage htslib reports the same error again when closing.
@@ -264,8 +261,7 @@ class VariantText:
             raise UserError(
                 f"{self.name}: {where}: the next record is damaged or malformed; write or copy the file again"
             ) from error
-        if empty and not self._warned:
-            self._warned = True
+        if empty:
             self._remark(f"{empty} empty lines between the records are ignored")
 
     def _record_lines(self) -> Iterator[bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 _HUMAN_CODES = {"23": "X", "24": "Y", "25": "XY", "26": "MT", "M": "MT"}
 """PLINK's numbers for the contigs that have letters in humans, and the short name of the mitochondrion."""
@@ -61,3 +61,8 @@ def _grouped(names: Collection[str], key: Callable[[str], str]) -> defaultdict[s
     for name in names:
         groups[key(name)].append(name)
     return groups
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names as text, and how many others there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} others" if len(names) > 5 else "")

@@ -141,8 +141,7 @@ def _spooled(vcf: VariantReader, spool: Spool, truth: bool) -> DosageFile:
         # That of a truth is left over from an imputation.
         dr2.append(math.nan if truth else _own_r2(vcf, row))
         imputed.append(_is_imputed(row.info))
-        # The columns are large, and their content is in the spool.
-        rows.append(row._replace(info=b"", format=b"", body=b""))
+        rows.append(row.bare())
     spool.finish()
     odd = sum(not (-TOLERANCE <= value <= 1 + TOLERANCE) for value in dr2 if value == value)
     if odd:

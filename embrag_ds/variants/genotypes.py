@@ -26,10 +26,9 @@ class Calls(NamedTuple):
 
 
 class GenotypeDecoder:
-    """Decoder of the genotypes of N samples. It remembers the texts that it has met, of which there are few."""
+    """Decoder of the genotypes of samples. It remembers the texts that it has met, of which there are few."""
 
-    def __init__(self, samples: int) -> None:
-        self._samples = samples
+    def __init__(self) -> None:
         self._codes: dict[bytes, int] = {}
         self._first: list[int] = []
         self._second: list[int] = []

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from embrag_ds.errors import UserError
-from embrag_ds.variants.contigs import reconcile
+from embrag_ds.variants.contigs import listed, reconcile
 from embrag_ds.variants.records import NO_ALT, Excluded
 from embrag_ds.variants.sites import SiteTable
 
@@ -79,7 +79,7 @@ class Harmonised:
         if not self.contigs:
             return ""
         are = "contig {} is" if len(self.contigs) == 1 else "contigs {} are"
-        return f"its {are.format(_some(list(self.contigs)))} the panel's {_some(list(self.contigs.values()))}"
+        return f"its {are.format(listed(list(self.contigs)))} the panel's {listed(list(self.contigs.values()))}"
 
     def report(self) -> str:
         """Text with the numbers of matched and dropped sites, for the log."""
@@ -284,7 +284,7 @@ def _nothing_in_common(
         remedy = "it has no sites; check the file"
     elif set(dropped) == {NO_CONTIG}:
         remedy = (
-            f"its contigs are {_some(target.used_contigs())} and the panel's {_some(panel.used_contigs())}; "
+            f"its contigs are {listed(target.used_contigs())} and the panel's {listed(panel.used_contigs())}; "
             "rename them (bcftools annotate --rename-chrs) or choose the matching panel"
         )
     else:
@@ -293,7 +293,3 @@ def _nothing_in_common(
         if may_flip and set(dropped) & {*RELATIONS, PALINDROMIC}:
             remedy += ", or try --strand flip"
     return f"{target_name}: no site in common with {panel_name}: {remedy}"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} others" if len(names) > 5 else "")

@@ -60,6 +60,11 @@ class Site(NamedTuple):
     format: bytes
     body: bytes
 
+    def bare(self) -> Site:
+        """The site without its record's text, which is large."""
+        # Faster than `_replace`, by a few hundredths of the time that packing takes.
+        return Site._make((*self[:-3], b"", b"", b""))
+
 
 class Excluded(NamedTuple):
     """A record, or one ALT of it, that is left out, and the reason."""
@@ -102,7 +107,7 @@ class VariantReader:
             self._open = stack.pop_all()
         self.samples, self.info_keys = header.samples, header.info_keys
         self.contigs, self.contig_lengths = header.contigs, header.contig_lengths
-        self._decoder = GenotypeDecoder(len(self.samples))
+        self._decoder = GenotypeDecoder()
 
     def __enter__(self: _Self) -> _Self:
         return self

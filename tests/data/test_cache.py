@@ -24,22 +24,14 @@ from embrag_ds.data.panel import Panel, open_panel
 from embrag_ds.errors import UserError
 from embrag_ds.variants.phased_output import write_phased
 from embrag_ds.variants.sites import SiteTable
+from tests.data.test_panel import site_table
 from tests.folders import unwritable
 
 
 def write_panel(path: Path, seed: int = 1, sites: int = 40) -> np.ndarray:
     """Write a panel of 3 samples, and return its alleles uint8 [S, 6]."""
     alleles = np.random.default_rng(seed).integers(0, 2, size=(sites, 6), dtype=np.uint8)
-    table = SiteTable(
-        contigs=("1",),
-        contig_lengths=(10_000_000,),
-        contig=np.zeros(sites, dtype=np.int32),
-        pos=np.arange(1, sites + 1, dtype=np.int64) * 10,
-        ref=["A"] * sites,
-        alt=["G"] * sites,
-        id=["."] * sites,
-    )
-    write_phased(path, table, ["a", "b", "c"], alleles)
+    write_phased(path, site_table(sites), ["a", "b", "c"], alleles)
     return alleles
 
 

@@ -107,7 +107,7 @@ genotype = st.one_of(
 
 @given(st.lists(st.lists(genotype, min_size=4, max_size=4), min_size=1, max_size=6), st.integers(0, 3))
 def test_decoder_equals_a_loop_over_the_texts(records: list[list[str]], allele: int) -> None:
-    decoder = GenotypeDecoder(4)
+    decoder = GenotypeDecoder()
     for texts in records:
         same(decoder.decode([text.encode() for text in texts], allele, 3), slow(texts, allele))
 
@@ -141,7 +141,7 @@ def test_the_fast_way_leaves_other_texts_to_the_general_one(text: bytes) -> None
 
 
 def test_an_allele_above_the_records() -> None:
-    decoder = GenotypeDecoder(3)
+    decoder = GenotypeDecoder()
     with pytest.raises(BadGenotype, match="has an allele above 1") as fault:
         decoder.decode([b"0|1", b"2|.", b"3|1"], 1, 1)
     assert fault.value.sample == 1
