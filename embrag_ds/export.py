@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from embrag_ds.config import EmbragConfig, parse_embrag, without_paths
 from embrag_ds.errors import UserError
 from embrag_ds.files import written
-from embrag_ds.model.imputer import Imputer, ModelConfig
+from embrag_ds.model.imputer import Imputer
 
 logger = logging.getLogger(__name__)
 
@@ -126,12 +126,23 @@ def _fault(tensors: dict[str, Tensor], config: EmbragConfig) -> str | None:
     return f"{foreign[0]} is no tensor of its network" if foreign else None
 
 
-def start_from(model: nn.Module, settings: ModelConfig, export: ExportedModel, path: Path) -> None:
-    """Load the weights of ``export`` into ``model``, whose network is described by ``settings``.
+def start_from(model: nn.Module, settings: EmbragConfig, export: ExportedModel, path: Path) -> None:
+    """Load the weights of ``export`` into ``model``, the network of a run with ``settings``.
 
     The two networks must agree in all settings but ``dropout`` and ``good_turing``, which have no weights. Raises
-    :class:`UserError`, naming ``path``, if they do not.
+    :class:`UserError`, naming ``path``, if they do not. A warning says where the run scales genetic distances otherwise
+    than the model does.
     """
-    if replace(export.config.model, **_WEIGHTLESS) != replace(settings, **_WEIGHTLESS):
+    if replace(export.config.model, **_WEIGHTLESS) != replace(settings.model, **_WEIGHTLESS):
         raise UserError(f"--init-from {path}: its network is {export.config.model}; set embrag.model to that")
+    theirs, ours = export.config.data.map_scale, settings.data.map_scale
+    if theirs != ours:
+        logger.warning(
+            "--init-from %s: it scales genetic distances by %g, this run by %g; on the panel that it adapted to, add "
+            "--set embrag.data.map_scale=%r",
+            path,
+            theirs,
+            ours,
+            theirs,
+        )
     model.load_state_dict(export.weights)

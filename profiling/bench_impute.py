@@ -4,8 +4,8 @@
 
 Every tool runs as its user would run it, in a process of its own, from reading the files to the finished output. The
 tools take turns, and the median of the rounds is reported. minimac4's time includes the conversion of the panel; ours
-includes packing it, in an empty cache. We also run with the panel packed, with and without the transformer. Tools that
-are not installed are reported as missing.
+includes packing it, in an empty cache. We also run with the panel packed, with and without the transformer. The model
+never adapts to the panel. Tools that are not installed are reported as missing.
 """
 
 from __future__ import annotations
@@ -88,11 +88,12 @@ OURS = {"": (), ", panel packed": (), ", panel packed, without transformer": ("-
 
 
 def ours(options: argparse.Namespace, device: str, more: Sequence[str], folder: Path, meter: Meter) -> None:
-    """Impute with launch/impute.py, with the options ``more``."""
+    """Impute with launch/impute.py, with the options ``more`` and without adaptation."""
     model = ["--run-dir", options.run_dir] if options.run_dir else []
     given = ["--map", options.map] if options.map else []
     files = ["--panel", options.panel, "--target", options.target, "--out", folder / "ours.vcf.gz"]
-    command = [sys.executable, ROOT / "launch" / "impute.py", *files, *given, *model, *more, "--device", device]
+    always = ["--device", device, "--adapt", "off"]
+    command = [sys.executable, ROOT / "launch" / "impute.py", *files, *given, *model, *more, *always]
     meter.run(command, folder / "ours.out")
 
 

@@ -60,7 +60,7 @@ def main() -> None:
     make_folder(options.out)
     paths = split(options.variants, options.out)
     imputed: dict[str, Path | str] = {"embrag_ds": options.out / "embrag_ds.vcf.gz"}
-    impute(PanelFiles(paths["panel"]), paths["target"], options.out / "embrag_ds.vcf.gz")
+    impute(PanelFiles(paths["panel"]), paths["target"], options.out / "embrag_ds.vcf.gz", adapt="off")
     imputed |= impute_with_tools(paths["panel"], paths["target"], None, options.out / "tools", os.cpu_count() or 1)
     report = evaluate(paths["truth"], imputed, paths["panel"], paths["target"])
     sys.stdout.write(report.table())

@@ -10,9 +10,12 @@ from embrag_ds.cli.panel_options import add_panel, panel_files
 DESCRIPTION = "Impute every panel site of targets typed at some."
 EXAMPLES = """\
   embrag impute --panel PANEL.vcf.gz --map MAP --target TARGET.vcf.gz --out IMPUTED.vcf.gz
-      with the model that comes with the package
+      with the model that comes with the package, which adapts to the panel first
   embrag impute --run-dir runs/mine --panel PANEL.vcf.gz --target TARGET.vcf.gz --out IMPUTED.vcf.gz
       with a model of your own
+  embrag impute --panel PANEL.vcf.gz --target BATCH1.vcf.gz --out OUT1.vcf.gz --save-model ADAPTED.safetensors
+  embrag impute --panel PANEL.vcf.gz --target BATCH2.vcf.gz --out OUT2.vcf.gz --model ADAPTED.safetensors --adapt off
+      two batches by one model, adapted to the sites of the first
   embrag impute --out IMPUTED.vcf.gz
       the targets of the simulated default data
 """
@@ -62,6 +65,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = group.add_mutually_exclusive_group()
     model.add_argument("--run-dir", type=Path, metavar="DIR", help="run folder of embrag train")
     model.add_argument("--model", type=Path, metavar="FILE", help="a model.safetensors")
+    group.add_argument(
+        "--adapt",
+        default="auto",
+        metavar="auto|off|MINUTES",
+        help="have the model adapt to the panel and the typed sites first: for a minute or two of two cores (auto), "
+        "not at all (off), or for MINUTES of two cores (default: auto)",
+    )
+    group.add_argument(
+        "--save-model", type=Path, metavar="FILE", help="write the model that imputes, adapted or not, to this file"
+    )
     speed = parser.add_argument_group("speed and memory")
     speed.add_argument("--samples-per-batch", type=int, default=32, metavar="N", help="memory against speed (32)")
     speed.add_argument(
@@ -80,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command with parsed options; raises :class:`UserError`."""
+    from embrag_ds.adaptation.settings import parse_adapt
     from embrag_ds.export import MODEL_FILE, PRETRAINED
     from embrag_ds.imputation.impute import TargetOptions, impute
     from embrag_ds.runtime.processor import use_threads
@@ -113,6 +127,8 @@ def run(options: argparse.Namespace) -> None:
         transformer=not options.without_transformer,
         device=options.device,
         precision=options.precision,
+        adapt=parse_adapt(options.adapt),
+        save_model=options.save_model,
         cache_dir=options.cache_dir,
         output=output,
     )

@@ -140,4 +140,4 @@ def windowed(
     """
     reference = PanelSubset(inputs.panel, inputs.populations, samples)
     typed = None if manifest is None else read_manifest(Path(manifest), inputs.panel)
-    return WindowedPanel(reference, settings.windows(inputs.panel), inputs.position_cm, typed)
+    return WindowedPanel(reference, settings.windows(inputs.panel), inputs.position_cm * settings.map_scale, typed)

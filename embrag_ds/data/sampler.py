@@ -65,12 +65,12 @@ def _unpickled(window: int, samples: np.ndarray, alleles: np.ndarray, masked: np
     return QueryBatch(window, samples, unpack_host(alleles, 0, sites), unpack_host(masked, 0, sites).view(bool))
 
 
-def split_samples(count: int, held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_samples(count: int, held_out: int, seed: int, part: int = 10) -> tuple[np.ndarray, np.ndarray]:
     """Split ``count`` panel samples into training and validation samples: two sorted, disjoint int64 arrays of indices.
 
-    ``held_out`` samples are for validation, but at most a tenth of the panel (and at least one).
+    ``held_out`` samples are for validation, but at most one in ``part`` of the panel (and at least one).
     """
-    held_out = min(held_out, max(1, count // 10))
+    held_out = min(held_out, max(1, count // part))
     order = generator(Purpose.SPLIT, seed).permutation(count)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 POPULATIONS = {
     "out-of-africa": ("YRI", "CEU", "CHB"),
     "american-admixture": ("AFR", "EUR", "EAS", "ADMIX"),
+    "growth": ("GROWN",),
 }
 """Demographic model -> populations that are sampled under it."""
 CONTIG = "1"
@@ -125,7 +126,9 @@ def simulate_default(directory: Path, settings: SimulationSettings) -> DefaultDa
 
     ``out-of-africa`` has three populations under the model of Gutenkunst et al. (2009, PLoS Genet. 5:e1000695).
     ``american-admixture`` has four under that of Browning et al. (2018, PLoS Genet. 14:e1007385), one of them admixed.
-    Both recombine along a map with hotspots. The same settings and version of msprime give the same genotypes.
+    ``growth`` has one population, which keeps one size and then grows as Europeans do in Tennessen et al. (2012,
+    Science 337:64): rare variants abound. All recombine along a map with hotspots. The same settings and version of
+    msprime give the same genotypes.
 
     The directory appears only when complete, and replaces one with other settings. Raises :class:`UserError` if it
     holds anything else.
@@ -295,7 +298,24 @@ def _american_admixture() -> msprime.Demography:
     return demography
 
 
-_DEMOGRAPHIES = {"out-of-africa": _out_of_africa, "american-admixture": _american_admixture}
+def _growth() -> msprime.Demography:
+    """One population of 10,000 that grew by 1.95 % in each of the last 204 generations, to 534,000 today.
+
+    The growth is that of the European population of Tennessen et al. (2012), without the bottlenecks before it.
+    """
+    import msprime
+
+    generations, growth, ancestral_size = 204, 0.0195, 10_000
+    demography = msprime.Demography()
+    size_today = ancestral_size * np.exp(growth * generations)
+    demography.add_population(name="GROWN", initial_size=size_today, growth_rate=growth)
+    demography.add_population_parameters_change(
+        time=generations, initial_size=ancestral_size, growth_rate=0, population="GROWN"
+    )
+    return demography
+
+
+_DEMOGRAPHIES = {"out-of-africa": _out_of_africa, "american-admixture": _american_admixture, "growth": _growth}
 
 
 def _simulate(

@@ -5,6 +5,7 @@ A :class:`WindowedPanel` is a reference set cut into windows.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -153,6 +154,8 @@ class DataConfig:
     """File with the windows' cores (``contig start end`` per line, 1-based, inclusive), which replaces
     ``window_sites``.
     """
+    map_scale: float = 1.0
+    """Factor of all genetic distances. A model that adapts to a panel finds it, and keeps it."""
     validation_samples: int = 48
     """Panel samples held out of training for validation, but at most a tenth of the panel."""
     cache_dir: str | None = None
@@ -168,6 +171,7 @@ class DataConfig:
             f"must lie between 0 and a third of window_sites ({self.window_sites // 3})",
         )
         require(self.flank_sites >= 0, "data.flank_sites", "must not be negative")
+        require(0 < self.map_scale < math.inf, "data.map_scale", "must be a positive number")
         require(self.validation_samples >= 1, "data.validation_samples", "must be at least 1")
 
     def windows(self, panel: Panel) -> list[Window]:

@@ -8,8 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 
+from embrag_ds.adaptation.adapt import adapt_model
+from embrag_ds.adaptation.learner import Source
+from embrag_ds.adaptation.settings import Adapt, parse_adapt
 from embrag_ds.data.cache import require_cache, scratch_folder
 from embrag_ds.data.inputs import (
     PanelFiles,
@@ -25,7 +29,7 @@ from embrag_ds.data.panel import Panel, open_panel
 from embrag_ds.data.phasing import require_beagle
 from embrag_ds.data.targets import Phase, Targets, match_targets, open_targets, phase_targets
 from embrag_ds.errors import UserError
-from embrag_ds.export import PRETRAINED, read_export
+from embrag_ds.export import PRETRAINED, read_export, write_export
 from embrag_ds.files import require_writable, write_json
 from embrag_ds.imputation.engine import Imputation, Precision, impute_to_vcf
 from embrag_ds.imputation.extent import UntypedContigs, extent, warn_of_few_typed
@@ -80,6 +84,8 @@ def impute(
     transformer: bool = True,
     device: str | None = None,
     precision: Precision | None = None,
+    adapt: Adapt = "auto",
+    save_model: Path | None = None,
     output: OutputOptions = EVERYTHING,
     cache_dir: Path | None = None,
 ) -> None:
@@ -89,17 +95,20 @@ def impute(
     and target, those of the default data set are used. More ``samples_per_batch`` take more memory and less time.
     Without ``transformer`` its residual is left out (:meth:`embrag_ds.model.imputer.Imputer.forward`). ``device``
     defaults to CUDA where there is a device; a warning says where torch cannot use one that the driver lists.
-    ``precision`` of the network's matrix products defaults to bf16 on a GPU and fp32 on a CPU. The packed panel and
-    scratch files lie in ``cache_dir`` (default: :func:`embrag_ds.data.cache.default_cache_dir`). Beagle's log, if it
-    phases, is ``out`` with ``.beagle.log``.
+    ``precision`` of the network's matrix products defaults to bf16 on a GPU and fp32 on a CPU. ``adapt`` says whether,
+    or for how many minutes of two cores, the model first adapts to the panel and to the sites the targets are typed at
+    (:func:`embrag_ds.adaptation.adapt.adapt_model`). The model that imputes is also written to ``save_model``. The
+    packed panel, adapted models and scratch files lie in ``cache_dir`` (default:
+    :func:`embrag_ds.data.cache.default_cache_dir`). Beagle's log, if it phases, is ``out`` with ``.beagle.log``.
 
     Raises :class:`UserError` for faulty files and arguments: before any work where an output is an input, or where
     a file cannot be read or written.
     """
     if samples_per_batch < 1:
         raise UserError("--samples-per-batch must be at least 1")
+    adapt = parse_adapt(adapt)
     check_output(out)
-    for result in filter(None, (options.report, options.excluded)):
+    for result in filter(None, (options.report, options.excluded, save_model)):
         require_writable(result)
     where = _device(device)
     require_kernels(where)
@@ -115,7 +124,7 @@ def impute(
     read = {"--target": target, **files.by_option()}
     require_readable(read)
     log = Path(f"{out}.beagle.log")
-    outputs = {"--out": out, "--report": options.report, "--excluded": options.excluded}
+    outputs = {"--out": out, "--report": options.report, "--excluded": options.excluded, "--save-model": save_model}
     if options.phase == "beagle":
         require_beagle(target, files.panel or target)
         outputs["Beagle's log"] = log
@@ -133,9 +142,13 @@ def impute(
             genotypes = len(targets.samples) * len(written.rows())
             require_space(out, int(_LEAST_BYTES * genotypes), int(_LIKELY_BYTES * genotypes))
         write_left_out(options.excluded, panel, opened, targets.match)
+        source = Source(inputs, targets.typed, _no_targets(panel, targets), where, transformer, bf16=numbers == "bf16")
+        adapted = adapt_model(source, exported, adapt, cache_directory(settings))
+        if save_model is not None:
+            write_export(save_model, adapted.model.weights, adapted.model.snapshot, adapted.model.config)
         if options.report is not None:
-            write_json(options.report, found)
-        imputation = Imputation(exported, inputs, where, samples_per_batch, transformer, numbers)
+            write_json(options.report, {**found, "adaptation": adapted.report})
+        imputation = Imputation(adapted.model, inputs, where, samples_per_batch, transformer, numbers)
         warn_of_few_typed(written.windows(imputation.data.windows), panel.sites, targets.typed)
         impute_to_vcf(imputation, targets, out, written, output)
     logger.info("%s: %d samples in %.0f s", out, len(targets.samples), time.monotonic() - began)
@@ -156,6 +169,12 @@ def _read_targets(
         targets = open_targets(target, match, panel)
     found |= describe_targets(targets, check_samples(targets, panel))
     return targets, found, target
+
+
+def _no_targets(panel: Panel, targets: Targets) -> np.ndarray:
+    """Panel samples that are no targets, int64."""
+    imputed = set(targets.samples)
+    return np.array([number for number, name in enumerate(panel.samples) if name not in imputed], dtype=np.int64)
 
 
 def _device(name: str | None) -> torch.device:

@@ -104,7 +104,7 @@ class Imputer(nn.Module):
     def forward(self, batch: Batch, transformer: bool = True) -> Prediction: ...
 
     @overload
-    def forward(self, batch: Batch, *, loss: LossConfig) -> Losses: ...
+    def forward(self, batch: Batch, transformer: bool = True, *, loss: LossConfig) -> Losses: ...
 
     def forward(self, batch: Batch, transformer: bool = True, loss: LossConfig | None = None) -> Prediction | Losses:
         """Log-odds of ALT at every site of the core, the observed ones included; with ``loss`` their losses instead.
@@ -123,10 +123,10 @@ class Imputer(nn.Module):
             if self.row_blocks is not None:
                 return Prediction(*self.row_blocks(lambda block: self._predict(block, transformer), given))
             return self._predict(given, transformer)
-        if self.compiled is not None:
+        if self.compiled is not None and transformer:
             losses: Losses = self.compiled(given, loss)
             return losses
-        return self._losses(given, None, loss)
+        return self._losses(given, None, loss, transformer)
 
     def compile_losses(self, best: bool, lengths: Collection[int]) -> None:
         """Compile what follows the copying model, up to the losses, at the first call of :meth:`forward` for losses.
@@ -135,14 +135,18 @@ class Imputer(nn.Module):
         """
         self.compiled = Compiled(self._losses, best, lengths)
 
-    def _losses(self, given: CoreInputs, sites: int | None, loss: LossConfig) -> Losses:
+    def _losses(self, given: CoreInputs, sites: int | None, loss: LossConfig, transformer: bool = True) -> Losses:
         """Losses of a core, computed with padding up to ``sites`` sites."""
         length = given.tokens.shape[-1]
-        if sites is None or sites == length:
-            logits = self._predict(given).logits
+        if self.row_blocks is not None and torch.is_grad_enabled():
+            logits = self.row_blocks.differentiable(
+                lambda block: self._predict(block, transformer).logits, given, self.parameters()
+            )
+        elif sites is None or sites == length:
+            logits = self._predict(given, transformer).logits
         else:
             given = given.padded(sites)
-            logits = self._predict(given, length=length).logits
+            logits = self._predict(given, transformer, length).logits
         return imputation_loss(logits, given.alleles, given.scored, given.site_frequency, loss)
 
     def _predict(self, given: CoreInputs, transformer: bool = True, length: int | None = None) -> Prediction:

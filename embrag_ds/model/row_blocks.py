@@ -1,4 +1,4 @@
-"""Inference on a CPU by blocks of rows, each computed by one thread: the same numbers whatever the number of threads.
+"""Computation on a CPU by blocks of rows, each by one thread: the same numbers whatever the number of threads.
 
 Torch divides an operation among its threads, and what a thread computes at the edge of its part is rounded differently
 from the rest. Blocks of a fixed number of rows have no such edges, and several are computed at once.
@@ -6,12 +6,13 @@ from the rest. Blocks of a fixed number of rows have no such edges, and several 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from embrag_ds.model.compiled import CoreInputs
 
@@ -36,16 +37,86 @@ class RowBlocks:
 
     def __call__(self, function: Callable[[CoreInputs], tuple[Tensor, ...]], given: CoreInputs) -> list[Tensor]:
         """``function(given)``, without gradients; its tensors have B rows as those of ``given`` do."""
-        is_on, chosen = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
         def computed(block: CoreInputs) -> tuple[Tensor, ...]:
-            # Both settings belong to a thread.
-            with torch.no_grad(), torch.autocast("cpu", chosen, enabled=is_on):
+            with torch.no_grad():
                 return function(block)
 
-        blocks = given.blocks(_ROWS)
-        made = map(computed, blocks) if self._pool is None else self._pool.map(computed, blocks)
+        made = self.each(computed, given.blocks(_ROWS))
         return [torch.cat(parts) for parts in zip(*made, strict=True)]
+
+    def differentiable(
+        self, function: Callable[[CoreInputs], Tensor], given: CoreInputs, weights: Iterable[nn.Parameter]
+    ) -> Tensor:
+        """``function(given)``, a tensor of B rows, with gradients for the ``weights`` and for ``given``.
+
+        Of ``given``, only tensors with rows may require gradients. ``function`` must not draw random numbers: threads
+        would share them in any order.
+        """
+        trained = [weight for weight in weights if weight.requires_grad]
+        fields = zip(given._fields, given, strict=True)
+        names = [name for name, each in fields if isinstance(each, Tensor) and each.requires_grad]
+        rows = [getattr(given, name) for name in names]
+        made: Tensor = _Blocks.apply(self, function, given, names, trained, *rows, *trained)
+        return made
+
+    def each(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        """``function`` of each item, several at once, under the autocast of the calling thread."""
+        is_on, chosen = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+        def computed(item: Any) -> Any:
+            with torch.autocast("cpu", chosen, enabled=is_on):
+                return function(item)
+
+        return list(map(computed, items) if self._pool is None else self._pool.map(computed, items))
+
+
+class _Blocks(torch.autograd.Function):
+    """A function of rows in blocks: each has a graph of its own, which one thread makes and goes back through."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        blocks: RowBlocks,
+        function: Callable[[CoreInputs], Tensor],
+        given: CoreInputs,
+        names: list[str],
+        trained: list[nn.Parameter],
+        *tensors: Tensor,
+    ) -> Tensor:
+        cut = []
+        for block in given.blocks(_ROWS):
+            leaves = {name: getattr(block, name).detach().requires_grad_() for name in names}
+            cut.append((block._replace(**leaves), list(leaves.values())))
+
+        def made(part: tuple[CoreInputs, list[Tensor]]) -> Tensor:
+            with torch.enable_grad():
+                return function(part[0])
+
+        results = blocks.each(made, cut)
+        ctx.blocks, ctx.trained = blocks, trained
+        ctx.parts = [(result, leaves) for result, (_, leaves) in zip(results, cut, strict=True)]
+        return torch.cat([result.detach() for result in results])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        parts, trained = ctx.parts, ctx.trained
+        ctx.parts = None
+
+        def back(part: tuple[tuple[Tensor, list[Tensor]], Tensor]) -> tuple[Tensor | None, ...]:
+            (result, leaves), gradient = part
+            return torch.autograd.grad(result, [*leaves, *trained], gradient, allow_unused=True)
+
+        pieces = gradients[0].split([len(result) for result, _ in parts])
+        found = ctx.blocks.each(back, list(zip(parts, pieces, strict=True)))
+        first = len(parts[0][1])
+        joined: list[Tensor | None] = []
+        for place, each in enumerate(zip(*found, strict=True)):
+            if each[0] is None:  # no block uses it
+                joined.append(None)
+            else:  # sums in the order of the blocks
+                joined.append(torch.cat(each) if place < first else torch.stack(each).sum(0))
+        return (*[None] * 5, *joined)
 
 
 def _use_one_thread() -> None:

@@ -15,12 +15,12 @@ import deepspeed
 import torch
 import torch.distributed
 
+from embrag_ds.adaptation.held_out import mean_r2
 from embrag_ds.config import RunConfig
 from embrag_ds.data.inputs import PanelInputs, windowed
 from embrag_ds.data.panel import skipped_records
 from embrag_ds.data.sampler import QueryBatch, TrainingSampler, exclusion_table, split_samples
 from embrag_ds.errors import UserError
-from embrag_ds.evaluation.metrics import DISJOINT_BINS
 from embrag_ds.export import MODEL_FILE, read_export, start_from, write_export
 from embrag_ds.model.attention import prefer_fastest_attention
 from embrag_ds.model.imputer import Imputer
@@ -44,7 +44,7 @@ from embrag_ds.training.distributed import (
 )
 from embrag_ds.training.masters import gathered_state, set_masters
 from embrag_ds.training.run_record import RunRecord
-from embrag_ds.training.validation import MaskScores, Validator
+from embrag_ds.training.validation import Validator
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class Trainer:
         model = Imputer(self.embrag.model)
         export = None if init_from is None else read_export(init_from)
         if export is not None and init_from is not None:
-            start_from(model, self.embrag.model, export, init_from)
+            start_from(model, self.embrag, export, init_from)
         _freeze(model, self.embrag.train.frozen)
         lengths = {window.core_stop - window.core_start for window in data.windows}
         self.engine = initialize_engine(
@@ -309,7 +309,8 @@ class Trainer:
         logger.info(f"validating on {self.validator}")
         scores = self.validator.scores(self.engine, self.validation_batch)
         values = {name: asdict(score) for name, score in scores.items()}
-        score = _selection_score(scores)
+        # Of the array masks, because they are what targets have.
+        score = mean_r2(each for mask, each in scores.items() if mask.startswith("array"))
         improved = score > self.state.best_score
         self.state.validations_since_best = 0 if improved else self.state.validations_since_best + 1
         if improved:
@@ -376,18 +377,6 @@ def _freeze(model: Imputer, parts: tuple[str, ...]) -> None:
         if part not in known:
             raise UserError(f"embrag.train.frozen: the network has no part {part!r}; it has {', '.join(known)}")
         model.get_submodule(part).requires_grad_(False)
-
-
-def _selection_score(scores: dict[str, MaskScores]) -> float:
-    """Score for early stopping and the export: mean aggregate r2 over MAF bins and array masks."""
-    values = [
-        score.r2[name]
-        for mask, score in scores.items()
-        if mask.startswith("array")
-        for name in DISJOINT_BINS
-        if math.isfinite(score.r2[name])
-    ]
-    return sum(values) / len(values) if values else float("-inf")
 
 
 def _stacked(losses: Losses) -> torch.Tensor:

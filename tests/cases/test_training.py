@@ -70,7 +70,7 @@ def test_held_out_samples_that_do_not_vary_are_a_warning(
 ) -> None:
     found = trainer(panel(tmp_path, some_alleles()), make_config, distributed)
     assert "no r2" not in caplog.text
-    held_out = found.validator._samples
+    held_out = found.validator._held_out.samples
     alleles = some_alleles()
     for sample in held_out.tolist():
         alleles[:, 2 * sample : 2 * sample + 2] = 0

@@ -63,7 +63,8 @@ def refused(study: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def impute(study: dict[str, Path], **replaced: object) -> list[object]:
     files = {name: study[name] for name in ("panel", "target", "map", "samples", "model")} | replaced
-    return ["impute", *(f"--{name.replace('_', '-')}={path}" for name, path in files.items() if path is not None)]
+    given = (f"--{name.replace('_', '-')}={path}" for name, path in files.items() if path is not None)
+    return ["impute", "--adapt=off", *given]
 
 
 def linked(path: Path, link: Path, how: str) -> Path:

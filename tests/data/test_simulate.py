@@ -164,6 +164,23 @@ def test_every_demography_gives_its_populations(tmp_path: Path):
     assert {name: population.count(name) for name in population} == dict.fromkeys(("AFR", "EUR", "EAS", "ADMIX"), 4)
 
 
+def test_growth_gives_one_population_with_many_rare_variants(tmp_path: Path):
+    """Without growth, the expected number of sites with i copies of the derived allele is proportional to 1/i."""
+    settings = replace(SMALL, length_bp=300_000, demography="growth", panel_samples=1000)
+    panel = read_phased(simulate_default(tmp_path / "data", settings).panel)
+    assert all(name.startswith("GROWN") for name in panel.samples)
+    copies = panel.alleles.sum(axis=1, dtype=int)
+    minor = np.arange(2, 1001)
+    without_growth = 1 / minor + 1 / (2000 - minor)
+    expected = without_growth[:3].sum() / without_growth.sum()
+    assert (np.minimum(copies, 2000 - copies) <= 4).mean() > 1.4 * expected
+
+
+def test_growth_ends_at_the_ancestral_size():
+    sizes = simulate._growth().debug().population_size_trajectory([0, 102, 204, 205, 10_000])[:, 0]
+    np.testing.assert_allclose(sizes, [10_000 * np.exp(0.0195 * each) for each in (204, 102, 0, 0, 0)])
+
+
 def test_without_errors_nothing_is_spoiled():
     clean = np.zeros((20, 10), dtype=np.uint8)
     simulate._spoil(clean, np.arange(20), SMALL)

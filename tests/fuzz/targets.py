@@ -194,7 +194,16 @@ def impute(folder: Path) -> None:
     strand = STRANDS[_number(folder) % len(STRANDS)]
     options = TargetOptions(strand=strand, report=folder / "report.json", excluded=folder / "excluded.tsv")
     files = PanelFiles(folder / "panel.vcf")
-    run(files, folder / "target.vcf", out, model=model, options=options, device="cpu", cache_dir=folder / "cache")
+    run(
+        files,
+        folder / "target.vcf",
+        out,
+        model=model,
+        options=options,
+        device="cpu",
+        adapt="off",
+        cache_dir=folder / "cache",
+    )
     with VariantReader(out) as vcf:
         written = sum(1 for site in vcf.sites() if vcf.calls(site))
     if written != seeds.SITES:

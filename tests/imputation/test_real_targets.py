@@ -59,6 +59,7 @@ def run(
             path,
             options=TargetOptions(**options),  # type: ignore[arg-type]
             transformer=False,
+            adapt="off",
             cache_dir=cache_dir,
         )
         return path

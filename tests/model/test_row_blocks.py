@@ -1,8 +1,8 @@
-"""Inference by blocks of rows: the same numbers with any number of threads."""
+"""Blocks of rows: the same numbers with any number of threads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -63,3 +63,45 @@ def test_blocks_have_the_callers_autocast_and_no_gradients() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         (found,) = RowBlocks()(lambda block: (block.frequency @ weight,), given)
     assert found.dtype == torch.bfloat16 and not found.requires_grad and found.shape == (40, 8)
+
+
+class _Network(torch.nn.Module):
+    """Rows to numbers by two weights that are trained, one that is not used, and one that is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.first, self.second, self.unused, self.frozen = (
+            torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((), (1999,), (3,), ())
+        )
+        self.frozen.requires_grad_(False)
+
+    def forward(self, given: CoreInputs) -> Tensor:
+        assert given.dosage is not None and given.evidence is not None
+        return (self.first * given.dosage).sigmoid() * self.second + given.evidence[0].tanh() * self.frozen
+
+
+def _gradients(way: Callable[[_Network, CoreInputs], Tensor], rows: int) -> list[Tensor]:
+    """The result, then the gradients for weights and dosage, of a loss that is no plain sum of rows."""
+    network = _Network()
+    dosage = core(rows, 1999).frequency.clone().requires_grad_()
+    made = way(network, core(rows, 1999)._replace(dosage=dosage))
+    made.square().mean().log().backward()
+    assert network.unused.grad is None and network.frozen.grad is None
+    assert network.first.grad is not None and network.second.grad is not None and dosage.grad is not None
+    return [made.detach(), network.first.grad, network.second.grad, dosage.grad]
+
+
+@pytest.mark.parametrize("rows", [1, 16, 70])
+def test_blocks_have_the_gradients_of_the_whole_and_the_same_with_any_number_of_threads(rows: int) -> None:
+    whole = _gradients(lambda network, given: network(given), rows)
+    found = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        divided = RowBlocks().differentiable
+        with undivided():
+            found.append(_gradients(lambda net, given, way=divided: way(net, given, net.parameters()), rows))
+    for one, other in zip(found[0], whole, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
+    for each in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(each, found[0], strict=True))

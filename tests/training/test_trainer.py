@@ -443,7 +443,7 @@ def test_patience_stops_after_that_many_validations_without_a_better_score(
     overrides = [f"embrag.train.patience={patience}", "embrag.train.eval_every=1", "embrag.train.max_steps=20"]
     trainer = make_trainer("run", *overrides)
     planned = iter([0.1, 0.3, 0.2, 0.4, 0.4, 0.3, 0.2, 0.1])
-    monkeypatch.setattr("embrag_ds.training.trainer._selection_score", lambda scores: next(planned))
+    monkeypatch.setattr("embrag_ds.training.trainer.mean_r2", lambda scores: next(planned))
     trainer.run()
     # Patience 1 ends at 0.2, which is below 0.3. Patience 2 goes on to 0.4; an equal score is no better one.
     stopped = {1: 3, 2: 6}[patience]
@@ -465,7 +465,7 @@ def test_the_export_is_the_best_model_not_the_last(
         kept.append({name: value.clone() for name, value in trainer.engine.module.state_dict().items()})
         return next(planned)
 
-    monkeypatch.setattr("embrag_ds.training.trainer._selection_score", score)
+    monkeypatch.setattr("embrag_ds.training.trainer.mean_r2", score)
     trainer.run()
     weights = read_export(tmp_path / "run" / MODEL_FILE).weights
     assert all(torch.equal(value, kept[1][name]) for name, value in weights.items())

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from embrag_ds.adaptation.held_out import MaskScores
 from embrag_ds.config import ValidationConfig
 from embrag_ds.data.masking import VALIDATION_MASKS
 from embrag_ds.data.sampler import QueryBatch
@@ -17,7 +18,7 @@ from embrag_ds.evaluation.metrics import bin_members
 from embrag_ds.model.imputer import Prediction
 from embrag_ds.retrieval.batch import Batch
 from embrag_ds.training.trainer import Trainer
-from embrag_ds.training.validation import MaskScores, Validator
+from embrag_ds.training.validation import Validator
 
 MakeTrainer = Callable[..., Trainer]
 
