@@ -69,6 +69,12 @@ class ExportedModel:
     weights: dict[str, Tensor]
     snapshot: dict[str, Tensor] | None
 
+    def network(self) -> Imputer:
+        """A new network with these weights, for inference, on the CPU."""
+        network = Imputer(self.config.model)
+        network.load_state_dict(self.weights)
+        return network.eval()
+
 
 def read_export(path: Path) -> ExportedModel:
     """Read a file written by :func:`write_export`; paths of the training in a file of an older version are ignored.

@@ -79,10 +79,7 @@ class Row:
 
 def network_of(model: ExportedModel, trained: bool) -> Imputer:
     """The model's network, with its trained weights or with initial ones."""
-    network = Imputer(model.config.model)
-    if trained:
-        network.load_state_dict(model.weights)
-    return network.eval()
+    return model.network() if trained else Imputer(model.config.model).eval()
 
 
 def make_row(

@@ -38,7 +38,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "export",
         "adaptation",
     ),
-    "cli": ("runtime", "variants", "data", "evaluation", "config", "export", "adaptation", "imputation", "training"),
+    "cli": ("runtime", "variants", "data", "evaluation", "config", "export", "imputation", "training"),
     "launch": ("cli",),
 }
 """What each room, or module of the top level, may import of ours beside itself and SHARED."""

@@ -53,10 +53,9 @@ class Fit:
             weight.requires_grad_(part not in FROZEN)
             if weight.requires_grad:
                 parts[part in COPYING].append(weight)
-        self._weights = parts[True] + parts[False]
-        self._start = [weight.detach().clone() for weight in self._weights]
-        self._copying = len(parts[True])
-        groups = [{"params": parts[True]}, {"params": parts[False]}]
+        self._groups = [parts[True], parts[False]]
+        self._starts = [[weight.detach().clone() for weight in group] for group in self._groups]
+        groups = [{"params": group} for group in self._groups]
         self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=0.0)
 
     def rates(self, step: int) -> tuple[float, float]:
@@ -70,13 +69,12 @@ class Fit:
     def step(self, number: int, loss: Tensor) -> None:
         """Take step ``number`` down the gradient of ``loss``, and drop the gradient."""
         loss.backward()
-        rates = self.rates(number)
-        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+        nn.utils.clip_grad_norm_([weight for group in self._groups for weight in group], _CLIP)
+        for group, starts, rate in zip(self._optimizer.param_groups, self._starts, self.rates(number), strict=True):
             group["lr"] = rate
-        nn.utils.clip_grad_norm_(self._weights, _CLIP)
-        with torch.no_grad():
-            for place, (weight, start) in enumerate(zip(self._weights, self._start, strict=True)):
-                weight.lerp_(start, _PULL * rates[int(place >= self._copying)])
+            with torch.no_grad():
+                for weight, start in zip(group["params"], starts, strict=True):
+                    weight.lerp_(start, _PULL * rate)
         self._optimizer.step()
         self._optimizer.zero_grad()
 

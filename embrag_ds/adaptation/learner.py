@@ -18,9 +18,9 @@ from embrag_ds.data.inputs import PanelInputs
 from embrag_ds.data.masking import MaskingConfig
 from embrag_ds.data.panel import PanelSubset
 from embrag_ds.data.sampler import QueryBatch, TrainingSampler, exclusion_table, split_samples
-from embrag_ds.data.windows import Window, WindowedPanel
+from embrag_ds.data.windows import Window, WindowedPanel, spread
 from embrag_ds.export import ExportedModel
-from embrag_ds.model.imputer import Imputer, Prediction
+from embrag_ds.model.imputer import Prediction
 from embrag_ds.model.losses import imputation_loss
 from embrag_ds.model.row_blocks import RowBlocks
 from embrag_ds.ops.threads import undivided
@@ -28,7 +28,7 @@ from embrag_ds.retrieval.batch import Batch
 from embrag_ds.retrieval.collate import receive
 from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.reference import Reference
-from embrag_ds.retrieval.search import backends_on
+from embrag_ds.retrieval.search import present_backend
 from embrag_ds.runtime.streams import use_device
 
 SEED = 1
@@ -86,7 +86,7 @@ class Source:
             for each in model.config.data.windows(self.inputs.panel)
             if typed[each.stop] - typed[each.start] >= LEAST_TYPED and scored[each.core_stop] > scored[each.core_start]
         ]
-        chosen = np.linspace(0, len(found) - 1, min(_MOST_WINDOWS, len(found))).round().astype(int)
+        chosen = spread(len(found), _MOST_WINDOWS)
         return [replace(found[place], index=number) for number, place in enumerate(chosen)]
 
 
@@ -103,9 +103,7 @@ class Learner:
         use_device(device)
         self._data = WindowedPanel(source.reference, windows, inputs.position_cm * map_scale, source.typed)
         self._sampler = TrainingSampler(self._data, _MASKING, SEED, _BATCH, augmentation=model.config.augmentation)
-        self.network = Imputer(model.config.model)
-        self.network.load_state_dict(model.weights)
-        self.network.to(device).eval()
+        self.network = model.network().to(device)
         # Threads would draw dropout in any order.
         in_blocks = device.type == "cpu" and not model.config.model.dropout
         self.network.row_blocks = RowBlocks() if in_blocks else None
@@ -117,8 +115,7 @@ class Learner:
             exclusion_table(inputs.panel.samples, None),
             snapshot=model.snapshot,
         )
-        if self._reference.backend not in ("auto", *backends_on(device)):
-            self._reference.backend = "torch"
+        self._reference.backend = present_backend(self._reference.backend, device)
         self._collate = self._reference.collator(_BATCH, slots=_AHEAD + 2)
         self._held_out = HeldOut(self._data, source.split[1], _BATCH)
 
@@ -163,9 +160,9 @@ class Learner:
             return found
 
         data = self._data
-        chosen = np.linspace(0, len(data) - 1, min(_HELD_OUT_WINDOWS, len(data))).round().astype(int)
+        chosen = spread(len(data), _HELD_OUT_WINDOWS)
         with self._computing():
-            for window in chosen.tolist():
+            for window in chosen:
                 masked = ~self._source.typed[data.windows[window].sites]
                 tally.add(self._held_out.measure(window, masked, predict, self._batch))
         return float(torch.stack(losses).sum()) / len(chosen), tally.scores()

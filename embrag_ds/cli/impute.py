@@ -93,7 +93,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command with parsed options; raises :class:`UserError`."""
-    from embrag_ds.adaptation.settings import parse_adapt
     from embrag_ds.export import MODEL_FILE, PRETRAINED
     from embrag_ds.imputation.impute import TargetOptions, impute
     from embrag_ds.runtime.processor import use_threads
@@ -127,7 +126,7 @@ def run(options: argparse.Namespace) -> None:
         transformer=not options.without_transformer,
         device=options.device,
         precision=options.precision,
-        adapt=parse_adapt(options.adapt),
+        adapt=options.adapt,
         save_model=options.save_model,
         cache_dir=options.cache_dir,
         output=output,

@@ -115,6 +115,12 @@ def read_windows(path: Path, sites: SiteTable, flank_sites: int) -> list[Window]
     return windows
 
 
+def spread(number: int, most: int) -> list[int]:
+    """At most ``most`` of ``number`` consecutive windows, spread evenly from the first to the last."""
+    chosen: list[int] = np.linspace(0, number - 1, min(most, number)).round().astype(int).tolist()
+    return chosen
+
+
 def uncovered(windows: list[Window], size: int) -> int:
     """Number of sites, of ``size``, that lie in no core."""
     covered = np.zeros(size, dtype=bool)

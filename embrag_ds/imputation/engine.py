@@ -29,13 +29,12 @@ from embrag_ds.data.windows import DataConfig, Window, WindowedPanel, blend_weig
 from embrag_ds.errors import UserError
 from embrag_ds.export import ExportedModel
 from embrag_ds.imputation.extent import Extent
-from embrag_ds.model.imputer import Imputer
 from embrag_ds.model.row_blocks import RowBlocks
 from embrag_ds.ops.threads import undivided
 from embrag_ds.retrieval.batch import Batch
 from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.reference import Reference
-from embrag_ds.retrieval.search import backends_on
+from embrag_ds.retrieval.search import present_backend
 from embrag_ds.runtime.streams import use_device
 from embrag_ds.variants.output import EVERYTHING, ImputedVcfWriter, OutputOptions
 
@@ -103,17 +102,15 @@ class Imputation:
         self._transformer = transformer
         self._precision = precision
         self._samples = inputs.panel.samples
-        self._network = Imputer(config.model)
-        self._network.load_state_dict(model.weights)
-        self._network.to(device).eval()
+        self._network = model.network().to(device)
         self._network.row_blocks = RowBlocks() if device.type == "cpu" else None
         exclusions = exclusion_table(inputs.panel.samples, None)
         self._reference = Reference(
             config.retrieval, self.data, self._network.embedding, device, exclusions, snapshot=model.snapshot
         )
-        if self._reference.backend not in ("auto", *backends_on(device)):
-            logger.info("the model names search %s, which this machine lacks; torch searches", self._reference.backend)
-            self._reference.backend = "torch"
+        named, self._reference.backend = self._reference.backend, present_backend(self._reference.backend, device)
+        if self._reference.backend != named:
+            logger.info("the model names search %s, which this machine lacks; torch searches", named)
         self._collate = self._reference.collator(block, slots=_AHEAD + 2)
 
     def windows(self, targets: Targets, chosen: list[Window] | None = None) -> Iterator[tuple[Window, np.ndarray]]:

@@ -263,6 +263,11 @@ def make_search(name: str, device: torch.device) -> Search:
     return _BACKENDS[name]()
 
 
+def present_backend(name: str, device: torch.device) -> str:
+    """The backend ``name``, or ``torch`` where it needs what is not there."""
+    return name if name in ("auto", *backends_on(device)) else "torch"
+
+
 def _missing(name: str, device: torch.device) -> str | None:
     """What the backend ``name`` lacks on ``device`` and how to go on, or None."""
     if name == "faiss-cpu" and importlib.util.find_spec("faiss") is None:

@@ -11,7 +11,7 @@ import torch.distributed
 from embrag_ds.adaptation.held_out import Collate, HeldOut, MaskScores, Predict, Tally
 from embrag_ds.config import ValidationConfig
 from embrag_ds.data.masking import VALIDATION_MASKS, validation_mask
-from embrag_ds.data.windows import WindowedPanel
+from embrag_ds.data.windows import WindowedPanel, spread
 from embrag_ds.evaluation.metrics import AggregateR2
 from embrag_ds.training.distributed import DistributedContext
 
@@ -33,8 +33,8 @@ class Validator:
         self._data = data
         self._held_out = HeldOut(data, samples[: settings.samples], block)
         self._distributed = distributed
-        chosen = np.linspace(0, len(data) - 1, min(settings.windows, len(data))).round().astype(int)
-        self._tasks = [(mask, int(window)) for mask in range(len(VALIDATION_MASKS)) for window in chosen]
+        chosen = spread(len(data), settings.windows)
+        self._tasks = [(mask, window) for mask in range(len(VALIDATION_MASKS)) for window in chosen]
 
     def __str__(self) -> str:
         windows = len(self._tasks) // len(VALIDATION_MASKS)

@@ -14,7 +14,7 @@ from embrag_ds.config import RunConfig
 from embrag_ds.data.inputs import PanelInputs
 from embrag_ds.data.simulate import DefaultData
 from embrag_ds.export import ExportedModel
-from embrag_ds.model.imputer import Imputer
+from tests.untrained import untrained
 from tests.whole_files import read_phased
 
 MakeConfig = Callable[..., RunConfig]
@@ -28,15 +28,9 @@ def make_model(make_config: MakeConfig) -> MakeModel:
 
     def make(*overrides: str) -> ExportedModel:
         config = make_config("embrag.data.flank_sites=64", *overrides)
-        torch.manual_seed(4)
-        network = Imputer(config.embrag.model)
-        torch.nn.init.normal_(network.head.weight, std=0.05)
-        weights = {name: value.clone() for name, value in network.state_dict().items()}
-        snapshot = {
-            name.removeprefix("embedding."): each.clone() for name, each in weights.items() if "embedding." in name
-        }
+        found = untrained(config, head=0.05)
         encodes = config.embrag.retrieval.mode == "embedding" and config.embrag.retrieval.encoding != "live"
-        return ExportedModel(config.embrag, weights, snapshot if encodes else None)
+        return found if encodes else replace(found, snapshot=None)
 
     return make
 

@@ -29,7 +29,6 @@ from embrag_ds.imputation import engine
 from embrag_ds.imputation import impute as imputation_module
 from embrag_ds.imputation.engine import Imputation, impute_to_vcf
 from embrag_ds.imputation.impute import impute
-from embrag_ds.model.imputer import Imputer
 from embrag_ds.ops import cuda
 from embrag_ds.retrieval import codebooks
 from embrag_ds.retrieval.codebooks import Encoder
@@ -39,20 +38,11 @@ from embrag_ds.training.trainer import Trainer
 from embrag_ds.variants.phased_output import write_phased
 from embrag_ds.variants.sites import SiteTable
 from tests.cuda_rules import Machine
+from tests.untrained import untrained
 from tests.whole_files import PhasedData, read_dosages, read_phased
 
 MakeConfig = Callable[..., RunConfig]
 CPU = torch.device("cpu")
-
-
-def untrained(config: RunConfig, head: float) -> ExportedModel:
-    """Network with random weights; a ``head`` above 0 makes its residual matter."""
-    torch.manual_seed(4)
-    network = Imputer(config.embrag.model)
-    torch.nn.init.normal_(network.head.weight, std=head)
-    weights = network.state_dict()
-    encoded = {name.removeprefix("embedding."): value for name, value in weights.items() if "embedding." in name}
-    return ExportedModel(config.embrag, weights, encoded)
 
 
 @pytest.fixture
