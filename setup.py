@@ -56,7 +56,10 @@ setup(
         "gpu": ["torch>=2.11", "cupy-cuda13x>=14", "faiss-cuda==1.14.1.post4; python_version >= '3.11'"],
         # CUDA 12, for older drivers and GPUs. torch 2.10 is PyPI's last with it.
         "gpu-cu12": ["torch<2.11", "cupy-cuda12x>=14", "faiss-gpu>=1.14"],
-        "dev": [*TRAIN, "pytest", "hypothesis", "ruff", "mypy", "setuptools"],
+        # DeepSpeed's monitors, by the sections that enable them.
+        "tensorboard": ["tensorboard>=2.15"],
+        "wandb": ["wandb>=0.17"],
+        "dev": [*TRAIN, "tensorboard>=2.15", "pytest", "hypothesis", "ruff", "mypy", "setuptools"],
         # NVIDIA's compiler, by which the tests look over the CUDA kernels: both GPU extras have one.
         "nvrtc": ["nvidia-cuda-nvrtc-cu12; sys_platform == 'linux'"],
     },

@@ -5,12 +5,13 @@ type or a value out of range raises :class:`~embrag_ds.errors.UserError`. Its me
 nearest valid key. :mod:`embrag_ds.config_files` finds the file and merges what it extends.
 
 Of DeepSpeed's keys, only those that this package reads are checked here, because imputation runs without DeepSpeed.
-Training checks the others (:mod:`embrag_ds.training.deepspeed_settings`). Batch size, precision, clipping, learning
+Training checks the others (:mod:`embrag_ds.engine.deepspeed_settings`). Batch size, precision, clipping, learning
 rate and ZeRO have DeepSpeed's keys only.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from embrag_ds.seeds import SEED_LIMIT
 from embrag_ds.settings import as_json, parse_settings, strict_settings
 
 _LARGEST = 1 << 53
+_MINUTES = re.compile(r"(\d{1,6}(?:\.\d{1,3})?) ?min")
 
 
 @strict_settings
@@ -40,12 +42,23 @@ class TrainConfig:
     """Optimiser steps between two log lines."""
     eval_every: int = 500
     """Optimiser steps between two validations. The weights of the best validation become the exported model."""
-    checkpoint_every: int = 500
-    """Optimiser steps between two checkpoints. The last step always writes one."""
+    checkpoint_every: int | str = 500
+    """Optimiser steps between two checkpoints, or minutes by the clock, such as ``"30min"``. The last step always
+    writes one.
+    """
     keep_checkpoints: int = 2
     """Number of checkpoints kept; older ones are deleted."""
+    most_skipped_steps: int = 20
+    """Optimiser steps in a row that may be skipped because no gradient was finite, and micro-batches in all that may be
+    left out because they spoilt the weights; with one more, training ends. In fp16, which looks for its loss scale by
+    skipping, any number of steps may be skipped.
+    """
     patience: int | None = None
     """Validations in a row without a better score after which training stops; null: it never stops early."""
+    patience_s: float = 600.0
+    """Seconds without progress of a rank after which the other ranks name it, and end. Collective operations may take 5
+    minutes longer.
+    """
     workers: int | None = None
     """Processes of each rank that draw micro-batches ahead, with the same results for any number; 0: the rank itself.
     null: 0 on a CPU; on a GPU machine a quarter of the rank's share of the cores, at most 4.
@@ -66,11 +79,30 @@ class TrainConfig:
     """
 
     def __post_init__(self) -> None:
-        for key in ("max_steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
+        for key in ("max_steps", "log_every", "eval_every", "keep_checkpoints", "most_skipped_steps"):
             require(getattr(self, key) >= 1, f"train.{key}", "must be at least 1")
+        steps, minutes = isinstance(self.checkpoint_every, int), self.minutes_between_checkpoints
+        require(
+            minutes is not None if not steps else int(self.checkpoint_every) >= 1,
+            "train.checkpoint_every",
+            'must be at least 1 step, or minutes such as "30min"',
+        )
         require(self.workers is None or self.workers >= 0, "train.workers", "must not be negative, or null")
         require(self.workers is None or self.workers <= 1_024, "train.workers", "must not exceed 1024")
+        require(0 < self.patience_s <= 1e6, "train.patience_s", "must be positive, and at most 1e6 seconds")
         require(self.patience is None or self.patience >= 1, "train.patience", "must be at least 1, or null")
+
+    @property
+    def minutes_between_checkpoints(self) -> float | None:
+        """Minutes from one checkpoint to the next; None where steps are counted."""
+        if isinstance(self.checkpoint_every, int):
+            return None
+        found = _MINUTES.fullmatch(self.checkpoint_every)
+        return float(found[1]) if found and float(found[1]) > 0 else None
+
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint is due after ``step`` steps, by their number."""
+        return isinstance(self.checkpoint_every, int) and step % self.checkpoint_every == 0
 
 
 @strict_settings

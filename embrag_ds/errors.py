@@ -17,6 +17,10 @@ class UserError(Exception):
         super().__init__(_CONTROL.sub(lambda found: repr(found.group())[1:-1], message))
 
 
+class SaidByMain(UserError):
+    """A :class:`UserError` that rank 0 raises, too: the other ranks end as it does, and leave the line to it."""
+
+
 def require(condition: bool, key: str, rule: str) -> None:
     """Raise a :class:`UserError` about the setting ``embrag.<key>``, with the text ``rule``, if ``condition`` fails."""
     if not condition:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ PRETRAINED = Path(__file__).resolve().parent / "pretrained" / MODEL_FILE
 """The model shipped with the package; docs/results.md describes its training."""
 _HEADER = "embrag_ds"
 _SNAPSHOT = "snapshot."
+_BLOCKS = "transformer.blocks."
+_FIRST_BLOCK = f"{_BLOCKS}0."
 _WEIGHTLESS: dict[str, Any] = {"dropout": 0.0, "good_turing": False}
 
 
@@ -88,15 +91,23 @@ def read_export(path: Path) -> ExportedModel:
             raise OSError("it is no file")
         with safe_open(path, framework="pt") as stored:
             header = _header(stored.metadata())
-            tensors = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118
+            if header is None or header.get("format") != EXPORT_FORMAT or "embrag" not in header:
+                raise UserError(f"{path}: not a model written by launch/train.py (or by another version of it)")
+            config, dropped = without_paths(parse_embrag(header["embrag"], str(path)))
+            names = list(stored.keys())
+            # Before any tensor is read: a file may name large ones that are all holes.
+            fault_found = _fault_of_shapes(names, lambda name: stored.get_slice(name).get_shape(), config)
+            tensors = {} if fault_found else {name: stored.get_tensor(name).float() for name in names}
     except (OSError, SafetensorError) as fault:
         raise UserError(f"{path}: cannot read the model: {fault}; name a model.safetensors of a run folder") from fault
-    if header is None or header.get("format") != EXPORT_FORMAT or "embrag" not in header:
-        raise UserError(f"{path}: not a model written by launch/train.py (or by another version of it)")
-    config, dropped = without_paths(parse_embrag(header["embrag"], str(path)))
+    except (MemoryError, RuntimeError) as fault:
+        if "memory" not in str(fault):  # torch has no exception of its own for memory that it does not get
+            raise
+        size = path.stat().st_size / 1e9
+        raise UserError(f"{path}: no memory for its {size:.1f} GB; copy it again, or use a larger machine") from fault
     if dropped:
         logger.info("%s: paths of its training are ignored (%s)", path, ", ".join(dropped))
-    if fault_found := _fault(tensors, config):
+    if fault_found := fault_found or _fault_of_values(tensors):
         raise UserError(f"{path}: the model is damaged: {fault_found}; copy or train it again")
     snapshot = {name.removeprefix(_SNAPSHOT): value for name, value in tensors.items() if name.startswith(_SNAPSHOT)}
     weights = {name: value for name, value in tensors.items() if not name.startswith(_SNAPSHOT)}
@@ -112,24 +123,44 @@ def _header(metadata: dict[str, str] | None) -> dict[str, Any] | None:
     return header if isinstance(header, dict) else None
 
 
-def _fault(tensors: dict[str, Tensor], config: EmbragConfig) -> str | None:
-    """What the tensors lack as weights of the network that ``config`` describes, or None."""
-    if config.model.layers > len(tensors):
+def _fault_of_shapes(names: list[str], shape_of: Callable[[str], list[int]], config: EmbragConfig) -> str | None:
+    """What tensors of these ``names`` and shapes lack as weights of the network that ``config`` describes, or None."""
+    if config.model.layers > len(names):
         return f"it has too few tensors for {config.model.layers} transformer blocks"
-    with torch.device("meta"):
-        network = Imputer(config.model)
-    expected = {name: value.shape for name, value in network.state_dict().items()}
-    if config.retrieval.mode == "embedding" and config.retrieval.encoding != "live":
-        expected |= {_SNAPSHOT + name: value.shape for name, value in network.embedding.state_dict().items()}
-    for name, shape in expected.items():
-        if name not in tensors:
+    expected, found = _network_shapes(config), set(names)
+    for name in expected:
+        if name not in found:
             return f"it has no tensor {name}"
-        if tensors[name].shape != shape:
-            return f"{name} has the shape {list(tensors[name].shape)}, and its network {list(shape)}"
-        if not bool(torch.isfinite(tensors[name]).all()):
+    if foreign := sorted(found - expected.keys()):
+        return f"{foreign[0]} is no tensor of its network"
+    for name, shape in expected.items():
+        if shape_of(name) != shape:
+            return f"{name} has the shape {shape_of(name)}, and its network {shape}"
+    return None
+
+
+def _network_shapes(config: EmbragConfig) -> dict[str, list[int]]:
+    """Shapes of an export's tensors by name, without the memory of a network, or the time to make all its blocks."""
+    with torch.device("meta"):
+        network = Imputer(replace(config.model, layers=1))
+    shapes: dict[str, list[int]] = {}
+    for name, value in network.state_dict().items():
+        if name.startswith(_FIRST_BLOCK):
+            inner = name.removeprefix(_FIRST_BLOCK)
+            shapes |= {f"{_BLOCKS}{number}.{inner}": list(value.shape) for number in range(config.model.layers)}
+        else:
+            shapes[name] = list(value.shape)
+    if config.retrieval.mode == "embedding" and config.retrieval.encoding != "live":
+        shapes |= {_SNAPSHOT + name: list(value.shape) for name, value in network.embedding.state_dict().items()}
+    return shapes
+
+
+def _fault_of_values(tensors: dict[str, Tensor]) -> str | None:
+    """The first tensor that is not finite, for a message, or None."""
+    for name, value in tensors.items():
+        if not bool(torch.isfinite(value).all()):
             return f"{name} has values that are not finite"
-    foreign = sorted(tensors.keys() - expected.keys())
-    return f"{foreign[0]} is no tensor of its network" if foreign else None
+    return None
 
 
 def start_from(model: nn.Module, settings: EmbragConfig, export: ExportedModel, path: Path) -> None:

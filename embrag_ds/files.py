@@ -151,13 +151,13 @@ def written_together(path: Path, *companions: Path, obsolete: Sequence[Path] = (
             yield temporaries
             for (temporary, _), mode in zip(replaced, modes, strict=True):
                 temporary.chmod(mode)  # some libraries set another, or put a file of their own in its place
-                _flush(temporary)
+                flush(temporary)
             for each in (*targets[1:], *obsolete):
                 each.unlink(missing_ok=True)
             for temporary, target in replaced:
                 os.replace(temporary, target)
             for folder in {target.parent for _, target in replaced}:
-                _flush(folder)
+                flush(folder)
         finally:
             for temporary, _ in replaced:
                 temporary.unlink(missing_ok=True)
@@ -178,9 +178,9 @@ def folder_written(path: Path) -> Iterator[Path]:
             temporary.mkdir()
             yield temporary
             for each in (*temporary.rglob("*"), temporary):
-                _flush(each)
+                flush(each)
             _exchange(target, temporary, old)
-            _flush(target.parent)
+            flush(target.parent)
         finally:
             for each in (temporary, old):
                 shutil.rmtree(each, ignore_errors=True)
@@ -191,6 +191,15 @@ def remove_leftovers(path: Path) -> None:
     name = glob.escape(path.name[-_LONGEST_NAME:])
     for leftover in path.parent.glob(f".tmp-{'?' * 2 * _TOKEN_BYTES}-{name}"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def unused(path: Path) -> Path:
+    """The path, or one with a number behind its name if something is there."""
+    tried, number = path, 1
+    while os.path.lexists(tried):
+        number += 1
+        tried = path.with_name(f"{path.name}-{number}")
+    return tried
 
 
 def make_folder(path: Path) -> None:
@@ -237,7 +246,7 @@ def _create(temporary: Path, target: Path) -> int:
         os.close(descriptor)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Have the system write a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

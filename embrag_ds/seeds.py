@@ -50,6 +50,8 @@ class Purpose(IntEnum):
     """Alleles of a made-up panel; no key."""
     BENCHMARK_QUERIES = 12
     """Samples and masks of a made-up batch; no key."""
+    FAULTS = 13
+    """Moments at which runs are killed; no key."""
 
 
 _SIMULATOR: dict[Purpose, tuple[int, ...]] = {Purpose.SIMULATION: (), Purpose.SIMULATED_ERRORS: (3,)}

@@ -12,25 +12,19 @@ recursions is that of their latency.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from machine import synchronise
-
 from embrag_ds.cli.command import run_command
+from embrag_ds.engine.deepspeed_settings import load_training_config
 from embrag_ds.model.embedding import FREQUENCY_FEATURES
 from embrag_ds.model.imputer import Imputer, ModelConfig
-from embrag_ds.training.deepspeed_settings import load_training_config
+from embrag_ds.training.throughput import BACKWARD, products_of_step
 
 ROOT = Path(__file__).resolve().parent.parent
 TERA = 1e12
-_BACKWARD = 2
-"""Matrix products in the backward pass for each one in the forward pass."""
 _VALUE = 2
 """Bytes of a number in bf16."""
 
@@ -72,16 +66,17 @@ class Part:
 
 
 def parts_of_step(model: ModelConfig, haplotypes: int, sites: int, references: int = 0) -> list[Part]:
-    """Parts of a training step; arguments as :func:`step_flops` takes them."""
+    """Parts of a training step; arguments as :func:`embrag_ds.training.throughput.products_of_step` takes them."""
     dims, wide = model.dims, model.ffn_multiple
     places = haplotypes * sites
     passed = model.layers * places * (1 + references)
-    passes = 1 + _BACKWARD
+    passes = 1 + BACKWARD
+    operations = products_of_step(model, haplotypes, sites, references)
 
     def product(name: str, rows: int, inputs: int, outputs: int) -> Part:
         # Of input, output and weights, each of the three products reads two and writes the third.
         moved = rows * (inputs + outputs) + model.layers * inputs * outputs
-        return Part(name, passes * 2.0 * rows * inputs * outputs, passes * _VALUE * moved)
+        return Part(name, operations[name], passes * _VALUE * moved)
 
     def between(name: str, forward: int, backward: int) -> Part:
         """One pass over activations: values of size D that are read or written in either direction."""
@@ -92,7 +87,7 @@ def parts_of_step(model: ModelConfig, haplotypes: int, sites: int, references: i
     return [
         product("queries, keys, values", passed, dims, 3 * dims),
         # Forward: queries, keys, values, output. Backward: those, the output's gradient, and three gradients.
-        Part("attention", passes * 4.0 * passed * sites * dims, _VALUE * dims * passed * (4 + 8)),
+        Part("attention", operations["attention"], _VALUE * dims * passed * (4 + 8)),
         product("output of attention", passed, dims, dims),
         product("feed-forward, in", passed, dims, wide * dims),
         product("feed-forward, out", passed, wide * dims, dims),
@@ -103,35 +98,12 @@ def parts_of_step(model: ModelConfig, haplotypes: int, sites: int, references: i
         between("GELU", 2 * wide, 3 * wide),
         Part(
             "fusion and head",
-            passes * 2.0 * places * (dims * (6 * dims + features) + dims),
+            operations["fusion and head"],
             passes * _VALUE * places * (2 * 5 * dims + features),
         ),
         # AdamW: gradient, master weight and two moments read, three of them and the bf16 weight written.
         Part("optimiser", 0.0, parameters * (4 * (4 + 3) + _VALUE)),
     ]
-
-
-def step_flops(model: ModelConfig, haplotypes: int, sites: int, references: int) -> float:
-    """Floating-point operations of the matrix products of a training step, without recomputation.
-
-    ``haplotypes`` queries have ``sites`` sites each. ``references`` haplotypes per query also go through the
-    transformer (V17; 0 in V18). A multiplication and an addition are two operations. Attention counts all pairs of
-    sites. The backward pass is included.
-    """
-    return sum(part.operations for part in parts_of_step(model, haplotypes, sites, references))
-
-
-def matrix_rate(device: torch.device, dtype: torch.dtype, size: int, rounds: int = 7) -> float:
-    """Operations per second of a product of two ``size`` x ``size`` matrices, a median after a warm-up."""
-    one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    taken = []
-    for _ in range(rounds + 2):
-        synchronise(device)
-        began = time.perf_counter()
-        torch.mm(one, other)
-        synchronise(device)
-        taken.append(time.perf_counter() - began)
-    return 2 * size**3 / statistics.median(taken[2:])
 
 
 def report(model: ModelConfig, haplotypes: int, sites: int, references: int, names: list[str]) -> Iterator[str]:

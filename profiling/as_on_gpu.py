@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from embrag_ds.engine import distributed
 from embrag_ds.ops import cuda, dosage, li_stephens, rotation_cuda
 from embrag_ds.retrieval.device_panel import DevicePanel
 from embrag_ds.runtime.streams import Staging
-from embrag_ds.training import distributed
 
 Launched = Callable[[str, list[Tensor]], None]
 """Function that is told of a kernel, or of a copy, and of the tensors that it reads and writes."""

@@ -26,7 +26,6 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from machine import peak_resident_bytes
 
 from embrag_ds.cli.command import run_command
 from embrag_ds.data.inputs import default_data
@@ -35,7 +34,8 @@ from embrag_ds.data.windows import DataConfig
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation.external_tools import TOOLS, installed, plink_map
 from embrag_ds.files import require_writable, write_json
-from embrag_ds.training.run_record import device_name
+from embrag_ds.runs.record import device_name
+from embrag_ds.runtime.processor import peak_resident_bytes
 from embrag_ds.variants.records import VariantReader
 
 logger = logging.getLogger("embrag_ds.profiling.bench_impute")

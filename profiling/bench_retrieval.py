@@ -37,6 +37,7 @@ from embrag_ds.data.panel import Panel, PanelSubset, Populations
 from embrag_ds.data.sampler import QueryBatch
 from embrag_ds.data.tokens import MASK
 from embrag_ds.data.windows import WindowedPanel, make_windows
+from embrag_ds.engine.deepspeed_settings import load_training_config
 from embrag_ds.files import require_writable, write_json, written
 from embrag_ds.model.embedding import HaplotypeEmbedding
 from embrag_ds.model.imputer import Imputer
@@ -49,9 +50,8 @@ from embrag_ds.retrieval.schedule import Generation, RefreshConfig
 from embrag_ds.retrieval.search import backends_on, make_search
 from embrag_ds.retrieval.settings import RetrievalConfig
 from embrag_ds.retrieval.store import FactoredStore
+from embrag_ds.runs.record import device_name
 from embrag_ds.seeds import Purpose, generator, torch_seed
-from embrag_ds.training.deepspeed_settings import load_training_config
-from embrag_ds.training.run_record import device_name
 from embrag_ds.variants.sites import SiteTable
 
 logger = logging.getLogger("embrag_ds.profiling.bench_retrieval")

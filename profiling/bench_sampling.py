@@ -30,8 +30,8 @@ from embrag_ds.data.windows import WindowedPanel
 from embrag_ds.errors import UserError
 from embrag_ds.files import require_writable, write_json
 from embrag_ds.retrieval import collate as host_side
+from embrag_ds.runs.record import device_name
 from embrag_ds.runtime.workers import InOrder, start_server
-from embrag_ds.training.run_record import device_name
 
 
 class PlainSlot:

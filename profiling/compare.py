@@ -29,7 +29,6 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from arithmetic import matrix_rate, step_flops
 from compare_report import Measured, draw, markdown
 from machine import on_gpu
 from stepper import Block, Built, Recipe, Stepper, alternating
@@ -37,11 +36,12 @@ from stepper import Block, Built, Recipe, Stepper, alternating
 from embrag_ds.cli.command import run_command
 from embrag_ds.config import RunConfig
 from embrag_ds.data.inputs import PanelFiles
+from embrag_ds.engine.deepspeed_settings import load_training_config
+from embrag_ds.engine.distributed import adapt_to_machine
 from embrag_ds.errors import UserError
 from embrag_ds.files import make_folder, require_writable, write_json, write_text
-from embrag_ds.training.deepspeed_settings import load_training_config
-from embrag_ds.training.distributed import adapt_to_machine
-from embrag_ds.training.run_record import device_name, package_versions
+from embrag_ds.runs.record import device_name, package_versions
+from embrag_ds.training.throughput import matrix_rate, step_flops
 
 logger = logging.getLogger("embrag_ds.profiling.compare")
 

@@ -13,22 +13,21 @@ import argparse
 import json
 import logging
 import statistics
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from training_runs import ROOT, add_inputs, trained
+
 from embrag_ds.cli.command import run_command
-from embrag_ds.errors import UserError
+from embrag_ds.engine.deepspeed_settings import load_training_config
 from embrag_ds.evaluation.metrics import BIN_NAMES
 from embrag_ds.files import make_folder, write_json, write_text
-from embrag_ds.training.deepspeed_settings import load_training_config
 
 logger = logging.getLogger("embrag_ds.profiling.equal_time")
 
-ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 0.05
 """Share of a run's steps in which the learning rate rises."""
 
@@ -53,15 +52,7 @@ def train(config: Path, run_dir: Path, steps: int, log_every: int, options: argp
         "embrag.train.eval_every": steps,
         "embrag.train.checkpoint_every": steps,
     }
-    given = {"--panel": options.panel, "--map": options.map, "--samples": options.samples}
-    command = [sys.executable, ROOT / "launch" / "train.py", "--deepspeed_config", config, "--run-dir", run_dir]
-    for name, value in given.items():
-        command += [name, value] if value else []
-    for override in (*options.set, *(f"{key}={value}" for key, value in settings.items())):
-        command += ["--set", override]
-    if subprocess.run(list(map(str, command)), check=False, stdout=sys.stderr).returncode:
-        raise UserError(f"{config}: the run in {run_dir} failed, see above")
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return trained(config, run_dir, settings, options)
 
 
 def step_seconds(lines: list[dict[str, Any]]) -> float:
@@ -99,10 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="V17 beside V18 at equal training time.")
     for name in ("v17", "v18"):
         parser.add_argument(f"--{name}", type=Path, default=ROOT / "ds_configs" / f"{name}.json", metavar="JSON")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of both; repeatable")
-    parser.add_argument("--panel", type=Path, help="default: the embedded one")
-    parser.add_argument("--map", type=Path)
-    parser.add_argument("--samples", type=Path)
+    add_inputs(parser)
     parser.add_argument("--minutes", type=float, default=4.0, help="of training, each")
     parser.add_argument("--probe-steps", type=int, default=30, metavar="N", help="that measure the time of a step")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")

@@ -46,10 +46,10 @@ from embrag_ds.cli.command import run_command
 from embrag_ds.config import RunConfig
 from embrag_ds.data.inputs import PanelFiles, PanelInputs, open_inputs
 from embrag_ds.data.simulate import SimulationSettings, simulate_default
+from embrag_ds.engine.deepspeed_settings import load_training_config
+from embrag_ds.engine.distributed import DistributedContext, start_distributed
 from embrag_ds.files import write_json
 from embrag_ds.runtime.timeline import Timeline
-from embrag_ds.training.deepspeed_settings import load_training_config
-from embrag_ds.training.distributed import DistributedContext, start_distributed
 from embrag_ds.training.trainer import Trainer
 
 PHASES = {"collate": "batch building", "forward": "forward", "backward": "backward", "step": "optimiser step"}

@@ -23,16 +23,16 @@ import numpy as np
 import torch
 
 from embrag_ds.cli.command import run_command
-from embrag_ds.data.inputs import PanelFiles
+from embrag_ds.data.inputs import PanelFiles, open_inputs
+from embrag_ds.engine.deepspeed_settings import load_training_config
+from embrag_ds.engine.distributed import DistributedContext, start_distributed
 from embrag_ds.errors import UserError
 from embrag_ds.files import make_folder, write_json
+from embrag_ds.runs.record import device_name
 from embrag_ds.runtime.device_sampler import DeviceSampler
 from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
 from embrag_ds.seeds import Purpose, generator
-from embrag_ds.training.deepspeed_settings import load_training_config
-from embrag_ds.training.distributed import DistributedContext, open_inputs_on_all_ranks, start_distributed
 from embrag_ds.training.profile import PROFILES, Profile
-from embrag_ds.training.run_record import device_name
 from embrag_ds.training.trainer import Trainer
 
 logger = logging.getLogger("embrag_ds.profiling.memory")
@@ -167,7 +167,7 @@ def main() -> None:
     distributed = start_distributed()
     profile = Profile(options.profile, options.out, distributed)
     files = PanelFiles(options.panel, options.map, options.samples)
-    inputs = open_inputs_on_all_ranks(files, config.embrag.data, distributed)
+    inputs = open_inputs(files, config.embrag.data)
     make_folder(options.out)
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(distributed.agree(folder)) / "run"

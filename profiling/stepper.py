@@ -22,13 +22,14 @@ from typing import Any
 
 import psutil
 import torch
-from machine import on_gpu, peak_resident_bytes, synchronise
+from machine import on_gpu, synchronise
 
 from embrag_ds.data.inputs import PanelFiles, open_inputs
+from embrag_ds.engine.deepspeed_settings import load_training_config
+from embrag_ds.engine.distributed import DistributedContext, start_distributed
 from embrag_ds.runtime.device_sampler import DeviceSampler
+from embrag_ds.runtime.processor import peak_resident_bytes
 from embrag_ds.runtime.timeline import Span, Timeline
-from embrag_ds.training.deepspeed_settings import load_training_config
-from embrag_ds.training.distributed import DistributedContext, start_distributed
 from embrag_ds.training.trainer import Trainer
 
 _SAMPLE_EVERY_S = 0.02

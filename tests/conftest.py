@@ -9,6 +9,7 @@ if os.environ.get("DS_ACCELERATOR") == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import functools
+import gc
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,8 +23,11 @@ from embrag_ds.config import RunConfig, load_config
 from embrag_ds.data.inputs import PanelFiles, PanelInputs, open_inputs
 from embrag_ds.data.simulate import DefaultData, SimulationSettings, simulate_default
 from embrag_ds.data.windows import DataConfig
-from embrag_ds.training.distributed import DistributedContext, start_distributed
+from embrag_ds.engine.distributed import DistributedContext, start_distributed
 from tests.ranks import LAUNCHER
+
+# Commands that tests start load their modules' bytecode, as those of users do.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_DATA = ROOT.parent / "shared" / "data" / "kgp_chr20"
@@ -31,6 +35,17 @@ REAL_DATA = ROOT.parent / "shared" / "data" / "kgp_chr20"
 # The time of an example depends on how busy the machine is, not on the code.
 hypothesis.settings.register_profile("tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("tests")
+
+
+def pytest_sessionstart() -> None:
+    """Collect no garbage until all tests are known: what is made stays."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Leave tests and modules out of garbage collections: DeepSpeed begins several with every engine."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

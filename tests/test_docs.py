@@ -15,7 +15,14 @@ import pytest
 from embrag_ds.config import EmbragConfig
 from embrag_ds.config_files import shipped_configurations
 
-DOCUMENTS = ("README.md", "docs/configuration.md", "docs/design.md", "docs/glossary.md", "docs/results.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/configuration.md",
+    "docs/design.md",
+    "docs/glossary.md",
+    "docs/results.md",
+    "docs/running.md",
+)
 SECTIONS = tuple(field.name for field in dataclasses.fields(EmbragConfig))
 CODE = re.compile(r"`([^`\n]+)`")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SHARED = ("errors", "settings", "files", "preflight", "seeds", "logs")
+SHARED = ("errors", "settings", "files", "preflight", "seals", "seeds", "logs")
 """Modules of the package's top level that every room may use."""
 ROOMS: dict[str, tuple[str, ...]] = {
     "ops": (),
@@ -26,6 +26,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "export": ("config", "model"),
     "adaptation": ("ops", "runtime", "data", "evaluation", "retrieval", "model", "config", "export"),
     "imputation": ("ops", "runtime", "variants", "data", "retrieval", "model", "config", "export", "adaptation"),
+    "runs": ("data", "config"),
+    "engine": ("runtime", "data", "model", "config_files", "config", "runs"),
     "training": (
         "ops",
         "runtime",
@@ -33,12 +35,25 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "evaluation",
         "retrieval",
         "model",
-        "config_files",
         "config",
         "export",
         "adaptation",
+        "runs",
+        "engine",
     ),
-    "cli": ("runtime", "variants", "data", "evaluation", "config", "export", "imputation", "training"),
+    "planning": ("ops", "data", "retrieval", "model", "config", "export", "runs", "engine", "training"),
+    "cli": (
+        "runtime",
+        "variants",
+        "data",
+        "evaluation",
+        "config",
+        "export",
+        "imputation",
+        "runs",
+        "training",
+        "planning",
+    ),
     "launch": ("cli",),
 }
 """What each room, or module of the top level, may import of ours beside itself and SHARED."""
@@ -47,14 +62,14 @@ NARROW = {"model": {"retrieval": ("retrieval.batch",)}}
 HOMES = {
     "pysam": ("variants/",),
     "msprime": ("data/simulate.py",),
-    "deepspeed": ("training/",),
+    "deepspeed": ("engine/", "training/"),
     "faiss": ("retrieval/",),
     "cupy": ("ops/",),
     "numba": ("ops/",),
     "pynvml": ("runtime/device_sampler.py", "runtime/driver.py"),
     "matplotlib": ("evaluation/plots.py", "training/profile_plot.py"),
     "hjson": ("config_files.py",),
-    "pydantic": ("settings.py", "training/"),
+    "pydantic": ("settings.py", "engine/"),
 }
 """Third-party packages that nothing else may import."""
 LAZY = ("faiss", "cupy")

@@ -17,11 +17,11 @@ import pytest
 import setuptools
 
 from embrag_ds.cli.train import OF_EXTRA
-from embrag_ds.training.run_record import package_versions
+from embrag_ds.runs.record import package_versions
 
 DISTRIBUTION_OF = {"pynvml": "nvidia-ml-py", "pydantic_core": "pydantic"}
 """Distributions of packages that go by another name; of FAISS and CuPy there are several."""
-OF_TRAINING = ("training/", "runtime/device_sampler.py")
+OF_TRAINING = ("engine/", "planning/", "training/", "runtime/device_sampler.py")
 """Modules that the base install cannot import."""
 OPTIONAL = {"faiss", "cupy", "nvidia-ml-py"}
 """Distributions that the base install imports where they are there, and does without elsewhere."""
@@ -73,13 +73,15 @@ def test_the_base_install_imports_no_module_of_training(root: Path) -> None:
         place = path.relative_to(root / "embrag_ds").as_posix()
         if not place.startswith(OF_TRAINING) and place != "cli/train.py":
             text = path.read_text(encoding="utf-8")
-            assert not re.search(r"import.*(embrag_ds\.training|device_sampler)|from embrag_ds\.training", text), place
+            assert not re.search(
+                r"import.*(embrag_ds\.(training|engine)|device_sampler)|from embrag_ds\.(training|engine)\b", text
+            ), place
 
 
 def test_development_brings_training(described: dict[str, Any]) -> None:
     extras = described["extras_require"]
-    assert set(extras) == {"train", "cpu", "gpu", "gpu-cu12", "dev", "nvrtc"}
-    assert set(extras["train"]) <= set(extras["dev"])
+    assert set(extras) == {"train", "cpu", "gpu", "gpu-cu12", "dev", "nvrtc", "tensorboard", "wandb"}
+    assert {*extras["train"], *extras["tensorboard"]} <= set(extras["dev"])
 
 
 def pins(root: Path, name: str) -> dict[str, list[str]]:
@@ -97,7 +99,8 @@ def pins(root: Path, name: str) -> dict[str, list[str]]:
     [("cpu", "constraints.txt"), ("gpu", "constraints.txt"), ("gpu-cu12", "constraints-cu12.txt")],
 )
 def test_what_an_extra_names_is_pinned(described: dict[str, Any], root: Path, extra: str, constraints: str) -> None:
-    named = [*described["install_requires"], *described["extras_require"][extra], *described["extras_require"]["dev"]]
+    extras = described["extras_require"]
+    named = [*described["install_requires"], *(each for name in (extra, "dev", "wandb") for each in extras[name])]
     assert names(named) - {"setuptools"} <= set(pins(root, constraints))
     assert len({name for name in names(named) if name.startswith("faiss")}) == 1
     assert len({name for name in names(named) if name.startswith("cupy")}) == (extra != "cpu")

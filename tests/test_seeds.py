@@ -90,6 +90,7 @@ def test_purposes_keep_their_numbers() -> None:
         ("SIMULATED_ERRORS", 10),
         ("BENCHMARK_PANEL", 11),
         ("BENCHMARK_QUERIES", 12),
+        ("FAULTS", 13),
     ]
 
 

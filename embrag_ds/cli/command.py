@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from embrag_ds import logs
-from embrag_ds.errors import UserError
+from embrag_ds.errors import SaidByMain, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,8 @@ def run_command(main: Callable[[], None], verbose: bool = False, debug: bool = F
         except UserError as fault:
             if debug:
                 raise
-            logger.error(one_line(str(fault)))
+            if not isinstance(fault, SaidByMain):
+                logger.error(one_line(str(fault)))
             sys.exit(2)
         except KeyboardInterrupt:
             sys.exit(130)

@@ -12,6 +12,8 @@ from typing import Any
 from embrag_ds import __version__
 from embrag_ds.cli import evaluate, impute, simulate, train
 from embrag_ds.cli.command import run_command
+from embrag_ds.errors import UserError
+from embrag_ds.runs.launchers import take_place
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +47,16 @@ def main(command: str | None = None, arguments: Sequence[str] | None = None) -> 
         _add_command(parser, command)
     options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     run: Run = options.run
+    misplaced: UserError | None = None
+    if run is train.run:
+        try:
+            take_place()  # before log lines, which only rank 0 writes
+        except UserError as fault:
+            misplaced = fault
 
     def begin() -> None:
+        if misplaced is not None:
+            raise misplaced
         logger.debug("embrag_ds %s, Python %s, %s", __version__, platform.python_version(), platform.platform())
         run(options)
 

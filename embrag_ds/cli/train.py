@@ -5,10 +5,17 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import logging
+import sys
 from pathlib import Path
+from typing import Any
 
 from embrag_ds.cli.panel_options import add_panel, panel_files
 from embrag_ds.errors import UserError
+from embrag_ds.runs.stop import Stopped
+from embrag_ds.runtime.imports import uncollected
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = "Train a model on a phased reference panel."
 EXAMPLES = """\
@@ -34,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--run-dir", type=Path, metavar="DIR", help="default: runs/<config>-<date>-<time>")
     run.add_argument("--max-steps", type=int, metavar="N", help="stop at step N (the schedule stays)")
+    run.add_argument("--dry-run", action="store_true", help="say what the run would do and take, and do not train")
     run.add_argument("--resume", action="store_true", help="continue the run in --run-dir (default: the newest)")
     run.add_argument("--init-from", type=Path, metavar="FILE", help="start from the weights of a model.safetensors")
     run.add_argument(
@@ -49,19 +57,30 @@ def run(options: argparse.Namespace) -> None:
     for package, name in OF_EXTRA.items():
         if importlib.util.find_spec(package) is None:
             raise UserError(f"training needs {name}, which is not installed; pip install 'embrag_ds[train]'")
-    from embrag_ds.training.run import train
+    with uncollected():
+        from embrag_ds.training.run import train
 
     overrides = list(options.set)
     if options.max_steps is not None:
         overrides.append(f"embrag.train.max_steps={options.max_steps}")
     if options.cache_dir is not None:
         overrides.append(f"embrag.data.cache_dir={json.dumps(str(options.cache_dir))}")
-    train(
-        options.deepspeed_config,
-        panel_files(options),
-        overrides=overrides,
-        run_dir=options.run_dir,
-        resume=options.resume,
-        init_from=options.init_from,
-        profile=options.profile,
-    )
+    given: dict[str, Any] = {
+        "overrides": overrides,
+        "run_dir": options.run_dir,
+        "resume": options.resume,
+        "init_from": options.init_from,
+    }
+    if options.dry_run:
+        if options.profile:
+            raise UserError("--dry-run trains nothing, so there is nothing to profile; leave --profile out")
+        from embrag_ds.planning.plan import plan
+
+        lines = plan(options.deepspeed_config, panel_files(options), **given)
+        print("\n".join(lines), end="\n" if lines else "")
+        return
+    try:
+        train(options.deepspeed_config, panel_files(options), **given, profile=options.profile)
+    except Stopped as stopped:
+        logger.info("%s: the checkpoint is saved; go on with --resume", stopped)
+        sys.exit(128 + stopped.number)

@@ -7,7 +7,6 @@ packed alleles. An entry without it, or that differs from it, is damaged: it is 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -20,13 +19,13 @@ from pathlib import Path
 
 from embrag_ds.errors import UserError
 from embrag_ds.files import folder_written, remove_leftovers
+from embrag_ds.seals import damage, files_below, sealed_file
 
 logger = logging.getLogger(__name__)
 
 SEAL = "seal.json"
 """Name of the file that describes the others of an entry."""
 _REMEDY = "name another folder with --cache-dir, or with XDG_CACHE_HOME"
-_BLOCK = 1 << 20
 _UNHASHED = ".bits"
 """Suffix of files too large to be read whole whenever they are opened."""
 
@@ -126,7 +125,7 @@ def _named(folder: Path) -> Iterator[None]:
 
 
 def _seal(entry: Path) -> None:
-    described = {path.name: _described(path) for path in sorted(entry.iterdir())}
+    described = {name: sealed_file(entry / name, not name.endswith(_UNHASHED)) for name in files_below(entry)}
     (entry / SEAL).write_text(json.dumps(described), encoding="utf-8")
 
 
@@ -134,21 +133,6 @@ def _damage(entry: Path) -> str | None:
     """What is wrong with an entry of the cache, or None."""
     try:
         sealed = json.loads((entry / SEAL).read_text(encoding="utf-8"))
-        present = {path.name for path in entry.iterdir()} - {SEAL}
-        if not isinstance(sealed, dict) or present != sealed.keys():
-            return f"it holds {', '.join(sorted(present)) or 'nothing'}"
-        changed = [name for name in sorted(present) if _described(entry / name) != sealed[name]]
-    except (OSError, ValueError) as fault:
+        return damage(entry, sealed, besides=(SEAL,))
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as fault:
         return str(getattr(fault, "strerror", None) or f"{SEAL} cannot be read")
-    return f"{changed[0]} has changed" if changed else None
-
-
-def _described(path: Path) -> dict[str, int | str]:
-    size = path.stat().st_size
-    if path.suffix == _UNHASHED:
-        return {"bytes": size}
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-    return {"bytes": size, "sha256": digest.hexdigest()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from embrag_ds.variants.genotypes import Calls
 from embrag_ds.variants.header import as_bytes
 from embrag_ds.variants.records import Duplicates, Excluded, Site, VariantReader, site_table
 
-FORMAT = 3
+FORMAT = 4
 """Version of the folder's layout."""
 PanelMissing = Literal["error", "major", "drop"]
 """Rule for a panel's site with missing or unphased calls, see :class:`Reading`."""
@@ -55,6 +56,7 @@ def pack(path: Path, directory: Path, reading: Reading, progress: bool) -> None:
     """
     rows: list[Site] = []
     filled = 0
+    digest = hashlib.sha256()
     with (
         (directory / "excluded.tsv").open("wb") as listed,
         VariantReader(
@@ -86,7 +88,9 @@ def pack(path: Path, directory: Path, reading: Reading, progress: bool) -> None:
                 else:
                     calls = _with_major_allele(calls)
                     filled += 1
-            bits.write(pack_host(calls.alleles).data)
+            row = pack_host(calls.alleles).data
+            bits.write(row)
+            digest.update(row)
             ploidy.add(calls.ploidy, lacking)
             rows.append(site.bare())
         if not rows:
@@ -98,6 +102,7 @@ def pack(path: Path, directory: Path, reading: Reading, progress: bool) -> None:
             "records": vcf.records,
             "skipped": dict(vcf.skipped),
             "filled": filled,
+            "alleles_sha256": digest.hexdigest(),
             "remarks": vcf.remarks,
         }
         missing.finish(len(rows))

@@ -15,7 +15,7 @@ file              content
 ``ploidy.npz``    haploid samples by site range (:class:`embrag_ds.data.ploidy.Ploidy`), if there are any
 ``sites.tsv``     the site table (:meth:`embrag_ds.variants.sites.SiteTable.save`)
 ``excluded.tsv``  what was left out: contig, position, ID, REF, ALT and reason
-``meta.json``     format number, sample ids, counts of records and of those left out by reason
+``meta.json``     format number, sample ids, SHA-256 of the alleles, counts of records and of those left out by reason
 ================  ===========================================================================
 
 It is an entry of :mod:`embrag_ds.data.cache`: there only when complete, and made again if it is damaged.
@@ -66,6 +66,8 @@ class Panel:
 
     Targets are held likewise. Their missing alleles are bits of ``missing`` uint8 [S, ceil(2N / 8)], and their calls
     that need phasing of ``unphased`` uint8 [S, ceil(N / 8)]; None where there are none.
+
+    ``recorded_sha256`` is the digest of ``packed``, counted when it was written; None for a panel made in memory.
     """
 
     path: Path
@@ -79,6 +81,7 @@ class Panel:
     missing: np.ndarray | None = None
     unphased: np.ndarray | None = None
     excluded: Path | None = None
+    recorded_sha256: str | None = None
 
     def alleles(self, start: int, stop: int, haplotypes: np.ndarray | None = None) -> np.ndarray:
         """Alleles of the sites [start, stop), uint8 [H, L]: of all haplotypes, or of those numbered (int64 [H])."""
@@ -92,6 +95,11 @@ class Panel:
         if haplotypes is None:
             return unpack_host(rows, 0, 2 * len(self.samples))
         return unpack_chosen(rows, haplotypes)
+
+    @cached_property
+    def alleles_sha256(self) -> str:
+        """SHA-256 of the packed alleles: the same for the same calls, whatever file they come from."""
+        return self.recorded_sha256 or hashlib.sha256(np.ascontiguousarray(self.packed).data).hexdigest()
 
     @cached_property
     def alt_count(self) -> np.ndarray:
@@ -190,6 +198,7 @@ def open_panel(path: Path, cache_dir: Path, progress: bool = True, reading: Read
         missing=map_packed(missing, by_haplotype) if missing.exists() else None,
         unphased=map_packed(unphased, by_sample) if unphased.exists() else None,
         excluded=directory / "excluded.tsv",
+        recorded_sha256=meta["alleles_sha256"],
     )
 
 

@@ -96,10 +96,13 @@ class TrainingSampler:
         ranks: int = 1,
         accumulation: int = 1,
         augmentation: AugmentationConfig = NO_AUGMENTATION,
+        left_out: Sequence[int] = (),
     ):
+        """``left_out`` are numbers of micro-batches, counted over all ranks, that are passed over."""
         self.data = data
         self.masking = masking
         self.augmentation = augmentation
+        self.left_out = sorted(left_out)
         self.seed = seed
         self.rank = rank
         self.ranks = ranks
@@ -133,9 +136,16 @@ class TrainingSampler:
         """Optimiser steps in an epoch (at least 1)."""
         return max(1, self.micro_batches_per_epoch // (self.ranks * self.accumulation))
 
+    def number(self, micro_batch: int) -> int:
+        """Number, over all ranks, of this rank's ``micro_batch``; any number of ranks has the same ones in a step."""
+        number = micro_batch * self.ranks + self.rank
+        for each in self.left_out:
+            number += each <= number
+        return number
+
     def queries(self, micro_batch: int) -> QueryBatch:
         """Micro-batch number ``micro_batch`` of this rank, counted from the start of training."""
-        epoch, place = divmod(micro_batch * self.ranks + self.rank, self.micro_batches_per_epoch)
+        epoch, place = divmod(self.number(micro_batch), self.micro_batches_per_epoch)
         order = _epoch_order(self.seed, epoch, self.micro_batches_per_epoch)
         window, group = divmod(int(order[place]), self.groups)
         shuffled = generator(Purpose.SAMPLE_GROUPS, self.seed, epoch, window).permutation(self.samples)

@@ -5,7 +5,6 @@ A :class:`WindowedPanel` is a reference set cut into windows.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -177,7 +176,7 @@ class DataConfig:
             f"must lie between 0 and a third of window_sites ({self.window_sites // 3})",
         )
         require(self.flank_sites >= 0, "data.flank_sites", "must not be negative")
-        require(0 < self.map_scale < math.inf, "data.map_scale", "must be a positive number")
+        require(1e-6 <= self.map_scale <= 1e6, "data.map_scale", "must lie between 1e-6 and 1e6")
         require(self.validation_samples >= 1, "data.validation_samples", "must be at least 1")
 
     def windows(self, panel: Panel) -> list[Window]:

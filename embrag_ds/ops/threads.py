@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache, partial
+from pathlib import Path
 from threading import Lock, local
 from typing import Any
 
 import numba
 import torch
+from numba.core import event
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +29,13 @@ class ParallelLoop:
 
     Ranks on one machine share its cores by torch's setting (``OMP_NUM_THREADS``), which numba ignores. Any Python
     thread may call the loop. Sums may be reassociated and contracted, but NaN and infinity are honoured.
+
+    Of the processes on a machine, one compiles the loop for a kind of arguments, and the others load what it has kept.
     """
 
     def __init__(self, loop: Callable[..., None]):
         self._compiled: Any = _cached(loop)
+        self._compiled.compile = partial(_compile_once, self._compiled, self._compiled.compile)
         self.__doc__ = loop.__doc__
 
     def __call__(self, *arguments: Any) -> None:
@@ -49,6 +56,47 @@ def _cached(loop: Callable[..., None]) -> Any:
     except RuntimeError:  # neither the package's folder nor the user's cache folder can be written to
         _say_that_nothing_is_kept()
         return jit()(loop)
+
+
+def _compile_once(loop: Any, compile_or_load: Callable[[Any], Any], signature: Any) -> Any:
+    """Let numba look for ``loop`` on the disk, or else compile it, while no other process does the same."""
+    with _alone(loop.stats.cache_path, loop.py_func.__name__):
+        return compile_or_load(signature)
+
+
+@contextmanager
+def _alone(folder: str | None, name: str) -> Iterator[None]:
+    """Hold the lock ``name`` of numba's folder, if there is a folder and its file system has locks."""
+    descriptor = None
+    with suppress(OSError):
+        if folder is not None:
+            os.makedirs(folder, exist_ok=True)
+            descriptor = os.open(Path(folder) / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+class _Announcement(event.Listener):
+    """Listener that announces the first loop to be compiled; a loop that is loaded from the disk is no such event."""
+
+    def on_start(self, event: event.Event) -> None:
+        """Say so before numba begins."""
+        _say_that_it_compiles()
+
+    def on_end(self, event: event.Event) -> None:
+        """Do nothing: every loop has an end."""
+
+
+@cache
+def _say_that_it_compiles() -> None:
+    logger.info("compiling loops for this processor, some 20 s of one core in all; numba keeps them where it can")
+
+
+event.register("numba:compile", _Announcement())
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch.utils.data import DataLoader
 
+from embrag_ds.runtime.processor import share_of_cores
+
 Item = TypeVar("Item")
 Made = TypeVar("Made", covariant=True)
 _MOST_CHOSEN = 4
@@ -37,9 +39,7 @@ def chosen_workers(device: torch.device) -> int:
     """
     if device.type == "cpu":
         return 0
-    # Of DeepSpeed's launcher, and of torchrun.
-    ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    return min(_MOST_CHOSEN, len(os.sched_getaffinity(0)) // ranks_here // _CORES_PER_WORKER)
+    return min(_MOST_CHOSEN, share_of_cores() // _CORES_PER_WORKER)
 
 
 def start_server() -> None:

@@ -1,3 +1,3 @@
-"""Training with DeepSpeed, which is imported nowhere else."""
+"""Training with DeepSpeed: the loop, validation, checkpoints and profiles."""
 
-from embrag_ds.training import deepspeed_log as deepspeed_log
+from embrag_ds.engine import deepspeed_log as deepspeed_log

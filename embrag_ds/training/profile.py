@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
+from embrag_ds.engine.distributed import DistributedContext
 from embrag_ds.errors import UserError
 from embrag_ds.files import make_folder, write_json, write_text, written
 from embrag_ds.retrieval.device_panel import GIB
+from embrag_ds.runs.record import device_name, package_versions
 from embrag_ds.runtime.device_sampler import DeviceSampler
 from embrag_ds.runtime.timeline import Timeline
 from embrag_ds.runtime.trace import chrome_trace
-from embrag_ds.training.distributed import DistributedContext
-from embrag_ds.training.run_record import device_name, package_versions
 
 logger = logging.getLogger(__name__)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -12,8 +13,8 @@ from embrag_ds.adaptation.held_out import Collate, HeldOut, MaskScores, Predict,
 from embrag_ds.config import ValidationConfig
 from embrag_ds.data.masking import VALIDATION_MASKS, validation_mask
 from embrag_ds.data.windows import WindowedPanel, spread
+from embrag_ds.engine.distributed import DistributedContext
 from embrag_ds.evaluation.metrics import AggregateR2
-from embrag_ds.training.distributed import DistributedContext
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +59,13 @@ class Validator:
                 self,
             )
 
-    def scores(self, predict: Predict, collate: Collate) -> dict[str, MaskScores]:
+    def scores(
+        self, predict: Predict, collate: Collate, stop: Callable[[], int] = lambda: 0
+    ) -> dict[str, MaskScores] | int:
         """Scores by mask name (collective): the ranks share the work, and each gets all scores.
 
-        All ranks call ``predict`` equally often, which ZeRO-3 needs: a rank without a task repeats one.
+        All ranks call ``predict`` equally often, which ZeRO-3 needs: a rank without a task repeats one. ``stop`` is
+        asked after each task, equally on all ranks; if it says anything but 0, that is returned instead of scores.
         """
         tallies = [Tally() for _ in VALIDATION_MASKS]
         rounds = -(-len(self._tasks) // self._distributed.ranks)
@@ -70,6 +74,8 @@ class Validator:
             measured = self._held_out.measure(window, self._masked(mask, window), predict, collate)
             if place < len(self._tasks):
                 tallies[mask].add(measured)
+            if signal := stop():
+                return signal
         return {
             mask.name: _reduced(tally, self._distributed) for mask, tally in zip(VALIDATION_MASKS, tallies, strict=True)
         }
@@ -86,3 +92,12 @@ def _reduced(tally: Tally, distributed: DistributedContext) -> MaskScores:
         torch.distributed.all_reduce(total)
         array[...] = total.cpu().numpy()
     return tally.scores()
+
+
+def described_scores(scores: MaskScores) -> str:
+    """Scores under one mask, as a log line has them."""
+    return (
+        f"r2 {scores.r2['all']:.4f} (below 1 % MAF {scores.r2['all <1 %']:.4f}), "
+        f"retrieval alone {scores.prior_r2['all']:.4f} ({scores.prior_r2['all <1 %']:.4f}), "
+        f"accuracy {scores.accuracy:.4f}, calibration error {scores.calibration_error:.4f}"
+    )

@@ -25,11 +25,11 @@ from embrag_ds.adaptation.settings import Adapt
 from embrag_ds.cli.main import main
 from embrag_ds.data.inputs import PanelFiles
 from embrag_ds.data.simulate import DefaultData
+from embrag_ds.engine.distributed import DistributedContext
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation.metrics import DISJOINT_BINS, AggregateR2
 from embrag_ds.export import PRETRAINED, ExportedModel, read_export, write_export
 from embrag_ds.imputation.impute import TargetOptions, impute
-from embrag_ds.training.distributed import DistributedContext
 from embrag_ds.training.trainer import Trainer
 from tests.whole_files import PhasedData, read_phased
 

@@ -19,9 +19,9 @@ from embrag_ds.data.inputs import PanelInputs
 from embrag_ds.data.panel import Panel, Populations
 from embrag_ds.data.sampler import QueryBatch
 from embrag_ds.data.windows import DataConfig, make_windows
+from embrag_ds.engine.distributed import DistributedContext
 from embrag_ds.export import ExportedModel, write_export
 from embrag_ds.model.imputer import Imputer
-from embrag_ds.training.distributed import DistributedContext
 from embrag_ds.training.trainer import Trainer
 from embrag_ds.variants.sites import SiteTable
 

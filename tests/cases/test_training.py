@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from embrag_ds.data.inputs import PanelFiles, open_inputs
+from embrag_ds.engine.distributed import DistributedContext
 from embrag_ds.training import run
-from embrag_ds.training.distributed import DistributedContext
 from embrag_ds.training.trainer import Trainer
 from tests.cases.files import embrag
 from tests.conftest import TINY, MakeConfig
@@ -45,7 +45,7 @@ def trainer(path: Path, make_config: MakeConfig, distributed: DistributedContext
 @pytest.fixture(autouse=True)
 def one_group(distributed: DistributedContext, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands join the process group of all tests in this process, and leave it open."""
-    monkeypatch.setattr(run, "start_distributed", lambda: distributed)
+    monkeypatch.setattr(run, "start_distributed", lambda patience_s: distributed)
     monkeypatch.setattr(DistributedContext, "close", lambda self: None)
 
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
+from embrag_ds.cli.main import main
 from embrag_ds.data.simulate import DefaultData
 
 Embrag = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(autouse=True)
+def _same_signals() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_the_output_is_the_same_with_any_number_of_threads(
@@ -17,8 +28,8 @@ def test_the_output_is_the_same_with_any_number_of_threads(
     files = [f"--panel={simulated.panel}", f"--target={simulated.target}", f"--map={simulated.genetic_map}"]
     files += ["--adapt=0.036"]  # 20 steps, the fewest
     # The process that compiles a loop computes other last digits than those that load it, whatever their threads.
-    compiling = [f"--cache-dir={tmp_path / 'compiling'}", "--out", tmp_path / "compiling.vcf.gz"]
-    assert embrag("impute", *files, *compiling).returncode == 0
+    # This one compiles what is not compiled yet.
+    main("impute", [*files, f"--cache-dir={tmp_path / 'compiling'}", f"--out={tmp_path / 'compiling.vcf.gz'}"])
     outputs = []
     for threads in (1, 3):
         outputs.append(tmp_path / f"{threads}.vcf.gz")
@@ -30,15 +41,17 @@ def test_the_output_is_the_same_with_any_number_of_threads(
     assert len({path.read_bytes() for path in tmp_path.glob("*.safetensors")}) == 1
 
 
-def test_a_number_below_one_is_refused(embrag: Embrag, tmp_path: Path) -> None:
-    done = embrag("impute", "--threads", 0, "--out", tmp_path / "out.vcf.gz")
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == ["error: --threads 0: give at least 1"]
-
-
-def test_what_cannot_be_written_is_refused(embrag: Embrag, tmp_path: Path) -> None:
-    done = embrag("impute", "--format", "GT,PL", "--out", tmp_path / "out.vcf.gz")
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [
-        "error: --format GT,PL: there is no field 'PL'; choose from GT,DS,HDS,GP",
-    ]
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        ("--threads=0", "error: --threads 0: give at least 1"),
+        ("--format=GT,PL", "error: --format GT,PL: there is no field 'PL'; choose from GT,DS,HDS,GP"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, complaint: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main("impute", [option, f"--out={tmp_path / 'out.vcf.gz'}"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [complaint]

@@ -247,7 +247,8 @@ def test_a_pipes_entry_is_not_used_again(tmp_path: Path, monkeypatch: pytest.Mon
             folder / "sites.tsv"
         )
         (folder / "alleles.bits").write_bytes(b"\1")
-        (folder / "meta.json").write_text(json.dumps({"samples": [name], "skipped": {}, "records": 1, "filled": 0}))
+        meta = {"samples": [name], "skipped": {}, "records": 1, "filled": 0, "alleles_sha256": ""}
+        (folder / "meta.json").write_text(json.dumps(meta))
 
     monkeypatch.setattr(panel_module, "pack", pack)
     for name in ("a", "b"):

@@ -109,8 +109,8 @@ def _model(rng: Rng) -> Files:
 
 def _checkpoint(rng: Rng) -> Files:
     files = dict(seeds.checkpoint())
-    name = "agreed.json" if rng.random() < 0.8 else "latest"
-    files[name] = mutated(rng, files[name], mutate.JSON if name == "agreed.json" else mutate.BYTES + mutate.LINES)
+    name = "facts.json" if rng.random() < 0.8 else "latest"
+    files[name] = mutated(rng, files[name], mutate.JSON if name == "facts.json" else mutate.BYTES + mutate.LINES)
     return files
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import gzip
+import hashlib
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pysam
@@ -204,7 +206,7 @@ def configurations() -> tuple[bytes, ...]:
         "train_micro_batch_size_per_gpu": 6,
         "gradient_accumulation_steps": 1,
         "optimizer": {"type": "AdamW", "params": {"lr": 0.003, "betas": [0.9, 0.95]}},
-        "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 40}},
+        "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 40, "warmup_num_steps": 3}},
         "embrag": TINY,
     }
     short = {"extends": "v18", "embrag": {"retrieval": {"refresh": {"every_steps": 5}}, "train": {"patience": 3}}}
@@ -233,14 +235,42 @@ def model() -> bytes:
 
 @functools.cache
 def checkpoint() -> dict[str, bytes]:
-    """The files of a checkpoint that are text: what the run agreed on, and the name of the newest one."""
+    """The text of a checkpoint: the facts of its manifest, and the name of the newest one."""
+    facts = {
+        "step": 4,
+        "files": {"weights": {"bytes": 1, "sha256": hashlib.sha256(b"w").hexdigest()}},
+        "state": {
+            "step": 4,
+            "best_score": 0.5,
+            "validations_since_best": 0,
+            "validated": 2,
+            "skipped_in_a_row": 0,
+            "left_out": [3],
+        },
+        "layout": {
+            "ranks": 1,
+            "micro_batch": 6,
+            "accumulation": 1,
+            "stage": 0,
+            "precision": "fp32",
+            "optimizer": "adamw",
+            "nvme": False,
+        },
+        "identity": {"samples": "a", "sites": "b"},
+        "backend": "torch",
+        "config": run_config(),
+    }
+    return {"facts.json": json.dumps(facts, indent=2).encode(), "latest": b"step4"}
+
+
+def run_config() -> dict[str, Any]:
+    """A run's configuration as ``config.json`` has it."""
     from dataclasses import asdict
 
     from embrag_ds.config import parse_embrag
 
-    batches = {"ranks": 1, "train_micro_batch_size_per_gpu": 6, "gradient_accumulation_steps": 1}
-    agreed = {"config": asdict(parse_embrag(TINY, "seed")), "batches": batches, "backend": "torch"}
-    return {"agreed.json": json.dumps(agreed, indent=2).encode(), "latest": b"step4"}
+    theirs = {"train_micro_batch_size_per_gpu": 6, "optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}
+    return {**theirs, "embrag": asdict(parse_embrag(TINY, "seed"))}
 
 
 def gzipped(content: bytes) -> bytes:

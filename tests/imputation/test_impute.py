@@ -22,6 +22,7 @@ from embrag_ds.data.panel import Panel
 from embrag_ds.data.simulate import DefaultData
 from embrag_ds.data.targets import Targets, match_targets, open_targets
 from embrag_ds.data.windows import DataConfig, Window
+from embrag_ds.engine.distributed import DistributedContext
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation.metrics import AggregateR2
 from embrag_ds.export import MODEL_FILE, ExportedModel, read_export
@@ -33,7 +34,6 @@ from embrag_ds.ops import cuda
 from embrag_ds.retrieval import codebooks
 from embrag_ds.retrieval.codebooks import Encoder
 from embrag_ds.retrieval.fastest import FirstSearch
-from embrag_ds.training.distributed import DistributedContext
 from embrag_ds.training.trainer import Trainer
 from embrag_ds.variants.phased_output import write_phased
 from embrag_ds.variants.sites import SiteTable

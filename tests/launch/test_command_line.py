@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ import torch
 
 from embrag_ds.cli.main import main
 from embrag_ds.data.simulate import DefaultData
-from embrag_ds.training.distributed import DistributedContext
+from embrag_ds.engine.distributed import DistributedContext
+from embrag_ds.errors import UserError
 from embrag_ds.variants.phased_output import write_phased
 from tests.ranks import LAUNCHER, free_port
 from tests.whole_files import read_dosages, read_phased
@@ -103,7 +105,7 @@ def run_dir(launched_run: LaunchedRun) -> Path:
 def test_deepspeeds_remarks_are_in_the_runs_log_and_not_on_the_terminal(launched_run: LaunchedRun) -> None:
     log = (launched_run.folder / "run.log").read_text()
     speakers = {name.split(".")[0] for name in re.findall(r"^\S+ \S+ [A-Z]+ ([\w.]+): ", log, flags=re.MULTILINE)}
-    assert speakers == {"DeepSpeed", "embrag_ds"} and "embrag_ds.training.trainer: step 3/3" in log
+    assert speakers == {"DeepSpeed", "embrag_ds"} and "embrag_ds.training.report: step 3/3" in log
     assert not re.search(r"\[(DEBUG|INFO|WARNING|ERROR)\]|DeepSpeed", launched_run.done.stderr)
     # The launcher is two processes, each of which imports DeepSpeed; a rank of ours would add to what that prints.
     # torch 2.10 prints a line whenever ranks connect.
@@ -117,7 +119,7 @@ def test_train_impute_evaluate(
 ) -> None:
     present = {path.name for path in run_dir.iterdir()}
     trained = {"checkpoints", "config.json", "metrics.jsonl", "model.safetensors", "run.log", "versions.json"}
-    assert present == trained | {"profile.json", "profile.png", "trace.json"}
+    assert present == trained | {".lock", "outcome.json"} | {"profile.json", "profile.png", "trace.json"}
     out = tmp_path / "imputed.vcf.gz"
     files = [*panel_options, f"--target={simulated.target}", "--out", out]
     done = launch("python", "impute.py", "--run-dir", run_dir, *files, "--adapt=off")
@@ -210,7 +212,7 @@ def test_a_run_folder_is_not_overwritten(fails: Fails, train_options: list[str],
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("{}\n")
     error = fails("train", *train_options, "--run-dir", folder)
-    assert f"{folder}: holds a run already; add --resume" in error
+    assert f"{folder}: holds a run already (metrics.jsonl); add --resume" in error
     assert (folder / "metrics.jsonl").read_text() == "{}\n"
 
 
@@ -335,8 +337,16 @@ def test_the_ablation_scores_every_row_on_the_held_out_samples(
     assert list(found) == ["random", "top 1", *parts]
     assert len({found[each] for each in parts}) == 4  # every part changes something
     assert all(0 <= value <= 1 for value in found.values()) and found["random"] < found["copying, fixed"]
-    done = launch("python", "../profiling/ablation.py", "--run-dir", run_dir, *panel_options, *data, "--rows", "none")
-    assert done.returncode == 2 and "no row 'none'" in done.stderr
+
+
+def test_the_ablation_knows_its_rows(
+    root: Path, simulated: DefaultData, run_dir: Path, panel_options: list[str], tmp_path: Path
+) -> None:
+    arguments = ["--run-dir", str(run_dir), *panel_options, f"--typed=array={simulated.target}", "--rows", "none"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="no row 'none'"):
+        patch.syspath_prepend(str(root / "profiling"))
+        patch.setattr(sys, "argv", ["ablation.py", *arguments, f"--json={tmp_path / 'ablation.json'}"])
+        runpy.run_path(str(root / "profiling" / "ablation.py"))["main"]()
 
 
 def test_evaluation_draws_plots(launch: Launch, simulated: DefaultData, tmp_path: Path) -> None:

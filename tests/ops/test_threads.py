@@ -42,6 +42,44 @@ def test_threads_run_loops_at_once_and_with_the_threads_that_torch_was_given(roo
     assert output_of(root, SCRIPT, OMP_NUM_THREADS="1", NUMBA_THREADING_LAYER=layer) == f"{layer} 1 1"
 
 
+COUNTED = """
+import logging, sys
+from numba.core import event
+compiled = []
+class Counter(event.Listener):
+    def on_start(self, event):
+        compiled.append(event)
+    def on_end(self, event):
+        pass
+event.register("numba:compile", Counter())
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+import torch
+from embrag_ds.ops.li_stephens import count_true
+for rows in (400, 300):
+    assert (count_true(torch.ones(64, rows, 50, dtype=torch.bool)) == rows).all()
+print(len(compiled), "compiled")
+"""
+SAID = "compiling loops for this processor, some 20 s of one core in all; numba keeps them where it can"
+
+
+def test_of_two_processes_one_compiles_and_says_so(root: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(root), "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen([sys.executable, "-c", COUNTED], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    idle, busy = sorted([process.communicate(timeout=180)[0].splitlines() for process in started], key=len)
+    assert idle == ["0 compiled"]
+    assert busy[0] == SAID and busy.count(SAID) == 1 and not busy[-1].startswith("0 ")
+    assert output_of(root, COUNTED, NUMBA_CACHE_DIR=str(tmp_path)) == "0 compiled"
+
+
+def test_loops_run_where_there_are_no_locks(root: Path, tmp_path: Path) -> None:
+    unlockable = "import errno, fcntl\n\ndef refuse(*given):\n    raise OSError(errno.ENOLCK, 'No locks available')\n"
+    code = f"{unlockable}\nfcntl.flock = refuse\n{COUNTED}"
+    assert SAID in output_of(root, code, NUMBA_CACHE_DIR=str(tmp_path))
+
+
 # Loops of a new process, in which numba finds no folder for compiled code, or one on a full disk.
 UNKEPT = """
 import errno, logging, sys

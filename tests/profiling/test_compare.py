@@ -12,19 +12,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from embrag_ds.config_files import read_tree
 from embrag_ds.data.simulate import DefaultData
-from embrag_ds.model.fusion import GatedFusion
-from embrag_ds.model.imputer import ModelConfig
-from embrag_ds.model.transformer import Transformer
 
-MODULES = ("machine", "arithmetic", "stepper", "compare_report", "compare")
+MODULES = ("machine", "stepper", "compare_report", "compare")
 
 
 @pytest.fixture(scope="module")
@@ -70,29 +64,6 @@ def test_no_batch_is_tried_after_the_deadline(modules, fixed: int, each: int, bu
     assert found.samples == max(fits, default=0)
     more = found.samples + 1
     assert found.settled == (more == 101 or (more in tried and costs[more] > budget))
-
-
-@pytest.mark.parametrize("references", [0, 1, 3])
-def test_operations_are_those_that_torch_counts(modules, references: int) -> None:
-    model = ModelConfig(dims=32, layers=2, heads=2, ffn_multiple=3)
-    haplotypes, sites = 4, 20
-    transformer = Transformer(model.dims, model.layers, model.heads, model.ffn_multiple, 0.0)
-    fusion, head = GatedFusion(model.dims), torch.nn.Linear(model.dims, 1)
-    frequency = torch.rand(haplotypes, sites)
-    position = torch.linspace(0, 1, sites)
-    with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
-        x = torch.randn(haplotypes, sites, model.dims, requires_grad=True)
-        fused = fusion(x, x, frequency, frequency.requires_grad_())
-        for _ in range(references + 1):
-            fused = transformer(fused, position)
-        head(fused).sum().backward()
-    expected = modules["arithmetic"].step_flops(model, haplotypes, sites, references)
-    assert counted.get_total_flops() == pytest.approx(expected, rel=0.03)
-
-
-def test_the_rate_of_matrix_products_is_a_rate(modules) -> None:
-    rate = modules["arithmetic"].matrix_rate(torch.device("cpu"), torch.float32, 64, rounds=3)
-    assert 1e6 < rate < 1e14
 
 
 def test_ratios_pair_neighbouring_blocks(modules) -> None:

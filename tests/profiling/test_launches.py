@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from embrag_ds.data.inputs import PanelInputs
+from embrag_ds.engine.deepspeed_settings import load_training_config
+from embrag_ds.engine.distributed import DistributedContext
 from embrag_ds.errors import require
-from embrag_ds.training.deepspeed_settings import load_training_config
-from embrag_ds.training.distributed import DistributedContext
 
 # Operations without a deterministic way on a GPU (torch.use_deterministic_algorithms).
 NOT_DETERMINISTIC = (

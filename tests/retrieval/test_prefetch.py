@@ -88,8 +88,8 @@ def test_a_thread_that_was_killed_is_noticed() -> None:
 
 @pytest.mark.parametrize(("every", "lag"), [(1, 0), (1, 1), (2, 3), (5, 4)])
 def test_a_batch_never_mixes_generations(world, every: int, lag: int) -> None:
-    """Fast refreshes, whose embeddings all equal the number of the generation, with thousands of prefetched batches."""
-    steps = 2000
+    """Fast refreshes, whose embeddings all equal the number of the generation, with hundreds of prefetched batches."""
+    steps = 800
     schedule = RefreshSchedule(RefreshConfig(every_steps=every, lag_steps=lag))
     cache = ReferenceCache(world.data.windows, 2, torch.float32, CPU, schedule, asynchronous=True)
     collate = RetrievalCollator(

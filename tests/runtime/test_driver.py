@@ -9,11 +9,11 @@ from types import ModuleType
 import pytest
 import torch
 
+from embrag_ds.engine import distributed
+from embrag_ds.engine.distributed import start_distributed
 from embrag_ds.errors import UserError
 from embrag_ds.imputation import impute
 from embrag_ds.runtime.driver import unused_gpus
-from embrag_ds.training import distributed
-from embrag_ds.training.distributed import start_distributed
 
 
 class Nvml(ModuleType):

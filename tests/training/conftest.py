@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from embrag_ds.config import RunConfig
+from embrag_ds.config import RunConfig, load_config
 from embrag_ds.data.inputs import PanelInputs
-from embrag_ds.training.distributed import DistributedContext
+from embrag_ds.engine.distributed import DistributedContext
+from embrag_ds.runs.record import read_metrics as read_metrics_file
 from embrag_ds.training.trainer import Trainer
+from tests.conftest import TINY
 
 MakeConfig = Callable[..., RunConfig]
 MakeTrainer = Callable[..., Trainer]
@@ -32,11 +34,31 @@ def make_trainer(
 
 def read_metrics(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     """Lines of one kind in a run's metrics."""
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [line for line in map(json.loads, lines) if line["kind"] == kind]
+    return [line for line in read_metrics_file(run_dir / "metrics.jsonl") if line["kind"] == kind]
 
 
 @pytest.fixture
 def metrics_of(tmp_path: Path) -> Callable[[str, str], list[dict[str, Any]]]:
     """Function that reads the lines of one kind in the metrics of the run called ``name``."""
     return lambda name, kind="train": read_metrics(tmp_path / name, kind)
+
+
+@pytest.fixture(scope="module")
+def module_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the runs that the tests of a module share."""
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def make_module_trainer(
+    inputs: PanelInputs, distributed: DistributedContext, cache_dir: Path, module_folder: Path
+) -> MakeTrainer:
+    """Like ``make_trainer``, for runs in ``module_folder / name``."""
+
+    def make(name: str, *overrides: str) -> Trainer:
+        path = module_folder / "tiny.json"
+        path.write_text(json.dumps(TINY), encoding="utf-8")
+        config = load_config(path, [f"embrag.data.cache_dir={cache_dir}", *overrides])
+        return Trainer(config, inputs, module_folder / name, distributed, False)
+
+    return make

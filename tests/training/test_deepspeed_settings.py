@@ -17,16 +17,16 @@ from pydantic import ValidationError
 
 from embrag_ds.config import load_config
 from embrag_ds.config_files import shipped_configurations
-from embrag_ds.errors import UserError
-from embrag_ds.model.imputer import Imputer, ModelConfig
-from embrag_ds.training.deepspeed_settings import (
+from embrag_ds.engine.deepspeed_settings import (
     LISTED,
     MODELS,
     check_deepspeed_settings,
     known_keys,
     load_training_config,
 )
-from embrag_ds.training.distributed import adapt_to_machine, initialize_engine
+from embrag_ds.engine.distributed import adapt_to_machine, initialize_engine
+from embrag_ds.errors import UserError
+from embrag_ds.model.imputer import Imputer, ModelConfig
 
 MINIMAL: dict[str, Any] = {"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "AdamW"}}
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
 import pytest
 import torch
+from deepspeed.runtime import compiler
 from deepspeed.runtime.zero import stage_1_and_2
 
+from embrag_ds.engine import distributed
+from embrag_ds.engine.distributed import DistributedContext, adapt_to_machine, compute_type, initialize_engine
 from embrag_ds.errors import UserError
 from embrag_ds.model.imputer import Imputer, ModelConfig
-from embrag_ds.training import distributed
-from embrag_ds.training.distributed import DistributedContext, adapt_to_machine, compute_type, initialize_engine
 from embrag_ds.training.trainer import Trainer
 
 PRODUCTION: dict[str, Any] = {
@@ -260,3 +262,15 @@ def test_a_deterministic_run_on_a_gpu_resumes_bit_for_bit(
     make_trainer("cut", *settings, "embrag.train.max_steps=8", resume=True).run()
     whole, cut = ([line["loss"] for line in metrics_of(name)] for name in ("whole", "cut"))
     assert len(cut) == 8 and cut == whole
+
+
+@pytest.mark.parametrize(("kind", "imported"), [("AdamW", True), ("Muon", False), ("muon", False)])
+def test_muon_is_imported_without_torchs_compiler_by_runs_without_it(
+    monkeypatch: pytest.MonkeyPatch, kind: str, imported: bool
+) -> None:
+    name = "deepspeed.runtime.zero.muon.original_muon"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(torch, "compile", lambda *given, **named: pytest.fail("compiled"))
+    before = compiler.compile
+    distributed._leave_muon_uncompiled({"optimizer": {"type": kind}})
+    assert (name in sys.modules) == imported and compiler.compile is before

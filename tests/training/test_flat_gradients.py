@@ -13,9 +13,9 @@ import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
 from embrag_ds.config import load_config
-from embrag_ds.training import distributed
-from embrag_ds.training.flat_gradients import FlatGradients
-from embrag_ds.training.masters import gathered_state
+from embrag_ds.engine import distributed
+from embrag_ds.engine.flat_gradients import FlatGradients
+from embrag_ds.engine.masters import gathered_state
 from embrag_ds.training.trainer import Trainer
 
 MakeTrainer = Callable[..., Trainer]
@@ -101,6 +101,7 @@ def test_the_large_batch_adds_up_in_fp32(
     """Of 64 equal micro-batches each has a 64th of the gradient, exactly; bf16 sums of them would be rounded."""
     shipped = load_config(root / "ds_configs" / "v18_large_batch.json").deepspeed
     settings = [f"{key}={json.dumps(shipped[key])}" for key in ("zero_optimization", "data_types", "bf16")]
+    settings += ["train_micro_batch_size_per_gpu=1", "embrag.retrieval.mode=none", "embrag.model.dims=8"]
     count = shipped["gradient_accumulation_steps"]
     norms = {}
     for name, micro_batches, more in (("one", 1, []), ("many", count, []), ("in bf16", count, ["data_types=null"])):

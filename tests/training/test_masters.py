@@ -16,10 +16,10 @@ from torch import Tensor
 
 from embrag_ds.config import RunConfig, load_config
 from embrag_ds.data.inputs import PanelInputs
+from embrag_ds.engine import distributed
+from embrag_ds.engine.flat_gradients import FlatGradients
+from embrag_ds.engine.masters import gathered_state
 from embrag_ds.export import MODEL_FILE, ExportedModel, read_export
-from embrag_ds.training import distributed
-from embrag_ds.training.flat_gradients import FlatGradients
-from embrag_ds.training.masters import gathered_state
 from embrag_ds.training.trainer import Trainer
 from tests.ranks import run_ranks
 
@@ -162,8 +162,9 @@ def test_a_run_goes_on_under_another_stage_or_sum(
     """With one micro-batch a step and one rank, all of them compute the same weights, up to the gradient's norm."""
     settings = [*SHORT, BF16, "embrag.train.max_steps=4"]
     make_trainer("whole", *settings, *WAYS[before]).run()
-    make_trainer("cut", *settings, "embrag.train.max_steps=2", *WAYS[before]).run()
-    weights = read_export(make_trainer("cut", *settings, *WAYS[before], resume=True).run_dir / MODEL_FILE).weights
+    first = make_trainer("cut", *settings, "embrag.train.max_steps=2", *WAYS[before])
+    first.run()
+    weights = read_export(first.run_dir / MODEL_FILE).weights
     trainer = make_trainer("cut", *settings, *WAYS[after], resume=True)
     for name, value in gathered_state(trainer.engine).items():
         assert torch.equal(value, weights[name]), name
@@ -172,12 +173,27 @@ def test_a_run_goes_on_under_another_stage_or_sum(
     assert len(cut) == 4 and whole == pytest.approx(cut, rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Path for the export of a run in fp32, which the first test that needs it trains."""
+    return tmp_path_factory.mktemp("in fp32") / MODEL_FILE
+
+
+@pytest.fixture
+def exported(make_trainer: MakeTrainer, kept: Path) -> Path:
+    """Export of a run in fp32."""
+    if not kept.exists():
+        trainer = make_trainer("first", *SHORT)
+        trainer.run()
+        (trainer.run_dir / MODEL_FILE).rename(kept)
+    return kept
+
+
 @pytest.mark.parametrize("zero", [ZERO[0], *WAYS.values(), ZERO[3]], ids=["0", *WAYS, "3"])
 def test_a_run_in_bf16_starts_from_all_digits_of_an_export(
-    make_trainer: MakeTrainer, tmp_path: Path, zero: list[str]
+    make_trainer: MakeTrainer, exported: Path, zero: list[str]
 ) -> None:
-    make_trainer("first", *SHORT).run()
-    path = tmp_path / "first" / MODEL_FILE
+    path = exported
     weights = read_export(path).weights
     assert_digits({name: value for name, value in weights.items() if not name.startswith("fusion.")})
     trainer = make_trainer("second", *SHORT, *zero, BF16, FROZEN, init_from=path)
@@ -244,9 +260,9 @@ import torch
 from embrag_ds.config import load_config
 from embrag_ds import logs
 from embrag_ds.export import MODEL_FILE, read_export
-from embrag_ds.training.masters import gathered_state
-from embrag_ds.training import deepspeed_log, distributed
-from embrag_ds.training.distributed import start_distributed
+from embrag_ds.engine.masters import gathered_state
+from embrag_ds.engine import deepspeed_log, distributed
+from embrag_ds.engine.distributed import start_distributed
 from embrag_ds.data.inputs import PanelFiles, open_inputs
 from embrag_ds.training.trainer import Trainer
 

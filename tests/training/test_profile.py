@@ -14,10 +14,10 @@ import torch
 
 from embrag_ds.config import RunConfig
 from embrag_ds.data.inputs import PanelInputs
+from embrag_ds.engine.distributed import DistributedContext
 from embrag_ds.errors import UserError
 from embrag_ds.runtime.device_sampler import DeviceSampler
 from embrag_ds.runtime.timeline import NO_TIMELINE, PHASES, Timeline
-from embrag_ds.training.distributed import DistributedContext
 from embrag_ds.training.profile import SNAPSHOT_FILE, Profile
 from embrag_ds.training.trainer import Trainer
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from embrag_ds.config import load_config, parse_config
 from embrag_ds.errors import UserError
-from embrag_ds.training.distributed import DistributedContext
-from embrag_ds.training.run_record import RunRecord
+from embrag_ds.runs.record import RunRecord, read_metrics
 from embrag_ds.training.trainer import Trainer
 
 MakeTrainer = Callable[..., Trainer]
-SILENT = SimpleNamespace(monitor=SimpleNamespace(enabled=False))
 
 
 def strict_lines(path: Path) -> list[dict[str, Any]]:
@@ -52,41 +50,70 @@ def test_the_run_folder_describes_the_run(make_trainer: MakeTrainer, tmp_path: P
     ]  # fmt: skip
 
 
-def test_numbers_that_are_none_are_null(tmp_path: Path, distributed: DistributedContext) -> None:
-    record = RunRecord(tmp_path / "run", distributed)
+def test_numbers_that_are_none_are_null(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path / "run", True)
     infinite = float("inf")
-    record.write("train", 3, {"a": float("nan"), "b": {"c": infinite, "d": {"e": -infinite, "f": 1.5}}}, SILENT)  # type: ignore[arg-type]
+    record.write("train", 3, {"a": float("nan"), "b": {"c": infinite, "d": {"e": -infinite, "f": 1.5}}})
     (line,) = strict_lines(tmp_path / "run" / "metrics.jsonl")
     assert line["a"] is None and line["b"] == {"c": None, "d": {"e": None, "f": 1.5}}
     assert (line["kind"], line["step"]) == ("train", 3) and line["seconds"] >= 0
 
 
-def test_a_resumed_run_that_cannot_drop_lines_keeps_them(
-    tmp_path: Path, distributed: DistributedContext, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    record = RunRecord(tmp_path, distributed)
-    for step in range(1, 9):
-        record.write("train", step, {"a": 1.0}, SILENT)  # type: ignore[arg-type]
-    before = (tmp_path / "metrics.jsonl").read_text()
+def steps(path: Path) -> list[int]:
+    return [line["step"] for line in read_metrics(path)]
 
-    def half(path: Path, text: str, encoding: str, errors: str) -> None:
-        path.write_bytes(text.encode(encoding, errors)[: len(text) // 2])
-        raise OSError(errno.ENOSPC, "No space left on device")
+
+def test_what_a_resumed_run_supersedes_stays_in_the_file_and_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    record = RunRecord(tmp_path, True)
+    for step in range(1, 9):
+        record.write("train", step, {"a": 1.0})
+    before = path.read_bytes()
+    with path.open("ab") as stream:  # as a killed process may leave it
+        stream.write(b'[1]\n{"step": "2"}\n{}\n\xff\n{"step": 3, "kin')
+    resumed = RunRecord(tmp_path, True)
+    resumed.resume_at(4)
+    assert steps(path) == [1, 2, 3, 4]
+    resumed.write("train", 5, {"a": 2.0})
+    resumed.write("train", 5, {"a": 3.0})
+    assert steps(path) == [1, 2, 3, 4, 5] and read_metrics(path)[-1]["a"] == 3.0
+    assert path.read_bytes().startswith(before) and path.read_bytes().endswith(b"\n")
+    again = RunRecord(tmp_path, True)
+    again.resume_at(5)
+    again.write("train", 6, {})
+    assert steps(path) == [1, 2, 3, 4, 5, 6] and path.read_bytes().count(b'"resume"') == 2
+
+
+def test_total_seconds_go_on_over_resumes(tmp_path: Path) -> None:
+    RunRecord(tmp_path, True).write("train", 1, {"total_seconds": 100.0})
+    resumed = RunRecord(tmp_path, True)
+    resumed.resume_at(1)
+    resumed.write("train", 2, {})
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert 100 < last["total_seconds"] < 101 and last["seconds"] < 1
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = RunRecord(tmp_path, True)
+    record.write("train", 1, {})
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    real = os.write
+
+    def half(descriptor: int, content: bytes) -> int:
+        if len(content) < 20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, content[: len(content) // 2])
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", half)
+        patch.setattr(os, "write", half)
         with pytest.raises(UserError, match=r"metrics.jsonl: cannot write it \(No space left on device\)"):
-            record.forget_after(4)
-    assert (tmp_path / "metrics.jsonl").read_text() == before and len(list(tmp_path.iterdir())) == 1
-    with (tmp_path / "metrics.jsonl").open("ab") as stream:  # as a killed process may leave it
-        stream.write(b'[1]\n{"step": "2"}\n{}\n\xff\n{"step": 3, "kin')
-    record.forget_after(4)
-    assert [line["step"] for line in strict_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+            record.write("train", 2, {})
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-def test_only_the_main_rank_writes(tmp_path: Path, distributed: DistributedContext) -> None:
-    record = RunRecord(tmp_path / "run", DistributedContext(1, 2, distributed.device))
-    record.write("train", 1, {"a": 1.0}, SILENT)  # type: ignore[arg-type]
+def test_only_the_main_rank_writes(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path / "run", False)
+    record.write("train", 1, {"a": 1.0})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -36,6 +36,9 @@ from pydantic import BaseModel, ValidationError
 
 from embrag_ds.config import RunConfig, parse_config
 from embrag_ds.config_files import read_tree
+from embrag_ds.engine.schedule_checks import check_schedule
+from embrag_ds.engine.unused_settings import refuse_unused
+from embrag_ds.engine.value_checks import check_values
 from embrag_ds.errors import UserError
 from embrag_ds.settings import as_json, nearest
 
@@ -123,11 +126,15 @@ _GIVEN_BY_DEEPSPEED = _keys("self params model_params optimizer adamw_mode set_g
 def load_training_config(name: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a configuration for training: :func:`embrag_ds.config.load_config`, with DeepSpeed's half checked as well.
 
-    Raises :class:`UserError` for a fault in either half.
+    Raises :class:`UserError` for a fault in either half, and between them. Warns of settings that do not suit one
+    another, but with which a run may go on.
     """
     tree, source = read_tree(name, overrides)
     config = parse_config(tree, source)
     check_deepspeed_settings(config.deepspeed, source)
+    refuse_unused(config.deepspeed, source)
+    check_values(config.deepspeed, source)
+    check_schedule(config, _scheduler_class(config.deepspeed, source) if "scheduler" in tree else None, source)
     return config
 
 
@@ -137,7 +144,7 @@ def check_deepspeed_settings(tree: dict[str, Any], source: str) -> None:
         _check_keys(section, known, tree, source)
     _check_keys("optimizer.params", _optimizer_parameters(tree, source), tree, source)
     if "scheduler" in tree:
-        _check_keys("scheduler.params", _scheduler_parameters(tree, source), tree, source)
+        _check_keys("scheduler.params", _parameters(_scheduler_class(tree, source)), tree, source)
     _parse_with_deepspeed(tree, source)
 
 
@@ -187,13 +194,15 @@ def _optimizer_parameters(tree: dict[str, Any], source: str) -> frozenset[str] |
     return _parameters(_class_called(kind, torch.optim, torch.optim.Optimizer, "optimizer", tuple(_OPTIMIZERS), source))
 
 
-def _scheduler_parameters(tree: dict[str, Any], source: str) -> frozenset[str]:
+def _scheduler_class(tree: dict[str, Any], source: str) -> type:
+    """Class of the learning-rate schedule, DeepSpeed's or torch's."""
     kind = tree["scheduler"].get("type")
     if kind in lr_schedules.VALID_LR_SCHEDULES:
-        return _parameters(getattr(lr_schedules, kind))
+        own_class: type = getattr(lr_schedules, kind)
+        return own_class
     torchs = torch.optim.lr_scheduler
     own = tuple(lr_schedules.VALID_LR_SCHEDULES)
-    return _parameters(_class_called(kind, torchs, torchs.LRScheduler, "scheduler", own, source))
+    return _class_called(kind, torchs, torchs.LRScheduler, "scheduler", own, source)
 
 
 def _class_called(name: Any, module: Any, base: type, section: str, own: tuple[str, ...], source: str) -> type:

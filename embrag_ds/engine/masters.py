@@ -8,6 +8,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
@@ -49,6 +50,22 @@ def set_masters(engine: deepspeed.DeepSpeedEngine, weights: dict[str, Tensor]) -
             _set_partition(engine.optimizer, weight, weights[name].flatten())
         elif hasattr(weight, "_hp_mapping"):
             weight.set_full_hp_param(weights[name])
+
+
+def clear_padding(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Set to zero what DeepSpeed leaves as it lay in memory under ZeRO-3: the end of the last rank's part of a weight.
+
+    No weight is there, but checkpoints hold it, and it may happen to be no finite number. Offloading to NVMe keeps it.
+    """
+    if engine.zero_optimization_stage() < ZeroStageEnum.weights or engine.zero_nvme_offload_optimizer():
+        return
+    for weight in engine.module.parameters():
+        parts = [weight.ds_tensor]
+        if weight.requires_grad:
+            parts.append(engine.optimizer._get_fp32_opt_state_partition(weight, release_swap_buffers=True)[0])
+        for part in parts:
+            used = weight.ds_numel - torch.distributed.get_rank() * weight.ds_tensor.ds_numel
+            part.data[max(0, used) :] = 0
 
 
 def _set_partition(optimizer: Any, weight: Tensor, value: Tensor) -> None:

@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import socket
-from collections.abc import Collection
+import warnings
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
 
 import deepspeed
 import torch
 import torch.distributed
 import torch.utils.deterministic
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
+from deepspeed.runtime import compiler
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from embrag_ds.data.inputs import PanelFiles, PanelInputs, open_inputs
-from embrag_ds.data.windows import DataConfig
-from embrag_ds.errors import UserError
+from embrag_ds.engine import deepspeed_log
+from embrag_ds.engine.complaints import complaints
+from embrag_ds.engine.flat_gradients import handle_gradients_as_a_whole
+from embrag_ds.engine.masters import clear_padding
+from embrag_ds.errors import SaidByMain, UserError
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.model.recompute import checkpoint_in_graph
 from embrag_ds.runtime.driver import unused_gpus
-from embrag_ds.runtime.processor import cpu_has_bf16
-from embrag_ds.training import deepspeed_log
-from embrag_ds.training.complaints import complaints
-from embrag_ds.training.flat_gradients import handle_gradients_as_a_whole
+from embrag_ds.runtime.processor import cpu_has_bf16, share_threads
 
+Made = TypeVar("Made")
 _WORKSPACES = (":4096:8", ":16:8")
 """Workspaces with which cuBLAS is deterministic."""
+_BEYOND_PATIENCE_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -59,27 +66,62 @@ class DistributedContext:
         torch.distributed.broadcast_object_list(texts, src=0)
         return texts[0]
 
+    def on_main(self, work: Callable[[], Made]) -> Made:
+        """What ``work`` returns on rank 0, on every rank (collective); a :class:`UserError` is raised on every rank."""
+        if self.ranks == 1:
+            return work()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except UserError as fault:
+                outcome[1] = str(fault)
+        torch.distributed.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise UserError(outcome[1]) if self.is_main else SaidByMain(outcome[1])
+        made: Made = outcome[0]
+        return made
+
+    def gather(self, item: Made) -> list[Made]:
+        """The ``item`` of every rank, in the order of ranks, on every rank (collective)."""
+        items: list[Any] = [item] * self.ranks
+        if self.ranks > 1:
+            torch.distributed.all_gather_object(items, item)
+        return items
+
     def close(self) -> None:
         """Leave the process group."""
         torch.distributed.destroy_process_group()
 
 
-def start_distributed() -> DistributedContext:
-    """Join the process group that the ``deepspeed`` launcher set up, or a group of one without a launcher.
+def require_device() -> None:
+    """Raise :class:`UserError` where DeepSpeed would take the CPU although the driver lists a GPU.
 
-    Raises :class:`UserError` where DeepSpeed would take the CPU although the driver lists a GPU
-    (:func:`embrag_ds.runtime.driver.unused_gpus`). A step of ``v18.json`` takes 100 s on a CPU, so it must be chosen.
+    See :func:`embrag_ds.runtime.driver.unused_gpus`. A step of ``v18.json`` takes 100 s on a CPU, so it must be chosen.
     """
     unused = unused_gpus() if _on_cpu() else None
     if unused is not None:
         raise UserError(f"{unused}; or set DS_ACCELERATOR=cpu to train on the CPU")
+
+
+def start_distributed(patience_s: float = 0.0) -> DistributedContext:
+    """Join the process group that a launcher set up, or a group of one without a launcher.
+
+    On a CPU this rank takes its share of the cores. ``patience_s`` is the setting ``train.patience_s``. Collective
+    operations have DeepSpeed's time limit, 10 minutes or ``DEEPSPEED_TIMEOUT``, but one beyond that patience: what the
+    ranks then say of each other is the better message. Raises as :func:`require_device` does.
+    """
+    require_device()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(_free_port())
     if _on_cpu():
         # An optional shared-memory all-reduce that takes minutes and a compiler to build.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=False)
+        share_threads()
+    # DeepSpeed calls what newer versions of torch have renamed, and every rank would say so.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    deepspeed.init_distributed(verbose=False, timeout=collective_limit(patience_s))
     device = torch.device(get_accelerator().device_name(int(os.environ["LOCAL_RANK"])))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -103,15 +145,9 @@ def compute_deterministically() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def open_inputs_on_all_ranks(files: PanelFiles, settings: DataConfig, distributed: DistributedContext) -> PanelInputs:
-    """Open the inputs on every rank (collective): rank 0 fills the caches, then the others read them.
-
-    Raises :class:`UserError` as :func:`open_inputs` does.
-    """
-    if distributed.is_main:
-        open_inputs(files, settings)
-    distributed.barrier()
-    return open_inputs(files, settings, progress=False)
+def collective_limit(patience_s: float) -> timedelta:
+    """Time limit of a collective operation where ``train.patience_s`` is ``patience_s``."""
+    return max(default_pg_timeout, timedelta(seconds=patience_s + _BEYOND_PATIENCE_S))
 
 
 def adapt_to_machine(settings: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -176,10 +212,29 @@ def initialize_engine(
     if compiled:
         _check_compilable(settings)
         model.compile_losses(compiled == "max", core_lengths)
+    _leave_muon_uncompiled(settings)
     with complaints(everything=False), deepspeed_log.prints_logged():
         engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=settings)
     handle_gradients_as_a_whole(engine.optimizer)
+    clear_padding(engine)
     return engine
+
+
+def _leave_muon_uncompiled(settings: dict[str, Any]) -> None:
+    """Import DeepSpeed's Muon without torch's compiler, if this run has another optimiser.
+
+    Every engine under ZeRO imports Muon, to see whether its optimiser is that one. Functions in it are compiled, for
+    which torch loads its compiler: more than a second of the start.
+    """
+    if settings.get("optimizer", {}).get("type", "").lower() == "muon":
+        return
+    compile_of_deepspeed = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        with suppress(ImportError):
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = compile_of_deepspeed
 
 
 def _check_compilable(settings: dict[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""The run folder and the process that fills it, without DeepSpeed."""
