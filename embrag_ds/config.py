@@ -139,6 +139,18 @@ class EmbragConfig:
 
 PATHS = ("data.windows_file", "data.cache_dir", "masking.array_manifest", "retrieval.relatives")
 """Keys of the section ``"embrag"`` that name a file or a folder of the machine on which a model is trained."""
+_FOLDER = "data.cache_dir"
+
+
+def named_files(config: EmbragConfig) -> dict[str, Path]:
+    """Files that the settings name, by their dotted keys; those that are not set are left out."""
+    found = {}
+    for place in PATHS:
+        section, key = place.split(".")
+        value = getattr(getattr(config, section), key)
+        if value is not None and place != _FOLDER:
+            found[f"embrag.{place}"] = Path(value)
+    return found
 
 
 def without_paths(config: EmbragConfig) -> tuple[EmbragConfig, list[str]]:

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from machine import free_port
 
 from embrag_ds.cli.command import run_command
 from embrag_ds.config import RunConfig, parse_config
@@ -219,10 +219,7 @@ def run_jobs(jobs: list[Job], out: Path) -> None:
     for ranks in sorted({job.case["ranks"] for job in jobs}):
         listed = out / f"jobs-{ranks}.json"
         write_json(listed, [asdict(job) for job in jobs if job.case["ranks"] == ranks])
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        group = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        group = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": 1}
         started = []
         for rank in range(ranks):
             place = {name: str(value) for name, value in {**group, "RANK": rank, "LOCAL_RANK": rank}.items()}

@@ -29,6 +29,7 @@ from embrag_ds.engine.deepspeed_settings import load_training_config
 from embrag_ds.files import write_json
 from embrag_ds.planning.memory import HOST
 from embrag_ds.planning.plan import estimate, total
+from embrag_ds.runtime.processor import memory_field
 from embrag_ds.training.run import train
 from tests.ranks import free_port
 
@@ -90,12 +91,6 @@ CASES = (
 )
 
 
-def status(name: str) -> int:
-    """A field of this process's memory, in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-
 def tiny_panel(folder: Path) -> PanelFiles:
     """A panel of 30 simulated samples."""
     settings = SimulationSettings(length_bp=150_000, panel_samples=60, target_samples=3, typed_spacing_bp=2_000)
@@ -110,7 +105,7 @@ def child(task: dict[str, Any]) -> dict[str, int]:
     overrides, config = task["overrides"], task["config"]
     if task["kind"] == "estimate":
         settings = load_training_config(config, overrides)
-        before = status("RssAnon")
+        before = memory_field("RssAnon") or 0
         inputs = open_inputs(files, settings.embrag.data)
         _, memory = estimate(settings, inputs, task["ranks"], before)
         parts = {each.name: each.size for each in memory.cpu}
@@ -119,8 +114,8 @@ def child(task: dict[str, Any]) -> dict[str, int]:
     if task["kind"] == "imports":
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
-        return {"bytes": status("VmRSS"), "mapped": status("RssFile")}
-    return {"bytes": status("VmHWM"), "mapped": status("RssFile")}
+        return {"bytes": memory_field("VmRSS") or 0, "mapped": memory_field("RssFile") or 0}
+    return {"bytes": memory_field("VmHWM") or 0, "mapped": memory_field("RssFile") or 0}
 
 
 def start(kind: str, case: Case, files: PanelFiles, steps: int, folder: Path) -> dict[str, int]:

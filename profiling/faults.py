@@ -13,7 +13,6 @@ import argparse
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,9 +23,10 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+from machine import free_port
 from safetensors.torch import load_file
 
-from embrag_ds.runs.checkpoints import newest_first
+from embrag_ds.runs.checkpoints import newest_first, newest_step
 from embrag_ds.runs.folder import CHECKPOINTS, read_outcome
 from embrag_ds.runs.record import METRICS, read_metrics
 from embrag_ds.seeds import Purpose, generator
@@ -101,7 +101,7 @@ class Bench:
         """Start a run in ``folder`` on two ranks."""
         self._turn += 1
         command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators=2"]
-        command += [f"--master_port={_free_port()}", str(ROOT / "launch" / "train.py"), "--deepspeed_config=quickstart"]
+        command += [f"--master_port={free_port()}", str(ROOT / "launch" / "train.py"), "--deepspeed_config=quickstart"]
         command += [f"--panel={self.panel / 'panel.vcf.gz'}", f"--map={self.panel / 'genetic.map'}"]
         command += [
             f"--run-dir={folder}",
@@ -140,9 +140,8 @@ class Bench:
 
 
 def step_of(folder: Path) -> int:
-    """Step of the newest finished checkpoint; 0 for none."""
-    found = newest_first(folder / CHECKPOINTS)
-    return int(found[0].name.removeprefix("step")) if found else 0
+    """Step of a run's newest finished checkpoint; 0 for none."""
+    return newest_step(folder / CHECKPOINTS)
 
 
 def until(condition: Callable[[], bool], job: Job, what: str) -> None:
@@ -302,12 +301,6 @@ def _results(folder: Path) -> tuple[list[object], dict[str, bytes]]:
     # The header has the settings of the start that wrote it, max_steps among them.
     tensors = load_file(folder / "model.safetensors")
     return sorted(lines, key=str), {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 
 import torch
 
@@ -16,3 +17,10 @@ def synchronise(device: torch.device) -> None:
     """Wait until the work queued on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def free_port() -> int:
+    """A port of this machine on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 from datetime import date
 from pathlib import Path
+
+from machine import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 _LOG_EVERY = 5
@@ -63,7 +64,7 @@ def _speed(ranks: int, run_dir: Path, options: argparse.Namespace) -> float:
         sys.executable,
         str(Path(sys.executable).with_name("deepspeed")),
         f"--num_accelerators={ranks}",
-        f"--master_port={_free_port()}",
+        f"--master_port={free_port()}",
         str(ROOT / "launch" / "train.py"),
         *("--deepspeed_config", options.deepspeed_config, "--run-dir", str(run_dir)),
         *(part for name, path in files.items() if path for part in (name, str(path))),
@@ -97,12 +98,6 @@ def row(config: str, settings: list[str], one: list[float], all_: list[float], r
     )
     heads = ("date", "run", "1 rank, samples/s", f"{ranks} ranks, samples/s", "ratio", "load before")
     return "\n".join(f"| {' | '.join(each)} |" for each in (heads, ("---",) * len(heads), cells))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

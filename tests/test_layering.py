@@ -41,7 +41,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "runs",
         "engine",
     ),
-    "planning": ("ops", "data", "retrieval", "model", "config", "export", "runs", "engine", "training"),
+    "planning": ("ops", "runtime", "data", "retrieval", "model", "config", "export", "runs", "engine", "training"),
     "cli": (
         "runtime",
         "variants",

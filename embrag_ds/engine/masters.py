@@ -35,6 +35,11 @@ def gathered_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
     return state
 
 
+def parameters_of(engine: deepspeed.DeepSpeedEngine) -> int:
+    """Number of a network's parameters, whole under every ZeRO stage."""
+    return sum(getattr(each, "ds_numel", each.numel()) for each in engine.module.parameters())
+
+
 def set_masters(engine: deepspeed.DeepSpeedEngine, weights: dict[str, Tensor]) -> None:
     """Give the optimiser's master weights all digits of ``weights``, fp32 by name, as the network was loaded with them.
 

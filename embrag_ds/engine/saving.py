@@ -21,6 +21,7 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor
 
 from embrag_ds.engine.distributed import DistributedContext
+from embrag_ds.engine.masters import parameters_of
 from embrag_ds.errors import UserError
 from embrag_ds.files import flush, make_folder, write_text
 from embrag_ds.preflight import require_space
@@ -120,8 +121,7 @@ def save_sealed(
     :class:`UserError` where there is no room; the checkpoints before stay in both cases.
     """
     temporary = directory / f"{TEMPORARY}step{step}"
-    parameters = sum(getattr(each, "ds_numel", each.numel()) for each in engine.module.parameters())
-    distributed.on_main(partial(_make_room, directory, temporary, step, parameters))
+    distributed.on_main(partial(_make_room, directory, temporary, step, parameters_of(engine)))
     recorder: Recorder = engine.checkpoint_engine
     recorder.begin(temporary)
     engine.save_checkpoint(str(directory), tag=temporary.name, client_state=client, save_latest=False)

@@ -58,14 +58,15 @@ def not_kept(tensor: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
     Backward passes use the same views of ``again()`` instead, which must compute a tensor with the size, strides and
     values of ``tensor``. It is called once for all of them, without gradients and under the present autocast.
     """
-    place, device = tensor.untyped_storage().data_ptr(), tensor.device.type
+    # The storage itself, not its address: a traced tensor has none.
+    place, device = tensor.untyped_storage()._cdata, tensor.device.type
     as_now = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
     parts = given = 0
     made: Tensor | None = None
 
     def keep(kept: Tensor) -> Tensor | _Part:
         nonlocal parts
-        if kept.untyped_storage().data_ptr() != place:
+        if kept.untyped_storage()._cdata != place:
             return kept
         parts += 1
         return _Part(kept.size(), kept.stride(), int(kept.storage_offset()))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from embrag_ds.config import EmbragConfig, RunConfig
+from embrag_ds.config import EmbragConfig, RunConfig, named_files
 from embrag_ds.data.inputs import PanelFiles, PanelInputs, with_default
 from embrag_ds.engine.deepspeed_settings import load_training_config
 from embrag_ds.engine.distributed import adapt_to_machine, collective_limit
@@ -22,14 +22,14 @@ from embrag_ds.export import MODEL_FILE
 from embrag_ds.planning.first_batches import Planned, build_first, planned
 from embrag_ds.planning.memory import DEVICE, HOST, Component, on_cpu, on_gpu
 from embrag_ds.planning.trace import parameter_count
-from embrag_ds.runs.folder import CHECKPOINTS, choose
+from embrag_ds.runs.folder import CHECKPOINTS
 from embrag_ds.runs.meeting import Meeting, meet
 from embrag_ds.runs.record import CONFIG, METRICS, VERSIONS
+from embrag_ds.runtime.processor import memory_field
 from embrag_ds.training.panel_limits import fit_micro_batch, warn_of_fewer_neighbours
-from embrag_ds.training.run import RUN_LOG, check_files
+from embrag_ds.training.run import RUN_LOG, folder_of, require_one_start
 
 _MIB = 1 << 20
-_STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,10 @@ def plan(
 
     They are empty on other ranks than 0. Raises :class:`UserError` as a run would.
     """
-    if resume and init_from:
-        raise UserError("--resume goes on from a checkpoint, --init-from starts anew: give one of them")
+    require_one_start(resume, init_from)
     settings = load_training_config(config, overrides)
     with meet(collective_limit(0)) as meeting:
-        folder = Path(meeting.on_main(lambda: str(choose(run_dir, Path(config).stem, resume))))
-        check_files(config, files, settings.embrag, folder, resume, init_from)
+        folder = folder_of(config, files, settings.embrag, run_dir, resume, init_from, meeting)
         before = _resident()
         inputs = meeting.open_inputs(files, settings.embrag.data)
         if not meeting.is_main:
@@ -99,10 +97,7 @@ def _for_cpu(deepspeed: dict[str, Any]) -> dict[str, Any]:
 
 def _resident() -> int:
     """Resident memory of this process in bytes without mapped files; 0 where the system does not say."""
-    if not _STATUS.exists():
-        return 0
-    found = [line.split()[1] for line in _STATUS.read_text(encoding="ascii").splitlines() if line.startswith("RssAnon")]
-    return 1024 * int(found[0]) if found else 0
+    return memory_field("RssAnon") or 0
 
 
 def _lines(
@@ -132,12 +127,7 @@ def _file_lines(
     config: EmbragConfig, deepspeed: dict[str, Any], files: PanelFiles, folder: Path, ranks: int
 ) -> list[str]:
     given = with_default(files, config.data).by_option()
-    named = {
-        "embrag.data.windows_file": config.data.windows_file,
-        "embrag.masking.array_manifest": config.masking.array_manifest,
-        "embrag.retrieval.relatives": config.retrieval.relatives,
-    }
-    read = [f"{path} ({option})" for option, path in {**given, **named}.items() if path is not None]
+    read = [f"{path} ({option})" for option, path in {**given, **named_files(config)}.items() if path is not None]
     checkpoint = _checkpoint_bytes(config, deepspeed)
     logs = [RUN_LOG, *(f"run-rank{rank}.log" for rank in range(1, ranks))]
     return [

@@ -8,7 +8,7 @@ they are replaced by functions that allocate what they allocate.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -21,11 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from embrag_ds.config import EmbragConfig
-from embrag_ds.model import pooling, recompute, transformer
+from embrag_ds.model import pooling, recompute
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.ops.dosage import Carriers, DenseAlleles, FlankingSites, Neighbours
 from embrag_ds.ops.li_stephens import Near
 from embrag_ds.retrieval.batch import Batch
+from embrag_ds.training.network import freeze
 
 LARGE = 32 << 20
 """Size in bytes from which glibc gives memory back as soon as it is freed (its largest M_MMAP_THRESHOLD)."""
@@ -116,8 +117,7 @@ def _network(config: EmbragConfig, deepspeed: dict[str, Any]) -> Imputer:
     if "activation_checkpointing" in deepspeed:
         model.transformer.recompute = recompute.checkpoint_in_graph
         model.transformer.recomputed = deepspeed["activation_checkpointing"].get("number_checkpoints")
-    for part in config.train.frozen:
-        model.get_submodule(part).requires_grad_(False)
+    freeze(model, config.train.frozen)
     return model
 
 
@@ -203,37 +203,6 @@ class _Dosage(torch.autograd.Function):
         return torch.zeros(ctx.shape), None
 
 
-@contextmanager
-def _not_kept(tensor: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
-    """:func:`embrag_ds.model.recompute.not_kept` for fake tensors, which have no address."""
-    place = tensor.untyped_storage()._cdata
-    parts = given = 0
-    made: Tensor | None = None
-
-    def keep(kept: Tensor) -> Any:
-        nonlocal parts
-        if kept.untyped_storage()._cdata != place:
-            return kept
-        parts += 1
-        return kept.size(), kept.stride(), int(kept.storage_offset())
-
-    def give(kept: Any) -> Tensor:
-        nonlocal given, made
-        if isinstance(kept, Tensor):
-            return kept
-        if made is None:
-            with torch.no_grad():
-                made = again()
-        part = made.as_strided(*kept)
-        given += 1
-        if given % parts == 0:
-            made = None
-        return part
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, give):
-        yield
-
-
 def _share(neighbours: Neighbours) -> Tensor:
     if isinstance(neighbours, DenseAlleles):
         return neighbours.all.sum(1, dtype=torch.int32) / neighbours.all.shape[1]
@@ -270,8 +239,6 @@ def _stand_ins(on_gpu: bool) -> Iterator[None]:
             (pooling, "expected_allele", dosage),
             (pooling, "count_true", count_true),
             (pooling, "alt_share", _share),
-            (recompute, "not_kept", _not_kept),
-            (transformer, "not_kept", _not_kept),
         ):
             stack.enter_context(mock.patch.object(module, name, function))
         yield

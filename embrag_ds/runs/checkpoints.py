@@ -44,6 +44,12 @@ def newest_first(directory: Path) -> list[Path]:
     return [path for step, path in sorted(found, reverse=True) if step >= 0 and (path / MANIFEST).exists()]
 
 
+def newest_step(directory: Path) -> int:
+    """Step of the newest checkpoint that was finished; 0 for none."""
+    found = newest_first(directory)
+    return _step(found[0]) if found else 0
+
+
 def size_of(folder: Path) -> int:
     """Bytes of a checkpoint's files."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from embrag_ds.config import PATHS
 from embrag_ds.errors import UserError
 from embrag_ds.runs.identity import differing_inputs
 from embrag_ds.settings import as_json
@@ -14,8 +15,6 @@ from embrag_ds.settings import as_json
 Changes = dict[str, list[Any]]
 """Settings that a resumed run changes: dotted key -> its value before and now."""
 
-_OF_INPUTS = ("embrag.data.windows_file", "embrag.masking.array_manifest", "embrag.retrieval.relatives")
-"""Settings that name files, whose contents are compared instead."""
 _DECIDING = (
     "embrag.seed",
     "embrag.data",
@@ -32,7 +31,7 @@ _DECIDING = (
 )
 """Settings, and sections of them, without which the run would be another one."""
 _FREE = (
-    "embrag.data.cache_dir",
+    *(f"embrag.{each}" for each in PATHS),  # of inputs, the contents are compared instead
     "embrag.retrieval.prefetch",
     "embrag.retrieval.device_budget_gb",
     "embrag.retrieval.dense_budget_gb",
@@ -42,7 +41,6 @@ _FREE = (
     "optimizer.params.torch_adam",
     "optimizer.params.fused",
     "optimizer.params.foreach",
-    *_OF_INPUTS,
 )
 """Exceptions from those: settings of speed and of places, and the learning rate."""
 _TORCHS_SCHEDULER = "scheduler.params"

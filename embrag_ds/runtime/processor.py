@@ -58,9 +58,14 @@ def share_threads() -> None:
 
 def peak_resident_bytes(process: int | str = "self") -> int | None:
     """Peak resident memory of a process, since its start or since the peak was reset; None once it has ended."""
+    return memory_field("VmHWM", process)
+
+
+def memory_field(name: str, process: int | str = "self") -> int | None:
+    """A field of a process's memory in bytes, as Linux names it (``RssAnon``, ``VmRSS``); None where there is none."""
     try:
         lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
-    found = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
+    found = [int(line.split()[1]) for line in lines if line.startswith(f"{name}:")]
     return found[0] * 1024 if found else None

@@ -38,7 +38,7 @@ def network_in_engine(
     export = None if init_from is None else read_export(init_from)
     if export is not None and init_from is not None:
         start_from(model, config, export, init_from)
-    _freeze(model, config.train.frozen)
+    freeze(model, config.train.frozen)
     compiled, recompute = config.train.compile, config.train.recompute_projections
     with starts_said():
         engine = initialize_engine(model, settings, compiled, recompute, core_lengths)
@@ -61,12 +61,8 @@ def network_in_engine(
     return engine
 
 
-def parameters_of(engine: deepspeed.DeepSpeedEngine) -> int:
-    """Number of a network's parameters, whole under every ZeRO stage."""
-    return sum(getattr(each, "ds_numel", each.numel()) for each in engine.module.parameters())
-
-
-def _freeze(model: Imputer, parts: tuple[str, ...]) -> None:
+def freeze(model: Imputer, parts: tuple[str, ...]) -> None:
+    """Leave ``parts`` of a network untrained; raises :class:`UserError` for one that it does not have."""
     known = [name for name, _ in model.named_children()]
     for part in parts:
         if part not in known:

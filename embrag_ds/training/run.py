@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from embrag_ds import logs
-from embrag_ds.config import EmbragConfig, RunConfig
+from embrag_ds.config import EmbragConfig, RunConfig, named_files
 from embrag_ds.data.cache import require_cache
 from embrag_ds.data.inputs import PanelFiles, cache_directory
 from embrag_ds.engine import deepspeed_log
@@ -20,7 +20,7 @@ from embrag_ds.errors import UserError
 from embrag_ds.export import MODEL_FILE
 from embrag_ds.preflight import require_distinct, require_folder, require_readable
 from embrag_ds.runs import alive
-from embrag_ds.runs.checkpoints import newest_first
+from embrag_ds.runs.checkpoints import newest_step
 from embrag_ds.runs.folder import CHECKPOINTS, OUTCOME, RunLock, choose, leave_no_trace, never_saved, write_outcome
 from embrag_ds.runs.meeting import Meeting, meet
 from embrag_ds.runs.record import CONFIG, METRICS, VERSIONS
@@ -56,15 +56,13 @@ def train(
     for faulty files, settings and arguments, and :class:`~embrag_ds.runs.stop.Stopped` after a signal.
     """
     with logs.kept_for_run() as run_log, deepspeed_log.written_to(run_log), meet(collective_limit(0)) as meeting:
-        if resume and init_from:
-            raise UserError("--resume goes on from a checkpoint, --init-from starts anew: give one of them")
+        require_one_start(resume, init_from)
         require_device()
         with uncollected():  # torch's optimisers import its compiler when the first one is made
             settings = load_training_config(config, overrides)
         require_packages(settings.deepspeed, str(config))
         patience_s = settings.embrag.train.patience_s
-        folder = Path(meeting.on_main(lambda: str(choose(run_dir, Path(config).stem, resume))))
-        check_files(config, files, settings.embrag, folder, resume, init_from)
+        folder = folder_of(config, files, settings.embrag, run_dir, resume, init_from, meeting)
         if resume and meeting.on_main(lambda: never_saved(folder)):
             logger.warning(f"{folder}: this run has no checkpoint yet, so it begins again")
             resume = False
@@ -110,7 +108,7 @@ def train_in_attempts(
             except (Spoilt, Culprits) as fault:
                 attempt = _next(attempt, fault, settings, distributed.ranks)
                 trainer.release()
-        resume = distributed.on_main(lambda: bool(newest_first(folder / CHECKPOINTS)))
+        resume = distributed.on_main(lambda: newest_step(folder / CHECKPOINTS) > 0)
         where = "the newest whole checkpoint" if resume else "the start"
         logger.warning(f"{attempt.reason}; going on from {where}")
 
@@ -148,11 +146,11 @@ def _held(folder: Path, meeting: Meeting) -> Iterator[None]:
     """Keep other runs out of the folder, and say in ``outcome.json`` how this one ended (collective)."""
     locks: list[RunLock] = []
     meeting.on_main(lambda: locks.append(RunLock(folder)))
-    before = _newest(folder)
+    before = newest_step(folder / CHECKPOINTS)
 
     def note(state: str, restart: bool, reason: str) -> None:
         if meeting.is_main:
-            write_outcome(folder, state, restart, reason, _newest(folder))
+            write_outcome(folder, state, restart, reason, newest_step(folder / CHECKPOINTS))
 
     note("running", True, "it has not ended")
     try:
@@ -170,7 +168,8 @@ def _held(folder: Path, meeting: Meeting) -> Iterator[None]:
         raise
     except BaseException as fault:
         # A node may have been lost. But a run that fails again without having got anywhere should not start for ever.
-        note("failed", _newest(folder) > before, f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}")
+        got_on = newest_step(folder / CHECKPOINTS) > before
+        note("failed", got_on, f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}")
         raise
     else:
         note("finished", False, "training has ended")
@@ -179,22 +178,32 @@ def _held(folder: Path, meeting: Meeting) -> Iterator[None]:
             lock.release()
 
 
-def _newest(folder: Path) -> int:
-    """Step of the newest checkpoint, 0 for none."""
-    found = newest_first(folder / CHECKPOINTS)
-    return int(found[0].name.removeprefix("step")) if found else 0
+def require_one_start(resume: bool, init_from: Path | None) -> None:
+    """Raise :class:`UserError` if a run is both to go on and to start anew."""
+    if resume and init_from:
+        raise UserError("--resume goes on from a checkpoint, --init-from starts anew: give one of them")
 
 
-def check_files(
+def folder_of(
+    config: Path | str,
+    files: PanelFiles,
+    settings: EmbragConfig,
+    run_dir: Path | None,
+    resume: bool,
+    init_from: Path | None,
+    meeting: Meeting,
+) -> Path:
+    """The run folder that all ranks take, with the run's files checked (collective); raises :class:`UserError`."""
+    folder = Path(meeting.on_main(lambda: str(choose(run_dir, Path(config).stem, resume))))
+    _check_files(config, files, settings, folder, resume, init_from)
+    return folder
+
+
+def _check_files(
     config: Path | str, files: PanelFiles, settings: EmbragConfig, folder: Path, resume: bool, init_from: Path | None
 ) -> None:
     """Raise :class:`UserError` for inputs that cannot be read, or that the run would replace, and for its folder."""
-    named = {
-        "embrag.data.windows_file": settings.data.windows_file,
-        "embrag.masking.array_manifest": settings.masking.array_manifest,
-        "embrag.retrieval.relatives": settings.retrieval.relatives,
-    }
-    data = {**files.by_option(), **{key: Path(path) for key, path in named.items() if path is not None}}
+    data = {**files.by_option(), **named_files(settings)}
     # A run may go on with the settings that it wrote.
     records = (RUN_LOG, METRICS, VERSIONS, OUTCOME, *(() if resume else (CONFIG,)))
     made = {"--run-dir": [folder / name for name in (MODEL_FILE, *records)]}

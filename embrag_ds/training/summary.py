@@ -8,10 +8,10 @@ from embrag_ds.data.inputs import PanelInputs
 from embrag_ds.data.panel import skipped_records
 from embrag_ds.data.sampler import TrainingSampler
 from embrag_ds.engine.distributed import DistributedContext
+from embrag_ds.engine.masters import parameters_of
 from embrag_ds.ops.li_stephens import copying_backend
 from embrag_ds.retrieval.collate import RetrievalCollator
 from embrag_ds.retrieval.reference import Reference
-from embrag_ds.training.network import parameters_of
 
 
 def summary(
