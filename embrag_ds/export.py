@@ -24,6 +24,7 @@ from embrag_ds.config import EmbragConfig, parse_embrag, without_paths
 from embrag_ds.errors import UserError
 from embrag_ds.files import written
 from embrag_ds.model.imputer import Imputer
+from embrag_ds.runtime.weightless import WithoutMemory
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ def _fault_of_shapes(names: list[str], shape_of: Callable[[str], list[int]], con
 
 def _network_shapes(config: EmbragConfig) -> dict[str, list[int]]:
     """Shapes of an export's tensors by name, without the memory of a network, or the time to make all its blocks."""
-    with torch.device("meta"):
+    with WithoutMemory():
         network = Imputer(replace(config.model, layers=1))
     shapes: dict[str, list[int]] = {}
     for name, value in network.state_dict().items():

@@ -65,8 +65,8 @@ def as_on_gpu(launched: Launched, uncounted: Callable[[], Any]) -> Iterator[None
     def both(on_cpu: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """``on_cpu``, which chooses by the tensors' device, counted as it would run on another device."""
 
-        def run(*given: Tensor) -> Tensor:
-            on_cpu(*(torch.empty_like(each, device=_META) for each in given))
+        def run(*given: Tensor | int) -> Tensor:
+            on_cpu(*(torch.empty_like(each, device=_META) if isinstance(each, Tensor) else each for each in given))
             with uncounted():
                 return on_cpu(*given)
 
@@ -90,7 +90,7 @@ def as_on_gpu(launched: Launched, uncounted: Callable[[], Any]) -> Iterator[None
             (cuda.kernel, Counting),
             (li_stephens.copying_backend, lambda device: "cuda kernel"),
             (li_stephens.mismatches, both(li_stephens.mismatches)),
-            (li_stephens.count_true, both(li_stephens.count_true)),
+            (li_stephens.count_by_place, both(li_stephens.count_by_place)),
             (dosage.expected_allele, expected),
             (rotation_cuda.serves, lambda qkv: True),
         ):

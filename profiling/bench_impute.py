@@ -1,11 +1,12 @@
 """Benchmark of imputation: speed and memory beside Beagle and minimac4, on one machine in one run.
 
-    python profiling/bench_impute.py --panel P --target T [--map M] [--run-dir DIR] --json FILE
+    python profiling/bench_impute.py --panel P --target T [--map M] [--run-dir DIR] [--no-transformer] --json FILE
 
 Every tool runs as its user would run it, in a process of its own, from reading the files to the finished output. The
-tools take turns, and the median of the rounds is reported. minimac4's time includes the conversion of the panel; ours
-includes packing it, in an empty cache. We also run with the panel packed, with and without the transformer. The model
-never adapts to the panel. Tools that are not installed are reported as missing.
+tools take turns, and the median of the rounds is reported. minimac4's time includes the conversion of the panel, and is
+also given without it; ours includes packing it, in an empty cache. We also run with the panel packed, with and without
+the transformer. The model never adapts to the panel. A run before all others compiles our loops where numba has not
+kept them; its time is reported apart. Tools that are not installed are reported as missing.
 """
 
 from __future__ import annotations
@@ -52,10 +53,10 @@ class Cost:
 
 
 class Meter:
-    """Runs commands and sums up their seconds and peak memory."""
+    """Runs commands and keeps the seconds of each, and their peak memory."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.each: list[float] = []
         self.peak_gb = 0.0
 
     def run(self, command: Sequence[str | Path], log: Path) -> None:
@@ -68,7 +69,7 @@ class Meter:
                 self.peak_gb = max(self.peak_gb, (peak_resident_bytes(process.pid) or 0) / 1e9)
                 time.sleep(0.02)
         check_ended_well(command, process.returncode, log)
-        self.seconds += time.monotonic() - began
+        self.each.append(time.monotonic() - began)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -77,13 +78,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--target", type=Path)
     parser.add_argument("--map", type=Path)
     parser.add_argument("--run-dir", type=Path, help="our model (default: the pretrained one)")
+    parser.add_argument("--no-transformer", action="store_true", help="leave out our run with it, the longest")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, required=True)
     return parser.parse_args()
 
 
-OURS = {"": (), ", panel packed": (), ", panel packed, without transformer": ("--without-transformer",)}
+WITH_TRANSFORMER = ", panel packed, with the transformer"
+OURS = {"": (), ", panel packed": (), WITH_TRANSFORMER: ("--transformer", "on")}
 """Our runs in this order, with their options; the first one packs the panel."""
 
 
@@ -105,23 +108,30 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Cost]:
     genetic_map = plink_map(options.map, options.panel, folder) if options.map else None
     costs: dict[str, Cost] = {}
 
-    def note(name: str, meter: Meter) -> None:
+    def note(name: str, meter: Meter, seconds: float) -> None:
         cost = costs.setdefault(name, Cost([]))
-        cost.seconds.append(meter.seconds)
+        cost.seconds.append(seconds)
         cost.peak_gb = max(cost.peak_gb, meter.peak_gb)
-        logger.info("%s: %.1f s, %.2f GB", name, meter.seconds, meter.peak_gb)
+        logger.info("%s: %.1f s, %.2f GB", name, seconds, meter.peak_gb)
 
+    first = Meter()
+    ours(options, "cpu", (), folder, first)
+    note("embrag_ds cpu, first run", first, sum(first.each))
     for _ in range(options.rounds):
         for name in installed():
             meter = Meter()
             TOOLS[name](options.panel, options.target, genetic_map, folder, options.threads, meter.run)
-            note(name, meter)
+            note(name, meter, sum(meter.each))
+            if len(meter.each) > 1:  # the last command imputes, those before prepare the panel
+                note(f"{name}, panel converted", meter, meter.each[-1])
         for device in devices:
             shutil.rmtree(folder / "cache", ignore_errors=True)
             for what, more in OURS.items():
+                if what == WITH_TRANSFORMER and options.no_transformer:
+                    continue
                 meter = Meter()
                 ours(options, device, more, folder, meter)
-                note(f"embrag_ds {device}{what}", meter)
+                note(f"embrag_ds {device}{what}", meter, sum(meter.each))
     return costs
 
 

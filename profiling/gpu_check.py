@@ -137,7 +137,8 @@ def copying(neighbours: int) -> Check:
     def check(device: torch.device) -> str:
         mismatch = random(FEW, TYPED, neighbours) < 0.2
         numbers = [4 * random(2 * FEW, TYPED, seed=2), 0.1 * random(2 * FEW, TYPED, seed=3) + 1e-4]
-        prior = torch.softmax(random(FEW, neighbours, seed=4), 1)
+        prior = torch.softmax(random(FEW, 4, neighbours, seed=4), 2)
+        place = (4 * random(FEW, TYPED, seed=7)).long().sort(1).values
         first, number = 100, 60
         weight = random(2 * FEW, number, neighbours, seed=5)
         position = random(FEW, TYPED, seed=6).cumsum(1)
@@ -148,7 +149,7 @@ def copying(neighbours: int) -> Check:
             near = Near.same(first, number, FEW, there)
             # On the CPU torch's operations, because its compiled loops would first be compiled.
             model = posterior_torch if there.type == "cpu" else copying_posterior
-            posterior = model(mismatch.to(there), nats, jump, start, near)
+            posterior = model(mismatch.to(there), nats, jump, start, near, place.to(there))
             (posterior * weight.to(there)).sum().backward()
             if there.type == "cpu":
                 lengths = lengths_by_torch(mismatch, position)[:, first : first + number]

@@ -1,8 +1,8 @@
 """Optimiser steps of an adaptation, in one process and without DeepSpeed.
 
 Loss, masks, sampler, retrieval and network are those of training. What differs: the embedding layer stays as it is, so
-that its snapshot goes on encoding the panel, and every weight is drawn back to where it began. The few numbers of the
-copying model move first and by larger steps.
+that its snapshot goes on encoding the panel, and every other weight is drawn back to where it began. The few numbers of
+the copying model move first and by larger steps.
 """
 
 from __future__ import annotations
@@ -25,8 +25,14 @@ logger = logging.getLogger(__name__)
 
 COPYING = ("pooling", "background")
 """Parts of the network with the few numbers of the copying model."""
-FROZEN = ("embedding",)
-"""Parts that stay as they are."""
+FROZEN = ("embedding.",)
+"""Weights that stay as they are, by the beginning of their names."""
+FROZEN_AMONG_FEW = ("pooling.closeness", "pooling.reach")
+"""Weights that stay, too, where most haplotypes are no neighbours.
+
+Neighbours are chosen for being near. Among few of them less of a preference for the nearest is best than among all
+haplotypes, which imputation copies (docs/log.md).
+"""
 _COPYING_RATE, _RESIDUAL_RATE = 0.02, 0.003
 """Learning rates: of the copying model, and of confidence head, fusion, transformer and output."""
 _COPYING_FIRST = 0.1
@@ -45,12 +51,12 @@ class Fit:
     Decay to the start in place of zero is L2-SP (Li et al. 2018, ICML), here decoupled from the gradient.
     """
 
-    def __init__(self, network: Imputer, steps: int):
+    def __init__(self, network: Imputer, steps: int, frozen: tuple[str, ...] = FROZEN):
         self._steps = steps
         parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for name, weight in network.named_parameters():
             part = name.partition(".")[0]
-            weight.requires_grad_(part not in FROZEN)
+            weight.requires_grad_(not name.startswith(frozen))
             if weight.requires_grad:
                 parts[part in COPYING].append(weight)
         self._groups = [parts[True], parts[False]]
@@ -79,12 +85,21 @@ class Fit:
         self._optimizer.zero_grad()
 
 
-def fit(network: Imputer, batches: Prefetcher, steps: int, loss: LossConfig, transformer: bool, seed: int) -> None:
+def fit(
+    network: Imputer,
+    batches: Prefetcher,
+    steps: int,
+    loss: LossConfig,
+    transformer: bool,
+    seed: int,
+    frozen: tuple[str, ...] = FROZEN,
+) -> None:
     """Take ``steps`` optimiser steps, one batch each; without ``transformer`` its residual is left out.
 
-    Dropout follows from the ``seed`` alone. Progress is logged at least every ten seconds.
+    Weights whose names begin as one of ``frozen`` stay as they are. Dropout follows from the ``seed`` alone. Progress
+    is logged at least every ten seconds.
     """
-    optimiser = Fit(network, steps)
+    optimiser = Fit(network, steps, frozen)
     device = network.background.device
     running, since = torch.zeros((), device=device), 0
     spoken = time.monotonic()

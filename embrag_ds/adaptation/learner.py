@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embrag_ds.adaptation.fitting import fit
+from embrag_ds.adaptation.fitting import FROZEN, FROZEN_AMONG_FEW, fit
 from embrag_ds.adaptation.held_out import HeldOut, MaskScores, Tally
 from embrag_ds.adaptation.settings import StepSize
 from embrag_ds.data.inputs import PanelInputs
@@ -146,7 +146,9 @@ class Learner:
     def learn(self, steps: int) -> None:
         """Take ``steps`` optimiser steps."""
         with closing(self._batches(steps)) as batches, self._computing():
-            fit(self.network, batches, steps, self._loss, self._source.transformer, SEED)
+            few = 2 * self._collate.k < len(self._data.reference)
+            frozen = (*FROZEN, *FROZEN_AMONG_FEW) if few else FROZEN
+            fit(self.network, batches, steps, self._loss, self._source.transformer, SEED, frozen)
 
     def scores(self) -> tuple[float, MaskScores]:
         """Training loss, and other scores, on the samples held out, over a few windows."""

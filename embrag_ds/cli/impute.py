@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from embrag_ds.cli.panel_options import add_panel, panel_files
+from embrag_ds.runtime.imports import uncollected
 
 DESCRIPTION = "Impute every panel site of targets typed at some."
 EXAMPLES = """\
@@ -78,9 +79,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     speed = parser.add_argument_group("speed and memory")
     speed.add_argument("--samples-per-batch", type=int, default=32, metavar="N", help="memory against speed (32)")
     speed.add_argument(
-        "--without-transformer",
-        action="store_true",
-        help="retrieval, copying and confidence alone, in longer windows: faster on a CPU",
+        "--transformer",
+        choices=("on", "off"),
+        help="whether its residual is added; without, a chromosome is copied in long stretches (default: on on a GPU, "
+        "off on a CPU)",
     )
     speed.add_argument(
         "--precision",
@@ -93,10 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command with parsed options; raises :class:`UserError`."""
-    from embrag_ds.export import MODEL_FILE, PRETRAINED
-    from embrag_ds.imputation.impute import TargetOptions, impute
-    from embrag_ds.runtime.processor import use_threads
-    from embrag_ds.variants.output import OutputOptions
+    with uncollected():
+        from embrag_ds.export import MODEL_FILE, PRETRAINED
+        from embrag_ds.imputation.impute import TargetOptions, impute
+        from embrag_ds.runtime.processor import use_threads
+        from embrag_ds.variants.output import OutputOptions
 
     output = OutputOptions(
         formats=tuple(options.format.split(",")),
@@ -123,7 +126,7 @@ def run(options: argparse.Namespace) -> None:
             excluded=options.excluded,
         ),
         samples_per_batch=options.samples_per_batch,
-        transformer=not options.without_transformer,
+        transformer=None if options.transformer is None else options.transformer == "on",
         device=options.device,
         precision=options.precision,
         adapt=options.adapt,

@@ -20,7 +20,7 @@ from embrag_ds.variants.genotypes import Calls
 from embrag_ds.variants.header import as_bytes
 from embrag_ds.variants.records import Duplicates, Excluded, Site, VariantReader, site_table
 
-FORMAT = 4
+FORMAT = 5
 """Version of the folder's layout."""
 PanelMissing = Literal["error", "major", "drop"]
 """Rule for a panel's site with missing or unphased calls, see :class:`Reading`."""
@@ -95,7 +95,7 @@ def pack(path: Path, directory: Path, reading: Reading, progress: bool) -> None:
             rows.append(site.bare())
         if not rows:
             raise UserError(f"{path}: {_nothing(vcf)}; check the file")
-        site_table(vcf, rows).save(directory / "sites.tsv")
+        site_table(vcf, rows).save(directory / "sites.npz")
         meta = {
             "format": FORMAT,
             "samples": list(vcf.samples),

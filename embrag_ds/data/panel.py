@@ -13,7 +13,7 @@ file              content
 ``missing.bits``  likewise the missing alleles of targets; only where there are any
 ``unphased.bits`` uint8 [S, ceil(N / 8)], the calls of targets that need phasing; only where there are any
 ``ploidy.npz``    haploid samples by site range (:class:`embrag_ds.data.ploidy.Ploidy`), if there are any
-``sites.tsv``     the site table (:meth:`embrag_ds.variants.sites.SiteTable.save`)
+``sites.npz``     the site table (:meth:`embrag_ds.variants.sites.SiteTable.save`)
 ``excluded.tsv``  what was left out: contig, position, ID, REF, ALT and reason
 ``meta.json``     format number, sample ids, SHA-256 of the alleles, counts of records and of those left out by reason
 ================  ===========================================================================
@@ -209,7 +209,7 @@ def map_packed(path: Path | str, shape: tuple[int, ...]) -> np.memmap:
 
 def _tables(directory: Path) -> tuple[SiteTable, dict[str, Any]]:
     """Site table and description of a cached panel."""
-    return SiteTable.load(directory / "sites.tsv"), json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+    return SiteTable.load(directory / "sites.npz"), json.loads((directory / "meta.json").read_text(encoding="utf-8"))
 
 
 def _identity(path: Path, reading: Reading) -> str | None:
@@ -306,10 +306,18 @@ class PanelSubset:
     @cached_property
     def population_counts(self) -> np.ndarray:
         """Number of ALT copies in every population, float32 [P, S]."""
-        members = self._members()
-        counts = np.empty((members.shape[1], len(self.panel.sites)), dtype=np.float32)
-        for start, stop, counted in self._blocks(members):
-            counts[:, start:stop] = counted.T @ self.alleles(start, stop).astype(np.float32)
+        if len(self.populations.names) == 1 and len(self.samples) == len(self.panel.samples):
+            return self.panel.alt_count[None].astype(np.float32)
+        members = self._members().T.astype(bool)
+        counts = np.empty((len(members), len(self.panel.sites)), dtype=np.float32)
+        for start, stop, counted in self.panel.ranges():
+            packed = self.panel.packed[start:stop]
+            for population, member in enumerate(members):
+                chosen = np.zeros(2 * len(self.panel.samples), dtype=bool)
+                chosen[self.haplotypes] = member
+                if counted is not None:
+                    chosen &= counted
+                counts[population, start:stop] = np.bitwise_count(packed & pack_host(chosen)).sum(1, dtype=np.int64)
         return counts
 
     def counted(self, sites: slice) -> np.ndarray:

@@ -166,7 +166,7 @@ def _write_genotypes(path: Path, sites: SiteTable, samples: list[str], genotypes
     places = _places(sites).tolist()
     alone = {stop - 1 for start, stop in sites.contig_runs() if places[start] == places[stop - 1]}
     before = 0  # sites at the same position
-    with bgzf_written(path, "wb3") as out:
+    with bgzf_written(path, 3) as out:
         out.write(("##fileformat=VCFv4.3\n" + "\t".join(columns) + "\n").encode())
         for start in range(0, len(sites), _SITES_AT_ONCE):
             alleles, missing = genotypes(slice(start, start + _SITES_AT_ONCE))

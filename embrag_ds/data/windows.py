@@ -186,6 +186,23 @@ class DataConfig:
         return make_windows(panel.sites, self.window_sites, self.overlap_sites, self.flank_sites)
 
 
+PLACE_CM = 0.2
+"""Length of a place, cM: recombination priors are the same within it. Finer ones impute no better (docs/log.md)."""
+MOST_PLACES = 128
+"""Places of a window in training, whose memory they take; those of a longer window than 25.6 cM are longer, too."""
+
+
+def places(position: np.ndarray, most: int) -> tuple[np.ndarray, int, float]:
+    """Cut a window into places: that of each site, int64 [L], their number G, and their length in cM.
+
+    ``position`` [L] is in cM, increasing. A place has :data:`PLACE_CM`, or more where there would be over ``most``.
+    """
+    along = position - position[0]
+    length = max(PLACE_CM, float(along[-1]) / most)
+    place = np.minimum((along / length).astype(np.int64), most - 1)
+    return place, int(place[-1]) + 1, length
+
+
 @dataclass(frozen=True)
 class SiteFeatures:
     """Features of a window's sites for the network, float32 on the CPU.

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 
 import embrag_ds
-from embrag_ds.data.inputs import (
-    PanelInputs,
-    windowed,
-)
+from embrag_ds.config import EmbragConfig
+from embrag_ds.copying.along import CopyAlong
+from embrag_ds.data.inputs import PanelInputs, windowed
 from embrag_ds.data.sampler import QueryBatch, exclusion_table
 from embrag_ds.data.targets import Targets
+from embrag_ds.data.tokens import MASK
 from embrag_ds.data.windows import DataConfig, Window, WindowedPanel, blend_weights, uncovered
 from embrag_ds.errors import UserError
 from embrag_ds.export import ExportedModel
@@ -45,19 +45,29 @@ Precision = Literal["bf16", "fp32"]
 
 _AHEAD = 1
 _WORTH_TIMING = 1000
-_TIMES_AS_LONG = 4
-_MOST_CORE_BYTES = 1 << 28
+_MOST_STRETCH_SITES = 1 << 15
+_MOST_STRETCH_BYTES = 1 << 28
+_BYTES_OF_A_SEQUENCE = 12
+_SITES_OF_A_BLOCK = 64
 
 
-def _with_longer_windows(settings: DataConfig, haplotypes: int) -> DataConfig:
-    """Settings with longer cores, for imputation without the transformer.
+def _with_stretches(settings: DataConfig, haplotypes: int, targets: Targets) -> DataConfig:
+    """Settings with stretches in place of windows, for imputation without the transformer.
 
-    Retrieval and copying run along the flanks of every window, so fewer and longer cores are faster. Only the
-    transformer is tied to the core's length. The alleles of all ``haplotypes`` of the panel in a core are held in
-    memory, which limits its length.
+    The copying model runs along the flanks of every window, so fewer and longer ones are faster. Only the transformer
+    is tied to their length. Memory limits it, where each of these stays below 256 MiB: sequences of the core, one for
+    each of the panel's ``haplotypes`` and block of sites, and the targets' dosages.
     """
-    most = max(settings.window_sites, _MOST_CORE_BYTES // haplotypes)
-    return replace(settings, window_sites=min(_TIMES_AS_LONG * settings.window_sites, most))
+    blocks = 1 / _SITES_OF_A_BLOCK + float(targets.typed.mean())
+    of_a_site = max(_BYTES_OF_A_SEQUENCE * blocks * haplotypes, 8 * len(targets.samples))
+    most = int(_MOST_STRETCH_BYTES / of_a_site)
+    return replace(settings, window_sites=max(settings.window_sites, min(_MOST_STRETCH_SITES, most)))
+
+
+def _along(config: EmbragConfig, transformer: bool, device: torch.device) -> bool:
+    """Whether stretches are copied whole: on a CPU, if the model copies haplotypes and its transformer is left out."""
+    copies = config.model.fusion == "copying" and config.retrieval.mode == "embedding"
+    return copies and not transformer and device.type == "cpu"
 
 
 def _worth_timing(batches: int, device: torch.device) -> bool:
@@ -78,25 +88,30 @@ class Imputation:
         self,
         model: ExportedModel,
         inputs: PanelInputs,
+        targets: Targets,
         device: torch.device,
         block: int,
         transformer: bool = True,
         precision: Precision = "fp32",
     ):
-        """``block`` samples are computed at a time. Without ``transformer`` its residual is left out
-        (:meth:`embrag_ds.model.imputer.Imputer.forward`), and windows are longer. With ``precision`` bf16 the matrix
+        """``block`` samples of the ``targets`` are computed at a time.
+
+        Without ``transformer`` its residual is left out (:meth:`embrag_ds.model.imputer.Imputer.forward`), and on a CPU
+        each stretch of a chromosome is copied once (:mod:`embrag_ds.copying.along`). With ``precision`` bf16 the matrix
         products of the network are in bf16; search, copying model and dosage are always in fp32.
         """
         use_device(device)
         config = model.config
         all_samples = np.arange(len(inputs.panel.samples))
-        settings = config.data if transformer else _with_longer_windows(config.data, 2 * len(all_samples))
+        along = _along(config, transformer, device)
+        settings = _with_stretches(config.data, 2 * len(all_samples), targets) if along else config.data
         self.data: WindowedPanel = windowed(inputs, settings, all_samples)
         left_out = uncovered(self.data.windows, len(inputs.panel.sites))
         if left_out:
             raise UserError(
                 f"{config.data.windows_file}: {left_out} panel sites lie in no window; imputation needs all"
             )
+        self.targets = targets
         self._device = device
         self._block = block
         self._transformer = transformer
@@ -105,6 +120,9 @@ class Imputation:
         self._network = model.network().to(device)
         self._network.row_blocks = RowBlocks() if device.type == "cpu" else None
         exclusions = exclusion_table(inputs.panel.samples, None)
+        self._copy = CopyAlong(self._network, self.data, exclusions) if along else None
+        if self._copy is not None:
+            return
         self._reference = Reference(
             config.retrieval, self.data, self._network.embedding, device, exclusions, snapshot=model.snapshot
         )
@@ -113,7 +131,7 @@ class Imputation:
             logger.info("the model names search %s, which this machine lacks; torch searches", named)
         self._collate = self._reference.collator(block, slots=_AHEAD + 2)
 
-    def windows(self, targets: Targets, chosen: list[Window] | None = None) -> Iterator[tuple[Window, np.ndarray]]:
+    def windows(self, chosen: list[Window] | None = None) -> Iterator[tuple[Window, np.ndarray]]:
         """Iterate over (window, ALT probabilities float32 [2N, L] of the target haplotypes in its core), in order.
 
         ``chosen`` are some of the windows, increasing, or all. Where a haplotype has no typed site in a window, its
@@ -121,9 +139,13 @@ class Imputation:
         works on the next.
         """
         chosen = self.data.windows if chosen is None else chosen
+        targets = self.targets
         code_of = {sample: code for code, sample in enumerate(self._samples)}
         numbers = np.array([code_of.get(sample, -1) for sample in targets.samples], dtype=np.int64)
         starts = range(0, len(numbers), self._block)
+        if self._copy is not None:
+            yield from self._stretches(self._copy, chosen, numbers)
+            return
         computed = [each for each in chosen if targets.typed[each.sites].any()]
 
         def queries(block: int) -> QueryBatch:
@@ -166,6 +188,38 @@ class Imputation:
                     probability[nothing] = frequency
                 yield window, probability
 
+    def _stretches(
+        self, copy: CopyAlong, chosen: list[Window], numbers: np.ndarray
+    ) -> Iterator[tuple[Window, np.ndarray]]:
+        """:meth:`windows`, each a stretch that is copied whole; ``numbers`` int64 [N] are the targets' in the panel."""
+        targets, last_logged = self.targets, time.monotonic()
+        for place, window in enumerate(chosen, start=1):
+            frequency = self.data.reference.allele_frequency[window.core_sites]
+            probability = np.empty((2 * len(numbers), len(frequency)), dtype=np.float32)
+            typed = targets.typed[window.sites]
+            if not typed.any():
+                probability[:] = frequency
+                yield window, probability
+                continue
+            stretch = copy.stretch(window.index, typed)
+            typed_sites = slice(*np.searchsorted(targets.sites, [window.start, window.stop]))
+            for start in range(0, len(numbers), self._block):
+                block = slice(start, min(start + self._block, len(numbers)))
+                rows = slice(2 * block.start, 2 * block.stop)
+                alleles = np.ascontiguousarray(targets.typed_alleles(typed_sites, block).T)
+                missing = targets.missing_alleles(window.sites, block)
+                if missing is not None:
+                    alleles[missing[:, typed]] = MASK
+                with undivided():
+                    probability[rows] = copy.probability(stretch, alleles, numbers[block])
+                if missing is not None:
+                    probability[rows][missing[:, typed].all(axis=1)] = frequency
+                if time.monotonic() - last_logged > 2:
+                    done = (place, len(chosen), block.stop, len(numbers))
+                    logger.info("copying stretch %d/%d: %d/%d samples", *done)
+                    last_logged = time.monotonic()
+            yield window, probability
+
     @torch.no_grad()
     def _probability(self, batch: Batch) -> np.ndarray:
         # TF32 stays off, torch's default: it would round the weights of the exact search, and bf16 is faster.
@@ -177,7 +231,6 @@ class Imputation:
 
 def impute_to_vcf(
     imputation: Imputation,
-    targets: Targets,
     out: Path,
     where: Extent | None = None,
     output: OutputOptions = EVERYTHING,
@@ -186,7 +239,7 @@ def impute_to_vcf(
 
     Raises :class:`UserError` if ``out`` cannot be written.
     """
-    sites = imputation.data.reference.panel.sites
+    sites, targets = imputation.data.reference.panel.sites, imputation.targets
     where = Extent(sites.contig_runs()) if where is None else where
     windows = where.windows(imputation.data.windows)
     weights = blend_weights(imputation.data.windows)
@@ -201,11 +254,15 @@ def impute_to_vcf(
     last_logged = time.monotonic()
     written = sites if len(rows) == len(sites) else sites.take(rows)
     with ImputedVcfWriter(out, written, targets.samples, source, output) as writer:
-        for number, (window, probability) in enumerate(imputation.windows(targets, windows)):
+        for number, (window, probability) in enumerate(imputation.windows(windows)):
             # ``pending`` holds the blended part of the windows so far, from site ``settled`` on.
-            grown = np.zeros((len(pending), window.core_stop - settled), dtype=np.float32)
-            grown[:, : pending.shape[1]] = pending
-            grown[:, window.core_start - settled :] += probability * weights[window.index].astype(np.float32)
+            shared = np.flatnonzero(weights[window.index] != 1)
+            probability[:, shared] *= weights[window.index][shared].astype(np.float32)
+            grown = probability
+            if pending.shape[1]:
+                grown = np.zeros((len(pending), window.core_stop - settled), dtype=np.float32)
+                grown[:, : pending.shape[1]] = pending
+                grown[:, window.core_start - settled :] += probability
             last = number + 1 == len(windows)
             until = window.core_stop if last else min(window.core_stop, windows[number + 1].core_start)
             # Of these sites, those asked for are consecutive: at most the first or last ones are not.

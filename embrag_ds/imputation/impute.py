@@ -81,7 +81,7 @@ def impute(
     model: Path = PRETRAINED,
     options: TargetOptions = TargetOptions(),
     samples_per_batch: int = 32,
-    transformer: bool = True,
+    transformer: bool | None = None,
     device: str | None = None,
     precision: Precision | None = None,
     adapt: Adapt = "auto",
@@ -93,8 +93,9 @@ def impute(
 
     ``model`` is an exported model; ``options`` say how targets are read, and ``output`` what is written. Without panel
     and target, those of the default data set are used. More ``samples_per_batch`` take more memory and less time.
-    Without ``transformer`` its residual is left out (:meth:`embrag_ds.model.imputer.Imputer.forward`). ``device``
-    defaults to CUDA where there is a device; a warning says where torch cannot use one that the driver lists.
+    Without ``transformer`` its residual is left out (:meth:`embrag_ds.model.imputer.Imputer.forward`), which is the
+    default on a CPU, where it takes long. ``device`` defaults to CUDA where there is a device; a warning says where
+    torch cannot use one that the driver lists.
     ``precision`` of the network's matrix products defaults to bf16 on a GPU and fp32 on a CPU. ``adapt`` says whether,
     or for how many minutes of two cores, the model first adapts to the panel and to the sites the targets are typed at
     (:func:`embrag_ds.adaptation.adapt.adapt_model`). The model that imputes is also written to ``save_model``. The
@@ -113,6 +114,9 @@ def impute(
     where = _device(device)
     require_kernels(where)
     numbers = _checked(precision, where)
+    advice = transformer is None and where.type == "cpu"
+    if transformer is None:
+        transformer = where.type == "cuda"
     began = time.monotonic()
     exported = read_export(model)
     logger.info("model %s", model)
@@ -133,6 +137,8 @@ def impute(
     inputs = open_inputs(files, settings)
     panel = inputs.panel
     logger.info("panel %s: %d samples, %d sites", panel.path, len(panel.samples), len(panel.sites))
+    if advice:
+        logger.info("imputing without the transformer, which takes long on a CPU; --transformer on adds it")
     with scratch_folder(cache_directory(settings), "imputation-") as scratch:
         targets, found, opened = _read_targets(target, inputs, options, scratch, log)
         written = extent(
@@ -148,9 +154,9 @@ def impute(
             write_export(save_model, adapted.model.weights, adapted.model.snapshot, adapted.model.config)
         if options.report is not None:
             write_json(options.report, {**found, "adaptation": adapted.report})
-        imputation = Imputation(adapted.model, inputs, where, samples_per_batch, transformer, numbers)
+        imputation = Imputation(adapted.model, inputs, targets, where, samples_per_batch, transformer, numbers)
         warn_of_few_typed(written.windows(imputation.data.windows), panel.sites, targets.typed)
-        impute_to_vcf(imputation, targets, out, written, output)
+        impute_to_vcf(imputation, out, written, output)
     logger.info("%s: %d samples in %.0f s", out, len(targets.samples), time.monotonic() - began)
 
 

@@ -8,13 +8,17 @@ sites and panels.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from embrag_ds.model.pooling import Evidence
 from embrag_ds.model.recompute import computed_again
 
-_FEATURES = 11
+_FEATURES = 10
+LEAST_PROBABILITY = 1e-3
+_LEAST_ODDS = math.log(LEAST_PROBABILITY / (1 - LEAST_PROBABILITY))
 _SHORTEST_CM = 1e-3
 _RAREST = 1e-5
 _SITES_AT_ONCE = 8192
@@ -25,12 +29,14 @@ class ConfidenceHead(nn.Module):
     """Per-site network for a correction of the prior's log-odds of ALT, zero before training.
 
     Its features are those of the panel's minor allele, so exchanging REF and ALT reverses the sign of the correction.
+    Where the minor allele is less probable than :data:`LEAST_PROBABILITY`, nothing is corrected: that is most of all
+    sites, and a dosage has three decimals.
     """
 
-    def __init__(self, width: int = 64):
+    def __init__(self, width: int = 32):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(_FEATURES, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1)
+            nn.Linear(_FEATURES, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)
         )
         nn.init.zeros_(self.layers[-1].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.layers[-1].bias)  # type: ignore[arg-type]
@@ -49,11 +55,12 @@ class ConfidenceHead(nn.Module):
         else:  # in pieces, so that activations stay in the processor's caches
             pieces = features.flatten(0, 1).split(_SITES_AT_ONCE)
             correction = torch.cat([self.layers(each) for each in pieces]).view(*sign.shape, 1)
-        return sign * correction[..., 0].float()
+        likely = sign * prior.detach() >= _LEAST_ODDS
+        return torch.where(likely, sign * correction[..., 0].float(), 0.0)
 
 
 def confidence_features(minor_odds: Tensor, sign: Tensor, evidence: Evidence, frequency: Tensor) -> Tensor:
-    """Input features of the head, float32 [B, L, 11], scaled to the order of 1.
+    """Input features of the head, float32 [B, L, 10], scaled to the order of 1.
 
     ``minor_odds`` [B, L] are the prior's log-odds of the minor allele; ``sign`` [B, L] is -1 where the minor allele is
     REF, and 1 elsewhere. ``frequency`` [B, L] is that of ALT.
@@ -61,24 +68,26 @@ def confidence_features(minor_odds: Tensor, sign: Tensor, evidence: Evidence, fr
     turned = sign < 0
     own = torch.where(turned, evidence.ref_length, evidence.alt_length)
     others = torch.where(turned, evidence.alt_length, evidence.ref_length)
-    share = torch.where(turned, 1 - evidence.share, evidence.share)
-    maf = torch.minimum(frequency, 1 - frequency).clamp_min(_RAREST)
     features = [
         minor_odds / 4,
         (minor_odds / 4).square() / 4,
-        maf.log() / 4,
-        _log_cm(own),
-        _log_cm(others),
-        evidence.uncertainty,
-        (share.clamp_min(1e-4).log() - maf.log()) / 4,
-        _log_cm(evidence.nearest),
-        _log_cm(evidence.gap),
+        log_rarity(frequency),
+        log_cm(own),
+        log_cm(others),
+        evidence.uncertainty / 7,
+        log_cm(evidence.nearest),
+        log_cm(evidence.gap),
         evidence.density.log() / 2,
         torch.where(turned, -evidence.disagreement, evidence.disagreement) / 4,
     ]
     return torch.stack(features, dim=-1)
 
 
-def _log_cm(length: Tensor) -> Tensor:
+def log_rarity(frequency: Tensor) -> Tensor:
+    """Scaled logarithm of the minor allele's frequency, from that of ALT."""
+    return torch.minimum(frequency, 1 - frequency).clamp_min(_RAREST).log() / 4
+
+
+def log_cm(length: Tensor) -> Tensor:
     """Scaled logarithm of a length in cM, finite at 0."""
     return (length + _SHORTEST_CM).log() / 3

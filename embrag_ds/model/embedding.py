@@ -84,12 +84,14 @@ class HaplotypeEmbedding(nn.Module):
         tokens = torch.arange(VOCAB, device=sites.position.device)
         return self(tokens[:, None].expand(VOCAB, len(sites.position)), sites).transpose(0, 1)
 
-    def site_weights(self, sites: SiteTensors) -> Tensor:
-        """Weight of a mismatch at each site, ``w_l = ||e_l(ALT) - e_l(REF)||^2``, float32 [L].
+    def site_weights(self, frequency: Tensor) -> Tensor:
+        """Weight of a mismatch at sites of ALT ``frequency`` float32 [L], ``w_l = ||e_l(ALT) - e_l(REF)||^2``.
 
-        It is computed without a codebook, because ``site_l`` cancels in the difference. For the backward pass only the
-        sites' features are stored.
+        Float32 [L], as at the core's centre, so that a site has the same weight in any window. It is computed without a
+        codebook, because ``site_l`` cancels in the difference. For the backward pass only the sites' features are
+        stored.
         """
+        sites = SiteTensors(torch.zeros_like(frequency), frequency)
         return computed_again(self._site_weights, torch.cat(self._features(sites), dim=-1))
 
     def _site_weights(self, features: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ class Imputer(nn.Module):
         if batch.retrieved is not None:
             # No autocast: products of probabilities along the whole window are too inexact in bf16.
             with torch.autocast(batch.core.tokens.device.type, enabled=False):
-                weight = self.embedding.site_weights(batch.window.sites)
+                weight = self.embedding.site_weights(batch.window.sites.frequency)
                 pooled = self.pooling(batch, batch.retrieved, weight / weight.mean())
         given = _core_inputs(batch, pooled)
         if loss is None:

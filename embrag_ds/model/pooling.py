@@ -14,13 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from embrag_ds.data.tokens import ALT, REF
-from embrag_ds.ops.dosage import FlankingSites, alt_share, expected_allele, interpolated
-from embrag_ds.ops.li_stephens import copying_posterior, count_true, match_lengths
+from embrag_ds.ops.dosage import FlankingSites, expected_allele, interpolated
+from embrag_ds.ops.li_stephens import copying_posterior, count_by_place, match_lengths
 from embrag_ds.retrieval.batch import Batch, Retrieved
 
-_LEAST = 1e-6
-_LEAST_REST = 1e-4
-"""Least weight of REF, 1 - dosage, that is not mostly rounding error."""
+NEGLIGIBLE = 3e-3
+"""Copying probabilities below this part of their mean count as zero."""
+LEAST_TYPED_NEAR = 1e-30
+"""Least weight of typed sites near a place, so that a place without any has no prior rather than none at all."""
+_LEAST = 1e-4
+"""Least weight of an allele, as a difference of others, that is not mostly rounding error."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,8 @@ class Evidence:
 
     * ``alt_length``, ``ref_length``: mean match length in cM of the copied haplotypes with ALT and with REF, 0 where
       hardly any has it.
-    * ``uncertainty``: entropy of the copying probabilities, divided by log K, in [0, 1].
-    * ``share``: share of the neighbours that carry ALT, in [0, 1].
+    * ``uncertainty``: logarithm of the number of haplotypes that are copied, which is the inverse of the sum of
+      squares of their probabilities.
     * ``nearest``, ``gap``: distance in cM to the nearest typed site, and between the flanking ones.
     * ``density``: typed sites per cM over the whole window, in units of 100 per cM.
     * ``disagreement``: log-odds of ALT by the slow copying model minus those by the fast one.
@@ -55,11 +58,38 @@ class Evidence:
     alt_length: Tensor
     ref_length: Tensor
     uncertainty: Tensor
-    share: Tensor
     nearest: Tensor
     gap: Tensor
     density: Tensor
     disagreement: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        dosage: Tensor,
+        fast_dosage: Tensor,
+        alt_length: Tensor,
+        length: Tensor,
+        *,
+        uncertainty: Tensor,
+        nearest: Tensor,
+        gap: Tensor,
+        density: Tensor,
+    ) -> Evidence:
+        """Evidence from the two models' dosages and from match lengths, all of one shape.
+
+        ``alt_length`` is the sum of the copied haplotypes' lengths, weighed by their probabilities, over those with
+        ALT, and ``length`` that over all, in cM.
+        """
+        return cls(
+            alt_length=_mean(alt_length, dosage),
+            ref_length=_mean(length - alt_length, 1 - dosage),
+            uncertainty=uncertainty,
+            nearest=nearest,
+            gap=gap,
+            density=density,
+            disagreement=torch.logit(dosage, eps=1e-4) - torch.logit(fast_dosage, eps=1e-4),
+        )
 
 
 class DistancePooling(nn.Module):
@@ -96,13 +126,17 @@ class CopyingPooling(nn.Module):
     """Pooling by posterior copying probabilities of two Li and Stephens models (:mod:`embrag_ds.ops.li_stephens`).
 
     Recombination: its probability between typed sites d cM apart is ``1 - exp(-r d)``. Mismatch: the emission factor of
-    a neighbour that differs at site l is ``exp(-m w_l)``, with the embedding's site weight w_l. Parameters ``rate`` and
+    a neighbour that differs at site l is ``exp(-m w_l)``, with the embedding's site weight w_l, whose mean over a
+    query's typed sites is made 1. Parameters ``rate`` and
     ``penalty`` give r and m, each a learned constant times a learned power of the density of typed sites. On a sparse
     array, each typed site represents more untyped ones.
 
-    After a recombination, neighbours that resemble the query over the whole window are more probable. The
-    log-probability falls linearly, by a learned amount per percent of typed sites that differ. Between typed sites
-    posteriors are interpolated linearly in cM (Browning et al. 2016, Am. J. Hum. Genet. 98:116).
+    After a recombination, neighbours that resemble the query around that place are more probable. Their
+    log-probability falls linearly with the percentage of typed sites that differ. Sites at a distance d have the weight
+    ``exp(-d / s)``. There are two such terms, each with a learned strength (``closeness``) and a learned scale s
+    (``reach``). Probabilities that are negligible beside the others are left out (:func:`without_negligible`), so a
+    posterior hardly depends on how many neighbours there are. Between typed sites posteriors are interpolated linearly
+    in cM (Browning et al. 2016, Am. J. Hum. Genet. 98:116).
 
     Rare alleles are young, so haplotypes that share one match over a long stretch. The best recombination rate for them
     is below that for common alleles. So there is a slow and a fast copying model, and a site's dosage is a mean of
@@ -112,8 +146,9 @@ class CopyingPooling(nn.Module):
     gives_evidence = True
     _INITIAL_RECOMBINATION = (2.0, 5.0)  # per cM; slow, fast
     _INITIAL_MISMATCH = 5.0
-    _INITIAL_CLOSENESS = 0.07  # per percent
-    _TYPICAL_DENSITY = 100.0  # typed sites per cM
+    _INITIAL_CLOSENESS = (0.15, 0.05)  # per percent; far, near
+    _INITIAL_REACH = (4.0, 0.5)  # cM; far, near
+    TYPICAL_DENSITY = 100.0  # typed sites per cM
     # These few parameters are stored divided by 10, so that an optimiser step changes them ten times as much.
     _GAIN = 10.0
 
@@ -124,7 +159,8 @@ class CopyingPooling(nn.Module):
         rates = [math.log(rate) / self._GAIN for rate in self._INITIAL_RECOMBINATION]
         self.rate = nn.Parameter(torch.tensor([*rates, 0.0, 0.0]))
         self.penalty = nn.Parameter(torch.tensor([math.log(self._INITIAL_MISMATCH) / self._GAIN] * 2 + [0.0, 0.0]))
-        self.closeness = nn.Parameter(torch.tensor([self._INITIAL_CLOSENESS / self._GAIN]))
+        self.closeness = nn.Parameter(torch.tensor(self._INITIAL_CLOSENESS) / self._GAIN)
+        self.reach = nn.Parameter(torch.tensor(self._INITIAL_REACH).log() / self._GAIN)
         # Log-odds of the slow model's weight at a frequency of 0.1 %, and their change per factor of ten.
         self.slow = nn.Parameter(torch.tensor([0.0, -2.0]) / self._GAIN)
 
@@ -133,22 +169,24 @@ class CopyingPooling(nn.Module):
         position = batch.window.sites.position[batch.window.typed]
         gap = torch.diff(position, dim=1, prepend=position[:, :1])
         length = (batch.window.sites.position[-1] - batch.window.sites.position[0]).clamp_min(1e-6)
-        density = batch.window.typed_count.clamp_min(1) / (length * self._TYPICAL_DENSITY)
-        recombination, mismatch = (self._power(each, density) for each in (self.rate, self.penalty))
-        typed_weight = site_weight[batch.window.typed]
-        prior = self._recombination_prior(batch, retrieved)
+        density = batch.window.typed_count.clamp_min(1) / (length * self.TYPICAL_DENSITY)
+        present = _present(batch)
+        weight = site_weight[batch.window.typed]
+        mean = (weight * present).sum(1, keepdim=True) / batch.window.typed_count.clamp_min(1)[:, None]
+        nats, recombination = self.rates(gap, density, weight / torch.where(mean > 0, mean, 1.0))
         # Both copying models in one call: chain c models haplotype c % B.
         posterior = copying_posterior(
             retrieved.mismatch,
-            (mismatch.T[..., None] * typed_weight).flatten(0, 1),
-            -torch.expm1(-recombination.T[..., None] * gap).flatten(0, 1),
-            prior,
+            nats.flatten(0, 1),
+            recombination.flatten(0, 1),
+            self._recombination_prior(batch, retrieved, present),
             batch.window.near,
+            batch.window.place,
         )
-        slow, fast = posterior.unflatten(0, (2, -1))
+        slow, fast = without_negligible(posterior).unflatten(0, (2, -1))
         flanking = _flanking(batch)
         by_slow, by_fast = (expected_allele(retrieved.alleles, each, flanking) for each in (slow, fast))
-        share = self._share_of_slow(batch.core.frequency)
+        share = self.share_of_slow(batch.core.frequency)
         weights = None
         if retrieved.embeddings is not None:
             spread_fast, spread_slow = (interpolated(each, flanking) for each in (fast, slow))
@@ -162,21 +200,58 @@ class CopyingPooling(nn.Module):
             ),
         )
 
+    def rates(self, gap: Tensor, density: Tensor, typed_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Nats of a mismatch and probability of a recombination at each typed site, both float32 [2, B, T].
+
+        ``gap`` float32 [B, T] is the distance in cM from the typed site before, ``density`` [B] is in units of 100 per
+        cM, and ``typed_weight`` float32 [B, T] the weight of a mismatch. The first model is the slow one.
+        """
+        recombination, mismatch = (self._power(each, density) for each in (self.rate, self.penalty))
+        return mismatch.T[..., None] * typed_weight, -torch.expm1(-recombination.T[..., None] * gap)
+
+    def prior_terms(self, place_cm: float) -> tuple[Tensor, Tensor]:
+        """Strength per percent, and weight of a place ``place_cm`` away, of each term of the prior: float32 [2]."""
+        reach = torch.exp(self.reach.float() * self._GAIN)
+        return self.closeness.float() * self._GAIN, torch.exp(-place_cm / reach)
+
     def _power(self, parameter: Tensor, density: Tensor) -> Tensor:
         """Constant times a power of ``density`` [B], for each copying model, float32 [B, 2]."""
         logarithm, exponent = (parameter.float() * self._GAIN).unflatten(0, (2, 2))
         return torch.exp(logarithm + exponent * density.log()[:, None])
 
-    def _recombination_prior(self, batch: Batch, retrieved: Retrieved) -> Tensor:
-        """Probability of every neighbour after a recombination, float32 [B, K], summing to 1 over K."""
-        differs = count_true(retrieved.mismatch) * (100 / batch.window.typed_count.clamp_min(1))[:, None]
-        return torch.softmax(-self.closeness.float() * self._GAIN * differs, dim=-1)
+    def _recombination_prior(self, batch: Batch, retrieved: Retrieved, present: Tensor) -> Tensor:
+        """Probability of every neighbour after a recombination at each place, float32 [B, G, K], summing to 1."""
+        window = batch.window
+        differing = count_by_place(retrieved.mismatch, window.place, window.places)
+        typed = count_by_place(present[..., None], window.place, window.places)[..., 0]
+        strength, decay = self.prior_terms(window.place_cm)
+        order = torch.arange(window.places, device=typed.device)
+        nearness = decay[:, None, None] ** (order[:, None] - order).abs()
+        typed_near = torch.einsum("jgh,bh->bjg", nearness, typed).clamp_min(LEAST_TYPED_NEAR)
+        factor = torch.einsum("j,jgh,bjg->bgh", 100 * strength, nearness, 1 / typed_near)
+        return torch.softmax(-(factor @ differing), dim=-1)
 
-    def _share_of_slow(self, frequency: Tensor) -> Tensor:
+    def share_of_slow(self, frequency: Tensor) -> Tensor:
         """Weight of the slow copying model at ALT ``frequency`` [B, L], float32 [B, L]."""
         maf = torch.minimum(frequency, 1 - frequency).clamp_min(1e-5)
         level, per_decade = self.slow.float() * self._GAIN
         return torch.sigmoid(level + per_decade * torch.log10(maf / 1e-3))
+
+
+def _mean(total: Tensor, weight: Tensor) -> Tensor:
+    """Mean length, from the sum ``total`` of weighed ones; 0 where there is hardly any ``weight``."""
+    return torch.where(weight > _LEAST, total.clamp_min(0) / weight.clamp_min(_LEAST), 0.0)
+
+
+def without_negligible(posterior: Tensor) -> Tensor:
+    """Copying probabilities float32 [..., K] without the negligible ones; they sum to 1 again.
+
+    Negligible is what lies below :data:`NEGLIGIBLE` times the sum of squares, the mean probability of what is copied.
+    Of thousands of haplotypes, most have such probabilities, and together they blur the dosage (docs/log.md).
+    """
+    least = NEGLIGIBLE * posterior.detach().square().sum(-1, keepdim=True)
+    kept = torch.where(posterior > least, posterior, 0.0)
+    return kept / kept.sum(-1, keepdim=True)
 
 
 @torch.no_grad()
@@ -196,23 +271,27 @@ def _evidence(
     """
     lengths = match_lengths(retrieved.mismatch, position, batch.window.typed_count, batch.window.near).mul_(posterior)
     of_alt = expected_allele(retrieved.alleles, lengths, flanking)
-    spread = torch.special.entr(posterior).sum(-1) / math.log(max(2, posterior.shape[-1]))
+    spread = -posterior.square().sum(-1).log()
     overall = interpolated(torch.stack([lengths.sum(-1), spread], dim=-1), flanking)
     sites = batch.core.sites.position
     start = batch.window.near.first[:, None]
     before, after = (position.gather(1, start + place) for place in (flanking.left, flanking.right))
-    return Evidence(
-        alt_length=of_alt / dosage.clamp_min(_LEAST),
-        ref_length=torch.where(
-            1 - dosage > _LEAST_REST, (overall[:, 0] - of_alt).clamp_min(0) / (1 - dosage).clamp_min(_LEAST_REST), 0.0
-        ),
+    return Evidence.of(
+        dosage,
+        fast_dosage,
+        of_alt,
+        overall[:, 0],
         uncertainty=overall[:, 1],
-        share=alt_share(retrieved.alleles),
         nearest=torch.minimum((sites - before).abs(), (after - sites).abs()),
         gap=(after - before).abs(),
         density=density[:, None].expand_as(dosage),
-        disagreement=torch.logit(dosage, eps=1e-4) - torch.logit(fast_dosage, eps=1e-4),
     )
+
+
+def _present(batch: Batch) -> Tensor:
+    """Which columns of ``batch.window.typed`` are no padding, bool [B, T]."""
+    columns = torch.arange(batch.window.typed.shape[1], device=batch.window.typed.device)
+    return columns < batch.window.typed_count[:, None]
 
 
 def _membership(batch: Batch, retrieved: Retrieved) -> Tensor:

@@ -15,6 +15,7 @@ given. G: blocks of sites.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -27,6 +28,7 @@ from embrag_ds.ops import cuda, dosage_numba
 from embrag_ds.ops.dosage_cuda import CudaDosage
 
 _WORD_BITS = 64
+_ALLELE_BYTES = 1 << 26
 _LEAST_SITES_PER_CUT = 12
 """Mean number of sites between two typed ones from which sequences are faster than lists of carriers."""
 
@@ -111,19 +113,6 @@ def expected_allele(neighbours: Neighbours, posterior: Tensor, flanking: Flankin
     return (interpolated(posterior, flanking) * neighbours.all).sum(1)
 
 
-def alt_share(neighbours: Neighbours) -> Tensor:
-    """Share of the neighbours that carry ALT, float32 [B, L] in [0, 1]."""
-    if isinstance(neighbours, DenseAlleles):
-        return neighbours.all.sum(1, dtype=torch.int32) / neighbours.all.shape[1]
-    if isinstance(neighbours, Carriers):
-        return torch.diff(neighbours.offset, dim=1) / neighbours.k
-    ids = neighbours.ids
-    shape = len(ids), len(neighbours.blocks.start) - 1
-    origin = torch.zeros(shape, dtype=torch.int64)
-    equal = torch.full((len(ids), 1, ids.shape[1]), 1 / ids.shape[1])
-    return expected_allele(neighbours, equal, FlankingSites(origin, origin, torch.zeros(shape)))
-
-
 def dense_alleles(neighbours: Neighbours) -> Tensor:
     """Write the alleles of any form out as a table, uint8 [B, K, L]."""
     if isinstance(neighbours, DenseAlleles):
@@ -142,6 +131,39 @@ def dense_alleles(neighbours: Neighbours) -> Tensor:
     for row, (offset, members) in enumerate(zip(offsets, lists, strict=True)):
         found[row, members[: offset[-1]], np.repeat(np.arange(found.shape[2]), np.diff(offset))] = 1
     return torch.from_numpy(found)
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """The first four fields of :class:`Blocks`, and ``carrying`` uint64 [L], the sequences with ALT at each site."""
+
+    bounds: np.ndarray
+    sequence: np.ndarray
+    words: np.ndarray
+    count: np.ndarray
+    carrying: np.ndarray
+
+    @classmethod
+    def made(cls, alleles: Callable[[slice], np.ndarray], sites: int, haplotypes: int, cuts: np.ndarray) -> Numbered:
+        """Cut ``sites`` at the sites ``cuts``, as :meth:`Blocks.made` does.
+
+        ``alleles`` gives those of some consecutive sites, uint8 [n, H], at most 64 MiB or one block at a time.
+        """
+        runs = np.unique(np.concatenate([[0], cuts, [sites]]))
+        bounds = np.concatenate([*(np.arange(*run, _WORD_BITS) for run in pairwise(runs)), [sites]])
+        number = len(bounds) - 1
+        sequence = np.empty((number, haplotypes), dtype=np.uint32)
+        words = np.empty((number, haplotypes), dtype=np.uint64)
+        count, carrying = np.empty(number, dtype=np.int64), np.empty(sites, dtype=np.uint64)
+        step = max(1, _ALLELE_BYTES // (_WORD_BITS * haplotypes))
+        for first in range(0, number, step):
+            here = slice(first, min(first + step, number))
+            span = slice(int(bounds[here.start]), int(bounds[here.stop]))
+            within = bounds[here.start : here.stop + 1] - span.start
+            dosage_numba.number_sequences(
+                alleles(span), within, sequence[here], words[here], count[here], carrying[span]
+            )
+        return cls(bounds, sequence, words, count, carrying)
 
 
 @dataclass(frozen=True)
@@ -164,17 +186,11 @@ class Blocks:
     @classmethod
     def made(cls, by_site: np.ndarray, cuts: np.ndarray) -> Blocks:
         """Cut alleles uint8 [L, H] into blocks at the sites ``cuts`` and wherever a block would exceed 64 sites."""
-        runs = np.unique(np.concatenate([[0], cuts, [len(by_site)]]))
-        bounds = np.concatenate([*(np.arange(*run, _WORD_BITS) for run in pairwise(runs)), [len(by_site)]])
-        shape = len(bounds) - 1, by_site.shape[1]
-        sequence, words = np.empty(shape, dtype=np.uint32), np.empty(shape, dtype=np.uint64)
-        count = np.empty(shape[0], dtype=np.int64)
-        start = np.zeros(len(by_site) + 1, dtype=np.uint64)
-        dosage_numba.number_sequences(by_site, bounds, sequence, words, count, start[1:])
-        start = start.cumsum(dtype=np.uint64)
+        numbered = Numbered.made(by_site.__getitem__, len(by_site), by_site.shape[1], cuts)
+        start = np.concatenate([np.zeros(1, dtype=np.uint64), numbered.carrying.cumsum(dtype=np.uint64)])
         who = np.empty(int(start[-1]), dtype=np.uint32)
-        dosage_numba.list_sequences(words, count, bounds, start, who)
-        return cls(bounds, sequence, words, count, start, who)
+        dosage_numba.list_sequences(numbered.words, numbered.count, numbered.bounds, start, who)
+        return cls(numbered.bounds, numbered.sequence, numbered.words, numbered.count, start, who)
 
 
 class _ListedDosage(torch.autograd.Function):

@@ -3,16 +3,16 @@
 In this hidden Markov model a query haplotype is an imperfect copy of its K neighbours, one at a time. The source is Li
 & Stephens 2003, Genetics 165:2213. Mismatch: at a typed site where neighbour and query differ, the emission factor is
 ``exp(-mismatch_nats)`` instead of 1. Recombination: before each site, with probability ``recombination``, the copied
-neighbour is drawn anew, neighbour k with probability ``prior[k]``. The forward-backward algorithm gives the posterior
-probability that each neighbour is the one being copied.
+neighbour is drawn anew, neighbour k with probability ``prior[k]``. That prior depends on the place along the window.
+The forward-backward algorithm gives the posterior probability that each neighbour is the one being copied.
 
 Forward and backward probabilities are normalised at every site, so nothing underflows. Three back ends compute the same
 function and its gradients: numba loops (CPU), CUDA kernels (GPU with CuPy), and torch operations elsewhere. See
 :mod:`embrag_ds.ops.li_stephens_numba` and :mod:`embrag_ds.ops.li_stephens_cuda`.
 
-Two letters beside those of :mod:`embrag_ds.data.tokens`. C: chains, a multiple of B; chain c models query haplotype
-``c % B``. M: typed sites of a row that are :class:`Near`, in or next to the core. All T typed sites of a window are
-observations, but posteriors are returned at those M only.
+Three letters beside those of :mod:`embrag_ds.data.tokens`. C: chains, a multiple of B; chain c models query haplotype
+``c % B``. G: places along a window, each with a prior of its own. M: typed sites of a row that are :class:`Near`, in or
+next to the core. All T typed sites of a window are observations, but posteriors are returned at those M only.
 """
 
 from __future__ import annotations
@@ -74,15 +74,17 @@ def mismatches(alleles: Tensor, place: Tensor, ids: Tensor, tokens: Tensor, coun
     return (alleles[place[:, :, None], ids[:, None, :]] + tokens[:, :, None] == 1) & valid[:, :, None]
 
 
-def count_true(rows: Tensor) -> Tensor:
-    """Number of true entries over the middle dimension: bool or 0/1 uint8 [B, T, K] to int32 [B, K].
+def count_by_place(rows: Tensor, place: Tensor, places: int) -> Tensor:
+    """Number of true entries at each place: bool [B, T, K] to float32 [B, G, K], for G = ``places``.
 
-    On a CPU, a numba loop adds the bytes, because torch's sum would first convert all of them to integers.
+    ``place`` int64 [B, T] is the place of each typed site. On a CPU, a numba loop adds the bytes, because a product
+    of matrices would first convert all of them to floats.
     """
     if rows.device.type != "cpu":
-        return rows.sum(1, dtype=torch.int32)
-    total = np.zeros((rows.shape[0], rows.shape[2]), dtype=np.int32)
-    li_stephens_numba.add_rows(rows.contiguous().view(torch.uint8).numpy(), total)
+        belongs = place[:, None] == torch.arange(places, device=rows.device)[:, None]
+        return belongs.float() @ rows.float()  # exact: sums of zeros and ones
+    total = np.zeros((rows.shape[0], places, rows.shape[2]), dtype=np.float32)
+    li_stephens_numba.add_by_place(rows.contiguous().view(torch.uint8).numpy(), place.contiguous().numpy(), total)
     return torch.from_numpy(total)
 
 
@@ -94,46 +96,63 @@ def copying_backend(device: torch.device) -> str:
 
 
 def copying_posterior(
-    mismatch: Tensor, mismatch_nats: Tensor, recombination: Tensor, prior: Tensor, near: Near | None = None
+    mismatch: Tensor,
+    mismatch_nats: Tensor,
+    recombination: Tensor,
+    prior: Tensor,
+    near: Near | None = None,
+    place: Tensor | None = None,
 ) -> Tensor:
     """Posterior copying probabilities at the typed sites ``near``, or at all, float32 [C, M, K], summing to 1 over K.
 
     ``mismatch`` bool [B, T, K] marks where a neighbour differs. ``mismatch_nats`` float32 [C, T], not negative, is the
     loss of log-probability at a mismatch, capped at 60. ``recombination`` float32 [C, T] is the probability of a
-    recombination before each site, at least 1e-8; the first one is ignored. ``prior`` float32 [B, K], positive and
-    summing to 1 over K, is the probability of each neighbour after a recombination. Differentiable in all but
-    ``mismatch``.
+    recombination before each site, at least 1e-8; the first one is ignored. ``prior`` float32 [B, G, K], positive and
+    summing to 1 over K, is the probability of each neighbour after a recombination, at each of G places along a window.
+    ``place`` int64 [B, T], in [0, G), is the place of each typed site. A recombination just before site t draws from
+    ``prior[b, place[b, t]]``, and the first site draws from that of its own place. Without ``place`` all sites have the
+    place 0. CUDA kernels read a prior again wherever the place changes, so places should follow one another.
+    Differentiable in ``mismatch_nats``, ``recombination`` and ``prior``.
     """
     way = copying_backend(mismatch.device)
     if way == "torch":
-        return posterior_torch(mismatch, mismatch_nats, recombination, prior, near)
-    mismatch_nats, recombination = _bounded(mismatch_nats, recombination)
+        return posterior_torch(mismatch, mismatch_nats, recombination, prior, near, place)
+    mismatch_nats, recombination = bounded(mismatch_nats, recombination)
     near = near or _all_sites(mismatch)
+    place = _one_place(mismatch) if place is None else place
     if way == "cuda kernel":
         where = near.first, near.count, near.start, near.stop
-        return CudaPosterior.apply(mismatch, torch.exp(-mismatch_nats), recombination, prior, *where)
-    return _CompiledPosterior.apply(mismatch, mismatch_nats, recombination, prior, near.first, near.count)
+        return CudaPosterior.apply(mismatch, torch.exp(-mismatch_nats), recombination, prior, place, *where)
+    return _CompiledPosterior.apply(mismatch, mismatch_nats, recombination, prior, place, near.first, near.count)
 
 
 def posterior_torch(
-    mismatch: Tensor, mismatch_nats: Tensor, recombination: Tensor, prior: Tensor, near: Near | None = None
+    mismatch: Tensor,
+    mismatch_nats: Tensor,
+    recombination: Tensor,
+    prior: Tensor,
+    near: Near | None = None,
+    place: Tensor | None = None,
 ) -> Tensor:
     """:func:`copying_posterior` in plain torch operations, one step per site, differentiated by autograd."""
-    mismatch_nats, recombination = _bounded(mismatch_nats, recombination)
+    mismatch_nats, recombination = bounded(mismatch_nats, recombination)
     chains = len(mismatch_nats) // len(mismatch)
-    mismatch, prior = mismatch.repeat(chains, 1, 1), prior.repeat(chains, 1)
+    place = _one_place(mismatch) if place is None else place
+    mismatch, prior, place = mismatch.repeat(chains, 1, 1), prior.repeat(chains, 1, 1), place.repeat(chains, 1)
+    rows = torch.arange(len(prior), device=prior.device)
     emission = torch.where(mismatch, torch.exp(-mismatch_nats)[..., None], 1.0).unbind(1)
     stay = (1 - recombination)[..., None].unbind(1)
     jump = recombination[..., None].unbind(1)
-    first = prior * emission[0]
+    first = prior[rows, place[:, 0]] * emission[0]
     forward = [first / first.sum(-1, keepdim=True)]
     for site in range(1, len(emission)):
-        moved = (jump[site] * prior + stay[site] * forward[-1]) * emission[site]
+        moved = (jump[site] * prior[rows, place[:, site]] + stay[site] * forward[-1]) * emission[site]
         forward.append(moved / moved.sum(-1, keepdim=True))
     backward = [torch.ones_like(emission[0])]
     for site in range(len(emission) - 1, 0, -1):
         seen = backward[-1] * emission[site]
-        backward.append(jump[site] + stay[site] * seen / (prior * seen).sum(-1, keepdim=True))
+        total = (prior[rows, place[:, site]] * seen).sum(-1, keepdim=True)
+        backward.append(jump[site] + stay[site] * seen / total)
     near = near or _all_sites(mismatch)
     both = near.of(torch.stack(forward, 1)) * near.of(torch.stack(backward[::-1], 1))
     return both / both.sum(-1, keepdim=True)
@@ -143,14 +162,22 @@ def _all_sites(mismatch: Tensor) -> Near:
     return Near.same(0, mismatch.shape[1], len(mismatch), mismatch.device)
 
 
-def _bounded(mismatch_nats: Tensor, recombination: Tensor) -> tuple[Tensor, Tensor]:
+def _one_place(mismatch: Tensor) -> Tensor:
+    return torch.zeros(mismatch.shape[:2], dtype=torch.int64, device=mismatch.device)
+
+
+def bounded(mismatch_nats: Tensor, recombination: Tensor) -> tuple[Tensor, Tensor]:
+    """Arguments of the copying model within bounds that keep every sum above the smallest float32."""
     return mismatch_nats.clamp_max(_MOST_MISMATCH_NATS), recombination.clamp_min(_LEAST_RECOMBINATION)
 
 
-def _arguments(mismatch: Tensor, mismatch_nats: Tensor, recombination: Tensor, prior: Tensor) -> list[np.ndarray]:
+def _arguments(
+    mismatch: Tensor, mismatch_nats: Tensor, recombination: Tensor, prior: Tensor, place: Tensor
+) -> list[np.ndarray]:
     """First arguments of the numba loops, with the ratio ``exp(-mismatch_nats)`` in place of the nats."""
     numbers = (torch.exp(-mismatch_nats.detach()), recombination.detach(), prior.detach())
-    return [mismatch.contiguous().numpy(), *(each.float().contiguous().numpy() for each in numbers)]
+    given = mismatch, *(each.float() for each in numbers), place
+    return [each.contiguous().numpy() for each in given]
 
 
 class _CompiledPosterior(torch.autograd.Function):
@@ -163,30 +190,32 @@ class _CompiledPosterior(torch.autograd.Function):
         mismatch_nats: Tensor,
         recombination: Tensor,
         prior: Tensor,
+        place: Tensor,
         first: Tensor,
         count: int,
     ) -> Tensor:
         posterior = torch.empty(len(mismatch_nats), count, mismatch.shape[2], dtype=torch.float32)
-        given = _arguments(mismatch, mismatch_nats, recombination, prior)
+        given = _arguments(mismatch, mismatch_nats, recombination, prior, place)
         li_stephens_numba.forward_backward(*given, first.numpy(), posterior.numpy())
         # Saved as tensors, so that autograd raises an error if one is modified in place before the backward pass.
-        ctx.save_for_backward(mismatch, mismatch_nats, recombination, prior, posterior)
+        ctx.save_for_backward(mismatch, mismatch_nats, recombination, prior, place, posterior)
         ctx.first = first
         return posterior
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        mismatch, mismatch_nats, recombination, prior, posterior = (each.detach() for each in ctx.saved_tensors)
+        *inputs, posterior = (each.detach() for each in ctx.saved_tensors)
+        _, mismatch_nats, _, prior, _ = inputs
         ratio_gradient = np.zeros(mismatch_nats.shape, dtype=np.float32)
-        prior_gradient = np.zeros((len(mismatch_nats), prior.shape[1]), dtype=np.float32)
+        prior_gradient = np.zeros((len(mismatch_nats), *prior.shape[1:]), dtype=np.float32)
         found = ratio_gradient, np.zeros_like(ratio_gradient), prior_gradient
-        given = (*_arguments(mismatch, mismatch_nats, recombination, prior), ctx.first.numpy(), posterior.numpy())
+        given = (*_arguments(*inputs), ctx.first.numpy(), posterior.numpy())
         li_stephens_numba.adjoint(*given, gradient.float().contiguous().numpy(), *found)
         # d exp(-mismatch_nats) / d mismatch_nats = -exp(-mismatch_nats)
         nats_gradient = -torch.from_numpy(ratio_gradient) * torch.exp(-mismatch_nats)
         of_queries = torch.from_numpy(prior_gradient).unflatten(0, (-1, len(prior))).sum(0)
-        return None, nats_gradient, torch.from_numpy(found[1]), of_queries, None, None
+        return None, nats_gradient, torch.from_numpy(found[1]), of_queries, None, None, None
 
 
 def match_lengths(mismatch: Tensor, position: Tensor, count: Tensor, near: Near | None = None) -> Tensor:

@@ -10,6 +10,7 @@ shuffles among the 32 lanes of a warp, each of which waits for the one before. T
   site before, ``S[t] = stay sum(e[k] u[k]) + jump S[t-1] sum(e[k] w[k])``, with emission factors e and prior w. The
   first sum needs u at the site before, but not S there. So it starts while S is still being added up: a sum's second
   half runs beside the first half of the next. The adjoint's recursions are linear as well, and have the same form.
+* The prior stays in registers, and is read again only where the place changes. Its gradient is written there, too.
 
 Sums over neighbours that do not depend on the recursion, and all that is local to a site, are left to light kernels
 with a warp for every row. They also pack mismatches into bits and pad rows, so that recursions read whole vectors. The
@@ -19,6 +20,7 @@ source also compiles for the host, and the tests run it there without a GPU. For
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -91,8 +93,8 @@ class CudaPosterior(torch.autograd.Function):
     """Posterior copying probabilities float32 [C, M, K] on a GPU, differentiable in all but ``mismatch``.
 
     Arguments: mismatch bool [B, T, K]; mismatch_ratio ``exp(-mismatch_nats)`` and recombination float32 [C, T]; prior
-    float32 [B, K]; first (int64 [B]), count, start and stop of :class:`embrag_ds.ops.li_stephens.Near`. CuPy must be
-    installed.
+    float32 [B, G, K]; place int64 [B, T]; first (int64 [B]), count, start and stop of
+    :class:`embrag_ds.ops.li_stephens.Near`. CuPy must be installed.
     """
 
     @staticmethod
@@ -102,19 +104,21 @@ class CudaPosterior(torch.autograd.Function):
         mismatch_ratio: Tensor,
         recombination: Tensor,
         prior: Tensor,
+        place: Tensor,
         first: Tensor,
         count: int,
         start: int,
         stop: int,
     ) -> Tensor:
         numbers = [each.detach().float().contiguous() for each in (mismatch_ratio, recombination, prior)]
-        (queries, sites, neighbours), chains = mismatch.shape, len(mismatch_ratio)
+        (queries, sites, neighbours), chains, places = mismatch.shape, len(mismatch_ratio), prior.shape[1]
+        place = place.contiguous()
         threads, per = block_shape(neighbours)
         device, row = mismatch.device, threads * per
         differs = torch.empty(queries, sites, threads, dtype=torch.int16, device=device)
         weight = torch.empty(queries, sites, 2, device=device)
-        packed = [mismatch.contiguous().view(torch.uint8), numbers[2], differs, weight]
-        _launch_rows("copying_pack", neighbours, queries * sites, packed, (queries, sites, neighbours))
+        packed = [mismatch.contiguous().view(torch.uint8), numbers[2], place, differs, weight]
+        _launch_rows("copying_pack", neighbours, queries * sites, packed, (queries, sites, neighbours, places))
         alpha, beta, posterior, alpha_factors, beta_factors = (
             torch.empty(chains, *shape, device=device)
             for shape in (
@@ -127,30 +131,33 @@ class CudaPosterior(torch.autograd.Function):
         )
         passes = [alpha, beta, alpha_factors, beta_factors]
         sizes = (queries, sites, neighbours, count, start, stop)
-        given = [differs, weight, *numbers, first, *passes]
-        _kernel("copying_passes", neighbours).launch(2 * chains, threads, given, sizes)
+        given = [differs, weight, *numbers, place, first, *passes]
+        _kernel("copying_passes", neighbours).launch(2 * chains, threads, given, (*sizes, places))
         product = [alpha, beta, first, posterior]
         _launch_rows("copying_posterior", neighbours, chains * count, product, (chains, *sizes))
-        ctx.save_for_backward(differs, *numbers, first, *passes, posterior)
-        ctx.sizes = sizes
+        ctx.save_for_backward(differs, *numbers, place, first, *passes, posterior)
+        ctx.sizes, ctx.places = sizes, places
         return posterior
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         *given, posterior = ctx.saved_tensors
-        first, alpha, beta = given[4:7]
+        first, alpha, beta = given[5:8]
         queries, sites, neighbours, count, *_ = ctx.sizes
         chains, device = len(alpha), alpha.device
         direct = [torch.empty(chains, count, alpha.shape[2], device=device) for _ in range(2)]
         read = [alpha, beta, first, posterior, gradients[0].float().contiguous()]
         _launch_rows("copying_direct", neighbours, chains * count, [*read, *direct], (chains, *ctx.sizes))
-        ratio_gradient, recombination_gradient = (torch.zeros(chains, 2, sites, device=device) for _ in range(2))
-        prior_gradient = torch.empty(chains, 2, neighbours, device=device)
-        found = [ratio_gradient, recombination_gradient, prior_gradient]
+        shapes = (sites,), (sites,), (ctx.places, neighbours)  # of either recursion, filled with zeros at once
+        zeros = torch.zeros(2 * chains * sum(map(math.prod, shapes)), device=device)
+        parts = zeros.split([2 * chains * math.prod(shape) for shape in shapes])
+        found = [part.view(chains, 2, *shape) for part, shape in zip(parts, shapes, strict=True)]
         threads, _ = block_shape(neighbours)
-        _kernel("copying_adjoint", neighbours).launch(2 * chains, threads, [*given, *direct, *found], ctx.sizes)
-        of_queries = prior_gradient.unflatten(0, (-1, queries)).sum((0, 2))
-        return None, ratio_gradient.sum(1), recombination_gradient.sum(1), of_queries, None, None, None, None
+        sizes = (*ctx.sizes, ctx.places)
+        _kernel("copying_adjoint", neighbours).launch(2 * chains, threads, [*given, *direct, *found], sizes)
+        of_ratio, of_recombination, of_prior = found
+        of_queries = of_prior.unflatten(0, (-1, queries)).sum((0, 2))
+        return None, of_ratio.sum(1), of_recombination.sum(1), of_queries, None, None, None, None, None
 
 
 def _kernel(name: str, neighbours: int) -> Kernel:

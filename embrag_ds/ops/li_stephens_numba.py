@@ -1,9 +1,9 @@
 """CPU loops of the Li and Stephens copying model and its adjoint, compiled by numba.
 
 Every loop runs in parallel over query haplotypes or chains, and fills arrays allocated by its caller. Shapes: B query
-haplotypes, T typed sites, K neighbours; M typed sites from ``first[b]`` on, in or next to the core. C are chains, a
-multiple of B; chain c models haplotype ``c % B``. Indices in inner loops are unsigned, because numba checks signed ones
-for negative values, which takes as long as the access itself.
+haplotypes, T typed sites, K neighbours, G places; M typed sites from ``first[b]`` on, in or next to the core. C are
+chains, a multiple of B; chain c models haplotype ``c % B``. Indices in inner loops are unsigned, because numba checks
+signed ones for negative values, which takes as long as the access itself.
 """
 
 from __future__ import annotations
@@ -35,32 +35,33 @@ def mismatches(alleles, place, ids, tokens, count, out):
 
 
 @ParallelLoop
-def add_rows(rows, total):
-    """Add ``rows`` uint8 [B, T, K], summed over T, to ``total`` int32 [B, K]."""
+def add_by_place(rows, place, total):
+    """Add ``rows`` uint8 [B, T, K] to ``total`` float32 [B, G, K], each at its ``place`` int64 [B, T]."""
     for b in numba.prange(len(rows)):
         for r in range(rows.shape[1]):
+            here = total[b, place[b, r]]
             for c in range(rows.shape[2]):
-                total[b, c] += rows[b, r, c]
+                here[c] += np.float32(rows[b, r, c])
 
 
 @ParallelLoop
-def forward_backward(mismatch, mismatch_ratio, recombination, prior, firsts, posterior):
+def forward_backward(mismatch, mismatch_ratio, recombination, prior, place, firsts, posterior):
     """Forward-backward algorithm: fill ``posterior`` float32 [C, M, K] with copying probabilities.
 
     ``mismatch`` bool [B, T, K]; ``mismatch_ratio`` float32 [C, T] is the emission factor of a mismatch;
-    ``recombination`` float32 [C, T]; ``prior`` float32 [B, K] sums to 1 over K; ``firsts`` int64 [B] is the first of
-    the M sites of each haplotype. Only the states of those are stored, and the normalisation of a site is multiplied
-    into the step to the next.
+    ``recombination`` float32 [C, T]; ``prior`` float32 [B, G, K] sums to 1 over K; ``place`` int64 [B, T] says which of
+    the G counts at each site; ``firsts`` int64 [B] is the first of the M sites of each haplotype. Only the states of
+    those are stored, and the normalisation of a site is multiplied into the step to the next.
     """
     queries, sites, neighbours = mismatch.shape
     for c in numba.prange(len(mismatch_ratio)):
         state = np.zeros(neighbours, dtype=np.float32)
-        differs, chosen = mismatch[c % queries], prior[c % queries]
+        differs, priors, places = mismatch[c % queries], prior[c % queries], place[c % queries]
         first = firsts[c % queries]
         last = first + posterior.shape[1]
         stay, jump = np.float32(0), np.float32(1)
         for t in range(last):
-            miss = mismatch_ratio[c, t]
+            miss, chosen = mismatch_ratio[c, t], priors[places[t]]
             total = np.float32(0)
             for k in range(neighbours):
                 moved = stay * state[k] + jump * chosen[k]
@@ -74,7 +75,7 @@ def forward_backward(mismatch, mismatch_ratio, recombination, prior, firsts, pos
         state[:] = np.float32(0)
         stay, jump = np.float32(0), np.float32(1)
         for t in range(sites - 1, first - 1, -1):
-            miss = mismatch_ratio[c, t]
+            miss, chosen = mismatch_ratio[c, t], priors[places[t]]
             total = np.float32(0)
             if t < last:
                 mass = np.float32(0)
@@ -104,6 +105,7 @@ def adjoint(
     mismatch_ratio,
     recombination,
     prior,
+    place,
     firsts,
     posterior,
     gradient,
@@ -114,8 +116,8 @@ def adjoint(
     """Adjoint of :func:`forward_backward`, by reverse-mode differentiation of its recursions.
 
     Given ``gradient`` float32 [C, M, K] of ``posterior``, adds to ``ratio_gradient`` and ``recombination_gradient``
-    float32 [C, T] and to ``prior_gradient`` float32 [C, K]. Forward and backward probabilities are computed again, one
-    chain at a time. Stored for all chains, they would take more memory than the rest of a small network.
+    float32 [C, T] and to ``prior_gradient`` float32 [C, G, K]. Forward and backward probabilities are computed again,
+    one chain at a time. Stored for all chains, they would take more memory than the rest of a small network.
 
     The backward recursion ran from the last site to the first, so its adjoint runs from the first to the last. That of
     the forward recursion runs from the last to the first. For ``x = u / sum(u)`` the rule is
@@ -124,7 +126,7 @@ def adjoint(
     queries, sites, neighbours = mismatch.shape
     one, zero = np.float32(1), np.float32(0)
     for c in numba.prange(len(mismatch_ratio)):
-        differs, chosen = mismatch[c % queries], prior[c % queries]
+        differs, priors, places = mismatch[c % queries], prior[c % queries], place[c % queries]
         first = firsts[c % queries]
         last = first + posterior.shape[1]
         # Normalised forward (alpha) and backward (beta) probabilities, and the sums they were divided by. The
@@ -134,7 +136,7 @@ def adjoint(
         alpha_total, beta_total = np.empty(last, dtype=np.float32), np.empty(sites - first, dtype=np.float32)
         for t in range(last):
             stay, jump = (one - recombination[c, t], recombination[c, t]) if t > 0 else (zero, one)
-            miss, total = mismatch_ratio[c, t], zero
+            miss, total, chosen = mismatch_ratio[c, t], zero, priors[places[t]]
             before = alpha[max(t - 1, 0)]
             for k in range(neighbours):
                 moved = jump * chosen[k] + (stay * before[k] if t > 0 else zero)
@@ -147,7 +149,7 @@ def adjoint(
             alpha_total[t] = total
         beta[sites - 1 - first] = one
         for t in range(sites - 1, first, -1):
-            miss, total = mismatch_ratio[c, t], zero
+            miss, total, chosen = mismatch_ratio[c, t], zero, priors[places[t]]
             for k in range(neighbours):
                 seen = beta[t - first, k] * (miss if differs[t, k] else one)
                 beta[t - 1 - first, k] = seen
@@ -169,6 +171,7 @@ def adjoint(
         for t in range(first + 1, sites):
             stay, miss = one - recombination[c, t], mismatch_ratio[c, t]
             here = beta[t - first]
+            chosen, chosen_gradient = priors[places[t]], prior_gradient[c, places[t]]
             weighed, moved = zero, zero
             for k in range(neighbours):
                 weighed += chain[k] * here[k] * (miss if differs[t, k] else one)
@@ -181,7 +184,7 @@ def adjoint(
                 state_gradient = stay * scale * (chain[k] - weighed * chosen[k])
                 missed += state_gradient * here[k] if differs[t, k] else zero
                 factor = miss if differs[t, k] else one
-                prior_gradient[c, k] -= stay * scale * weighed * here[k] * factor
+                chosen_gradient[k] -= stay * scale * weighed * here[k] * factor
                 chain[k] = state_gradient * factor
             ratio_gradient[c, t] += missed
             if t < last:
@@ -201,13 +204,14 @@ def adjoint(
                 weighed += chain[k] * alpha[t, k]
             scale = one / alpha_total[t]
             before = alpha[max(t - 1, 0)]
+            chosen, chosen_gradient = priors[places[t]], prior_gradient[c, places[t]]
             missed, moved = zero, zero
             for k in range(neighbours):
                 came = jump * chosen[k] + stay * before[k]
                 state_gradient = (chain[k] - weighed) * scale
                 missed += state_gradient * came if differs[t, k] else zero
                 state_gradient *= miss if differs[t, k] else one
-                prior_gradient[c, k] += jump * state_gradient
+                chosen_gradient[k] += jump * state_gradient
                 moved += state_gradient * (chosen[k] - before[k])
                 chain[k] = stay * state_gradient
             ratio_gradient[c, t] += missed

@@ -49,6 +49,7 @@ __device__ __forceinline__ void for_rows(int count, Read read_row, Step step)
 struct Emission {
     int differs;  // a bit for each neighbour of the thread; set in the padding
     float ratio;
+    int place;    // the prior that counts there
     __device__ __forceinline__ bool missed(int i) const { return differs & 1 << i; }
     __device__ __forceinline__ float of(int i) const { return missed(i) ? ratio : 1.f; }
 };
@@ -73,30 +74,37 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_passes(
     const short* differs, const float* weight,
     const float* mismatch_ratio,  // [C, T], emission factor of a mismatch
     const float* recombination,   // [C, T]
-    const float* prior,           // [B, K]
+    const float* prior,           // [B, G, K]
+    const long long* place,       // [B, T], which of the G counts at each site
     const long long* firsts,      // [B], first of a row's M sites, from start on; the last are below stop
     float* alpha,                 // [C, stop, ROW]: the posterior does not depend on later ones
     float* beta,                  // [C, T - start, ROW], from site start on
     float* alpha_factors,         // [C, stop, 2], what the adjoint needs: see there
     float* beta_factors,          // [C, T - start, 2]
-    const int B, const int T, const int K, const int M, const int start, const int stop)
+    const int B, const int T, const int K, const int M, const int start, const int stop, const int G)
 {
     __shared__ float scratch[2 * WARPS];
     const long long c = blockIdx.x / 2, b = c % B;
     const int first = firsts[b], last = first + M;
-    differs += b * T * THREADS + threadIdx.x; weight += b * T * 2; prior += b * K;
+    differs += b * T * THREADS + threadIdx.x; weight += b * T * 2; prior += b * G * K; place += b * T;
     mismatch_ratio += c * T; recombination += c * T;
     alpha += c * stop * ROW; beta += (c * (T - start) + first - start) * ROW;
     alpha_factors += c * stop * 2; beta_factors += (c * (T - start) + first - start) * 2;
     float of[PER], state[PER], older[1] = {0.f};
-    int turn = 0;
-    EACH {
-        const int k = neighbour(threadIdx.x, i);
-        of[i] = k < K ? prior[k] : 0.f;
-        state[i] = 0.f;
-    }
+    int turn = 0, drawn_from = -1;
+    EACH of[i] = state[i] = 0.f;
+    // The prior stays in registers until the place changes.
+    const auto draw_from = [&](int here) {
+        if (here == drawn_from) return;
+        drawn_from = here;
+        EACH {
+            const int k = neighbour(threadIdx.x, i);
+            if (k < K) of[i] = prior[(long long)here * K + k];
+        }
+    };
     const auto site_at = [&](Site& site, int t) {
         site.differs = differs[(long long)t * THREADS];
+        site.place = place[t];
         const Pair sums = ((const Pair*)weight)[t];
         site.agreeing = sums.x;
         site.differing = sums.y;
@@ -109,6 +117,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_passes(
         float total = power_of_two(FORWARD_EXPONENT);
         for_rows<Site>(last + 1, [&](Site& site, int t) { site_at(site, min(t, last - 1)); },
                        [&](int t, const Site& site) {
+            draw_from(site.place);
             float moved[PER], fresh[PER], newer[1] = {0.f};
             EACH {
                 const float emitted = site.of(i);
@@ -138,6 +147,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_passes(
     float total = power_of_two(BACKWARD_EXPONENT), jump = 1.f, stay = 0.f;  // of the site after t
     for_rows<Site>(T - first, [&](Site& site, int n) { site_at(site, T - 1 - n); }, [&](int n, const Site& site) {
         const int t = T - 1 - n;
+        draw_from(site.place);
         float seen[PER], emitted[PER], newer[1] = {0.f};  // state is that of the site after t, times its emission
         EACH {
             emitted[i] = site.of(i);
@@ -172,33 +182,51 @@ struct Row : Emission { float jump, inverse, lean, state[PER], direct[PER]; };
 // where part is the gradient at t - 1 without its term of mean[t].
 extern "C" __global__ void __launch_bounds__(THREADS) copying_adjoint(
     const short* differs, const float* mismatch_ratio,
-    const float* recombination, const float* prior, const long long* firsts, const float* alpha,
-    const float* beta, const float* alpha_factors, const float* beta_factors,
+    const float* recombination, const float* prior, const long long* place, const long long* firsts,
+    const float* alpha, const float* beta, const float* alpha_factors, const float* beta_factors,
     const float* of_alpha, const float* of_beta,
     float* ratio_gradient,          // [C, 2, T], of either recursion; zero at the start
     float* recombination_gradient,  // [C, 2, T], likewise
-    float* prior_gradient,          // [C, 2, K]
-    const int B, const int T, const int K, const int M, const int start, const int stop)
+    float* prior_gradient,          // [C, 2, G, K], likewise
+    const int B, const int T, const int K, const int M, const int start, const int stop, const int G)
 {
     __shared__ float scratch[2 * 3 * WARPS];
     const long long c = blockIdx.x / 2, b = c % B;
     const int first = firsts[b], last = first + M;
-    differs += b * T * THREADS + threadIdx.x; prior += b * K;
+    differs += b * T * THREADS + threadIdx.x; prior += b * G * K; place += b * T;
     mismatch_ratio += c * T; recombination += c * T;
     alpha += c * stop * ROW; beta += (c * (T - start) + first - start) * ROW;
     alpha_factors += c * stop * 2; beta_factors += (c * (T - start) + first - start) * 2;
     of_alpha += c * M * ROW; of_beta += c * M * ROW;
     ratio_gradient += (long long)blockIdx.x * T; recombination_gradient += (long long)blockIdx.x * T;
-    prior_gradient += (long long)blockIdx.x * K;
+    prior_gradient += (long long)blockIdx.x * G * K;
     float of[PER], of_gradient[PER], chain[PER], older[3] = {0.f, 0.f, 0.f}, missed = 0.f;
-    int turn = 0;
+    int turn = 0, drawn_from = place[blockIdx.x % 2 == 0 ? last - 1 : first];
     EACH {
         const int k = neighbour(threadIdx.x, i);
-        of[i] = k < K ? prior[k] : 0.f;
+        of[i] = k < K ? prior[(long long)drawn_from * K + k] : 0.f;
         of_gradient[i] = chain[i] = 0.f;
     }
+    // No other block adds to this one's part of the gradient.
+    const auto write_gradient = [&] {
+        EACH {
+            const int k = neighbour(threadIdx.x, i);
+            if (k < K) prior_gradient[(long long)drawn_from * K + k] += of_gradient[i];
+        }
+    };
+    const auto draw_from = [&](int here) {
+        if (here == drawn_from) return;
+        write_gradient();
+        drawn_from = here;
+        EACH {
+            const int k = neighbour(threadIdx.x, i);
+            if (k < K) of[i] = prior[(long long)here * K + k];
+            of_gradient[i] = 0.f;
+        }
+    };
     const auto emission_at = [&](Row& row, int t) {
         row.differs = differs[(long long)t * THREADS];
+        row.place = place[t];
         row.ratio = mismatch_ratio[t];
         row.jump = recombination[t];
     };
@@ -214,6 +242,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_adjoint(
             read(row.state, alpha + (long long)before * ROW);
             read(row.direct, of_alpha + (long long)max(before - first, 0) * ROW);
         }, [&](int n, const Row& row) {
+            draw_from(row.place);
             const int t = last - n;  // chain is the gradient of alpha at t, and zero at first
             const float jump = t > 0 ? row.jump : 1.f, stay = n > 0 ? 1.f - jump : 0.f;
             const float inverse = n > 0 ? row.inverse : 0.f, step = stay * inverse;
@@ -251,7 +280,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_adjoint(
         if (writes) ratio_gradient[0] = newer[1];
     } else {
         float weighed = 0.f, lean = 0.f;
-        Emission here = {0, 0.f};
+        Emission here = {0, 0.f, drawn_from};
         float inverse = 0.f, step = 0.f, next_lean = 0.f, state[PER];
         EACH state[i] = 0.f;
         for_rows<Row>(T - first, [&](Row& row, int n) {
@@ -263,6 +292,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_adjoint(
             read(row.state, beta + (long long)after * ROW);
             read(row.direct, of_beta + (long long)min(n, M - 1) * ROW);
         }, [&](int n, const Row& row) {
+            draw_from(here.place);
             const int t = first + n;  // chain is the gradient of beta at t - 1; at first it is zero, and so is step
             const float directly = t < last ? 1.f : 0.f;
             float part[PER], newer[3] = {0.f, 0.f, missed};
@@ -297,9 +327,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) copying_adjoint(
         add_up(newer, older, scratch, turn);
         if (writes && T - first > 1) ratio_gradient[T - 1] = newer[2];
     }
-    EACH {
-        const int k = neighbour(threadIdx.x, i);
-        if (k < K) prior_gradient[k] = of_gradient[i];
-    }
+    write_gradient();
 }
 """

@@ -56,15 +56,16 @@ __device__ __forceinline__ void add_warp(float (&sum)[N])
 // Mismatches as a thread's bits, and the prior's sum over neighbours that agree and over those that differ.
 extern "C" __global__ void copying_pack(
     const unsigned char* __restrict__ mismatch,  // [B, T, K]
-    const float* __restrict__ prior,             // [B, K]
+    const float* __restrict__ prior,             // [B, G, K]
+    const long long* __restrict__ place,         // [B, T], which of the G counts at each site
     short* __restrict__ differs,                 // [B, T, THREADS]
     float* __restrict__ weight,                  // [B, T, 2]
-    const int B, const int T, const int K)
+    const int B, const int T, const int K, const int G)
 {
     const int lane = threadIdx.x % LANES;
     const long long row = (long long)blockIdx.x * ROWS_OF_BLOCK + threadIdx.x / LANES;
     if (row >= (long long)B * T) return;
-    mismatch += row * K; prior += row / T * K; differs += row * THREADS;
+    mismatch += row * K; prior += (row / T * G + place[row]) * K; differs += row * THREADS;
     float sum[2] = {0.f, 0.f};
     for (int thread = lane; thread < THREADS; thread += LANES) {
         int bits = 0;

@@ -93,7 +93,9 @@ class _Announcement(event.Listener):
 
 @cache
 def _say_that_it_compiles() -> None:
-    logger.info("compiling loops for this processor, some 20 s of one core in all; numba keeps them where it can")
+    logger.info(
+        "compiling loops for this processor, about half a minute of one core in all; numba keeps them where it can"
+    )
 
 
 event.register("numba:compile", _Announcement())

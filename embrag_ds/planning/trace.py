@@ -165,7 +165,14 @@ class _Posterior(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, mismatch: Tensor, nats: Tensor, recombination: Tensor, prior: Tensor, near: Near, on_gpu: bool
+        ctx: Any,
+        mismatch: Tensor,
+        nats: Tensor,
+        recombination: Tensor,
+        prior: Tensor,
+        place: Tensor,
+        near: Near,
+        on_gpu: bool,
     ) -> Tensor:
         chains, neighbours = len(nats), mismatch.shape[2]
         posterior = torch.empty(chains, near.count, neighbours)
@@ -174,17 +181,17 @@ class _Posterior(torch.autograd.Function):
         if on_gpu:
             sites = near.stop + mismatch.shape[1] - near.start
             passes = [torch.empty(chains, sites, neighbours), ratio]
-        ctx.save_for_backward(mismatch, nats, recombination, prior, posterior, *passes)
+        ctx.save_for_backward(mismatch, nats, recombination, prior, place, posterior, *passes)
         return posterior
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         _, nats, _, prior, *_ = ctx.saved_tensors
         of_ratio, of_recombination = torch.zeros(nats.shape), torch.zeros(nats.shape)
-        of_prior = torch.zeros(len(nats), prior.shape[1])
+        of_prior = torch.zeros(len(nats), *prior.shape[1:])
         gradients[0].float().contiguous()
         of_nats = -of_ratio * torch.exp(-nats)
-        return None, of_nats, of_recombination, of_prior.unflatten(0, (-1, len(prior))).sum(0), None, None
+        return None, of_nats, of_recombination, of_prior.unflatten(0, (-1, len(prior))).sum(0), None, None, None
 
 
 class _Dosage(torch.autograd.Function):
@@ -203,21 +210,21 @@ class _Dosage(torch.autograd.Function):
         return torch.zeros(ctx.shape), None
 
 
-def _share(neighbours: Neighbours) -> Tensor:
-    if isinstance(neighbours, DenseAlleles):
-        return neighbours.all.sum(1, dtype=torch.int32) / neighbours.all.shape[1]
-    if isinstance(neighbours, Carriers):
-        return torch.diff(neighbours.offset, dim=1) / neighbours.k
-    return torch.empty(len(neighbours.ids), len(neighbours.blocks.start) - 1)
-
-
 @contextmanager
 def _stand_ins(on_gpu: bool) -> Iterator[None]:
     """Replace what takes no fake tensors, inside ``with``."""
 
-    def posterior(mismatch: Tensor, nats: Tensor, recombination: Tensor, prior: Tensor, near: Near) -> Tensor:
+    def posterior(
+        mismatch: Tensor,
+        nats: Tensor,
+        recombination: Tensor,
+        prior: Tensor,
+        near: Near,
+        place: Tensor | None = None,
+    ) -> Tensor:
+        place = torch.zeros(mismatch.shape[:2], dtype=torch.int64) if place is None else place
         made: Tensor = _Posterior.apply(
-            mismatch, nats.clamp_max(60), recombination.clamp_min(1e-8), prior, near, on_gpu
+            mismatch, nats.clamp_max(60), recombination.clamp_min(1e-8), prior, place, near, on_gpu
         )
         return made
 
@@ -229,16 +236,15 @@ def _stand_ins(on_gpu: bool) -> Iterator[None]:
         made: Tensor = _Dosage.apply(weights, flanking)
         return made
 
-    def count_true(rows: Tensor) -> Tensor:
-        return torch.zeros(rows.shape[0], rows.shape[2], dtype=torch.int32)
+    def counts(rows: Tensor, place: Tensor, places: int) -> Tensor:
+        return torch.zeros(rows.shape[0], places, rows.shape[2])
 
     with ExitStack() as stack:
         for module, name, function in (
             (pooling, "copying_posterior", posterior),
             (pooling, "match_lengths", lengths),
             (pooling, "expected_allele", dosage),
-            (pooling, "count_true", count_true),
-            (pooling, "alt_share", _share),
+            (pooling, "count_by_place", counts),
         ):
             stack.enter_context(mock.patch.object(module, name, function))
         yield

@@ -93,6 +93,8 @@ class WindowFrame:
     * ``typed`` int64 [B, T]: observed sites of each query haplotype, in order, padded with the window's last site.
     * ``typed_count`` int64 [B]: number of observed sites of a row.
     * ``near``: the columns of ``typed`` that hold a row's typed sites in the core and next to it.
+    * ``place`` int64 [B, T]: place of each typed site, one of ``places``, each ``place_cm`` long
+      (:func:`embrag_ds.data.windows.places`).
     """
 
     number: int
@@ -101,6 +103,9 @@ class WindowFrame:
     typed: Tensor
     typed_count: Tensor
     near: Near
+    place: Tensor
+    places: int
+    place_cm: float
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from embrag_ds.data.sampler import QueryBatch
 from embrag_ds.data.tokens import MASK
-from embrag_ds.data.windows import WindowedPanel
+from embrag_ds.data.windows import MOST_PLACES, WindowedPanel, places
 from embrag_ds.errors import UserError
 from embrag_ds.ops.dosage import WindowAlleles
 from embrag_ds.ops.li_stephens import Near, mismatches
@@ -91,7 +91,7 @@ class RetrievalCollator:
     def _slot_bytes(self, samples: int, sites: int, core: int) -> int:
         """Largest staging memory of a batch in bytes: alleles, masks, typed sites, features, exclusions, panel rows."""
         populations = len(self._data.reference.populations.names)
-        needed = samples * sites * (2 + 1 + 2 + 8) + 8 * samples * (self._excluded.shape[1] + 2)
+        needed = samples * sites * (2 + 1 + 2 + 8 + 8) + 8 * samples * (self._excluded.shape[1] + 2)
         needed += sites * (8 + 4 * (2 + populations))
         if self._haploid:
             needed += 4 * core * (len(self._data.reference) + populations)
@@ -150,6 +150,7 @@ class RetrievalCollator:
         good_turing = torch.where(frequencies.overall > 0.5, -good_turing, good_turing)
         passes = frequencies.minor_allele_count >= self._data.reference.panel.minimum_allele_count
         sites = SiteTensors(put(features.position), put(features.frequency))
+        place, number, place_cm = places(features.position, MOST_PLACES)
         frame = WindowFrame(
             number=queries.window,
             core=window.core,
@@ -157,6 +158,9 @@ class RetrievalCollator:
             typed=put(typed).repeat_interleave(2, dim=0),
             typed_count=put(count).repeat_interleave(2, dim=0),
             near=Near(put(near).repeat_interleave(2), near_count, int(near.min()), int(near.max()) + near_count),
+            place=put(place[typed]).repeat_interleave(2, dim=0),
+            places=number,
+            place_cm=place_cm,
         )
         core = CoreFrame(
             sites=SiteTensors(sites.position[window.core], sites.frequency[window.core]),

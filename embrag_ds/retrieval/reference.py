@@ -33,6 +33,7 @@ from embrag_ds.retrieval.search import Search, make_search
 from embrag_ds.retrieval.settings import RetrievalConfig
 from embrag_ds.retrieval.store import FactoredStore, Store
 from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
+from embrag_ds.runtime.weightless import WithoutMemory
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 """Function of parameters to a context in which a sharded run (ZeRO-3) has gathered them whole, a collective call."""
@@ -206,7 +207,7 @@ class Reference:
 
     def _encoder(self, state: dict[str, Tensor]) -> tuple[EmbeddingLayer, Encoder]:
         """Frozen embedding layer with the weights ``state``, which it keeps, and the encoder that uses it."""
-        with torch.device("meta"):  # a twin with weights of its own would be copied to the device, and the host wait
+        with WithoutMemory():  # a twin with weights of its own would be copied to the device, and the host wait
             snapshot = self._live_embedding.twin().requires_grad_(False)
         snapshot.load_state_dict(state, assign=True)
         return snapshot, window_encoder(snapshot, self._data, self._device)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,7 +17,7 @@ import numpy as np
 from embrag_ds.errors import UserError
 from embrag_ds.variants.header import as_bytes, header_text
 from embrag_ds.variants.published import check_output, published
-from embrag_ds.variants.sample_text import FORMATS, joined_text, rows_of, sample_texts
+from embrag_ds.variants.sample_text import FORMATS, SampleTexts, joined_text, rows_of
 from embrag_ds.variants.sites import SiteTable
 
 logger = logging.getLogger(__name__)
@@ -85,7 +87,8 @@ _FORMAT = {
     "AP2": 'Number=A,Type=Float,Description="ALT probability of the second haplotype; missing if haploid"',
     "GP": 'Number=G,Type=Float,Description="Genotype probabilities: products of HDS"',
 }
-_BLOCK_VALUES = 2**23 // 40
+_BLOCK_VALUES = 2**20 // 40
+_MOST_WAITING = 8
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,9 @@ class ImputedVcfWriter:
 
     Use it as a context manager; ``path`` must end in ``.vcf.gz`` or ``.bcf``. File and index appear when the block ends
     without an exception, and nothing is left otherwise. Raises :class:`UserError` if the file cannot be written.
+
+    A thread of its own formats the blocks, and others compress them. What fails there is raised by a later
+    :meth:`write`, or when the block ends.
     """
 
     def __init__(
@@ -160,18 +166,21 @@ class ImputedVcfWriter:
         self._header = header_text(sites, [f"##source={source}", *_INFO, *formats], shown)
         self._fields = fields
         self._format = f"\t{':'.join(fields)}\t" if fields else ""
-        self._sample_texts = sample_texts(fields) if fields else None
+        self._sample_texts = SampleTexts(fields) if fields else None
         self._next = first
         self._stop = len(sites) if stop is None else stop
         self._imputed = 0
         self._below = 0
         self._held: _Block | None = None
-        self._stack = ExitStack()
+        self._writing: deque[Future[None]] = deque()
 
     def __enter__(self) -> ImputedVcfWriter:
-        self._out = self._stack.enter_context(published(self._path, self._sites))
-        self._stack.push(self._check_complete)
-        self._out.write(self._header)
+        with ExitStack() as stack:
+            self._out = stack.enter_context(published(self._path, self._sites))
+            self._thread = ThreadPoolExecutor(1, "imputed")
+            stack.push(self._finish)
+            self._out.write(self._header)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -184,8 +193,18 @@ class ImputedVcfWriter:
                 *(self._path, self._below, self._imputed, self._options.min_r2),
             )
 
-    def _check_complete(self, exc_type: Any, exc: Any, tb: Any) -> None:
-        assert exc_type or self._next == self._stop, f"{self._next} of {self._stop} sites written"
+    def _finish(self, exc_type: Any, exc: Any, tb: Any) -> None:
+        try:
+            if exc_type is None:
+                self._wait(0)
+                assert self._next == self._stop, f"{self._next} of {self._stop} sites written"
+        finally:
+            self._thread.shutdown(cancel_futures=True)
+
+    def _wait(self, most: int) -> None:
+        """Wait until at most so many blocks are not written, and raise what the writing of the others raised."""
+        while self._writing and (len(self._writing) > most or self._writing[0].done()):
+            self._writing.popleft().result()
 
     def write(
         self,
@@ -236,14 +255,18 @@ class ImputedVcfWriter:
         block = _Block(self._next, hds, typed, known, each)
         self._next += len(typed)
         if not self._options.join_multiallelic:
-            self._write_block(block)
+            self._begin_writing(block)
             return
         if self._held is not None:
             block = self._held.followed_by(block)
         whole = self._whole_records(block)
         self._held = block.cut(whole, len(block.typed)) if whole < len(block.typed) else None
         if whole:
-            self._write_block(block.cut(0, whole))
+            self._begin_writing(block.cut(0, whole))
+
+    def _begin_writing(self, block: _Block) -> None:
+        self._wait(_MOST_WAITING)
+        self._writing.append(self._thread.submit(self._write_block, block))
 
     def _whole_records(self, block: _Block) -> int:
         """Number of the block's sites up to the last record that the next site does not continue."""
@@ -255,7 +278,8 @@ class ImputedVcfWriter:
         return stop - block.first
 
     def _write_block(self, block: _Block) -> None:
-        thousandths = np.rint(block.hds * 1000).astype(np.int64)
+        thousandths = block.hds * 1000
+        np.rint(thousandths, out=thousandths)
         assert thousandths.min() >= 0 and thousandths.max() <= 1000, "haplotype dosages outside [0, 1]"
         statistics = _Statistics(block)
         kept = self._kept(block.typed, statistics.dr2)
@@ -263,19 +287,19 @@ class ImputedVcfWriter:
             groups = [[row] for row in kept.tolist()]
         else:
             groups = self._records(block.first, kept)
-        rows = rows_of(thousandths, block.haploid)
-        parts: list[bytes] = []
+        texts = None
+        if self._sample_texts is not None:
+            texts = self._sample_texts.of(rows_of(thousandths, block.haploid))
+            texts[:, -1] = ord("\n")
         for group in groups:
-            parts.append(self._fixed_columns(block, group, statistics))
-            if self._sample_texts is None:
-                pass
-            elif len(group) == 1:
-                text = self._sample_texts[rows[group[0]]].tobytes()
-                parts.append((text if block.haploid is None else text.translate(None, b"\0"))[:-1])
-            else:
-                parts.append(self._joined(thousandths[group], block, group[0]))
-            parts.append(b"\n")
-        self._out.write(b"".join(parts))
+            text: bytes | memoryview = b"\n"
+            if texts is not None and len(group) > 1:
+                text = self._joined(thousandths[group].astype(np.int64), block, group[0])
+            elif texts is not None:
+                text = texts[group[0]].data
+                text = text if block.haploid is None else bytes(text).translate(None, b"\0")
+            sites = [block.first + row for row in group]
+            self._out.write_record(sites, self._fixed_columns(block, group, statistics), text)
 
     def _kept(self, typed: np.ndarray, dr2: np.ndarray) -> np.ndarray:
         """Rows of a block that are written."""
@@ -339,7 +363,7 @@ class ImputedVcfWriter:
             joined_text(self._fields, columns[2 * sample], None if one else columns[2 * sample + 1])
             for sample, one in enumerate(haploid)
         )
-        return "\t".join(texts).encode()
+        return "\t".join(texts).encode() + b"\n"
 
 
 class _Statistics:

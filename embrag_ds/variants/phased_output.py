@@ -25,4 +25,4 @@ def write_phased(path: str | Path, sites: SiteTable, samples: tuple[str, ...] | 
         for site, (contig, pos, ref, alt) in enumerate(sites.identities()):
             body = genotype[2 * alleles[site, 0::2] + alleles[site, 1::2]].tobytes()
             prefix = f"{contig}\t{pos}\t{sites.id[site]}\t{ref}\t{alt}\t.\tPASS\t{sites.extent.get(site, '.')}\tGT\t"
-            out.write(as_bytes(prefix) + body[:-1] + b"\n")
+            out.write_record([site], as_bytes(prefix) + body[:-1] + b"\n")

@@ -1,7 +1,8 @@
 """Text of imputed samples: GT, DS, HDS and GP to three decimals, for haploid and diploid samples.
 
-HDS in thousandths are integers a and b, and all columns follow from them. A table holds the text for every pair, so
-that a block of records is one gather. Records of several ALTs are rare and have their text made sample by sample.
+HDS in thousandths are integers a and b, and all columns follow from them. A table holds the text of the pairs met so
+far, so that a block of records is one gather. Records of several ALTs are rare and have their text made sample by
+sample.
 """
 
 from __future__ import annotations
@@ -17,29 +18,62 @@ _VALUES = 1001
 _DIPLOID = _VALUES * _VALUES
 
 
-@cache
-def sample_texts(fields: tuple[str, ...]) -> np.ndarray:
-    """Text of a sample with a tab behind it, as a void scalar in each row: [1001 * 1001 + 1001].
+class SampleTexts:
+    """Texts of samples by their HDS, of the ``fields`` of :data:`FORMATS`, or AP1 and AP2 in place of HDS.
 
-    Row 1001 a + b is of a diploid sample whose HDS are a/1000 and b/1000, and row 1001 * 1001 + a of a haploid one. All
-    rows are of one width; those of haploid samples hold NUL where there is nothing. ``fields`` are of :data:`FORMATS`,
-    or AP1 and AP2 in place of HDS.
+    The texts are made as they are first asked for: of a million pairs of HDS a file has some ten thousand.
     """
-    a, b = (part.ravel() for part in np.meshgrid(np.arange(_VALUES), np.arange(_VALUES), indexing="ij"))
-    one = np.arange(_VALUES)
-    columns = []
-    for field in fields:
-        both = np.concatenate([_diploid(field, a, b), _haploid(field, one)])
-        columns += [both, np.full((len(both), 1), ord(":"), dtype=np.uint8)]
-    columns[-1][:] = ord("\t")
-    text = np.concatenate(columns, axis=1)
-    return text.view(f"V{text.shape[1]}")[:, 0]
+
+    def __init__(self, fields: tuple[str, ...]) -> None:
+        self._fields = fields
+        width = self._made(np.zeros(1, dtype=np.int64)).shape[1]
+        # Zeros take no memory before they are written to.
+        self._table = np.zeros((_DIPLOID + _VALUES, width), dtype=np.uint8)
+        self._known = np.zeros(len(self._table), dtype=bool)
+        self._texts = np.empty(0, dtype=f"V{width}")
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """Texts of samples with a tab behind each, uint8 [n, N W], for their ``rows`` int64 [n, N] (:func:`rows_of`).
+
+        All are of one width W; those of haploid samples hold NUL where there is nothing. The next call overwrites them.
+        """
+        known = self._known.take(rows)
+        if not known.all():
+            new = np.unique(rows[~known])
+            self._table[new] = self._made(new)
+            self._known[new] = True
+        if len(self._texts) < rows.size:  # new memory costs more than the gather
+            self._texts = np.empty(rows.size, dtype=self._texts.dtype)
+        texts = self._texts[: rows.size].reshape(rows.shape)
+        # Any mode but the default makes no second copy.
+        self._table.view(texts.dtype)[:, 0].take(rows, out=texts, mode="clip")
+        return texts.view(np.uint8)
+
+    def _made(self, rows: np.ndarray) -> np.ndarray:
+        a, b = np.divmod(rows, _VALUES)
+        diploid = rows < _DIPLOID
+        columns = []
+        for field in self._fields:
+            both = _diploid(field, a[diploid], b[diploid])
+            text = np.empty((len(rows), both.shape[1]), dtype=np.uint8)
+            text[diploid] = both
+            text[~diploid] = _haploid(field, b[~diploid])
+            columns += [text, np.full((len(rows), 1), ord(":"), dtype=np.uint8)]
+        columns[-1][:] = ord("\t")
+        return np.concatenate(columns, axis=1)
 
 
 def rows_of(thousandths: np.ndarray, haploid: np.ndarray | None) -> np.ndarray:
-    """Rows [n, N] of :func:`sample_texts` for HDS in thousandths int64 [n, 2N]; ``haploid`` bool [n, N]."""
-    rows: np.ndarray = thousandths[:, 0::2] * _VALUES + thousandths[:, 1::2]
-    return rows if haploid is None else np.where(haploid, _DIPLOID + thousandths[:, 0::2], rows)
+    """Row of the table for each sample, int64 [n, N], from HDS in thousandths [n, 2N], whole numbers of any type.
+
+    It is 1001 a + b for a diploid sample whose HDS are a/1000 and b/1000, and 1001 * 1001 + a for one that is
+    ``haploid``, bool [n, N].
+    """
+    rows = thousandths[:, 0::2] * _VALUES
+    rows += thousandths[:, 1::2]
+    if haploid is not None:
+        rows = np.where(haploid, _DIPLOID + thousandths[:, 0::2], rows)
+    return rows.astype(np.int64)
 
 
 def _diploid(field: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -79,10 +113,16 @@ def _gp(a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
 
 def _listed(values: Sequence[np.ndarray]) -> np.ndarray:
     """Text of values in thousandths, with commas between."""
-    digits = np.array([list(f"{i / 1000:.3f}".encode()) for i in range(2 * _VALUES - 1)], dtype=np.uint8)
+    digits = _digits()
     comma = np.full((len(values[0]), 1), ord(","), dtype=np.uint8)
     parts = [part for value in values for part in (comma, digits[value])]
     return np.concatenate(parts[1:], axis=1)
+
+
+@cache
+def _digits() -> np.ndarray:
+    """Text of the thousandths from 0 to 2000, uint8 [2001, 5]."""
+    return np.array([list(f"{i / 1000:.3f}".encode()) for i in range(2 * _VALUES - 1)], dtype=np.uint8)
 
 
 @lru_cache(maxsize=1 << 16)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -73,35 +74,52 @@ class SiteTable:
         )
 
     def save(self, path: Path) -> None:
-        """Write the table as text: a header line per contig, then one line per site."""
-        numbers = np.arange(len(self)) if self.record is None else self.record
-        columns = (self.contig.tolist(), self.pos.tolist(), self.ref, self.alt, self.id, numbers.tolist())
-        with path.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as out:
-            for name, length in zip(self.contigs, self.contig_lengths, strict=True):
-                out.write(f"#{name}\t{length}\n")
-            for row, (code, pos, ref, alt, name, number) in enumerate(zip(*columns, strict=True)):
-                out.write(f"{code}\t{pos}\t{ref}\t{alt}\t{name}\t{number}\t{self.extent.get(row, '')}\n")
+        """Write the table as the arrays of an ``.npz`` file; texts are lines of one array, without their end."""
+        rows = sorted(self.extent)
+        texts: dict[str, Sequence[str]] = {
+            "contigs": self.contigs,
+            "ref": self.ref,
+            "alt": self.alt,
+            "id": self.id,
+            "extents": [self.extent[row] for row in rows],
+        }
+        arrays: dict[str, Any] = {
+            "contig_lengths": np.array(self.contig_lengths, dtype=np.int64),
+            "contig": self.contig,
+            "pos": self.pos,
+            "record": np.arange(len(self)) if self.record is None else self.record,
+            "extent_rows": np.array(rows, dtype=np.int64),
+            **{name: _joined(each) for name, each in texts.items()},
+        }
+        with path.open("wb") as out:
+            np.savez(out, **arrays)
 
     @staticmethod
     def load(path: Path) -> SiteTable:
         """Read a table written by :meth:`save`."""
-        contigs: list[tuple[str, int]] = []
-        rows: list[list[str]] = []
-        with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
-            for line in lines:
-                fields = line.rstrip("\n").split("\t")
-                if line.startswith("#"):
-                    contigs.append((fields[0][1:], int(fields[1])))
-                else:
-                    rows.append(fields)
-        return SiteTable(
-            contigs=tuple(name for name, _ in contigs),
-            contig_lengths=tuple(length for _, length in contigs),
-            contig=np.array([int(row[0]) for row in rows], dtype=np.int32),
-            pos=np.array([int(row[1]) for row in rows], dtype=np.int64),
-            ref=[row[2] for row in rows],
-            alt=[row[3] for row in rows],
-            id=[row[4] for row in rows],
-            extent={number: row[6] for number, row in enumerate(rows) if row[6]},
-            record=np.array([int(row[5]) for row in rows], dtype=np.int64),
-        )
+        with np.load(path) as stored:
+            lengths, rows, pos = stored["contig_lengths"], stored["extent_rows"].tolist(), stored["pos"]
+            return SiteTable(
+                contigs=tuple(_split(stored["contigs"], len(lengths))),
+                contig_lengths=tuple(lengths.tolist()),
+                contig=stored["contig"].astype(np.int32),
+                pos=pos.astype(np.int64),
+                ref=_split(stored["ref"], len(pos)),
+                alt=_split(stored["alt"], len(pos)),
+                id=_split(stored["id"], len(pos)),
+                extent=dict(zip(rows, _split(stored["extents"], len(rows)), strict=True)),
+                record=stored["record"].astype(np.int64),
+            )
+
+
+def _joined(texts: Sequence[str]) -> np.ndarray:
+    """Texts as lines, uint8 [bytes]."""
+    return np.frombuffer("\n".join(texts).encode("utf-8", "surrogateescape"), dtype=np.uint8)
+
+
+def _split(lines: np.ndarray, number: int) -> list[str]:
+    """The texts, of that number, which :func:`_joined` made lines of; raises ValueError if a text was no line."""
+    texts = lines.tobytes().decode("utf-8", "surrogateescape").split("\n") if number else []
+    if len(texts) != number:
+        raise ValueError(f"{len(texts)} texts of {number}")
+    return texts

@@ -226,7 +226,7 @@ class Cases:
         common = ["--panel", paths["panel"], "--target", paths["target"], "--cache-dir", self.cache]
         out, scores = folder / "out.vcf.gz", folder / "scores.json"
         if command == "impute":
-            arguments = ["--out", out, "--adapt", "off", "--without-transformer", "--device", "cpu"]
+            arguments = ["--out", out, "--adapt", "off", "--transformer", "off", "--device", "cpu"]
         else:
             arguments = ["--truth", paths["truth"], "--imputed", f"x={paths['imputed']}", "--json", scores]
             arguments += ["--bootstrap", "2"]

@@ -39,7 +39,7 @@ def run(cases: Cases, files: Files, command: str, *options: object) -> tuple[int
     before = state(files)
     common = ["--panel", files["panel"], "--target", files["target"], "--cache-dir", cases.cache]
     if command == "impute":
-        common += ["--adapt", "off", "--without-transformer", "--device", "cpu"]
+        common += ["--adapt", "off", "--transformer", "off", "--device", "cpu"]
         common += [] if "--out" in options else ["--out", files["panel"].parent / "out.vcf.gz"]
     else:
         common += ["--truth", files["truth"], "--imputed", files["imputed"], "--bootstrap", 2]

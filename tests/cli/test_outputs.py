@@ -194,7 +194,7 @@ def test_a_cache_folder_that_cannot_be_written_to_and_another_one(
     scored = [f"--{each}={study[each]}" for each in ("truth", "panel", "target")]
     assert refused("evaluate", *scored, "--baselines").endswith(way_out)
     assert refused("impute", f"--out={out}").endswith(way_out)  # the default data set
-    main(arguments=[str(each) for each in (*impute(study, out=out, cache_dir=other), "--without-transformer")])
+    main(arguments=[str(each) for each in (*impute(study, out=out, cache_dir=other), "--transformer", "off")])
     main(arguments=[str(each) for each in ("evaluate", *scored, f"--imputed={out}", f"--cache-dir={other}")])
     assert out.exists() and [path.name[:6] for path in other.glob("[!.]*")] == ["panel-"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ def test_the_output_is_the_same_with_any_number_of_threads(
     embrag: Embrag, simulated: DefaultData, tmp_path: Path
 ) -> None:
     files = [f"--panel={simulated.panel}", f"--target={simulated.target}", f"--map={simulated.genetic_map}"]
-    files += ["--adapt=0.036"]  # 20 steps, the fewest
+    files += ["--adapt=0.036"]  # some 20 steps, the fewest
     # The process that compiles a loop computes other last digits than those that load it, whatever their threads.
     # This one compiles what is not compiled yet.
     main("impute", [*files, f"--cache-dir={tmp_path / 'compiling'}", f"--out={tmp_path / 'compiling.vcf.gz'}"])
@@ -36,7 +37,7 @@ def test_the_output_is_the_same_with_any_number_of_threads(
         own = [f"--cache-dir={tmp_path / str(threads)}", f"--save-model={tmp_path / str(threads)}.safetensors"]
         done = embrag("impute", *files, *own, "--threads", threads, "--out", outputs[-1])
         assert done.returncode == 0, done.stderr
-        assert "adapting: step 20/20" in done.stderr and "the adapted model imputes" in done.stderr
+        assert re.search(r"adapting: step (2\d)/\1,", done.stderr) and "the adapted model imputes" in done.stderr
     assert len({path.read_bytes() for path in outputs}) == 1
     assert len({path.read_bytes() for path in tmp_path.glob("*.safetensors")}) == 1
 

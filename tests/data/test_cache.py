@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,10 +58,10 @@ def changed(path: Path) -> None:
 DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "alleles cut": ("alleles.bits", cut),
     "alleles longer": ("alleles.bits", lambda path: path.write_bytes(path.read_bytes() + b"\0")),
-    "sites changed": ("sites.tsv", changed),
-    "sites cut": ("sites.tsv", cut),
-    "sites empty": ("sites.tsv", lambda path: path.write_bytes(b"")),
-    "sites gone": ("sites.tsv", Path.unlink),
+    "sites changed": ("sites.npz", changed),
+    "sites cut": ("sites.npz", cut),
+    "sites empty": ("sites.npz", lambda path: path.write_bytes(b"")),
+    "sites gone": ("sites.npz", Path.unlink),
     "description changed": ("meta.json", changed),
     "description gone": ("meta.json", Path.unlink),
     "seal gone": (SEAL, Path.unlink),
@@ -103,8 +104,7 @@ def test_an_entry_that_cannot_be_read_again_is_none(tmp_path: Path, monkeypatch:
     save = SiteTable.save
 
     def with_a_line_end_in_an_id(table: SiteTable, path: Path) -> None:
-        save(table, path)
-        path.write_bytes(path.read_bytes().replace(b"G\t.", b"G\tr\ns", 1))
+        save(replace(table, id=["r\ns", *table.id[1:]]), path)
 
     with monkeypatch.context() as patch:
         patch.setattr(SiteTable, "save", with_a_line_end_in_an_id)
@@ -244,7 +244,7 @@ def test_a_pipes_entry_is_not_used_again(tmp_path: Path, monkeypatch: pytest.Mon
     def pack(path: Path, folder: Path, reading: Reading, progress: bool) -> None:
         name = path.read_text()
         SiteTable(("1",), (0,), np.zeros(1, np.int32), np.ones(1, np.int64), ["A"], ["C"], ["."]).save(
-            folder / "sites.tsv"
+            folder / "sites.npz"
         )
         (folder / "alleles.bits").write_bytes(b"\1")
         meta = {"samples": [name], "skipped": {}, "records": 1, "filled": 0, "alleles_sha256": ""}

@@ -137,7 +137,7 @@ def test_what_a_killed_process_left_is_replaced(tmp_path: Path) -> None:
     leftover = cache / f".tmp-01234567-{entry.name}"
     entry.rename(leftover)
     (leftover / "alleles.bits").write_bytes(b"\xff")
-    (leftover / "sites.tsv").write_text("half a li", encoding="utf-8")
+    (leftover / "sites.npz").write_text("half a li", encoding="utf-8")
     assert np.array_equal(open_panel(path, cache, progress=False).alleles(0, 5), alleles.T)
     assert unfinished(cache) == []
 

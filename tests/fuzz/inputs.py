@@ -116,7 +116,7 @@ def _checkpoint(rng: Rng) -> Files:
 
 def _cache(rng: Rng) -> Files:
     """A mutation of one file of a packed panel, which the reader packs first: its name, and a seed for the mutator."""
-    names = ("sites.tsv", "meta.json", "alleles.bits", "missing.bits", "unphased.bits", "ploidy.npz", "excluded.tsv")
+    names = ("sites.npz", "meta.json", "alleles.bits", "missing.bits", "unphased.bits", "ploidy.npz", "excluded.tsv")
     name = names[int(rng.integers(len(names)))]
     return {"in.vcf": mutate.one_of(rng, seeds.VARIANTS), "mutation": f"{name} {int(rng.integers(2**31))}".encode()}
 

@@ -284,7 +284,10 @@ def model(folder: Path) -> None:
     panel = _base(folder)
     positions = GeneticMap.uniform().positions(panel.sites)
     inputs = PanelInputs(panel, read_populations(None, panel.samples), positions)
-    Imputation(export, inputs, torch.device("cpu"), block=4)
+    (folder / "target.vcf").write_bytes(seeds.imputation()["target.vcf"])
+    target = open_panel(folder / "target.vcf", folder / "cache", progress=False, reading=TARGET)
+    targets = open_targets(target, match_targets(target, panel, "report", allow_overlap=False), panel)
+    Imputation(export, inputs, targets, torch.device("cpu"), block=4)
 
 
 def checkpoint(folder: Path) -> None:

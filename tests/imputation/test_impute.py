@@ -70,14 +70,14 @@ def imputed(
     model: ExportedModel, inputs: PanelInputs, target: PhasedData, block: int = 4, overlap: bool = False
 ) -> list[tuple[int, np.ndarray]]:
     targets = matched(target, Path("target.vcf.gz"), inputs, overlap)
-    return [(window.index, found) for window, found in Imputation(model, inputs, CPU, block).windows(targets)]
+    return [(window.index, found) for window, found in Imputation(model, inputs, targets, CPU, block).windows()]
 
 
 @pytest.fixture
 def written(model: ExportedModel, inputs: PanelInputs, target: PhasedData, tmp_path: Path) -> Path:
     """Output file of the simulated targets, imputed by a random network."""
     targets = matched(target, Path("target.vcf.gz"), inputs, False)
-    impute_to_vcf(Imputation(model, inputs, CPU, 4), targets, tmp_path / "out.vcf.gz")
+    impute_to_vcf(Imputation(model, inputs, targets, CPU, 4), tmp_path / "out.vcf.gz")
     return tmp_path / "out.vcf.gz"
 
 
@@ -126,8 +126,8 @@ def test_every_window_is_said_at_least_to_those_who_debug(
     model: ExportedModel, inputs: PanelInputs, target: PhasedData, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("DEBUG", logger="embrag_ds")
-    imputation = Imputation(model, inputs, CPU, 4)
-    impute_to_vcf(imputation, matched(target, Path("target.vcf.gz"), inputs, False), tmp_path / "out.vcf.gz")
+    imputation = Imputation(model, inputs, matched(target, Path("target.vcf.gz"), inputs, False), CPU, 4)
+    impute_to_vcf(imputation, tmp_path / "out.vcf.gz")
     said = [each.getMessage() for each in caplog.records if each.name == engine.__name__]
     windows, sites = imputation.data.windows, len(inputs.panel.sites)
     ends = [each.core_start for each in windows[1:]] + [sites]
@@ -194,7 +194,7 @@ def test_a_target_in_the_panel_is_refused_and_with_the_flag_never_copies_itself(
         imputed(retrieval_alone, inputs, own)
 
     targets = matched(own, Path("target.vcf.gz"), inputs, True)
-    imputation = Imputation(retrieval_alone, inputs, CPU, 2)
+    imputation = Imputation(retrieval_alone, inputs, targets, CPU, 2)
     collate, copied = imputation._collate, []
 
     def record(queries: Any, step: int) -> Any:
@@ -203,13 +203,14 @@ def test_a_target_in_the_panel_is_refused_and_with_the_flag_never_copies_itself(
         return batch
 
     monkeypatch.setattr(imputation, "_collate", record)
-    list(imputation.windows(targets))
+    list(imputation.windows())
     assert len(copied) == len(imputation.data.windows)
     for each in copied:
         assert not (each[:2] == 5).any() and not (each[2:] == 30).any()
     # Under another name nothing is excluded, and a sample retrieves itself (among identical haplotypes).
     copied.clear()
-    list(imputation.windows(dataclasses.replace(targets, samples=("X", "Y"))))
+    monkeypatch.setattr(imputation, "targets", dataclasses.replace(targets, samples=("X", "Y")))
+    list(imputation.windows())
     assert all((each[:2] == 5).any() and (each[2:] == 30).any() for each in copied)
 
 
@@ -262,11 +263,11 @@ def test_an_interrupted_imputation_leaves_nothing(
     model: ExportedModel, inputs: PanelInputs, target: PhasedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     targets = matched(target, Path("target.vcf.gz"), inputs, False)
-    imputation = Imputation(model, inputs, CPU, 4)
+    imputation = Imputation(model, inputs, targets, CPU, 4)
     whole = imputation.windows
 
-    def interrupted(targets: Targets, chosen: list[Window]) -> Any:
-        for window, values in whole(targets, chosen):
+    def interrupted(chosen: list[Window]) -> Any:
+        for window, values in whole(chosen):
             if window.index == 3:
                 raise KeyboardInterrupt
             yield window, values
@@ -275,51 +276,8 @@ def test_an_interrupted_imputation_leaves_nothing(
     folder = tmp_path / "results"
     folder.mkdir()
     with pytest.raises(KeyboardInterrupt):
-        impute_to_vcf(imputation, targets, folder / "out.vcf.gz")
+        impute_to_vcf(imputation, folder / "out.vcf.gz")
     assert list(folder.iterdir()) == []
-
-
-def test_without_the_transformer_nothing_but_its_windows_changes(
-    model: ExportedModel, inputs: PanelInputs, target: PhasedData, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A head of zeros adds no residual, so a network with it must give the same."""
-    monkeypatch.setattr(engine, "_TIMES_AS_LONG", 1)
-    targets = matched(target, Path("target.vcf.gz"), inputs, False)
-    weights = {
-        name: torch.zeros_like(each) if name.startswith("head.") else each for name, each in model.weights.items()
-    }
-    without_residual = dataclasses.replace(model, weights=weights)
-    whole = list(Imputation(model, inputs, CPU, 4).windows(targets))
-    without = list(Imputation(model, inputs, CPU, 4, transformer=False).windows(targets))
-    headless = list(Imputation(without_residual, inputs, CPU, 4).windows(targets))
-    for (_, one), (_, other), (_, all_of_it) in zip(without, headless, whole, strict=True):
-        np.testing.assert_array_equal(one, other)
-        assert not np.allclose(one, all_of_it)
-
-
-def test_without_the_transformer_windows_are_longer_as_far_as_memory_goes(
-    retrieval_alone: ExportedModel, inputs: PanelInputs, target: PhasedData, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    targets = matched(target, Path("target.vcf.gz"), inputs, False)
-    longest = retrieval_alone.config.data.window_sites
-    haplotypes, sites = 2 * len(inputs.panel.samples), len(inputs.panel.sites)
-
-    def spread(imputation: Imputation) -> np.ndarray:
-        found = np.full((2 * len(targets.samples), sites), np.nan)
-        for window, probability in imputation.windows(targets):
-            found[:, window.core_sites] = probability
-        return found
-
-    short, long = (Imputation(retrieval_alone, inputs, CPU, 4, transformer=each) for each in (True, False))
-    assert len(long.data) <= -(-len(short.data) // 3) < len(short.data)
-    one, other = spread(short), spread(long)
-    untyped = ~targets.typed
-    assert np.corrcoef(one[:, untyped].ravel(), other[:, untyped].ravel())[0, 1] > 0.95
-    monkeypatch.setattr(engine, "_MOST_CORE_BYTES", 2 * longest * haplotypes)
-    held_back = Imputation(retrieval_alone, inputs, CPU, 4, transformer=False).data.windows
-    assert longest < max(each.core_stop - each.core_start for each in held_back) <= 2 * longest
-    monkeypatch.setattr(engine, "_MOST_CORE_BYTES", haplotypes)
-    assert Imputation(retrieval_alone, inputs, CPU, 4, transformer=False).data.windows == short.data.windows
 
 
 def test_windows_are_encoded_as_they_come(
@@ -335,17 +293,19 @@ def test_windows_are_encoded_as_they_come(
 
     monkeypatch.setattr(codebooks, "encode_window", noted)
     targets = matched(target, Path("target.vcf.gz"), inputs, False)
-    imputation = Imputation(model, inputs, CPU, 4)
+    imputation = Imputation(model, inputs, targets, CPU, 4)
     assert encoded == []
-    for window, _ in imputation.windows(targets):
+    for window, _ in imputation.windows():
         assert encoded == list(range(len(encoded))) and window.index < len(encoded) <= window.index + 3
     assert encoded == list(range(len(imputation.data)))
 
 
-def test_a_dense_store_holds_one_generation(make_config: MakeConfig, inputs: PanelInputs) -> None:
+def test_a_dense_store_holds_one_generation(make_config: MakeConfig, inputs: PanelInputs, target: PhasedData) -> None:
+    targets = matched(target, Path("target.vcf.gz"), inputs, False)
+
     def imputation(*settings: str) -> Imputation:
         dense = ["embrag.retrieval.store=dense", "embrag.retrieval.encoding=refresh"]
-        return Imputation(untrained(make_config(*dense, *settings), head=0.0), inputs, CPU, 4)
+        return Imputation(untrained(make_config(*dense, *settings), head=0.0), inputs, targets, CPU, 4)
 
     data = imputation().data
     one = sum(map(len, data.windows)) * len(data.reference) * 16 * 4 / 2**30
@@ -361,8 +321,8 @@ def test_retrieval_runs_ahead_raises_its_failures_and_ends_with_its_reader(
         return [each for each in threading.enumerate() if each.name == "retrieval-prefetch"]
 
     targets = matched(target, Path("target.vcf.gz"), inputs, False)
-    imputation = Imputation(model, inputs, CPU, 4)
-    reader = imputation.windows(targets)
+    imputation = Imputation(model, inputs, targets, CPU, 4)
+    reader = imputation.windows()
     next(reader)
     assert len(ahead()) == 1
     reader.close()
@@ -373,7 +333,7 @@ def test_retrieval_runs_ahead_raises_its_failures_and_ends_with_its_reader(
 
     monkeypatch.setattr(imputation, "_collate", broken)
     with pytest.raises(RuntimeError, match="window 0"):
-        list(imputation.windows(targets))
+        list(imputation.windows())
     assert ahead() == []
 
 
@@ -405,12 +365,15 @@ def test_the_numbers_of_matched_sites_are_logged(
         matched(none, Path("t.vcf.gz"), inputs, False)
 
 
-def test_windows_that_leave_sites_out_are_refused(make_config: MakeConfig, inputs: PanelInputs, tmp_path: Path) -> None:
+def test_windows_that_leave_sites_out_are_refused(
+    make_config: MakeConfig, inputs: PanelInputs, target: PhasedData, tmp_path: Path
+) -> None:
+    targets = matched(target, Path("target.vcf.gz"), inputs, False)
     pos = inputs.panel.sites.pos
     (tmp_path / "windows.txt").write_text(f"1 {pos[0]} {pos[-2]}\n")
     config = make_config(f"embrag.data.windows_file={tmp_path / 'windows.txt'}")
     with pytest.raises(UserError, match=r"windows\.txt: 1 panel sites lie in no window"):
-        Imputation(untrained(config, 0.0), inputs, CPU, 4)
+        Imputation(untrained(config, 0.0), inputs, targets, CPU, 4)
 
 
 def test_a_target_with_one_typed_site_or_all_of_them(
@@ -428,7 +391,7 @@ def test_a_target_with_one_typed_site_or_all_of_them(
         write_phased(tmp_path / f"{name}.vcf.gz", sites, truth.samples, truth.alleles[kept])
         found = read_phased(tmp_path / f"{name}.vcf.gz")
         targets = matched(found, Path(name), inputs, False)
-        impute_to_vcf(Imputation(model, inputs, CPU, 9), targets, tmp_path / f"{name}.out.vcf.gz")
+        impute_to_vcf(Imputation(model, inputs, targets, CPU, 9), tmp_path / f"{name}.out.vcf.gz")
         out = read_dosages(tmp_path / f"{name}.out.vcf.gz")
         assert np.isfinite(out.dosage).all()
         np.testing.assert_array_equal(out.dosage[kept], (truth.alleles[:, 0::2] + truth.alleles[:, 1::2])[kept])
@@ -441,7 +404,7 @@ def test_in_bf16_only_the_products_of_the_network_are_rounded(
     for each, least, most in ((model, 1e-5, 0.03), (retrieval_alone, 0.0, 0.0)):
         rounded, exact = (
             np.concatenate(
-                [part for _, part in Imputation(each, inputs, CPU, 9, precision=precision).windows(targets)], 1
+                [part for _, part in Imputation(each, inputs, targets, CPU, 9, precision=precision).windows()], 1
             )
             for precision in ("bf16", "fp32")
         )
@@ -480,12 +443,12 @@ def test_search_backends_are_timed_only_on_a_gpu_with_many_batches(
     timed: list[int] = []
     monkeypatch.setattr(FirstSearch, "fastest", lambda self: timed.append(len(self.query.tokens)) or "faiss-cpu")
     targets = matched(target, Path("target.vcf.gz"), inputs, False)
-    imputation = Imputation(with_backend(model, "auto"), inputs, CPU, 4)
-    expected = {window.index: values for window, values in imputation.windows(targets)}
+    imputation = Imputation(with_backend(model, "auto"), inputs, targets, CPU, 4)
+    expected = {window.index: values for window, values in imputation.windows()}
     assert timed == [] and imputation._collate.backend == "torch"
     asked: list[int] = []
     monkeypatch.setattr(engine, "_worth_timing", lambda batches, device: asked.append(batches) or True)
-    found = {window.index: values for window, values in imputation.windows(targets)}
+    found = {window.index: values for window, values in imputation.windows()}
     assert timed == [8] and imputation._collate.backend == "faiss-cpu" and asked == [3 * len(imputation.data.windows)]
     # The backends may differ in ties.
     assert np.mean(np.abs(np.concatenate(list(found.values()), 1) - np.concatenate(list(expected.values()), 1))) < 0.02
@@ -498,8 +461,9 @@ def test_search_backends_are_timed_only_on_a_gpu_with_many_batches(
 def test_a_model_trained_with_a_gpu_search_is_used_without_one(
     model: ExportedModel, inputs: PanelInputs, target: PhasedData
 ) -> None:
+    targets = matched(target, Path("target.vcf.gz"), inputs, False)
     for trained, here in (("faiss-gpu", "torch"), ("faiss-cpu", "faiss-cpu")):
-        assert Imputation(with_backend(model, trained), inputs, CPU, 4)._collate.backend == here
+        assert Imputation(with_backend(model, trained), inputs, targets, CPU, 4)._collate.backend == here
 
 
 @pytest.mark.real
@@ -526,9 +490,9 @@ def test_a_short_run_beats_the_nearest_haplotype_on_1000_genomes(
     names = tuple(target.samples[column // 2] for column in columns[::2])
     fewer = dataclasses.replace(target, samples=names, alleles=target.alleles[:, columns])
     targets = matched(fewer, real_data / "target.sparse.vcf.gz", inputs, False)
-    imputation = Imputation(read_export(tmp_path / "run" / MODEL_FILE), inputs, distributed.device, len(names))
+    imputation = Imputation(read_export(tmp_path / "run" / MODEL_FILE), inputs, targets, distributed.device, len(names))
     probability = np.empty((len(columns), len(truth.sites)), dtype=np.float32)
-    for window, values in imputation.windows(targets):
+    for window, values in imputation.windows():
         probability[:, window.core_sites] = values
     untyped = ~targets.typed
     counts, dosage = (
@@ -553,9 +517,9 @@ def test_imputation_on_another_gpu_than_the_first_keeps_cudas_rules(
 ) -> None:
     monkeypatch.setattr(cuda, "available", lambda: False)  # torch's operations in place of the kernels
     targets = matched(target, Path("target.vcf.gz"), inputs, False)
-    _, expected = next(Imputation(model, inputs, CPU, 5).windows(targets))
+    _, expected = next(Imputation(model, inputs, targets, CPU, 5).windows())
     with Machine(set_device=False) as machine:
-        windows = Imputation(model, inputs, machine.device, 5).windows(targets)
+        windows = Imputation(model, inputs, targets, machine.device, 5).windows()
         _, found = next(windows)
         windows.close()
     np.testing.assert_allclose(found, expected, atol=1e-3)

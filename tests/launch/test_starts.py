@@ -44,7 +44,8 @@ with meet(collective_limit(0)) as met:
     group = start_distributed()
     total = torch.tensor([group.rank + 1])
     torch.distributed.all_reduce(total)
-    print(group.ranks, int(total), met.gather(str(torch.get_num_threads()))[0], flush=True)
+    threads = met.gather(str(torch.get_num_threads()))[0]
+    print(f"{group.ranks} {int(total)} {threads}\\n", end="", flush=True)  # one write: lines of ranks do not mix
     group.close()
 """
 

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from embrag_ds.errors import UserError
+from embrag_ds.maps import formats
 from embrag_ds.maps.genetic_map import GeneticMap
 from embrag_ds.variants.sites import SiteTable
 
@@ -372,3 +373,45 @@ def test_junk_is_an_error_of_one_line(tmp_path, content):
     except UserError as fault:
         assert re.fullmatch(rf"{re.escape(str(path))}: .*[;:] .*", str(fault), flags=re.ASCII)
         assert len(str(fault).splitlines()) == 1
+
+
+number = st.one_of(
+    st.integers(0, 9).map(str),
+    st.sampled_from(
+        ["1.5", "-1", "1e3", "1_0", "nan", "inf", "3e9", "1e6", "x", "", "\u0663", "2147483647", "2147483648"]
+    ),
+)
+row = st.one_of(
+    st.tuples(st.sampled_from(["1", "2", '"1"', "#1", "chr"]), st.just("."), number, number).map(" ".join),
+    st.sampled_from(["", "# comment", "chr id cM bp", "1 . 0 0 0", "1 ."]),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.integers(1, 3), max_size=8), st.lists(row, max_size=4), st.randoms(use_true_random=False))
+def test_whole_columns_are_read_as_single_lines_are(steps: list[int], rows: list[str], random) -> None:
+    """Wherever columns are read at once, the points are those of the lines, and where a line is at fault they are not
+    read at once."""
+    good = [f"{1 + place % 2} . {place} {1000 + place + step}" for place, step in enumerate(steps)]
+    lines = good + rows
+    random.shuffle(lines)
+    columns, first = formats.Columns("PLINK", contig=0, cm=2, bp=3), ["chr", "id", "cM", "bp"]
+    at_once = formats._points_at_once(lines, columns, first)
+    try:
+        expected = formats._points_line_by_line(Path("map"), lines, columns, first)
+    except UserError:
+        assert at_once is None
+        return
+    if at_once is None:
+        assert any('"' in line or "inf" in line or "_" in line for line in lines)
+        return
+    assert list(at_once) == list(expected)
+    for contig, both in expected.items():
+        for one, other in zip(at_once[contig], both, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_whole_columns_are_read_at_once() -> None:
+    lines = [f"{1 + place // 5} . {place / 7} {place % 5 + 1}" for place in range(10)]
+    found = formats._points_at_once(lines, formats.Columns("PLINK", contig=0, cm=2, bp=3), lines[0].split())
+    assert found is not None and [len(bp) for bp, _ in found.values()] == [5, 5]

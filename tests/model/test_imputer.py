@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from embrag_ds.errors import UserError
+from embrag_ds.model import pooling
 from embrag_ds.model.embedding import HaplotypeEmbedding, gather_embeddings
 from embrag_ds.model.imputer import Imputer, ModelConfig
 from embrag_ds.model.losses import LossConfig, Losses, imputation_loss
@@ -117,7 +118,9 @@ def test_the_prior_mixes_copied_dosage_and_the_frequency_of_the_neighbours_popul
     network = build.imputer(fusion=fusion)
     batch = world.collator(network.embedding)(world.batch_of(1, [0, 3], world.masked(1, 2, 1)))
     with torch.no_grad():
-        weight = network.embedding.codebook(batch.window.sites)
+        # A site's weight is that at the core's centre, where its position is 0.
+        centred = replace(batch.window.sites, position=torch.zeros_like(batch.window.sites.position))
+        weight = network.embedding.codebook(centred)
         weight = ((weight[:, 1] - weight[:, 0]) ** 2).sum(-1)
         pooled = network.pooling(batch, batch.retrieved, weight / weight.mean())
     share = float(torch.sigmoid(network.background.detach()))
@@ -205,7 +208,11 @@ def test_every_parameter_gets_a_finite_gradient_and_the_pooling_a_real_one(build
 
 
 @FUSIONS
-def test_gradients_of_the_retrieval_parameters_equal_finite_differences(build, fusion: str) -> None:
+def test_gradients_of_the_retrieval_parameters_equal_finite_differences(
+    build, fusion: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all probabilities: where one becomes negligible the loss has a step, which no gradient shows."""
+    monkeypatch.setattr(pooling, "NEGLIGIBLE", 0.0)
     world = build(3, samples=20, cm_per_site=0.2)
     network = build.imputer(trained=False, fusion=fusion)
     batch = world.collator(network.embedding)(world.batch_of(1, [0, 4, 9, 2], world.masked(1, 4, 1)))
@@ -260,13 +267,18 @@ def test_it_runs_under_autocast_and_in_bf16(build, fusion: str, mode: str) -> No
         assert all(torch.isfinite(each.grad).all() for each in network.parameters() if each.grad is not None)
 
 
-def test_site_weights_are_the_squared_distance_of_the_two_alleles(build) -> None:
+def test_site_weights_are_the_squared_distance_of_the_two_alleles_at_the_centre(build) -> None:
     world = build(3)
     embedding = build.imputer(dims=32).embedding
     sites = site_tensors(world.data, 1, torch.device("cpu"))
+    assert sites.position.abs().min() > 0
     with torch.no_grad():
-        weights = embedding.site_weights(sites)
-        expected = site_weights(embedding.codebook(sites))
+        weights = embedding.site_weights(sites.frequency)
+        centred = replace(sites, position=torch.zeros_like(sites.position))
+        expected = site_weights(embedding.codebook(centred))
+        assert not torch.allclose(site_weights(embedding.codebook(sites)), expected, rtol=1e-3)
+        # A site has the same weight among any others.
+        assert torch.allclose(embedding.site_weights(sites.frequency[5:9]), expected[5:9])
     assert weights.std() > 0.01
     torch.testing.assert_close(weights, expected)
 

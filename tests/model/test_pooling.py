@@ -13,8 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import embrag_ds.model.pooling as pooling_module
+from embrag_ds.data.windows import MOST_PLACES, PLACE_CM
 from embrag_ds.model.embedding import gather_embeddings
-from embrag_ds.model.pooling import CopyingPooling, DistancePooling, mixed_embedding, pooled_embedding
+from embrag_ds.model.pooling import (
+    NEGLIGIBLE,
+    CopyingPooling,
+    DistancePooling,
+    mixed_embedding,
+    pooled_embedding,
+    without_negligible,
+)
 from embrag_ds.ops.dosage import dense_alleles
 from tests.oracles import slow_posterior
 
@@ -35,11 +43,48 @@ def slow_alone(pooling: torch.nn.Module) -> torch.nn.Module:
     return pooling
 
 
+def without_small(posterior: np.ndarray) -> np.ndarray:
+    """Posteriors [T, K] without what lies below a part of the mean probability, which is the sum of squares."""
+    kept = np.zeros_like(posterior)
+    for site, row in enumerate(posterior):
+        mean = sum(float(each) * float(each) for each in row)
+        for neighbour, each in enumerate(row):
+            if each > NEGLIGIBLE * mean:
+                kept[site, neighbour] = each
+        kept[site] /= kept[site].sum()
+    return kept
+
+
+def slow_prior(pooling: CopyingPooling, queries, batch, panel: np.ndarray, row: int) -> np.ndarray:
+    """Probability [T, K] of each neighbour after a recombination before each typed site of one query haplotype.
+
+    Its logarithm is the sum over two terms of minus the strength per percent, times the percentage of typed sites that
+    differ; those at a distance of d, from place to place, have the weight exp(-d / scale).
+    """
+    ids, truth, masked = batch.retrieved.ids[row].tolist(), queries.alleles[row], queries.masked[row // 2]
+    position = batch.window.sites.position.numpy()
+    typed = [site for site in range(len(truth)) if not masked[site]]
+    length = max(PLACE_CM, float(position[-1] - position[0]) / MOST_PLACES)
+    place = [min(int((position[site] - position[0]) / length), MOST_PLACES - 1) for site in typed]
+    strengths = (10 * pooling.closeness.detach().double()).tolist()
+    scales = (10 * pooling.reach.detach().double()).exp().tolist()
+    logarithm = np.zeros((len(typed), len(ids)))
+    for t in range(len(typed)):
+        for strength, scale in zip(strengths, scales, strict=True):
+            near = [math.exp(-abs(place[t] - other) * length / scale) for other in place]
+            for k, haplotype in enumerate(ids):
+                differing = sum(w for w, s in zip(near, typed, strict=True) if panel[haplotype, s] != truth[s])
+                logarithm[t, k] -= strength * 100 * differing / sum(near)
+    prior = np.exp(logarithm - logarithm.max(1, keepdims=True))
+    return prior / prior.sum(1, keepdims=True)
+
+
 def slow_weights(rate: float, nats: float, weight: np.ndarray, queries, batch, panel: np.ndarray, row: int, prior):
     """Weights [K, L] of one query haplotype, by the explicit model at its typed sites and np.interp between them.
 
     ``rate`` is the recombination rate per cM, and ``nats`` the loss of log-probability at a mismatch of weight 1.
-    ``panel`` [H, L] holds the reference alleles of the whole window.
+    ``panel`` [H, L] holds the reference alleles of the whole window. ``weight`` [L] is divided by its mean over the
+    typed sites.
     """
     ids, truth, masked = batch.retrieved.ids[row].tolist(), queries.alleles[row], queries.masked[row // 2]
     typed = [site for site in range(len(truth)) if not masked[site]]
@@ -47,9 +92,10 @@ def slow_weights(rate: float, nats: float, weight: np.ndarray, queries, batch, p
     core = position[batch.window.core]
     if not typed:
         return np.full((len(ids), len(core)), 1 / len(ids))
-    emission = np.array([[np.exp(-nats * weight[s] * (panel[i, s] != truth[s])) for i in ids] for s in typed])
+    mean = sum(weight[s] for s in typed) / len(typed)
+    emission = np.array([[np.exp(-nats * weight[s] / mean * (panel[i, s] != truth[s])) for i in ids] for s in typed])
     recombination = np.array([0.0] + [1 - np.exp(-rate * (position[b] - position[a])) for a, b in pairwise(typed)])
-    posterior = slow_posterior(emission, recombination, prior)
+    posterior = without_small(slow_posterior(emission, recombination, prior))
     return np.array([np.interp(core, position[typed], posterior[:, place]) for place in range(len(ids))])
 
 
@@ -79,10 +125,10 @@ def test_copying_weights_equal_the_slow_model_interpolated_in_centimorgans(
         original = pooling_module.copying_posterior
         patch.setattr(pooling_module, "copying_posterior", lambda *given: (passed.append(given), original(*given))[1])
         found = pooling(batch, batch.retrieved, weight).weights.numpy()
-        share = pooling._share_of_slow(batch.core.frequency).numpy()
+        share = pooling.share_of_slow(batch.core.frequency).numpy()
     panel = world.data.reference_alleles(window)
-    ((_, all_nats, all_recombinations, prior, near),) = passed
-    assert near is batch.window.near
+    ((_, all_nats, all_recombinations, _, near, place),) = passed
+    assert near is batch.window.near and place is batch.window.place
     rows = 2 * len(samples)
     for row in range(rows):
         typed = batch.window.typed[row, : int(batch.window.typed_count[row])]
@@ -90,7 +136,7 @@ def test_copying_weights_equal_the_slow_model_interpolated_in_centimorgans(
         for mismatch_nats, recombination in zip(all_nats.split(rows), all_recombinations.split(rows), strict=True):
             rate, nats = 0.0, 0.0
             if len(typed):
-                per_weight = mismatch_nats[row, : len(typed)] / weight[typed]
+                per_weight = mismatch_nats[row, : len(typed)] * (weight[typed].mean() / weight[typed])
                 nats = float(per_weight.mean())
                 assert torch.allclose(per_weight, torch.full_like(per_weight, nats), rtol=1e-4) and nats > 0
             if len(typed) > 1:
@@ -100,7 +146,7 @@ def test_copying_weights_equal_the_slow_model_interpolated_in_centimorgans(
                 rate = float(-torch.log1p(-chances[clearest]) / gaps[clearest])
                 assert torch.allclose(chances, 1 - torch.exp(-rate * gaps), rtol=1e-2, atol=1e-5)
                 assert rate > 0
-            prior_of_row = prior[row].double().numpy()
+            prior_of_row = slow_prior(pooling, queries, batch, panel, row)
             by_chain.append(slow_weights(rate, nats, weight.double().numpy(), queries, batch, panel, row, prior_of_row))
         slow = share[row] * by_chain[0] + (1 - share[row]) * by_chain[1]
         assert np.allclose(found[row], slow, atol=5e-4), np.abs(found[row] - slow).max()
@@ -130,20 +176,84 @@ def test_every_row_has_the_fewest_sites_that_flank_its_core(build, seed: int, ra
     assert near.count <= most + 2
 
 
-def test_a_recombination_prefers_neighbours_with_fewer_mismatches_and_a_rare_site_the_slow_model(build) -> None:
-    world = build(3, outside=2)
-    batch = world.collator(build.imputer().embedding)(world.batch_of(1, [0, 1], world.masked(1, 2, 1)))
-    pooling = CopyingPooling()
+def test_a_rare_site_prefers_the_slow_model() -> None:
     with torch.no_grad():
-        prior = pooling._recombination_prior(batch, batch.retrieved)
-        share = pooling._share_of_slow(torch.tensor([[1e-4, 1e-3, 0.1, 0.9, 0.9999]]))[0]
-    for row in range(4):
-        count = int(batch.window.typed_count[row])
-        percent = 100 * batch.retrieved.mismatch[row, :count].float().mean(0).double()
-        expected = torch.exp(-0.07 * percent)
-        assert torch.allclose(prior[row].double(), expected / expected.sum(), rtol=1e-4)
+        share = CopyingPooling().share_of_slow(torch.tensor([[1e-4, 1e-3, 0.1, 0.9, 0.9999]]))[0]
     assert float(share[1]) == pytest.approx(0.5) and float(share[0]) == pytest.approx(1 / (1 + math.exp(-2)))
     assert torch.allclose(share, torch.stack([share[4], share[1], share[3], share[2], share[0]]), atol=1e-4)
+
+
+@pytest.mark.parametrize(("cm", "places"), [(0.001, 1), (0.15, 29), (1.5, MOST_PLACES)])
+@pytest.mark.parametrize("disturbed", [False, True])
+def test_a_recombination_prefers_neighbours_that_resemble_the_query_around_its_place(
+    build, cm: float, places: int, disturbed: bool
+) -> None:
+    world = build(3, outside=3, cm_per_site=cm)
+    masked = np.concatenate([world.masked(1, 1, 1, rate) for rate in (0.3, 0.8, 1.1)])
+    queries = world.batch_of(1, [0, 1, 2], masked)
+    batch = world.collator(build.imputer().embedding, k=5)(queries)
+    torch.manual_seed(2)
+    pooling = CopyingPooling()
+    if disturbed:
+        disturb(pooling)
+    with torch.no_grad():
+        prior = pooling._recombination_prior(batch, batch.retrieved, pooling_module._present(batch))
+    assert prior.shape == (6, places, 5) and batch.window.places == places
+    assert torch.allclose(prior.sum(-1), torch.ones(6, places), atol=1e-5)
+    assert torch.allclose(prior[4:], torch.full_like(prior[4:], 0.2), atol=1e-6), "nothing is typed"
+    panel = world.data.reference_alleles(1)
+    for row in range(4):
+        place = batch.window.place[row, : int(batch.window.typed_count[row])]
+        expected = slow_prior(pooling, queries, batch, panel, row)
+        assert np.allclose(prior[row, place].double().numpy(), expected, rtol=2e-3, atol=1e-6)
+    if cm > 0.001:
+        assert (prior[:4].amax(1) - prior[:4].amin(1)).max() > 0.05, "places differ"
+
+
+@pytest.mark.parametrize("k", [1, 2, 50])
+def test_negligible_probabilities_are_left_out(k: int) -> None:
+    maker = torch.Generator().manual_seed(k)
+    posterior = torch.softmax(4 * torch.randn(3, 20, k, generator=maker), dim=-1)
+    found = without_negligible(posterior)
+    for row in range(3):
+        expected = without_small(posterior[row].double().numpy())
+        assert np.allclose(found[row].numpy(), expected, rtol=1e-5, atol=1e-7)
+        assert np.array_equal(found[row].numpy() > 0, expected > 0)
+    assert (found.amax(-1) >= posterior.amax(-1) - 1e-6).all()
+    assert (found > 0).any(-1).all() and (found == 0).any() == (k > 1)
+
+
+def test_gradients_of_what_is_kept_are_those_of_a_normalised_sum() -> None:
+    """The threshold itself has none."""
+    posterior = torch.softmax(4 * torch.randn(20, 30, generator=torch.Generator().manual_seed(1)), dim=-1).double()
+    direction = torch.randn(20, 30, generator=torch.Generator().manual_seed(2)).double()
+    leaf = posterior.clone().requires_grad_()
+    (without_negligible(leaf) * direction).sum().backward()
+    for site in range(20):
+        kept = posterior[site] > NEGLIGIBLE * posterior[site].square().sum()
+        total = posterior[site][kept].sum()
+        mean = (posterior[site][kept] * direction[site][kept]).sum() / total
+        expected = torch.where(kept, (direction[site] - mean) / total, 0.0)
+        torch.testing.assert_close(leaf.grad[site], expected)
+
+
+def test_only_the_ratios_of_site_weights_at_typed_sites_count(build) -> None:
+    """Their mean over each query's typed sites is made 1, whatever the weights elsewhere."""
+    world = build(4, outside=2)
+    masked = np.concatenate([world.masked(1, 1, 1, rate) for rate in (0.4, 0.8)])
+    batch = world.collator(build.imputer().embedding)(world.batch_of(1, [0, 1], masked))
+    weight = 0.2 + torch.rand(len(world.data.windows[1]), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        one, other, even = (
+            CopyingPooling()(batch, batch.retrieved, each)
+            for each in (weight, 7 * weight, torch.full_like(weight, 3.0))
+        )
+        unlike = torch.where(torch.from_numpy(masked).all(0), 100.0, weight)
+        assert (unlike == 100).any()
+        beyond = CopyingPooling()(batch, batch.retrieved, unlike)
+    torch.testing.assert_close(one.dosage, other.dosage)
+    torch.testing.assert_close(one.dosage, beyond.dosage)
+    assert (one.dosage - even.dosage).abs().max() > 1e-3
 
 
 def test_beyond_the_typed_sites_the_weights_are_those_of_the_nearest_typed_site(build) -> None:

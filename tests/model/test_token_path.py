@@ -57,7 +57,7 @@ def test_every_haplotype_goes_through_the_transformer_alone_and_is_fused_after_i
     with torch.no_grad():
         prediction = network(batch)
         confidence = torch.zeros_like(prediction.prior)
-        weight = network.embedding.site_weights(batch.window.sites)
+        weight = network.embedding.site_weights(batch.window.sites.frequency)
         pooled = network.pooling(batch, batch.retrieved, weight / weight.mean())
         expected = (pooled.ancestry * batch.core.population_frequency).sum(1)
         if network.confidence is not None:

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+from sass import compiled, compilers
 
 from embrag_ds.ops import dosage_cuda, hamming_cuda, li_stephens_cuda, rotation_cuda
-from profiling.sass import compiled, compilers
 
 COMPILERS = compilers()
 REGISTERS = 65536  # of a multiprocessor

@@ -16,14 +16,18 @@ from embrag_ds.ops.li_stephens_cuda import CudaPosterior, block_shape, cuda_matc
 CPU = torch.device("cpu")
 
 
-def random_case(seed: int, queries: int, sites: int, states: int, chains: int = 2) -> list[np.ndarray]:
-    """Random mismatch [B, T, K], mismatch_ratio and recombination [C, T] and prior [B, K]; ``chains`` is C / B."""
+def random_case(seed: int, queries: int, sites: int, states: int, chains: int = 2, places: int = 1) -> list[np.ndarray]:
+    """Random mismatch [B, T, K], mismatch_ratio, recombination [C, T], prior [B, G, K] and place [B, T].
+
+    ``chains`` is C / B, and ``places`` is G. Places do not decrease along a row.
+    """
     rng = np.random.default_rng(seed)
     mismatch = rng.random((queries, sites, states)) < 0.3
     shape = (chains * queries, sites)
     mismatch_ratio, recombination = np.exp(-5 * rng.random(shape)), rng.random(shape) ** 3 + 1e-6
-    prior = rng.dirichlet(np.ones(states), queries) * 0.9 + 0.1 / states
-    return [mismatch, *(each.astype(np.float32) for each in (mismatch_ratio, recombination, prior))]
+    prior = rng.dirichlet(np.ones(states), (queries, places)) * 0.9 + 0.1 / states
+    place = np.sort(rng.integers(0, places, (queries, sites)), axis=1)
+    return [mismatch, *(each.astype(np.float32) for each in (mismatch_ratio, recombination, prior)), place]
 
 
 CASES = pytest.mark.parametrize(
@@ -49,6 +53,10 @@ CASES = pytest.mark.parametrize(
 """Few sites and more than are read ahead; one neighbour a lane to sixteen, and blocks of one warp to four."""
 
 
+PLACES = pytest.mark.parametrize("places", [1, 3, 50])
+"""One prior, one for some sites, and one for nearly every site, with many that are skipped."""
+
+
 def near_of(rows: int, sites: int, first: int, last: int) -> Near:
     """Sites from ``first`` to ``last`` (exclusive) in the first row, and as many others in each other row."""
     count = last - first
@@ -59,15 +67,15 @@ def near_of(rows: int, sites: int, first: int, last: int) -> Near:
 def run_on(
     device: str, given: list[Tensor], near: Near, by_kernel: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Posterior of random_case's tensors ``given`` and, for random gradients, those of the last three, on the CPU."""
-    mismatch, *numbers = (each.to(device) for each in given)
+    """Posterior of random_case's tensors ``given`` and, for random gradients, those of its floats, on the CPU."""
+    mismatch, *numbers, place = (each.to(device) for each in given)
     mismatch_ratio, recombination, prior = leaves = [each.detach().clone().requires_grad_() for each in numbers]
     near = replace(near, first=near.first.to(device))
     if by_kernel:
         where = near.first, near.count, near.start, near.stop
-        posterior = CudaPosterior.apply(mismatch, mismatch_ratio, recombination, prior, *where)
+        posterior = CudaPosterior.apply(mismatch, mismatch_ratio, recombination, prior, place, *where)
     else:
-        posterior = copying_posterior(mismatch, -torch.log(mismatch_ratio), recombination, prior, near)
+        posterior = copying_posterior(mismatch, -torch.log(mismatch_ratio), recombination, prior, near, place)
     weight = torch.randn(posterior.shape, generator=torch.Generator().manual_seed(1)).to(device)
     (posterior * weight).sum().backward()
     found = [each.grad for each in leaves]
@@ -82,19 +90,33 @@ def assert_equal(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Non
 
 
 @pytest.mark.parametrize("chains", [1, 2])
+@PLACES
 @CASES
 @pytest.mark.usefixtures("kernels_on_host")
 def test_values_and_gradients_are_those_of_the_compiled_loops(
-    queries: int, sites: int, states: int, first: int, last: int, chains: int
+    queries: int, sites: int, states: int, first: int, last: int, places: int, chains: int
 ) -> None:
-    given = [*map(torch.from_numpy, random_case(sites, queries, sites, states, chains))]
+    given = [*map(torch.from_numpy, random_case(sites, queries, sites, states, chains, places))]
     near = near_of(queries, sites, first, last)
     assert_equal(run_on("cpu", given, near, True), run_on("cpu", given, near))
 
 
+@pytest.mark.usefixtures("kernels_on_host")
+def test_every_site_may_have_a_place_of_its_own_and_a_skipped_one_has_no_gradient() -> None:
+    given = [*map(torch.from_numpy, random_case(1, 3, 25, 70, 2, 40))]
+    there_and_back = (torch.arange(25) - 12).abs()
+    given[-1] = torch.stack([torch.arange(25), torch.arange(15, 40), there_and_back])
+    near = near_of(3, 25, 6, 16)
+    found = run_on("cpu", given, near, True)
+    assert_equal(found, run_on("cpu", given, near))
+    visited = [row.any(1).nonzero()[:, 0].tolist() for row in found[3]]
+    assert visited == [[*range(25)], [*range(15, 40)], [*range(13)]]
+
+
+@pytest.mark.parametrize("places", [1, 60])
 @pytest.mark.parametrize("states", [3, 70, 600])
 @pytest.mark.usefixtures("kernels_on_host")
-def test_states_stay_in_range_where_all_mismatch_and_the_map_is_flat(states: int) -> None:
+def test_states_stay_in_range_where_all_mismatch_and_the_map_is_flat(states: int, places: int) -> None:
     """Bounds of copying_posterior: emission factors down to exp(-60) and recombination from 1e-8 on."""
     mismatch = torch.rand(1, 60, states, generator=torch.Generator().manual_seed(1)) < 0.5
     mismatch[:, 10:13] = True  # all
@@ -103,17 +125,19 @@ def test_states_stay_in_range_where_all_mismatch_and_the_map_is_flat(states: int
     mismatch[:, 30:40] = ~mismatch[:, 20:30]
     mismatch_ratio, recombination = torch.full((2, 60), float(np.exp(-60))), torch.full((2, 60), 1e-8)
     recombination[1] = 0.01
-    prior = torch.softmax(-25 * torch.rand(1, states, generator=torch.Generator().manual_seed(2)), dim=1)
-    given = [mismatch, mismatch_ratio, recombination, prior]
+    prior = torch.softmax(-25 * torch.rand(1, places, states, generator=torch.Generator().manual_seed(2)), dim=2)
+    place = torch.arange(60)[None] * places // 60
+    given = [mismatch, mismatch_ratio, recombination, prior, place]
     found = run_on("cpu", given, Near.same(0, 60, 1, CPU), True)
     assert all(bool(torch.isfinite(each).all()) for each in found)
     double = (-mismatch_ratio.double().log(), recombination.double(), prior.double())
-    torch.testing.assert_close(found[0].double(), posterior_torch(mismatch, *double), rtol=1e-3, atol=1e-5)
+    expected = posterior_torch(mismatch, *double, None, place)
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.usefixtures("kernels_on_host")
 def test_sums_stay_right_over_many_sites() -> None:
-    given = [*map(torch.from_numpy, random_case(1, 1, 900, 20, 1))]
+    given = [*map(torch.from_numpy, random_case(1, 1, 900, 20, 1, 30))]
     near = Near.same(300, 200, 1, CPU)
     assert_equal(run_on("cpu", given, near, True), run_on("cpu", given, near))
 
@@ -146,16 +170,22 @@ def test_a_block_has_a_place_for_every_neighbour(neighbours: int) -> None:
 
 
 @pytest.mark.gpu
+@PLACES
 @CASES
-def test_on_the_gpu_they_are_those_of_the_cpu(queries: int, sites: int, states: int, first: int, last: int) -> None:
+def test_on_the_gpu_they_are_those_of_the_cpu(
+    queries: int, sites: int, states: int, first: int, last: int, places: int
+) -> None:
     assert copying_backend(torch.device("cuda", 0)) == "cuda kernel"
-    given = [*map(torch.from_numpy, random_case(sites, queries, sites, states))]
+    given = [*map(torch.from_numpy, random_case(sites, queries, sites, states, 2, places))]
     near = near_of(queries, sites, first, last)
     assert_equal(*(run_on(device, given, near) for device in ("cuda", "cpu")))
 
 
 @pytest.mark.gpu
 def test_a_panels_worth_on_the_gpu_equals_torch() -> None:
-    mismatch, mismatch_ratio, recombination, prior = map(torch.from_numpy, random_case(1, 8, 600, 2000))
-    on_gpu = [each.cuda() for each in (mismatch, -torch.log(mismatch_ratio), recombination, prior)]
-    torch.testing.assert_close(copying_posterior(*on_gpu), posterior_torch(*on_gpu), rtol=1e-3, atol=1e-5)
+    mismatch, mismatch_ratio, recombination, prior, place = map(
+        torch.from_numpy, random_case(1, 8, 600, 2000, places=20)
+    )
+    *on_gpu, place = [each.cuda() for each in (mismatch, -torch.log(mismatch_ratio), recombination, prior, place)]
+    found, expected = (each(*on_gpu, None, place) for each in (copying_posterior, posterior_torch))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)

@@ -12,12 +12,12 @@ import pytest
 SCRIPT = """
 from concurrent.futures import ThreadPoolExecutor
 import torch
-from embrag_ds.ops.li_stephens import count_true
-rows = torch.ones(64, 400, 50, dtype=torch.bool)
-count_true(rows)
+from embrag_ds.ops.li_stephens import count_by_place
+rows, place = torch.ones(64, 400, 50, dtype=torch.bool), torch.arange(400).repeat(64, 1) // 200
+count_by_place(rows, place, 2)
 with ThreadPoolExecutor(4) as callers:
-    for total in callers.map(lambda number: count_true(rows), range(200)):
-        assert (total == 400).all()
+    for total in callers.map(lambda number: count_by_place(rows, place, 2), range(200)):
+        assert (total == 200).all()
 import numba
 print(numba.threading_layer(), numba.get_num_threads(), torch.get_num_threads())
 """
@@ -54,12 +54,13 @@ class Counter(event.Listener):
 event.register("numba:compile", Counter())
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 import torch
-from embrag_ds.ops.li_stephens import count_true
+from embrag_ds.ops.li_stephens import count_by_place
 for rows in (400, 300):
-    assert (count_true(torch.ones(64, rows, 50, dtype=torch.bool)) == rows).all()
+    place = torch.zeros(64, rows, dtype=torch.int64)
+    assert (count_by_place(torch.ones(64, rows, 50, dtype=torch.bool), place, 1) == rows).all()
 print(len(compiled), "compiled")
 """
-SAID = "compiling loops for this processor, some 20 s of one core in all; numba keeps them where it can"
+SAID = "compiling loops for this processor, about half a minute of one core in all; numba keeps them where it can"
 
 
 def test_of_two_processes_one_compiles_and_says_so(root: Path, tmp_path: Path) -> None:
@@ -94,9 +95,10 @@ else:
     caching.IndexDataCacheFile.save = refuse
     caching.IndexDataCacheFile.load = lambda *given: None
 import torch
-from embrag_ds.ops.li_stephens import count_true
+from embrag_ds.ops.li_stephens import count_by_place
 logging.basicConfig(level=logging.DEBUG, format="%(message)s", stream=sys.stdout)
-assert (count_true(torch.ones(64, 400, 50, dtype=torch.bool)) == 400).all()
+place = torch.zeros(64, 400, dtype=torch.int64)
+assert (count_by_place(torch.ones(64, 400, 50, dtype=torch.bool), place, 1) == 400).all()
 """
 
 

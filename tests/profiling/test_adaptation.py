@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import adaptation
+import adaptation_panels
+import adaptation_report
+import adaptation_tools
 import numpy as np
 import pytest
 from hypothesis import given
@@ -24,28 +25,16 @@ from embrag_ds.evaluation.metrics import BIN_NAMES
 from embrag_ds.maps.genetic_map import GeneticMap
 from tests.whole_files import read_phased
 
-MODULES = ("chr_x", "adaptation_panels", "adaptation_tools", "adaptation_report", "adaptation")
-
-
-@pytest.fixture(scope="module")
-def modules(root: Path) -> Iterator[dict[str, ModuleType]]:
-    """The scripts as modules; they import one another from their own folder."""
-    sys.path.insert(0, str(root / "profiling"))
-    yield {name.removeprefix("adaptation_"): importlib.import_module(name) for name in MODULES}
-    sys.path.remove(str(root / "profiling"))
-    for name in MODULES:
-        del sys.modules[name]
-
 
 @pytest.fixture
-def held(modules: dict[str, ModuleType], simulated: DefaultData) -> Any:
+def held(simulated: DefaultData) -> Any:
     """A panel that is cut out of the simulated one."""
-    panels = modules["panels"]
+    panels = adaptation_panels
     return panels.Held(simulated.panel.name, panels.spaced(2_000), simulated.genetic_map.name, targets=20)
 
 
-def test_targets_are_held_out_of_the_panel(modules, held, simulated: DefaultData, tmp_path: Path) -> None:
-    files = modules["panels"].prepare(held, simulated.panel.parent, tmp_path / "one")
+def test_targets_are_held_out_of_the_panel(held, simulated: DefaultData, tmp_path: Path) -> None:
+    files = adaptation_panels.prepare(held, simulated.panel.parent, tmp_path / "one")
     whole, panel, target, truth = (
         read_phased(path) for path in (simulated.panel, files.panel, files.target, files.truth)
     )
@@ -62,8 +51,8 @@ def test_targets_are_held_out_of_the_panel(modules, held, simulated: DefaultData
     assert files.genetic_map is not None and files.genetic_map.read_bytes() == simulated.genetic_map.read_bytes()
 
 
-def test_a_panel_is_made_once_and_the_same_again(modules, held, simulated: DefaultData, tmp_path: Path) -> None:
-    prepare, data = modules["panels"].prepare, simulated.panel.parent
+def test_a_panel_is_made_once_and_the_same_again(held, simulated: DefaultData, tmp_path: Path) -> None:
+    prepare, data = adaptation_panels.prepare, simulated.panel.parent
     first = prepare(held, data, tmp_path / "one")
     made = first.panel.stat().st_mtime_ns
     assert prepare(held, data, tmp_path / "one") == first and first.panel.stat().st_mtime_ns == made
@@ -73,31 +62,31 @@ def test_a_panel_is_made_once_and_the_same_again(modules, held, simulated: Defau
     assert len(small.samples) == 10 and set(small.samples) < set(large.samples)
 
 
-def test_a_panel_of_few_sites(modules, tmp_path: Path) -> None:
+def test_a_panel_of_few_sites(tmp_path: Path) -> None:
     settings = SimulationSettings(length_bp=100_000, panel_samples=30, target_samples=6, typed_spacing_bp=4_000)
-    spec = modules["panels"].Simulated(settings, sites=50)
-    files = modules["panels"].prepare(spec, tmp_path, tmp_path / "few")
+    spec = adaptation_panels.Simulated(settings, sites=50)
+    files = adaptation_panels.prepare(spec, tmp_path, tmp_path / "few")
     panel, target, truth = (read_phased(path) for path in (files.panel, files.target, files.truth))
     assert len(panel.sites) == len(truth.sites) == 50 and len(target.sites) == 10
     assert set(target.sites.pos.tolist()) <= set(panel.sites.pos.tolist())
     assert panel.sites.pos[-1] - panel.sites.pos[0] > 80_000
 
 
-def test_every_panel_is_of_a_known_kind_and_no_targets_are_official(modules) -> None:
-    specs = modules["panels"].SPECS
+def test_every_panel_is_of_a_known_kind_and_no_targets_are_official() -> None:
+    specs = adaptation_panels.SPECS
     assert len(specs) >= 10
     assert not [name for name, spec in specs.items() if "target" in spec.source or "truth" in spec.source]
 
 
 @given(rate=st.floats(-4, 4), error=st.floats(-6, -1), tool=st.sampled_from(["beagle", "minimac4"]))
-def test_tuning_finds_the_best_within_half_a_step(modules, rate: float, error: float, tool: str) -> None:
+def test_tuning_finds_the_best_within_half_a_step(rate: float, error: float, tool: str) -> None:
     default_error = {"beagle": 1e-5, "minimac4": 1e-2}[tool]
 
     def score(setting) -> float:
         away = math.log10(setting.scale or 1.0) - rate
         return -(away**2) - 0.01 * (math.log10(setting.error or default_error) - error) ** 2
 
-    best, tried = modules["tools"].tune(score, tool)
+    best, tried = adaptation_tools.tune(score, tool)
     assert 5 < len(tried) <= 11 and len({setting for setting, _ in tried}) == len(tried)
     assert score(best) == max(value for _, value in tried)
     if abs(rate) <= 3.2:
@@ -106,20 +95,20 @@ def test_tuning_finds_the_best_within_half_a_step(modules, rate: float, error: f
         assert abs(math.log10(best.error or default_error) - error) <= 1.01
 
 
-def test_a_setting_that_fails_is_not_chosen(modules) -> None:
-    best, tried = modules["tools"].tune(lambda setting: math.nan if setting.scale else 0.5, "beagle")
+def test_a_setting_that_fails_is_not_chosen() -> None:
+    best, tried = adaptation_tools.tune(lambda setting: math.nan if setting.scale else 0.5, "beagle")
     assert best.scale is None and dict(tried)[best] == 0.5
 
 
-def test_tools_get_the_tuned_rate_and_mismatch(modules, simulated: DefaultData, tmp_path: Path, monkeypatch) -> None:
+def test_tools_get_the_tuned_rate_and_mismatch(simulated: DefaultData, tmp_path: Path, monkeypatch) -> None:
     """Beagle as its effective size, minimac4 in its map, which without one has 1 cM/Mb."""
-    tools, commands = modules["tools"], []
+    tools, commands = adaptation_tools, []
 
     def run(command, log) -> None:
         commands.append([str(word) for word in command])
 
     monkeypatch.setattr(tools, "run_logged", run)
-    files = modules["panels"].Prepared.of(simulated.panel.parent)
+    files = adaptation_panels.Prepared.of(simulated.panel.parent)
     setting = tools.Setting(10.0, 1e-3)
     folder = tmp_path / "run"
     folder.mkdir()
@@ -169,8 +158,8 @@ def canned(name: str, gain: float, lead: float) -> dict[str, Any]:
     }
 
 
-def test_the_table_has_gain_lead_times_and_the_worst_case(modules) -> None:
-    text = modules["report"].table([canned("one", 0.0072, 0.0304), canned("two", -0.0004, 0.2)])
+def test_the_table_has_gain_lead_times_and_the_worst_case() -> None:
+    text = adaptation_report.table([canned("one", 0.0072, 0.0304), canned("two", -0.0004, 0.2)])
     assert "| one | 50 | 9 | 300 | 40 | none | 20 (40) | 90 (170) | ne=1000 | 20 (40) |  |  |" in text
     gain = "+.0072 (\N{MINUS SIGN}.0028 to +.0172)"
     assert f"| one |  | {' | '.join([gain] * 6)} |" in text
@@ -183,9 +172,9 @@ def test_the_table_has_gain_lead_times_and_the_worst_case(modules) -> None:
 
 
 def test_it_skips_what_is_done_and_names_what_it_cannot_do(
-    modules, held, simulated: DefaultData, tmp_path: Path, monkeypatch, caplog, capsys
+    held, simulated: DefaultData, tmp_path: Path, monkeypatch, caplog, capsys
 ) -> None:
-    adaptation, data, commands = modules["adaptation"], simulated.panel.parent, []
+    data, commands = simulated.panel.parent, []
 
     def run(command, log) -> None:
         """Stand-in for ``embrag impute``: the truth, named so that it is found."""

@@ -4,34 +4,23 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
+import arithmetic
 import pytest
 
 from embrag_ds.config import load_config
 from embrag_ds.model.imputer import ModelConfig
 
 
-@pytest.fixture
-def arithmetic(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """``profiling/arithmetic.py``."""
-    monkeypatch.syspath_prepend(str(root / "profiling"))
-    import arithmetic
-
-    yield arithmetic
-    del sys.modules["arithmetic"]
-
-
-def test_a_part_takes_as_long_as_what_limits_it(arithmetic: ModuleType) -> None:
+def test_a_part_takes_as_long_as_what_limits_it() -> None:
     gpu = arithmetic.Gpu(operations=100.0, bytes_moved=10.0, source="none")
     by_products, by_memory = arithmetic.Part("a", 200.0, 5.0), arithmetic.Part("b", 200.0, 40.0)
     assert (by_products.seconds(gpu), by_products.bound(gpu)) == (2.0, "products")
     assert (by_memory.seconds(gpu), by_memory.bound(gpu)) == (4.0, "memory")
 
 
-def test_products_between_two_activations_reach_three_quarters_of_the_width(arithmetic: ModuleType) -> None:
+def test_products_between_two_activations_reach_three_quarters_of_the_width() -> None:
     """24 D^2 operations per site and block on 16 D values of two bytes, if weights are small beside activations."""
     parts = arithmetic.parts_of_step(ModelConfig(dims=256, layers=2, heads=4), 64, 930)
     products = [part for part in parts if part.operations and part.name not in ("attention", "fusion and head")]
@@ -39,7 +28,7 @@ def test_products_between_two_activations_reach_three_quarters_of_the_width(arit
     assert sum(part.operations for part in products) / moved == pytest.approx(0.75 * 256, rel=0.01)
 
 
-def test_a_reference_in_the_transformer_doubles_its_parts(arithmetic: ModuleType) -> None:
+def test_a_reference_in_the_transformer_doubles_its_parts() -> None:
     model = ModelConfig(dims=32, layers=2, heads=2)
     alone, both = (arithmetic.parts_of_step(model, 8, 50, references) for references in (0, 1))
     for one, two in zip(alone, both, strict=True):
@@ -48,7 +37,7 @@ def test_a_reference_in_the_transformer_doubles_its_parts(arithmetic: ModuleType
 
 
 def test_the_command_prints_what_a_configuration_can_reach(
-    root: Path, arithmetic: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [sys.executable, root / "profiling" / "arithmetic.py"]
     text = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root / "docs").stdout

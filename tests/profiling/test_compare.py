@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
-import pytest
+import compare
+import stepper
 from hypothesis import given
 from hypothesis import strategies as st
 
 from embrag_ds.config_files import read_tree
 from embrag_ds.data.simulate import DefaultData
 
-MODULES = ("machine", "stepper", "compare_report", "compare")
-
-
-@pytest.fixture(scope="module")
-def modules(root: Path) -> Iterator[dict[str, ModuleType]]:
-    """The scripts as modules; they import one another from their own folder."""
-    sys.path.insert(0, str(root / "profiling"))
-    yield {name: importlib.import_module(name) for name in MODULES}
-    sys.path.remove(str(root / "profiling"))
-    for name in MODULES:
-        del sys.modules[name]
-
 
 @given(fixed=st.integers(0, 50), each=st.integers(1, 40), budget=st.integers(1, 2000), most=st.integers(1, 100))
-def test_the_largest_batch_is_found_in_few_tries(modules, fixed: int, each: int, budget: int, most: int) -> None:
+def test_the_largest_batch_is_found_in_few_tries(fixed: int, each: int, budget: int, most: int) -> None:
     for ends_in_a_crash in (False, True):
         tried: list[int] = []
 
@@ -44,13 +30,13 @@ def test_the_largest_batch_is_found_in_few_tries(modules, fixed: int, each: int,
             return None if crash and used > budget else used
 
         expected = max([samples for samples in range(1, most + 1) if fixed + each * samples <= budget], default=0)
-        assert modules["compare"].largest(cost, budget, most) == modules["compare"].Largest(expected, settled=True)
+        assert compare.largest(cost, budget, most) == compare.Largest(expected, settled=True)
         assert len(tried) == len(set(tried)) <= 11
         assert all(1 <= samples <= most for samples in tried)
 
 
 @given(fixed=st.integers(0, 50), each=st.integers(1, 40), budget=st.integers(1, 2000), tries=st.integers(0, 5))
-def test_no_batch_is_tried_after_the_deadline(modules, fixed: int, each: int, budget: int, tries: int) -> None:
+def test_no_batch_is_tried_after_the_deadline(fixed: int, each: int, budget: int, tries: int) -> None:
     costs = [fixed + each * samples for samples in range(101)]
     tried: list[int] = []
 
@@ -58,7 +44,7 @@ def test_no_batch_is_tried_after_the_deadline(modules, fixed: int, each: int, bu
         tried.append(samples)
         return costs[samples]
 
-    found = modules["compare"].largest(cost, budget, 100, late=lambda: len(tried) == tries)
+    found = compare.largest(cost, budget, 100, late=lambda: len(tried) == tries)
     assert len(tried) <= tries
     fits = [samples for samples in tried if costs[samples] <= budget]
     assert found.samples == max(fits, default=0)
@@ -66,11 +52,11 @@ def test_no_batch_is_tried_after_the_deadline(modules, fixed: int, each: int, bu
     assert found.settled == (more == 101 or (more in tried and costs[more] > budget))
 
 
-def test_ratios_pair_neighbouring_blocks(modules) -> None:
+def test_ratios_pair_neighbouring_blocks() -> None:
     def blocks(*seconds: float):
-        return [modules["stepper"].Block(2, each, 0, 0, ()) for each in seconds]
+        return [stepper.Block(2, each, 0, 0, ()) for each in seconds]
 
-    ratio = modules["compare"].ratio
+    ratio = compare.ratio
     assert ratio(blocks(4, 40, 12), blocks(2, 20, 4)) == 2.0  # the machine drifts
     assert ratio(blocks(4), None) is None
 

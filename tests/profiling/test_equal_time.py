@@ -5,25 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import equal_time
 import pytest
 
 STEP_MS = {"v17": 200.0, "v18": 100.0}
-
-
-@pytest.fixture
-def equal_time(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """``profiling/equal_time.py``, imported as a module."""
-    monkeypatch.syspath_prepend(str(root / "profiling"))
-    import equal_time
-
-    yield equal_time
-    for name in ("equal_time", "training_runs"):
-        del sys.modules[name]
 
 
 class Launcher:
@@ -50,7 +38,7 @@ class Launcher:
 
 
 def test_each_trains_the_steps_that_fit_the_time_with_a_schedule_as_long(
-    equal_time: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     launcher = Launcher()
     monkeypatch.setattr(equal_time, "trained", launcher)

@@ -6,25 +6,13 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import large_batch
 import pytest
 
 from embrag_ds.config import load_config
-
-
-@pytest.fixture
-def large_batch(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """``profiling/large_batch.py``, imported as a module."""
-    monkeypatch.syspath_prepend(str(root / "profiling"))
-    import large_batch
-
-    yield large_batch
-    for name in ("large_batch", "training_runs"):
-        del sys.modules[name]
 
 
 class Runs:
@@ -49,7 +37,7 @@ class Runs:
 
 
 @pytest.fixture
-def runs(large_batch: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
     """All runs of the command, with two seeds."""
     made = Runs()
     monkeypatch.setattr(large_batch, "trained", made)
@@ -80,7 +68,7 @@ def test_both_batches_see_the_same_samples_under_the_same_schedule(runs: Runs) -
     assert rates == [0.002, 0.032] and [each["embrag.seed"] for each in runs.given] == [1, 1, 2, 2, 1, 1]
 
 
-def test_the_shares_are_those_of_the_shipped_configurations(large_batch: ModuleType) -> None:
+def test_the_shares_are_those_of_the_shipped_configurations() -> None:
     small, large = (load_config(name) for name in ("v18", "v18_large_batch"))
     steps = large.deepspeed["scheduler"]["params"]
     assert {
@@ -106,7 +94,7 @@ def test_it_writes_tables_numbers_and_a_plot(runs: Runs, tmp_path: Path) -> None
     assert (tmp_path / "large_batch.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_losses_between_two_validations_are_averaged(large_batch: ModuleType) -> None:
+def test_losses_between_two_validations_are_averaged() -> None:
     sparse = {"r2": {"all <1 %": 0.5}, "prior_r2": {"all <1 %": 0.4}}
     validation = {"kind": "validation", "score": 0.7, "array-sparse-2": sparse}
     train = [{"kind": "train", "loss": loss} for loss in (1.0, 2.0, 5.0, 6.0)]
@@ -121,7 +109,6 @@ def test_losses_between_two_validations_are_averaged(large_batch: ModuleType) ->
     [(["--batches", "32", "500"], "multiple of SMALL"), (["--steps", "35"], "multiple of --validations")],
 )
 def test_what_does_not_divide_is_refused(
-    large_batch: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     words: list[str],

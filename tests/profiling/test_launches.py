@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import launches
 import pytest
 import torch
 
@@ -25,32 +22,19 @@ NOT_DETERMINISTIC = (
 )  # and scatter_reduce for products: of minima and maxima, which the search takes, the order does not matter
 
 
-@pytest.fixture(scope="module")
-def launches(root: Path) -> Iterator[ModuleType]:
-    sys.path.insert(0, str(root / "profiling"))
-    spec = importlib.util.spec_from_file_location("profiling_launches", root / "profiling" / "launches.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
-    sys.path.remove(str(root / "profiling"))
-
-
-def counted(launches: ModuleType, run: Any) -> Any:
+def counted(run: Any) -> Any:
     with launches.Counting().counted() as counts:
         run()
     return counts.phases[launches.OTHER]
 
 
-def test_views_and_allocations_launch_nothing(launches: ModuleType) -> None:
+def test_views_and_allocations_launch_nothing() -> None:
     x = torch.ones(4, 6)
-    found = counted(launches, lambda: [torch.empty(3), x.T.unsqueeze(0)[:, 1:], x.view(-1).expand(2, 24), x.detach()])
+    found = counted(lambda: [torch.empty(3), x.T.unsqueeze(0)[:, 1:], x.view(-1).expand(2, 24), x.detach()])
     assert (found.launches, found.bytes) == (0, 0)
 
 
-def test_an_operation_counts_once_with_what_it_reads_and_writes(launches: ModuleType) -> None:
+def test_an_operation_counts_once_with_what_it_reads_and_writes() -> None:
     x, y = torch.ones(100), torch.ones(100)
     size = 400
     for run, moved in (
@@ -60,7 +44,7 @@ def test_an_operation_counts_once_with_what_it_reads_and_writes(launches: Module
         (lambda: x.zero_(), size),
         (lambda: x[:1].expand(50) * 2, 4 + 200),
     ):
-        found = counted(launches, run)
+        found = counted(run)
         assert (found.launches, found.bytes) == (1, moved)
 
 
@@ -76,12 +60,12 @@ def test_an_operation_counts_once_with_what_it_reads_and_writes(launches: Module
         ([200 << 16] * 4, 1, 3),
     ],
 )
-def test_lists_count_as_torch_hands_them_out(launches: ModuleType, sizes: list[int], lists: int, expected: int) -> None:
+def test_lists_count_as_torch_hands_them_out(sizes: list[int], lists: int, expected: int) -> None:
     tensors = [torch.empty(size, device="meta") for size in sizes]
     assert launches._chunks([tensors] * lists) == expected
 
 
-def test_a_wait_is_named_with_its_line(launches: ModuleType) -> None:
+def test_a_wait_is_named_with_its_line() -> None:
     with launches.Counting().counted() as counts:
         require(torch.tensor(True), "", "")  # type: ignore[arg-type]
         torch.ones(3)[torch.tensor([True, False, True])]
@@ -91,7 +75,7 @@ def test_a_wait_is_named_with_its_line(launches: ModuleType) -> None:
 
 
 def test_the_step_of_v18_keeps_its_bars(
-    launches: ModuleType, inputs: PanelInputs, distributed: DistributedContext, cache_dir: Path, tmp_path: Path
+    inputs: PanelInputs, distributed: DistributedContext, cache_dir: Path, tmp_path: Path
 ) -> None:
     """The bars hold for any width and number of samples, because launches do not depend on them."""
     small = {"model.dims": 16, "data.validation_samples": 2, "validation.samples": 2, "retrieval.prefetch": 0}

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
+import memory
 import pytest
 import torch
 
@@ -23,18 +21,7 @@ from tests.ranks import LAUNCHER
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def memory(root: Path) -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("profiling_memory", root / "profiling" / "memory.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
-
-
-def test_blocks_are_measured_by_turns(memory: ModuleType) -> None:
+def test_blocks_are_measured_by_turns() -> None:
     timeline = memory.Alternating(CPU, 2)
     for number in range(12):
         with timeline.phase("forward"):
@@ -50,7 +37,7 @@ def test_blocks_are_measured_by_turns(memory: ModuleType) -> None:
     assert all(0 < block.cpu_s < 0.3 for block in timeline.blocks)  # asleep most of the time
 
 
-def test_a_block_is_compared_with_its_neighbours(memory: ModuleType) -> None:
+def test_a_block_is_compared_with_its_neighbours() -> None:
     # The machine slows down all the time; measuring costs a tenth.
     ratio = memory.paired_ratio([10, 1.1 * 11, 12, 1.1 * 13, 14, 1.1 * 15])
     assert ratio.median == pytest.approx(1.1) and ratio.interval == pytest.approx((1.1, 1.1)) and ratio.blocks == 2
@@ -71,7 +58,6 @@ def options(root: Path, simulated: DefaultData, tmp_path: Path) -> list[str]:
 
 
 def test_it_profiles_some_steps(
-    memory: ModuleType,
     options: list[str],
     distributed: DistributedContext,
     tmp_path: Path,

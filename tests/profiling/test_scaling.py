@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from profiling.scaling import row, speed_of
-from profiling.two_nodes import SKIPPED, losses_of
+from scaling import row, speed_of
+from two_nodes import SKIPPED, losses_of
 
 
 def test_a_runs_speed_leaves_out_its_beginning_and_its_validations() -> None:

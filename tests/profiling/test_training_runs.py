@@ -5,27 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import training_runs
 
 from embrag_ds.errors import UserError
 
 NO_FILES = argparse.Namespace(set=[], panel=None, map=None, samples=None)
-
-
-@pytest.fixture
-def training_runs(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """``profiling/training_runs.py``, imported as a module."""
-    monkeypatch.syspath_prepend(str(root / "profiling"))
-    import training_runs
-
-    yield training_runs
-    del sys.modules["training_runs"]
 
 
 class Started:
@@ -62,9 +50,7 @@ class Started:
         return 2
 
 
-def test_a_run_gets_its_files_and_its_settings_last(
-    training_runs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_gets_its_files_and_its_settings_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = Started()
     monkeypatch.setattr(training_runs.subprocess, "Popen", started)
     options = argparse.Namespace(set=["a=1"], panel=Path("p.vcf"), map=None, samples=None)
@@ -78,7 +64,7 @@ def test_a_run_gets_its_files_and_its_settings_last(
     assert command[2:] == words and Path(command[1]).name == "train.py"
 
 
-def test_ranks_find_one_another(training_runs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_find_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = Started()
     monkeypatch.setattr(training_runs.subprocess, "Popen", started)
     training_runs.trained(Path("x.json"), tmp_path / "run", {}, NO_FILES, ranks=2)
@@ -89,7 +75,7 @@ def test_ranks_find_one_another(training_runs: ModuleType, tmp_path: Path, monke
 
 @pytest.mark.parametrize(("ranks", "fails"), [(1, 0), (2, 0), (2, 1)])
 def test_a_rank_that_fails_ends_the_run(
-    training_runs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, fails: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, fails: int
 ) -> None:
     started = Started(fails)
     monkeypatch.setattr(training_runs.subprocess, "Popen", started)
@@ -98,10 +84,10 @@ def test_a_rank_that_fails_ends_the_run(
     assert started.killed == ranks
 
 
-def test_a_settings_file_that_is_not_there_is_a_failed_run(training_runs: ModuleType, tmp_path: Path) -> None:
+def test_a_settings_file_that_is_not_there_is_a_failed_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="failed"):
         training_runs.trained(tmp_path / "none.json", tmp_path / "run", {}, NO_FILES)
 
 
-def test_metrics_are_those_of_the_run_folder(training_runs: ModuleType) -> None:
+def test_metrics_are_those_of_the_run_folder() -> None:
     assert json.loads(training_runs._as_text({"every_steps": 2})) == {"every_steps": 2}

@@ -5,23 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-
-
-@pytest.fixture
-def zero_stages(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """``profiling/zero_stages.py``, imported as a module."""
-    monkeypatch.syspath_prepend(str(root / "profiling"))
-    import zero_stages
-
-    yield zero_stages
-    for name in ("zero_stages", "training_runs"):
-        del sys.modules[name]
+import zero_stages
 
 
 class Runs:
@@ -44,7 +32,7 @@ class Runs:
 
 @pytest.mark.parametrize(("off", "status"), [(1e-5, 0), (1e-4, 1)])
 def test_the_largest_difference_is_found_and_judged(
-    zero_stages: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, off: float, status: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, off: float, status: int
 ) -> None:
     runs = Runs(off)
     monkeypatch.setattr(zero_stages, "trained", runs)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from embrag_ds.model.embedding import HaplotypeEmbedding
-from embrag_ds.ops.dosage import alt_share
+from embrag_ds.ops.dosage import dense_alleles
 from embrag_ds.retrieval.batch import Batch
 from embrag_ds.retrieval.codebooks import ReferenceCache
 from embrag_ds.retrieval.collate import RetrievalCollator
@@ -156,7 +156,7 @@ def test_side_streams_on_the_gpu_build_the_batches_of_the_cpu(build, budget: flo
                 busy = (busy @ busy).clamp_(0, 1)
             assert batch.retrieved is not None and batch.retrieved.codebook is not None
             seen.append(
-                (batch.core.tokens.cpu(), alt_share(batch.retrieved.alleles).cpu(), batch.retrieved.codebook.cpu())
+                (batch.core.tokens.cpu(), dense_alleles(batch.retrieved.alleles).cpu(), batch.retrieved.codebook.cpu())
             )
             for parameter in embedding.parameters():
                 parameter.mul_(0.99)

@@ -331,8 +331,8 @@ def test_bytes_that_are_not_utf8_stay(tmp_path: Path, container: str, first: int
         table = site_table(vcf, sites)
         assert as_bytes(vcf.samples[1]) == b"m\xe9"
     assert [site.info for site in sites] == [line.split(b"\t")[7] for line in records]
-    table.save(tmp_path / "sites.tsv")
-    loaded = SiteTable.load(tmp_path / "sites.tsv")
+    table.save(tmp_path / "sites.npz")
+    loaded = SiteTable.load(tmp_path / "sites.npz")
     assert [as_bytes(name) for name in loaded.id] == [line.split(b"\t")[2] for line in records]
     assert [as_bytes(alt) for alt in loaded.alt] == [line.split(b"\t")[4] for line in records]
 
@@ -389,7 +389,7 @@ from pathlib import Path
 from embrag_ds.variants.container import bgzf_written
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
-    with bgzf_written(Path(sys.argv[1]), "wb0") as out:
+    with bgzf_written(Path(sys.argv[1]), 0) as out:
         out.write(b"x" * int(sys.argv[2]))
 except OSError as fault:
     print("refused")

@@ -25,8 +25,8 @@ def equal(one: SiteTable, other: SiteTable) -> bool:
 
 
 def test_a_saved_table_loads_as_it_was(small_sites: SiteTable, tmp_path: Path) -> None:
-    small_sites.save(tmp_path / "sites.tsv")
-    loaded = SiteTable.load(tmp_path / "sites.tsv")
+    small_sites.save(tmp_path / "sites.npz")
+    loaded = SiteTable.load(tmp_path / "sites.npz")
     assert equal(loaded, small_sites)
     assert (loaded.contig.dtype, loaded.pos.dtype, loaded.extent) == (np.int32, np.int64, dict(small_sites.extent))
 
@@ -50,7 +50,7 @@ def test_any_text_is_saved(
         extent={place: row[3] for place, row in enumerate(rows) if row[3]},
         record=np.arange(number, dtype=np.int64) // 2,
     )
-    path = tmp_path_factory.mktemp("table") / "sites.tsv"
+    path = tmp_path_factory.mktemp("table") / "sites.npz"
     table.save(path)
     loaded = SiteTable.load(path)
     assert equal(loaded, table)

@@ -1,0 +1,149 @@
+"""Imputation along stretches of a chromosome, each copied once, with all reference haplotypes as states, on a CPU.
+
+What a network learned on windows and their nearest haplotypes holds for all haplotypes of a long stretch: the
+recombination prior fades with distance, and negligible haplotypes count in neither. Equal windows and haplotypes give
+equal dosages (tests/model/test_along.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from embrag_ds.copying import loops
+from embrag_ds.copying.records import Frequencies, Head, PanelPart, Rates
+from embrag_ds.copying.stretch import density, head_weights, model_rates, panel_part
+from embrag_ds.data.windows import WindowedPanel
+from embrag_ds.errors import UserError
+from embrag_ds.model.confidence import log_rarity
+from embrag_ds.model.imputer import Imputer
+from embrag_ds.model.pooling import CopyingPooling
+from embrag_ds.retrieval.frequency import frequencies_without
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What all targets share on a stretch.
+
+    ``counts`` float32 [P, L] are the ALT copies by population in its core.
+    """
+
+    number: int
+    panel: PanelPart
+    rates: Rates
+    head: Head
+    counts: np.ndarray
+
+
+class CopyAlong:
+    """A network without its transformer, applied to the stretches of a panel one after another.
+
+    ``data`` are a panel's stretches in place of windows. ``exclusions`` int64 [panel samples, E] lists the panel
+    samples that each must not copy. As many threads compute as torch uses when this is made. Raises
+    :class:`UserError` if the panel is too small.
+    """
+
+    def __init__(self, network: Imputer, data: WindowedPanel, exclusions: np.ndarray):
+        assert isinstance(network.pooling, CopyingPooling)
+        self._network, self._pooling = network, network.pooling
+        self._data = data
+        self._exclusions = exclusions
+        self._workers = torch.get_num_threads()
+        reference = data.reference
+        if len(reference) <= 2 * exclusions.shape[1]:
+            raise UserError(
+                f"{reference.panel.path}: {len(reference)} reference haplotypes are too few to copy from; give a panel "
+                "of more samples"
+            )
+
+    def stretch(self, number: int, typed: np.ndarray) -> Stretch:
+        """What all targets share on a stretch, whose sites ``typed`` bool [sites] they are typed at, at least one."""
+        window, reference = self._data.windows[number], self._data.reference
+        features = self._data.features(number)
+        rows = np.flatnonzero(typed)
+        whole = len(reference.samples) == len(reference.panel.samples)
+        columns = None if whole else reference.haplotypes
+
+        def core(sites: slice) -> np.ndarray:
+            return reference.panel.alleles_at(window.core_start + np.arange(sites.start, sites.stop), columns)
+
+        common = reference.allele_frequency[window.core_sites] > 0.5
+        first = window.core_start - window.start
+        part = panel_part(
+            core,
+            reference.panel.alleles_at(window.start + rows, columns),
+            rows,
+            features.position,
+            first,
+            common,
+            reference.population_of,
+        )
+        return Stretch(
+            number=number,
+            panel=part,
+            rates=model_rates(self._network, features, rows, len(reference)),
+            head=head_weights(self._network, density(rows, features.position)),
+            counts=np.ascontiguousarray(features.counts[:, window.core]),
+        )
+
+    def probability(self, stretch: Stretch, alleles: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        """ALT probabilities float32 [2N, L] in the core of a stretch.
+
+        ``alleles`` uint8 [2N, T] are those of the targets at the stretch's typed sites, 2 where missing. ``samples``
+        int64 [N] are their numbers in the panel, -1 for those outside.
+        """
+        excluded, row_of = self._excluded(samples)
+        own = self._frequencies(stretch, excluded, row_of)
+        found = np.empty((len(alleles), len(stretch.panel.share)), dtype=np.float32)
+        # Plain and contiguous, because numba compiles a loop anew for any other kind of array.
+        given = (tuple(each) for each in (stretch.panel, stretch.rates, own, stretch.head))
+        loops.copy_along(*given, alleles, row_of, excluded, self._workers, found)
+        return found
+
+    def _excluded(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Haplotypes not to copy, int64 [2N, 2 E], padded with H, and rows of frequencies int64 [2N]."""
+        haplotypes = len(self._data.reference)
+        barred = np.full((len(samples), 2 * self._exclusions.shape[1]), haplotypes, dtype=np.int64)
+        row_of = np.zeros(len(samples), dtype=np.int64)
+        for number, place in enumerate(np.flatnonzero(samples >= 0), start=1):
+            own = np.flatnonzero(np.isin(self._data.reference.sample_of, self._exclusions[samples[place]]))
+            barred[place, : len(own)] = own
+            row_of[place] = number
+        return barred.repeat(2, axis=0), row_of.repeat(2)
+
+    def _frequencies(self, stretch: Stretch, excluded: np.ndarray, row_of: np.ndarray) -> Frequencies:
+        """What depends on frequencies; the first row is that of all targets outside the panel."""
+        reference, window = self._data.reference, self._data.windows[stretch.number]
+        rows = np.full((row_of.max() + 1, excluded.shape[1]), len(reference), dtype=np.int64)
+        rows[row_of] = excluded
+        here = window.core_sites if reference.panel.ploidy is not None else slice(0, 1)
+        left_out = np.unique(rows[rows < len(reference)])
+        if not len(left_out):
+            left_out = np.zeros(1, dtype=np.int64)  # no row names it
+        core = np.arange(window.core_start, window.core_stop)
+        found = frequencies_without(
+            torch.from_numpy(np.searchsorted(left_out, rows)),  # padded with their number
+            torch.from_numpy(reference.panel.alleles_at(core, reference.haplotypes[left_out])).T,
+            torch.from_numpy(reference.population_of[left_out]),
+            torch.from_numpy(reference.counted(here)[left_out]),
+            torch.from_numpy(stretch.counts),
+            torch.from_numpy(np.ascontiguousarray(reference.population_sizes[:, here])),
+        )
+        common = torch.from_numpy(stretch.panel.minor_is_ref)
+        turing = torch.zeros_like(found.overall)
+        if self._network.good_turing:
+            odds = torch.from_numpy(reference.good_turing_odds)
+            turing = odds[found.minor_allele_count.long().clamp_max(len(odds) - 1)]
+            turing = torch.where((found.overall > 0.5) == common, turing, -turing)
+        by_population = torch.where(common, 1 - found.population, found.population).transpose(1, 2)
+        with torch.no_grad():
+            slow = self._pooling.share_of_slow(found.overall)
+        return Frequencies(
+            by_population.contiguous().numpy(),
+            slow.numpy(),
+            torch.exp(turing).numpy(),
+            log_rarity(found.overall).numpy(),
+            ((found.overall > 0.5) != common).numpy(),
+        )

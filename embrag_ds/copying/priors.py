@@ -1,0 +1,95 @@
+"""Recombination priors of one target haplotype over all reference haplotypes, a part of the loop along a stretch.
+
+Their form is that of :class:`embrag_ds.model.pooling.CopyingPooling`.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+compiled_part = numba.njit(inline="never", fastmath={"reassoc", "contract", "nsz", "arcp"})
+"""Decorator of a function that a loop calls; it is kept on the disk as a part of that loop."""
+
+
+@compiled_part
+def fill_priors(alleles, query, place, rates, excluded, states):
+    """Fill ``states.prior`` with the probability of every haplotype after a recombination at each place.
+
+    Its logarithm falls by ``strength[j]`` per percent of typed sites that differ, weighed by ``exp(-d / s_j)`` at a
+    distance of d. ``reach[j]`` is that weight from one place to the next, and ``typed_at[j]`` the weight of all typed
+    sites.
+    """
+    prior, running, bits = states.prior, states.running, states.bits
+    reach, strength, typed_at = rates.reach, rates.strength, rates.typed_at
+    places, haplotypes = prior.shape
+    prior[:] = np.float32(0)
+    differing = np.zeros((places, haplotypes), dtype=np.float32)
+    for t in range(len(query)):
+        allele = query[t]
+        if allele < 2:
+            row, here = alleles[t], differing[place[t]]
+            for k in range(haplotypes):
+                here[k] += np.float32(row[k] != allele)
+    for j in range(len(strength)):
+        decay = reach[j]
+        running[:] = np.float32(0)
+        for g in range(places):
+            here, into, factor = differing[g], prior[g], strength[j] / typed_at[j, g]
+            for k in range(haplotypes):
+                running[k] = decay * running[k] + here[k]
+                into[k] += factor * running[k]
+        running[:] = np.float32(0)
+        for g in range(places - 2, -1, -1):
+            after, into, factor = differing[g + 1], prior[g], strength[j] / typed_at[j, g]
+            for k in range(haplotypes):
+                running[k] = decay * (running[k] + after[k])
+                into[k] += factor * running[k]
+    floats = bits.view(np.float32)
+    for g in range(places):
+        row = prior[g]
+        for n in range(len(excluded)):
+            if excluded[n] < haplotypes:
+                row[excluded[n]] = np.float32(np.inf)
+        least = _least(row)
+        total = np.float32(0)
+        # exp(-x) = 2^n 2^f, with n an integer and f in [-1/2, 1/2]: a polynomial (relative error below 3e-7), which
+        # compilers turn into vector instructions, unlike the library's function.
+        for k in range(haplotypes):
+            power = max((least - row[k]) * np.float32(1.4426950408889634), np.float32(-126))
+            whole = np.floor(power + np.float32(0.5))
+            bits[k] = (np.int32(whole) + np.int32(127)) << np.int32(23)
+            f = power - whole
+            value = np.float32(1.5403530e-4)
+            value = value * f + np.float32(1.3333558e-3)
+            value = value * f + np.float32(9.6181291e-3)
+            value = value * f + np.float32(5.5504109e-2)
+            value = value * f + np.float32(2.4022651e-1)
+            value = value * f + np.float32(6.9314718e-1)
+            running[k] = value * f + np.float32(1)
+        for k in range(haplotypes):
+            row[k] = running[k] * floats[k]
+        for n in range(len(excluded)):
+            if excluded[n] < haplotypes:
+                row[excluded[n]] = np.float32(0)
+        for k in range(haplotypes):
+            total += row[k]
+        scale = np.float32(1) / total
+        for k in range(haplotypes):
+            row[k] *= scale
+    return
+
+
+@compiled_part
+def _least(values):
+    """The least of float32 ``values``, by 16 at a time, which compilers turn into vector instructions."""
+    least = np.full(16, np.float32(np.inf), dtype=np.float32)
+    whole = len(values) - len(values) % 16
+    for first in range(0, whole, 16):
+        for n in range(16):
+            value = values[first + n]
+            least[n] = value if value < least[n] else least[n]
+    found = least.min()
+    for k in range(whole, len(values)):
+        found = min(found, values[k])
+    return found

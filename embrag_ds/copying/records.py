@@ -1,0 +1,165 @@
+"""Records that the loop along a stretch reads and fills (:mod:`embrag_ds.copying.loops`).
+
+Letters beside those of :mod:`embrag_ds.data.tokens`: G blocks of sites, J terms of the recombination prior.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class PanelPart(NamedTuple):
+    """A panel's part of a stretch, as :func:`embrag_ds.copying.loops.copy_along` reads it.
+
+    Typed sites are those of the whole stretch. Sites and their blocks are those of its core. Interval i lies between
+    typed sites i - 1 and i; a typed site belongs to the interval that it ends.
+
+    * ``alleles`` uint8 [T, H] at typed sites.
+    * ``position`` float32 [T] in cM; ``place`` int64 [T] of each typed site; ``population`` int64 [H].
+    * ``intervals`` int64 [T + 2]: blocks of interval i are ``intervals[i]`` to ``intervals[i + 1]``.
+    * ``bounds`` int64 [G + 1], ``sequence`` uint16 or uint32 [G, H]: sites and sequences of blocks, as in
+      :class:`~embrag_ds.ops.dosage.Numbered`. ``sequences`` int64 [G + 1] counts those of the blocks before;
+      ``most_sequences`` is the number in the richest block.
+    * ``minor_start`` int64 [all sequences + 1], ``minor_sites`` uint8: sites of a block where a sequence carries the
+      minor allele.
+    * ``share`` float32 [L]: weight of the right typed site; ``minor_is_ref`` bool [L].
+    * ``nearest``, ``gap`` float32 [L]: features of the confidence head.
+    """
+
+    alleles: np.ndarray
+    position: np.ndarray
+    place: np.ndarray
+    population: np.ndarray
+    intervals: np.ndarray
+    bounds: np.ndarray
+    sequence: np.ndarray
+    sequences: np.ndarray
+    most_sequences: int
+    minor_start: np.ndarray
+    minor_sites: np.ndarray
+    share: np.ndarray
+    minor_is_ref: np.ndarray
+    nearest: np.ndarray
+    gap: np.ndarray
+
+
+class Rates(NamedTuple):
+    """A model's numbers for a stretch, as :func:`embrag_ds.copying.loops.copy_along` reads them.
+
+    * ``ratio`` float32 [2, T]: emission factor of a mismatch, in the slow and the fast model.
+    * ``jump`` float32 [2, T]: probability of a recombination before each typed site.
+    * ``strength`` float32 [J] per typed site in a hundred, ``reach`` float32 [J], the weight of the next place, and
+      ``typed_at`` float32 [J, places], the weight of all typed sites: the recombination prior.
+    * ``keep``, ``background``, ``least`` float32: least probability relative to the mean one, weight of the expected
+      frequency, least probability of the minor allele with evidence.
+    """
+
+    ratio: np.ndarray
+    jump: np.ndarray
+    strength: np.ndarray
+    reach: np.ndarray
+    typed_at: np.ndarray
+    keep: np.float32
+    background: np.float32
+    least: np.float32
+
+
+class Frequencies(NamedTuple):
+    """What depends on allele frequencies: a row for all targets outside the panel, and one for each inside.
+
+    ``by_population`` float32 [rows, L, P] of the minor allele; ``slow`` float32 [rows, L], the weight of the slow
+    model; ``turing`` float32 [rows, L], factor of the minor allele's odds; ``log_frequency`` float32 [rows, L], a
+    feature of the confidence head; ``flipped`` bool [rows, L], where another allele is the minor one than in the panel.
+    """
+
+    by_population: np.ndarray
+    slow: np.ndarray
+    turing: np.ndarray
+    log_frequency: np.ndarray
+    flipped: np.ndarray
+
+
+class Head(NamedTuple):
+    """Weights of the confidence head, float32: ``first`` [10, width], ``second`` [width, width], ``last`` [width].
+
+    Each has its bias, and ``density`` is a feature that is the same at all sites.
+    """
+
+    first: np.ndarray
+    first_bias: np.ndarray
+    second: np.ndarray
+    second_bias: np.ndarray
+    last: np.ndarray
+    last_bias: np.float32
+    density: np.float32
+
+
+class Scratch(NamedTuple):
+    """A worker's arrays; those of two hold the typed sites on the left and on the right of an interval.
+
+    * ``who`` int32 [2, H + 1]: haplotypes with a probability; ``number`` int64 [2] of them.
+    * ``kept`` float32 [2, H, 3]: their probability by the slow model, by the fast one, and length times the first.
+    * ``lengths``, ``uncertainty`` float32 [2]: mean match length, and minus the logarithm of the sum of squares of the
+      probabilities, by the slow model.
+    * ``ancestry`` float32 [2, P]: probability of each population by the slow model.
+    * ``sums`` float32 [sequences, 8]: the three of ``kept`` summed by sequence, for the left and the right site.
+    * ``marked`` bool [sequences], ``touched`` int64 [sequences]: the sequences with a sum.
+    * ``by_site`` float32 [64, 8]: the same, summed over a site's carriers of the minor allele.
+    """
+
+    who: np.ndarray
+    kept: np.ndarray
+    number: np.ndarray
+    lengths: np.ndarray
+    uncertainty: np.ndarray
+    ancestry: np.ndarray
+    sums: np.ndarray
+    marked: np.ndarray
+    touched: np.ndarray
+    by_site: np.ndarray
+
+
+class Waiting(NamedTuple):
+    """Sites of a haplotype that wait for the confidence head, at most 64.
+
+    * ``number`` int64 [1]: how many; ``sites`` int64 [64], ``to_ref`` bool [64]: which, and whether their minor allele
+      is REF; ``odds`` float32 [64]: its log-odds.
+    * ``features`` float32 [10, 64]; ``first`` float32 [width, 64], ``second``, ``total`` float32 [64]: of the layers.
+    """
+
+    number: np.ndarray
+    sites: np.ndarray
+    to_ref: np.ndarray
+    odds: np.ndarray
+    features: np.ndarray
+    first: np.ndarray
+    second: np.ndarray
+    total: np.ndarray
+
+
+class States(NamedTuple):
+    """A worker's arrays of all H haplotypes, as states of both models.
+
+    * ``prior`` float32 [G, H]; ``running`` float32 [H] and ``bits`` int32 [H] are scratch for it.
+    * ``saved`` float32 [pieces, 2, H]: forward states before the first site of every piece, and ``factor`` float32
+      [pieces, 2] of the step that follows.
+    * ``alpha`` float32 [span, 2, H]: forward states of a piece; ``beta``, ``joint`` float32 [2, H].
+    * ``left`` float32 [span, H], ``right`` float32 [2, H]: ends in cM of the match with each haplotype, for the sites
+      of a piece, and for the present and the next one; ``reached`` float32 [pieces, H]: left ends before each piece.
+    * ``flags`` uint8 [H, or the next multiple of 8]: whether a haplotype is not negligible.
+    """
+
+    prior: np.ndarray
+    running: np.ndarray
+    bits: np.ndarray
+    saved: np.ndarray
+    factor: np.ndarray
+    alpha: np.ndarray
+    beta: np.ndarray
+    joint: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
+    reached: np.ndarray
+    flags: np.ndarray

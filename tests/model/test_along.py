@@ -1,0 +1,199 @@
+"""Stretches copied whole, beside the network on the same sites with all haplotypes as neighbours."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embrag_ds.copying import head, loops, priors, records
+from embrag_ds.copying.along import CopyAlong
+from embrag_ds.data.panel import PanelSubset
+from embrag_ds.data.ploidy import Ploidy
+from embrag_ds.data.sampler import QueryBatch, exclusion_table
+from embrag_ds.data.tokens import MASK
+from embrag_ds.data.windows import WindowedPanel
+
+
+def disturbed(network: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """The network with other numbers of its copying models, as training would give it."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.pooling.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        network.background.fill_(-2.0)
+    return network
+
+
+@settings(max_examples=30)
+@given(
+    seed=st.integers(0, 2**20),
+    rate=st.sampled_from([0.3, 0.7, 0.9, 0.97]),
+    window=st.integers(0, 2),
+    cm=st.sampled_from([0.0, 0.002, 0.05, 0.3]),
+    lost=st.sampled_from([0.0, 0.2]),
+    turing=st.booleans(),
+    head=st.booleans(),
+)
+def test_dosages_are_those_of_the_network_with_all_haplotypes_as_neighbours(
+    build, seed: int, rate: float, window: int, cm: float, lost: float, turing: bool, head: bool
+) -> None:
+    world = build(seed, samples=12, cm_per_site=cm, populations=3)
+    network = disturbed(build.imputer(seed, fusion="copying", good_turing=turing), seed)
+    if not head:
+        network.confidence = None
+    samples = [1, 4, 5, 9]
+    masked = world.masked(window, 1, seed, rate)
+    masked[:, seed % masked.shape[1]] = False  # at least one site is typed
+    queries = world.batch_of(window, samples, masked.repeat(len(samples), axis=0))
+    missing = np.random.default_rng(seed).random(queries.alleles.shape) < lost
+    if lost:
+        queries = replace(queries, missing=missing)
+    batch = world.collator(network.embedding, k=10**6)(queries)
+    assert batch.retrieved.ids.shape[1] == len(world.data.reference) - 2  # all but a sample's own
+    with torch.no_grad():
+        expected = network(batch, transformer=False).logits.sigmoid().numpy()
+    copy = CopyAlong(network, world.data, exclusion_table(world.samples, None))
+    typed = ~masked[0]
+    alleles = np.where(missing, MASK, queries.alleles)[:, typed].astype(np.uint8)
+    found = copy.probability(copy.stretch(window, typed), np.ascontiguousarray(alleles), np.array(samples))
+    apart = np.abs(found - expected)
+    # The head reads the mean match length of haplotypes that hardly have a probability, which is mostly rounding.
+    assert apart.mean() < 1e-4 and np.quantile(apart, 0.95) < 1e-3 if head else apart.max() < 1e-5, apart.max()
+    assert found.std() > 0.05
+
+
+@pytest.mark.parametrize("turing", [False, True])
+def test_haploid_samples_count_once_in_frequencies_and_are_copied_as_by_the_network(build, turing: bool) -> None:
+    """Some are haploid all along, and some from a site on, as males are beyond a pseudoautosomal region."""
+    world = build(6, samples=13, populations=3)
+    panel, sites = world.data.reference.panel, len(world.data.reference.panel.sites)
+    haploid = np.zeros((2, 13), dtype=bool)
+    haploid[:, [2, 3]], haploid[1, [4, 9, 12]] = True, True
+    ploidy = Ploidy(np.array([0, sites // 2]), haploid)
+    alleles = panel.alleles_at(np.arange(sites))
+    alleles[:, 1::2] = np.where(ploidy.at(np.arange(sites)), alleles[:, 0::2], alleles[:, 1::2])
+    packed = np.packbits(alleles, axis=1, bitorder="little")
+    of, everyone = world.data.reference.populations, np.arange(13)
+    of_males = PanelSubset(replace(panel, packed=packed, ploidy=ploidy), of, everyone)
+    as_if_diploid = PanelSubset(replace(panel, packed=packed), of, everyone)
+    network = disturbed(build.imputer(6, fusion="copying", good_turing=turing), 6)
+    network.background.data.fill_(0.0)  # expected frequencies make half of the prior
+    network.confidence = None
+    samples = [0, 2, 4, 12]
+    found = []
+    for reference in (of_males, as_if_diploid):
+        data = WindowedPanel(reference, world.data.windows, world.data.position_cm)
+        here = replace(world, data=data)
+        for window in range(len(data.windows)):
+            masked = here.masked(window, 1, window, 0.8)
+            queries = here.batch_of(window, samples, masked.repeat(len(samples), axis=0))
+            batch = here.collator(network.embedding, k=10**6)(queries)
+            with torch.no_grad():
+                expected = network(batch, transformer=False).logits.sigmoid().numpy()
+            copy = CopyAlong(network, data, exclusion_table(world.samples, None))
+            typed = np.ascontiguousarray(queries.alleles[:, ~masked[0]])
+            copied = copy.probability(copy.stretch(window, ~masked[0]), typed.astype(np.uint8), np.array(samples))
+            np.testing.assert_allclose(copied, expected, atol=2e-5)
+            np.testing.assert_array_equal(copied[2], copied[3])  # both haplotypes of a haploid target
+            found.append(copied)
+    half = len(found) // 2
+    assert max(np.abs(one - other).max() for one, other in zip(found[:half], found[half:], strict=True)) > 1e-3
+
+
+def beside_the_network(network, world, alleles: np.ndarray, typed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """ALT probabilities of panel samples 0, 1, ... in window 0 with these ``alleles``, by stretch and by network."""
+    samples = np.arange(len(alleles) // 2)
+    queries = QueryBatch(0, samples, alleles, np.repeat(~typed[None], len(samples), axis=0))
+    batch = world.collator(network.embedding, k=10**6)(queries)
+    with torch.no_grad():
+        expected = network(batch, transformer=False).logits.sigmoid().numpy()
+    copy = CopyAlong(network, world.data, exclusion_table(world.samples, None))
+    return copy.probability(copy.stretch(0, typed), np.ascontiguousarray(alleles[:, typed]), samples), expected
+
+
+@pytest.mark.parametrize("cm", [0.0, 1e-4, 0.009])
+def test_a_long_stretch_of_targets_in_the_panel_stays_finite(build, cm: float) -> None:
+    """Their own haplotypes match them everywhere and have no prior, so nothing else bounds their backward states."""
+    world = build(8, sites=2500, samples=8, window_sites=2500, overlap=0, flank=0, cm_per_site=cm)
+    network = disturbed(build.imputer(8, fusion="copying"), 8)
+    network.confidence = None
+    typed = ~world.masked(0, 1, 8, 0.4)[0]
+    found, expected = beside_the_network(network, world, world.data.samples_alleles(0, np.arange(3)), typed)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("nats", [5.0, 40.0, 60.0])
+def test_typed_alleles_that_no_haplotype_has_change_nothing_elsewhere(build, nats: float) -> None:
+    """At such a site all states fall alike, to exp(-60) at most, and their squares below the smallest float32."""
+    world = build(9, samples=12)
+    network = build.imputer(9, fusion="copying")
+    network.confidence = None
+    network.pooling.penalty.data[:2] = float(np.log(nats)) / 10
+    panel = world.data.reference.panel
+    alleles = panel.alleles_at(np.arange(len(panel.sites)))
+    alleles[::3] = 0
+    reference = PanelSubset(
+        replace(panel, packed=np.packbits(alleles, axis=1, bitorder="little")),
+        world.data.reference.populations,
+        np.arange(12),
+    )
+    world = replace(world, data=WindowedPanel(reference, world.data.windows, world.data.position_cm))
+    typed = ~world.masked(0, 1, 9, 0.3)[0]
+    queries = world.data.samples_alleles(0, np.arange(4))
+    window = world.data.windows[0]
+    alone = (np.arange(window.start, window.stop) % 3 == 0) & typed
+    queries[:, alone] = 1
+    assert alone.sum() > 3
+    found, expected = beside_the_network(network, world, queries, typed)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_targets_outside_the_panel_copy_all_haplotypes(build) -> None:
+    """Beside the same samples with a twin of theirs that nobody may copy: the panel is the same then."""
+    world = build(3, samples=10, outside=2)
+    network = disturbed(build.imputer(3, fusion="copying"), 3)
+    copy = CopyAlong(network, world.data, exclusion_table(world.samples, None))
+    masked = world.masked(1, 1, 3)
+    stretch = copy.stretch(1, ~masked[0])
+    alleles = np.ascontiguousarray(world.data.samples_alleles(1, np.array([0, 1]))[:, ~masked[0]])
+    named, nameless = (copy.probability(stretch, alleles, np.array(who)).copy() for who in ([0, 1], [-1, -1]))
+    assert np.array_equal(named, nameless)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_and_blocks_of_samples_do_not_change_a_byte(build, threads: int) -> None:
+    world = build(5, samples=14, sites=300, window_sites=300, overlap=0, flank=0)
+    network = disturbed(build.imputer(5, fusion="copying"), 5)
+    typed = ~world.masked(0, 1, 5, 0.9)[0]
+    samples = np.arange(7)
+    alleles = np.ascontiguousarray(world.data.samples_alleles(0, samples)[:, typed])
+
+    def copied(number: int) -> np.ndarray:
+        copy = CopyAlong(network, world.data, exclusion_table(world.samples, None))
+        stretch = copy.stretch(0, typed)
+        parts = [slice(start, min(start + number, 7)) for start in range(0, 7, number)]
+        return np.concatenate(
+            [copy.probability(stretch, alleles[2 * each.start : 2 * each.stop], samples[each]) for each in parts]
+        )
+
+    alone = copied(7)
+    assert np.array_equal(copied(3), alone)
+    torch.set_num_threads(threads)
+    try:
+        assert np.array_equal(copied(7), alone) and np.array_equal(copied(2), alone)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_the_loop_changes_with_its_parts() -> None:
+    """Or numba would go on with what it has kept of it, whose parts are older."""
+    texts = [Path(each.__file__).read_bytes() for each in (head, priors, records)]
+    assert hashlib.sha256(b"".join(texts)).hexdigest()[:12] == loops.PARTS
