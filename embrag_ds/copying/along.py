@@ -20,7 +20,7 @@ from embrag_ds.errors import UserError
 from embrag_ds.model.confidence import log_rarity
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.model.pooling import CopyingPooling
-from embrag_ds.retrieval.frequency import frequencies_without
+from embrag_ds.retrieval.frequency import frequencies_without, good_turing_correction
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,15 @@ class CopyAlong:
         window, reference = self._data.windows[number], self._data.reference
         features = self._data.features(number)
         rows = np.flatnonzero(typed)
-        whole = len(reference.samples) == len(reference.panel.samples)
-        columns = None if whole else reference.haplotypes
 
         def core(sites: slice) -> np.ndarray:
-            return reference.panel.alleles_at(window.core_start + np.arange(sites.start, sites.stop), columns)
+            return reference.alleles_at(window.core_start + np.arange(sites.start, sites.stop))
 
         common = reference.allele_frequency[window.core_sites] > 0.5
         first = window.core_start - window.start
         part = panel_part(
             core,
-            reference.panel.alleles_at(window.start + rows, columns),
+            reference.alleles_at(window.start + rows),
             rows,
             features.position,
             first,
@@ -134,9 +132,8 @@ class CopyAlong:
         common = torch.from_numpy(stretch.panel.minor_is_ref)
         turing = torch.zeros_like(found.overall)
         if self._network.good_turing:
-            odds = torch.from_numpy(reference.good_turing_odds)
-            turing = odds[found.minor_allele_count.long().clamp_max(len(odds) - 1)]
-            turing = torch.where((found.overall > 0.5) == common, turing, -turing)
+            turing = good_turing_correction(found, torch.from_numpy(reference.good_turing_odds))
+            turing = torch.where(common, -turing, turing)
         by_population = torch.where(common, 1 - found.population, found.population).transpose(1, 2)
         with torch.no_grad():
             slow = self._pooling.share_of_slow(found.overall)

@@ -289,8 +289,16 @@ class PanelSubset:
 
     def alleles(self, start: int, stop: int) -> np.ndarray:
         """Alleles of the sites [start, stop), uint8 [H, L]."""
-        whole = len(self.samples) == len(self.panel.samples)
-        return self.panel.alleles(start, stop, None if whole else self.haplotypes)
+        return self.panel.alleles(start, stop, self._columns)
+
+    def alleles_at(self, sites: np.ndarray) -> np.ndarray:
+        """Alleles at any site rows int64 [L], uint8 [L, H]."""
+        return self.panel.alleles_at(sites, self._columns)
+
+    @property
+    def _columns(self) -> np.ndarray | None:
+        """Its haplotypes among the panel's, int64 [H], or None for all."""
+        return None if len(self.samples) == len(self.panel.samples) else self.haplotypes
 
     @cached_property
     def population_sizes(self) -> np.ndarray:

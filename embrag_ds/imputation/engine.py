@@ -118,11 +118,11 @@ class Imputation:
         self._precision = precision
         self._samples = inputs.panel.samples
         self._network = model.network().to(device)
-        self._network.row_blocks = RowBlocks() if device.type == "cpu" else None
         exclusions = exclusion_table(inputs.panel.samples, None)
         self._copy = CopyAlong(self._network, self.data, exclusions) if along else None
         if self._copy is not None:
             return
+        self._network.row_blocks = RowBlocks() if device.type == "cpu" else None
         self._reference = Reference(
             config.retrieval, self.data, self._network.embedding, device, exclusions, snapshot=model.snapshot
         )

@@ -23,7 +23,7 @@ from embrag_ds.ops.li_stephens import Near, mismatches
 from embrag_ds.retrieval.batch import Batch, CoreFrame, Retrieved, SiteTensors, WindowFrame
 from embrag_ds.retrieval.codebooks import CodebookSource, WindowCodebook
 from embrag_ds.retrieval.device_panel import DevicePanel
-from embrag_ds.retrieval.frequency import frequencies_without
+from embrag_ds.retrieval.frequency import frequencies_without, good_turing_correction
 from embrag_ds.retrieval.store import Query, Store
 from embrag_ds.runtime.streams import SideStream, Staging, hand_over, mark_current
 from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
@@ -146,8 +146,7 @@ class RetrievalCollator:
             put(np.ascontiguousarray(features.counts[:, window.core])),
             sizes,
         )
-        good_turing = self._turing[frequencies.minor_allele_count.long().clamp_max(len(self._turing) - 1)]
-        good_turing = torch.where(frequencies.overall > 0.5, -good_turing, good_turing)
+        good_turing = good_turing_correction(frequencies, self._turing)
         passes = frequencies.minor_allele_count >= self._data.reference.panel.minimum_allele_count
         sites = SiteTensors(put(features.position), put(features.frequency))
         place, number, place_cm = places(features.position, MOST_PLACES)

@@ -57,6 +57,16 @@ def frequencies_without(
     )
 
 
+def good_turing_correction(found: Frequencies, odds: Tensor) -> Tensor:
+    """Correction float32 [N, L] of the log-odds of ALT by the panel's allele count spectrum.
+
+    ``odds`` float32 is that of the minor allele by its count
+    (:attr:`embrag_ds.data.panel.PanelSubset.good_turing_odds`).
+    """
+    of_minor = odds[found.minor_allele_count.long().clamp_max(len(odds) - 1)]
+    return torch.where(found.overall > 0.5, -of_minor, of_minor)
+
+
 def _frequency(count: Tensor, size: Tensor, without: Tensor, left: Tensor) -> Tensor:
     """``without / left`` where the minor allele is rare among ``size`` haplotypes, and ``count / size`` elsewhere."""
     rare = torch.minimum(count, size - count) < (RARE * size).clamp_min(FEW)
