@@ -37,9 +37,9 @@ train: install
 	embrag impute --run-dir $(RUN) --adapt off --out $(RUN)/imputed.vcf.gz
 	embrag evaluate --imputed embrag_ds=$(RUN)/imputed.vcf.gz --baselines --json $(RUN)/evaluation.json
 
-# The CPU's tests, on any machine.
+# The CPU's tests, on any machine, in two processes; a file's tests stay together, for what they share.
 test: install
-	DS_ACCELERATOR=cpu python -m pytest -m 'not gpu'
+	DS_ACCELERATOR=cpu python -m pytest -m 'not gpu' -n 2 --dist loadfile
 
 # The others.
 test-gpu: install

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import mmap
 import statistics
 import sys
 import time
@@ -175,7 +176,9 @@ def bench_collate(bench: Bench) -> dict[str, Any]:
     full, half = (numbers * size + bench.sites * 4 + packed for size in (4, 2))
     stored = literal.stored.nbytes
     index = literal.index.ntotal * literal.index.d * 4
-    assert reference.cache is not None and reference.cache.host_bytes + packed == full
+    assert reference.cache is not None
+    # Pinned buffers, one of codes and one of weights, are whole pages.
+    assert 0 <= reference.cache.host_bytes + packed - full < 2 * mmap.PAGESIZE
     return {
         "collate_speedup": slow / fast,
         "search_backend": collate.backend,

@@ -6,6 +6,7 @@ take turns within one run.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import sys
@@ -23,6 +24,7 @@ from typing import Any
 import psutil
 import torch
 from machine import on_gpu, synchronise
+from torch.profiler import ProfilerActivity, profile
 
 from embrag_ds.data.inputs import PanelFiles, open_inputs
 from embrag_ds.engine.deepspeed_settings import load_training_config
@@ -84,6 +86,15 @@ class MemoryCurve:
     held_bytes: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """All launches of a kernel, or copies of a kind, in some steps: their number, and their time in ms together."""
+
+    name: str
+    launches: int
+    ms: float
+
+
 class Stepper:
     """Handle of a process that trains by ``recipe``: call :meth:`build`, then :meth:`steps`.
 
@@ -98,8 +109,11 @@ class Stepper:
         context = get_context("spawn" if on_gpu() else "forkserver")
         context.set_forkserver_preload(_PRELOADED)
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, recipe), daemon=True)  # type: ignore[attr-defined]
+        # A daemon may have no children, and on a GPU workers make the batches.
+        self._process = context.Process(target=_serve, args=(theirs, recipe))  # type: ignore[attr-defined]
         self._process.start()
+        # Before multiprocessing waits for it, which after a fault here would be for ever.
+        atexit.register(self._process.kill)
         theirs.close()
         for name, value in before.items():
             if value is None:
@@ -118,6 +132,10 @@ class Stepper:
     def watch(self, count: int) -> MemoryCurve:
         """Memory over time during ``count`` steps, sampled."""
         return self._request("watch", count)
+
+    def kernels(self, count: int) -> list[Kernel]:
+        """Kernels that ran on the GPU in ``count`` steps, those that took longest first."""
+        return self._request("kernels", count)
 
     def close(self) -> None:
         """End the process."""
@@ -143,12 +161,21 @@ def _serve(pipe: Connection, recipe: Recipe) -> None:
         os.environ.pop(name, None)  # every process forms a process group of its own
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         run = _Run(recipe, Path(folder))
-        while (request := pipe.recv())[0] != "close":
+        while (request := _next(pipe))[0] != "close":
             try:
                 pipe.send((True, getattr(run, request[0])(*request[1:])))
             except Exception:
                 pipe.send((False, traceback.format_exc()))
         run.close()
+
+
+def _next(pipe: Connection) -> tuple[Any, ...]:
+    """Next request; ``close`` if the parent has died."""
+    try:
+        request: tuple[Any, ...] = pipe.recv()
+    except EOFError:
+        return ("close",)
+    return request
 
 
 class _Run:
@@ -229,6 +256,20 @@ class _Run:
             seconds=tuple(each.seconds for each in sampler.readings),
             held_bytes=tuple((bytes_ or 0) - self._before for bytes_ in held),
         )
+
+    def kernels(self, count: int) -> list[Kernel]:
+        assert self._trainer is not None
+        device = self._distributed.device
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            for _ in range(count):
+                self._trainer.step(self._batches, self._interval)
+            synchronise(device)
+        found = [
+            Kernel(each.key, each.count, each.self_device_time_total / 1000)
+            for each in profiler.key_averages()
+            if each.self_device_time_total
+        ]
+        return sorted(found, key=lambda each: -each.ms)
 
 
 def _give_back(device: torch.device) -> None:

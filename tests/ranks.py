@@ -26,8 +26,8 @@ def environment_of_rank(root: Path, rank: int, ranks: int, port: int) -> dict[st
     return inherited | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"} | {name: str(x) for name, x in place.items()}
 
 
-def run_ranks(root: Path, ranks: int, *arguments: object) -> list[subprocess.CompletedProcess[str]]:
-    """Run ``python`` with these arguments once for each rank, all at once; every rank must end well."""
+def ended_ranks(root: Path, ranks: int, *arguments: object) -> list[subprocess.CompletedProcess[str]]:
+    """Run ``python`` with these arguments once for each rank, all at once; a rank that ends does not end others."""
     port = free_port()
     command = [sys.executable, *map(str, arguments)]
     started = [
@@ -45,9 +45,14 @@ def run_ranks(root: Path, ranks: int, *arguments: object) -> list[subprocess.Com
     finally:
         for process in started:
             process.kill()
-    done = [
+    return [
         subprocess.CompletedProcess(command, process.returncode, *texts)
         for process, texts in zip(started, said, strict=True)
     ]
+
+
+def run_ranks(root: Path, ranks: int, *arguments: object) -> list[subprocess.CompletedProcess[str]]:
+    """:func:`ended_ranks`, of which every one must end well."""
+    done = ended_ranks(root, ranks, *arguments)
     assert [each.returncode for each in done] == [0] * ranks, [each.stderr for each in done]
     return done

@@ -26,6 +26,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "export": ("runtime", "config", "model"),
     "copying": ("ops", "data", "retrieval", "model"),
     "adaptation": ("ops", "runtime", "data", "evaluation", "retrieval", "model", "config", "export"),
+    "runs": ("data", "config"),
     "imputation": (
         "ops",
         "runtime",
@@ -37,8 +38,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "config",
         "export",
         "adaptation",
+        "runs",
     ),
-    "runs": ("data", "config"),
     "engine": ("runtime", "data", "model", "config_files", "config", "runs"),
     "training": (
         "ops",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from embrag_ds.cli.panel_options import add_panel, panel_files
+from embrag_ds.cli.panel_options import add_panel, several_panel_files
 from embrag_ds.runtime.imports import uncollected
 
 DESCRIPTION = "Impute every panel site of targets typed at some."
@@ -17,6 +17,10 @@ EXAMPLES = """\
   embrag impute --panel PANEL.vcf.gz --target BATCH1.vcf.gz --out OUT1.vcf.gz --save-model ADAPTED.safetensors
   embrag impute --panel PANEL.vcf.gz --target BATCH2.vcf.gz --out OUT2.vcf.gz --model ADAPTED.safetensors --adapt off
       two batches by one model, adapted to the sites of the first
+  embrag impute --panel chr1.vcf.gz chr2.vcf.gz --map MAP --target TARGET.vcf.gz --out IMPUTED.vcf.gz
+      a genome whose panel is several files
+  deepspeed launch/impute.py --panel PANEL.vcf.gz --map MAP --target TARGET.vcf.gz --out IMPUTED.vcf.gz
+      by every GPU of this machine
   embrag impute --out IMPUTED.vcf.gz
       the targets of the simulated default data
 """
@@ -25,8 +29,10 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
     files = parser.add_argument_group("files (default: the simulated default data)")
-    add_panel(files)
-    files.add_argument("--target", type=Path, metavar="VCF", help="targets, typed at some of the panel's sites")
+    add_panel(files, several=True)
+    files.add_argument(
+        "--target", type=Path, nargs="+", metavar="VCF", help="targets, typed at some of the panel's sites; or several"
+    )
     files.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="imputed, .vcf.gz or .bcf, with its index"
     )
@@ -91,14 +97,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     speed.add_argument("--threads", type=int, metavar="N", help="of the CPU; the output is the same (default: all)")
     speed.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by DeepSpeed's launcher
 
 
 def run(options: argparse.Namespace) -> None:
     """Run the command with parsed options; raises :class:`UserError`."""
     with uncollected():
         from embrag_ds.export import MODEL_FILE, PRETRAINED
-        from embrag_ds.imputation.impute import TargetOptions, impute
-        from embrag_ds.runtime.processor import use_threads
+        from embrag_ds.imputation.impute import impute
+        from embrag_ds.imputation.preparation import TargetOptions
+        from embrag_ds.runtime.processor import share_threads, use_threads
         from embrag_ds.variants.output import OutputOptions
 
     output = OutputOptions(
@@ -110,8 +118,10 @@ def run(options: argparse.Namespace) -> None:
     )
     if options.threads is not None:
         use_threads(options.threads)
+    else:
+        share_threads()
     impute(
-        panel_files(options),
+        several_panel_files(options),
         options.target,
         options.out,
         model=options.model or (options.run_dir / MODEL_FILE if options.run_dir else PRETRAINED),

@@ -48,7 +48,7 @@ def main(command: str | None = None, arguments: Sequence[str] | None = None) -> 
     options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     run: Run = options.run
     misplaced: UserError | None = None
-    if run is train.run:
+    if run in (train.run, impute.run):
         try:
             take_place()  # before log lines, which only rank 0 writes
         except UserError as fault:

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from embrag_ds.data.inputs import PanelFiles
 from embrag_ds.data.packing import PanelMissing, Reading
+from embrag_ds.errors import UserError
 from embrag_ds.variants.records import Duplicates
 
 
-def add_panel(group: argparse._ArgumentGroup) -> None:
-    """Add the panel with its map and its sample table, the cache, and the rules of :func:`add_reading`."""
-    group.add_argument("--panel", type=Path, metavar="VCF", help="phased VCF or BCF")
+def add_panel(group: argparse._ArgumentGroup, several: bool = False) -> None:
+    """Add the panel with its map and its sample table, the cache, and the rules of :func:`add_reading`.
+
+    Panel and map may be ``several`` files, for :func:`several_panel_files`.
+    """
+    also: dict[str, Any] = {"nargs": "+"} if several else {}
+    or_more = "; or several, of different contigs" if several else ""
+    group.add_argument("--panel", type=Path, metavar="VCF", help=f"phased VCF or BCF{or_more}", **also)
     group.add_argument(
-        "--map", type=Path, help="genetic map: PLINK, SHAPEIT, Eagle, HapMap, minimac4 or deCODE (default: 1 cM/Mb)"
+        "--map",
+        type=Path,
+        help="genetic map: PLINK, SHAPEIT, Eagle, HapMap, minimac4 or deCODE (default: 1 cM/Mb)"
+        + ("; one for all panel files, or one for each" if several else ""),
+        **also,
     )
     group.add_argument("--cm-per-mb", type=float, metavar="RATE", help="recombination everywhere, in place of a map")
     group.add_argument(
@@ -52,3 +62,16 @@ def panel_files(options: argparse.Namespace) -> PanelFiles:
     return PanelFiles(
         options.panel, options.map, options.samples, options.cm_per_mb, options.effective_size, reading(options)
     )
+
+
+def several_panel_files(options: argparse.Namespace) -> list[PanelFiles]:
+    """The panel files of the options, each with its map; raises :class:`UserError` for another number of maps."""
+    panels, maps = options.panel or [None], options.map or [None]
+    if len(maps) not in (1, len(panels)):
+        raise UserError(
+            f"--map names {len(maps)} files and --panel {len(panels)}: give one map for all, or one for each in the "
+            "same order"
+        )
+    pairs = zip(panels, maps * (len(panels) // len(maps)), strict=True)
+    own = (argparse.Namespace(**{**vars(options), "panel": panel, "map": each}) for panel, each in pairs)
+    return [panel_files(each) for each in own]

@@ -134,7 +134,7 @@ class CopyAlong:
         if self._network.good_turing:
             turing = good_turing_correction(found, torch.from_numpy(reference.good_turing_odds))
             turing = torch.where(common, -turing, turing)
-        by_population = torch.where(common, 1 - found.population, found.population).transpose(1, 2)
+        by_population = torch.where(common, 1 - found.population, found.population)
         with torch.no_grad():
             slow = self._pooling.share_of_slow(found.overall)
         return Frequencies(

@@ -13,7 +13,7 @@ compiled_part = numba.njit(inline="never", fastmath={"reassoc", "contract", "nsz
 
 
 @compiled_part
-def fill_priors(alleles, query, place, rates, excluded, states):
+def fill_priors(place, rates, excluded, states):
     """Fill ``states.prior`` with the probability of every haplotype after a recombination at each place.
 
     Its logarithm falls by ``strength[j]`` per percent of typed sites that differ, weighed by ``exp(-d / s_j)`` at a
@@ -25,12 +25,19 @@ def fill_priors(alleles, query, place, rates, excluded, states):
     places, haplotypes = prior.shape
     prior[:] = np.float32(0)
     differing = np.zeros((places, haplotypes), dtype=np.float32)
-    for t in range(len(query)):
-        allele = query[t]
-        if allele < 2:
-            row, here = alleles[t], differing[place[t]]
-            for k in range(haplotypes):
-                here[k] += np.float32(row[k] != allele)
+    first = 0
+    while first < len(place):
+        stop = first + 1
+        while stop < len(place) and stop & 7 and place[stop] == place[first]:
+            stop += 1
+        row, here = states.differs[first >> 3], differing[place[first]]
+        mask = np.uint8(((1 << (stop - first)) - 1) << (first & 7) & 0xFF)
+        for k in range(haplotypes):  # adds how many bits are set
+            bits_set = np.uint8(row[k] & mask)
+            bits_set = np.uint8(bits_set - (bits_set >> np.uint8(1) & np.uint8(0x55)))
+            bits_set = np.uint8((bits_set & np.uint8(0x33)) + (bits_set >> np.uint8(2) & np.uint8(0x33)))
+            here[k] += np.float32(np.uint8((bits_set + (bits_set >> np.uint8(4))) & np.uint8(0x0F)))
+        first = stop
     for j in range(len(strength)):
         decay = reach[j]
         running[:] = np.float32(0)

@@ -16,7 +16,7 @@ class PanelPart(NamedTuple):
     Typed sites are those of the whole stretch. Sites and their blocks are those of its core. Interval i lies between
     typed sites i - 1 and i; a typed site belongs to the interval that it ends.
 
-    * ``alleles`` uint8 [T, H] at typed sites.
+    * ``alleles`` uint8 [T, H] at typed sites; ``packed`` uint8 [ceil(T / 8), H] are the same, bit t % 8 of row t // 8.
     * ``position`` float32 [T] in cM; ``place`` int64 [T] of each typed site; ``population`` int64 [H].
     * ``intervals`` int64 [T + 2]: blocks of interval i are ``intervals[i]`` to ``intervals[i + 1]``.
     * ``bounds`` int64 [G + 1], ``sequence`` uint16 or uint32 [G, H]: sites and sequences of blocks, as in
@@ -29,6 +29,7 @@ class PanelPart(NamedTuple):
     """
 
     alleles: np.ndarray
+    packed: np.ndarray
     position: np.ndarray
     place: np.ndarray
     population: np.ndarray
@@ -69,7 +70,7 @@ class Rates(NamedTuple):
 class Frequencies(NamedTuple):
     """What depends on allele frequencies: a row for all targets outside the panel, and one for each inside.
 
-    ``by_population`` float32 [rows, L, P] of the minor allele; ``slow`` float32 [rows, L], the weight of the slow
+    ``by_population`` float32 [rows, P, L] of the minor allele; ``slow`` float32 [rows, L], the weight of the slow
     model; ``turing`` float32 [rows, L], factor of the minor allele's odds; ``log_frequency`` float32 [rows, L], a
     feature of the confidence head; ``flipped`` bool [rows, L], where another allele is the minor one than in the panel.
     """
@@ -99,19 +100,31 @@ class Head(NamedTuple):
 class Scratch(NamedTuple):
     """A worker's arrays; those of two hold the typed sites on the left and on the right of an interval.
 
-    * ``who`` int32 [2, H + 1]: haplotypes with a probability; ``number`` int64 [2] of them.
-    * ``kept`` float32 [2, H, 3]: their probability by the slow model, by the fast one, and length times the first.
+    * ``flags`` uint8 [2, H, or the next multiple of 64]: whether a haplotype is not negligible; ``who`` int32
+      [2, H + 8]: those haplotypes; ``number`` int64 [2] of them; ``where`` int32 [H]: their
+      places in the list filled last.
+    * ``kept`` float32 [2, H, 4]: their probability by the slow model, by the fast one, length times the first, and 0;
+      ``match`` int32 [2, H, 2]: typed sites of the last mismatch before, -1 where none is, and of the next one, the
+      last typed site where none is.
+    * ``either`` int32 [H + 1]: haplotypes of one list or the other; ``both`` float32 [H + 1, 8]: what is kept of them
+      on the left and on the right.
     * ``lengths``, ``uncertainty`` float32 [2]: mean match length, and minus the logarithm of the sum of squares of the
       probabilities, by the slow model.
     * ``ancestry`` float32 [2, P]: probability of each population by the slow model.
-    * ``sums`` float32 [sequences, 8]: the three of ``kept`` summed by sequence, for the left and the right site.
-    * ``marked`` bool [sequences], ``touched`` int64 [sequences]: the sequences with a sum.
-    * ``by_site`` float32 [64, 8]: the same, summed over a site's carriers of the minor allele.
+    * ``sums`` float32 [2 sequences, 8]: two parts of ``both`` summed by sequence, one after the other.
+    * ``marked`` uint8 [sequences], ``touched`` int64 [sequences + 1]: the sequences with a sum.
+    * ``by_site`` float32 [64, 8]: the same, summed over a site's carriers of the minor allele; ``pending`` uint8 [64]:
+      sites of a block with a carrier or a likely minor allele; ``expected`` float32 [64]: that allele's frequency.
     """
 
+    flags: np.ndarray
     who: np.ndarray
     kept: np.ndarray
+    match: np.ndarray
     number: np.ndarray
+    where: np.ndarray
+    either: np.ndarray
+    both: np.ndarray
     lengths: np.ndarray
     uncertainty: np.ndarray
     ancestry: np.ndarray
@@ -119,6 +132,8 @@ class Scratch(NamedTuple):
     marked: np.ndarray
     touched: np.ndarray
     by_site: np.ndarray
+    pending: np.ndarray
+    expected: np.ndarray
 
 
 class Waiting(NamedTuple):
@@ -146,9 +161,7 @@ class States(NamedTuple):
     * ``saved`` float32 [pieces, 2, H]: forward states before the first site of every piece, and ``factor`` float32
       [pieces, 2] of the step that follows.
     * ``alpha`` float32 [span, 2, H]: forward states of a piece; ``beta``, ``joint`` float32 [2, H].
-    * ``left`` float32 [span, H], ``right`` float32 [2, H]: ends in cM of the match with each haplotype, for the sites
-      of a piece, and for the present and the next one; ``reached`` float32 [pieces, H]: left ends before each piece.
-    * ``flags`` uint8 [H, or the next multiple of 8]: whether a haplotype is not negligible.
+    * ``differs`` uint8 [ceil(T / 8), H]: typed sites where a haplotype differs from the target, packed as the panel's.
     """
 
     prior: np.ndarray
@@ -159,7 +172,4 @@ class States(NamedTuple):
     alpha: np.ndarray
     beta: np.ndarray
     joint: np.ndarray
-    left: np.ndarray
-    right: np.ndarray
-    reached: np.ndarray
-    flags: np.ndarray
+    differs: np.ndarray

@@ -15,19 +15,12 @@ from torch import Tensor, nn
 from embrag_ds.copying.head import FEATURES
 from embrag_ds.copying.records import Head, PanelPart, Rates
 from embrag_ds.copying.sequences import count_minor, list_minor
-from embrag_ds.data.windows import MOST_PLACES, SiteFeatures, places
+from embrag_ds.data.windows import SiteFeatures, most_places, places
 from embrag_ds.model.confidence import LEAST_PROBABILITY, log_cm
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.model.pooling import LEAST_TYPED_NEAR, NEGLIGIBLE, CopyingPooling
 from embrag_ds.ops.dosage import Numbered
 from embrag_ds.ops.li_stephens import bounded
-
-_MOST_PLACE_BYTES = 1 << 27
-
-
-def _most_places(haplotypes: int) -> int:
-    """Places of a stretch whose priors, with what they are made from, fit 128 MiB; at least as many as in training."""
-    return max(MOST_PLACES, _MOST_PLACE_BYTES // (8 * haplotypes))
 
 
 def panel_part(
@@ -70,8 +63,9 @@ def panel_part(
     share = np.where(gap > 0, (here - before) / np.maximum(gap, 1e-12), 0).clip(0, 1).astype(np.float32)
     return PanelPart(
         alleles=np.ascontiguousarray(typed),
+        packed=np.packbits(typed, axis=0, bitorder="little"),
         position=position[rows],
-        place=places(position, _most_places(haplotypes))[0][rows],
+        place=places(position, most_places(haplotypes))[0][rows],
         population=population,
         intervals=intervals,
         bounds=blocks.bounds,
@@ -112,7 +106,7 @@ def model_rates(network: Imputer, features: SiteFeatures, rows: np.ndarray, hapl
     gap = torch.diff(position[rows], prepend=position[rows[:1]])
     per_cm = torch.tensor([density(rows, features.position)])
     nats, recombination = bounded(*pooling.rates(gap[None], per_cm, weight[None]))
-    place, number, place_cm = places(features.position, _most_places(haplotypes))
+    place, number, place_cm = places(features.position, most_places(haplotypes))
     strength, decay = pooling.prior_terms(place_cm)
     typed = torch.from_numpy(np.bincount(place[rows], minlength=number).astype(np.float32))
     typed_at = torch.stack([_weighed(typed, float(each)) for each in decay]).clamp_min(LEAST_TYPED_NEAR)

@@ -32,9 +32,13 @@ class LeftOutTable:
 
     def add_packed(self, what: str, panel: Panel) -> None:
         """Add the sites that were left out of a panel, or of targets, when they were packed."""
-        if self._out is None or panel.excluded is None:
+        self.add_list(what, panel.excluded)
+
+    def add_list(self, what: str, excluded: Path | None) -> None:
+        """Add the sites of such a panel's list ``excluded``."""
+        if self._out is None or excluded is None:
             return
-        with panel.excluded.open("rb") as lines:
+        with excluded.open("rb") as lines:
             for line in lines:
                 self._out.write(as_bytes(f"{what}\t") + line)
 

@@ -190,6 +190,15 @@ PLACE_CM = 0.2
 """Length of a place, cM: recombination priors are the same within it. Finer ones impute no better (docs/log.md)."""
 MOST_PLACES = 128
 """Places of a window in training, whose memory they take; those of a longer window than 25.6 cM are longer, too."""
+_MOST_PLACE_BYTES = 1 << 27
+
+
+def most_places(haplotypes: int) -> int:
+    """Places of a stretch with all ``haplotypes`` as states: their priors, with what they are made from, fit 128 MiB.
+
+    At least :data:`MOST_PLACES`.
+    """
+    return max(MOST_PLACES, _MOST_PLACE_BYTES // (8 * haplotypes))
 
 
 def places(position: np.ndarray, most: int) -> tuple[np.ndarray, int, float]:

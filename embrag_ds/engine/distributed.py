@@ -7,7 +7,7 @@ import importlib
 import os
 import socket
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +21,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.constants import default_pg_timeout
 from deepspeed.runtime import compiler
 from deepspeed.runtime.config import DeepSpeedConfig
+from torch import Tensor
 
 from embrag_ds.engine import deepspeed_log
 from embrag_ds.engine.complaints import complaints
@@ -36,6 +37,8 @@ Made = TypeVar("Made")
 _WORKSPACES = (":4096:8", ":16:8")
 """Workspaces with which cuBLAS is deterministic."""
 _BEYOND_PATIENCE_S = 300.0
+_ALIGNED = 128
+"""Numbers in a row of memory that any kernel reads at once, at most."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,10 @@ def start_distributed(patience_s: float = 0.0) -> DistributedContext:
         share_threads()
     # DeepSpeed calls what newer versions of torch have renamed, and every rank would say so.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    # DeepSpeed's barriers name no device; the current one, which they take, is this rank's.
+    warnings.filterwarnings(
+        "ignore", message=r"barrier\(\): using the device under current context", category=UserWarning
+    )
     deepspeed.init_distributed(verbose=False, timeout=collective_limit(patience_s))
     device = torch.device(get_accelerator().device_name(int(os.environ["LOCAL_RANK"])))
     if device.type == "cuda":
@@ -201,7 +208,7 @@ def initialize_engine(
     projections. ``compiled`` is the setting ``train.compile``, and ``core_lengths`` are those of the run's windows.
     """
     model.transformer.recompute_projections = recompute_projections
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = in_aligned_order(parameter for parameter in model.parameters() if parameter.requires_grad)
     with complaints(everything=True):
         DeepSpeedConfig(copy.deepcopy(settings))
         if "activation_checkpointing" in settings:
@@ -218,6 +225,16 @@ def initialize_engine(
     handle_gradients_as_a_whole(engine.optimizer)
     clear_padding(engine)
     return engine
+
+
+def in_aligned_order(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Parameters in an order in which every one is aligned where DeepSpeed puts them one after another.
+
+    Under ZeRO-1 and ZeRO-2 they are parts of one buffer. Behind one of 1 or 2 numbers the others would lie at odd
+    addresses. Matrix products and layer norms have slow kernels for those: a step took twice as long (docs/log.md).
+    """
+    # The more often 2 divides a length, the earlier: each offset is then a multiple of what divides the next length.
+    return sorted(parameters, key=lambda each: -min(each.numel() & -each.numel(), _ALIGNED))
 
 
 def _leave_muon_uncompiled(settings: dict[str, Any]) -> None:

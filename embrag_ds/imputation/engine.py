@@ -1,13 +1,13 @@
 """Imputation: from targets typed at some sites to dosages at every site of the panel.
 
-Windows are computed one after another and blended where they overlap. Sites are written as soon as no later window can
-change them. Memory therefore holds two windows of the targets, whatever the chromosome. Their typed alleles stay packed
-on disk.
+Windows are computed one after another, and blended (:mod:`embrag_ds.imputation.blending`). Memory therefore holds two
+windows of the targets, whatever the chromosome. Their typed alleles stay packed on disk.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -25,13 +25,19 @@ from embrag_ds.data.inputs import PanelInputs, windowed
 from embrag_ds.data.sampler import QueryBatch, exclusion_table
 from embrag_ds.data.targets import Targets
 from embrag_ds.data.tokens import MASK
-from embrag_ds.data.windows import DataConfig, Window, WindowedPanel, blend_weights, uncovered
+from embrag_ds.data.windows import DataConfig, Window, WindowedPanel, uncovered
 from embrag_ds.errors import UserError
 from embrag_ds.export import ExportedModel
+from embrag_ds.imputation.blending import write_blended
 from embrag_ds.imputation.extent import Extent
+from embrag_ds.model.imputer import Imputer
 from embrag_ds.model.row_blocks import RowBlocks
+from embrag_ds.model.site_tiles import SiteTiles
+from embrag_ds.ops.li_stephens import copying_backend
+from embrag_ds.ops.li_stephens_cuda import MOST_NEIGHBOURS
 from embrag_ds.ops.threads import undivided
 from embrag_ds.retrieval.batch import Batch
+from embrag_ds.retrieval.codebooks import ALLELES
 from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.reference import Reference
 from embrag_ds.retrieval.search import present_backend
@@ -49,25 +55,65 @@ _MOST_STRETCH_SITES = 1 << 15
 _MOST_STRETCH_BYTES = 1 << 28
 _BYTES_OF_A_SEQUENCE = 12
 _SITES_OF_A_BLOCK = 64
+_MOST_TABLE_BYTES = 1 << 31
+_TABLES = 4
+_BYTES_OF_A_STATE = 64
 
 
-def _with_stretches(settings: DataConfig, haplotypes: int, targets: Targets) -> DataConfig:
-    """Settings with stretches in place of windows, for imputation without the transformer.
+Way = Literal["windows", "loop", "whole"]
+"""How haplotypes are copied: in windows from the nearest, or along stretches from all, by a CPU's loop or on a GPU."""
 
-    The copying model runs along the flanks of every window, so fewer and longer ones are faster. Only the transformer
-    is tied to their length. Memory limits it, where each of these stays below 256 MiB: sequences of the core, one for
-    each of the panel's ``haplotypes`` and block of sites, and the targets' dosages.
+
+def _with_stretches(
+    settings: DataConfig, haplotypes: int, targets: Targets, way: Way, memory: float = math.inf
+) -> DataConfig:
+    """Settings with stretches in place of windows, for a ``way`` that copies them whole.
+
+    The copying model runs along the flanks of every window, so fewer and longer ones are faster. Memory limits them.
+    On a CPU each of these stays below 256 MiB: sequences of the core, one for each of the panel's ``haplotypes`` and
+    block of sites, and the targets' dosages. On a GPU tables of the core's alleles stay below 2 GiB, and the posteriors
+    of a sample below half of its ``memory`` in bytes.
     """
-    blocks = 1 / _SITES_OF_A_BLOCK + float(targets.typed.mean())
-    of_a_site = max(_BYTES_OF_A_SEQUENCE * blocks * haplotypes, 8 * len(targets.samples))
-    most = int(_MOST_STRETCH_BYTES / of_a_site)
-    return replace(settings, window_sites=max(settings.window_sites, min(_MOST_STRETCH_SITES, most)))
+    typed = float(targets.typed.mean())
+    blocks = 1 / _SITES_OF_A_BLOCK + typed
+    of_dosages = 8 * len(targets.samples)
+    if way == "loop":
+        most = _MOST_STRETCH_BYTES / max(_BYTES_OF_A_SEQUENCE * blocks * haplotypes, of_dosages)
+    else:
+        of_posteriors = 2 * _BYTES_OF_A_STATE * typed * haplotypes
+        with_flanks = memory / 2 / of_posteriors if of_posteriors else math.inf
+        tables = _MOST_TABLE_BYTES / (_TABLES * haplotypes)
+        most = min(_MOST_STRETCH_BYTES / of_dosages, tables, max(0, with_flanks - 2 * settings.flank_sites))
+    return replace(settings, window_sites=max(settings.window_sites, min(_MOST_STRETCH_SITES, int(most))))
 
 
-def _along(config: EmbragConfig, transformer: bool, device: torch.device) -> bool:
-    """Whether stretches are copied whole: on a CPU, if the model copies haplotypes and its transformer is left out."""
-    copies = config.model.fusion == "copying" and config.retrieval.mode == "embedding"
-    return copies and not transformer and device.type == "cpu"
+def _way(config: EmbragConfig, transformer: bool, device: torch.device, haplotypes: int) -> Way:
+    """How an imputation copies: stretches are copied whole if the model copies haplotypes and the device can.
+
+    A CPU would take long for the transformer's tiles. A GPU needs its kernels, which take so many haplotypes.
+    """
+    if config.model.fusion != "copying" or config.retrieval.mode != "embedding":
+        return "windows"
+    if device.type == "cpu":
+        return "windows" if transformer else "loop"
+    able = copying_backend(device) == "cuda kernel" and haplotypes <= MOST_NEIGHBOURS
+    return "whole" if able and config.retrieval.store == "factored" else "windows"
+
+
+def _memory(device: torch.device) -> float:
+    """Memory of a GPU in bytes: all of it, so that a batch does not depend on what else runs there."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+
+
+def _samples_at_once(block: int, windows: list[Window], typed: np.ndarray, haplotypes: int, memory: float) -> int:
+    """Samples of a batch, at most ``block``, whose posteriors take half of a GPU's ``memory`` in bytes.
+
+    ``typed`` bool [S] marks the panel's typed sites.
+    """
+    before = np.concatenate([[0], np.cumsum(typed)])
+    most = max(int(before[each.stop] - before[each.start]) for each in windows)
+    of_a_sample = 2 * _BYTES_OF_A_STATE * max(1, most) * haplotypes
+    return int(max(1, min(block, memory // 2 // of_a_sample)))
 
 
 def _worth_timing(batches: int, device: torch.device) -> bool:
@@ -76,6 +122,16 @@ def _worth_timing(batches: int, device: torch.device) -> bool:
     On a CPU never, because torch is the fastest there (2 to 7 times as fast as FAISS), and outputs repeat exactly.
     """
     return device.type == "cuda" and batches >= _WORTH_TIMING
+
+
+def _tiles(model: ExportedModel, network: Imputer, device: torch.device) -> SiteTiles:
+    """The windows that a model was trained on, as tiles of a stretch."""
+    layer = network.embedding
+    if model.snapshot is not None:
+        layer = layer.twin().requires_grad_(False).to(device)
+        layer.load_state_dict(model.snapshot)
+    settings = model.config.data
+    return SiteTiles(settings.window_sites, settings.overlap_sites, lambda sites: layer.codebook(sites)[:, :ALLELES])
 
 
 class Imputation:
@@ -96,15 +152,19 @@ class Imputation:
     ):
         """``block`` samples of the ``targets`` are computed at a time.
 
-        Without ``transformer`` its residual is left out (:meth:`embrag_ds.model.imputer.Imputer.forward`), and on a CPU
-        each stretch of a chromosome is copied once (:mod:`embrag_ds.copying.along`). With ``precision`` bf16 the matrix
-        products of the network are in bf16; search, copying model and dosage are always in fp32.
+        Without ``transformer`` its residual is left out (:meth:`embrag_ds.model.imputer.Imputer.forward`). Then each
+        stretch of a chromosome is copied once, on a CPU by :mod:`embrag_ds.copying.along`; on a GPU also with it. With
+        ``precision`` bf16 the matrix products of the network are in bf16; search, copying model and dosage are always
+        in fp32.
         """
         use_device(device)
         config = model.config
         all_samples = np.arange(len(inputs.panel.samples))
-        along = _along(config, transformer, device)
-        settings = _with_stretches(config.data, 2 * len(all_samples), targets) if along else config.data
+        haplotypes = 2 * len(all_samples)
+        way = _way(config, transformer, device, haplotypes)
+        memory, settings = _memory(device), config.data
+        if way != "windows":
+            settings = _with_stretches(settings, haplotypes, targets, way, memory)
         self.data: WindowedPanel = windowed(inputs, settings, all_samples)
         left_out = uncovered(self.data.windows, len(inputs.panel.sites))
         if left_out:
@@ -119,13 +179,18 @@ class Imputation:
         self._samples = inputs.panel.samples
         self._network = model.network().to(device)
         exclusions = exclusion_table(inputs.panel.samples, None)
-        self._copy = CopyAlong(self._network, self.data, exclusions) if along else None
+        self._copy = CopyAlong(self._network, self.data, exclusions) if way == "loop" else None
         if self._copy is not None:
             return
         self._network.row_blocks = RowBlocks() if device.type == "cpu" else None
         self._reference = Reference(
             config.retrieval, self.data, self._network.embedding, device, exclusions, snapshot=model.snapshot
         )
+        if way == "whole":
+            self._block = _samples_at_once(block, self.data.windows, targets.typed, haplotypes, memory)
+            self._network.site_tiles = _tiles(model, self._network, device)
+            self._collate = self._reference.collator(self._block, slots=_AHEAD + 2, whole=True)
+            return
         named, self._reference.backend = self._reference.backend, present_backend(self._reference.backend, device)
         if self._reference.backend != named:
             logger.info("the model names search %s, which this machine lacks; torch searches", named)
@@ -162,7 +227,9 @@ class Imputation:
             )
 
         number = len(computed) * len(starts)
-        if self._reference.backend == "auto" and number and _worth_timing(number, self._device):
+        last_logged = time.monotonic()
+        searches = self._network.site_tiles is None
+        if searches and self._reference.backend == "auto" and number and _worth_timing(number, self._device):
             first = self._reference.first_search(queries(0))
             if first is not None:
                 self._reference.backend = first.fastest()
@@ -180,7 +247,12 @@ class Imputation:
                     yield window, np.repeat(frequency[None], 2 * len(numbers), axis=0)
                     continue
                 following = next(remaining, None)
-                found = [self._probability(batches.next()) for _ in starts]
+                found = []
+                for start in starts:
+                    found.append(self._probability(batches.next()))
+                    if time.monotonic() - last_logged > 2:
+                        logger.info("window %d/%d: %d samples", window.index + 1, len(self.data), start + self._block)
+                        last_logged = time.monotonic()
                 probability = np.concatenate(found)
                 missing = targets.missing_alleles(window.sites, slice(0, len(numbers)))
                 if missing is not None:
@@ -241,57 +313,6 @@ def impute_to_vcf(
     """
     sites, targets = imputation.data.reference.panel.sites, imputation.targets
     where = Extent(sites.contig_runs()) if where is None else where
-    windows = where.windows(imputation.data.windows)
-    weights = blend_weights(imputation.data.windows)
-    rows = where.rows()
-    wanted = np.zeros(len(sites) + 1, dtype=np.int64)
-    wanted[rows + 1] = 1
-    wanted = np.cumsum(wanted)  # place of each panel row among those written
     source = f"embrag_ds {embrag_ds.__version__}"
-    everyone = slice(0, len(targets.samples))
-    pending = np.zeros((2 * len(targets.samples), 0), dtype=np.float32)
-    settled = windows[0].core_start
-    last_logged = time.monotonic()
-    written = sites if len(rows) == len(sites) else sites.take(rows)
-    with ImputedVcfWriter(out, written, targets.samples, source, output) as writer:
-        for number, (window, probability) in enumerate(imputation.windows(windows)):
-            # ``pending`` holds the blended part of the windows so far, from site ``settled`` on.
-            shared = np.flatnonzero(weights[window.index] != 1)
-            probability[:, shared] *= weights[window.index][shared].astype(np.float32)
-            grown = probability
-            if pending.shape[1]:
-                grown = np.zeros((len(pending), window.core_stop - settled), dtype=np.float32)
-                grown[:, : pending.shape[1]] = pending
-                grown[:, window.core_start - settled :] += probability
-            last = number + 1 == len(windows)
-            until = window.core_stop if last else min(window.core_stop, windows[number + 1].core_start)
-            # Of these sites, those asked for are consecutive: at most the first or last ones are not.
-            inside = np.flatnonzero(np.diff(wanted[settled : until + 1]))
-            if len(inside):
-                span = slice(settled + int(inside[0]), settled + int(inside[-1]) + 1)
-                haploid = targets.haploid(span)
-                dosage = grown[:, span.start - settled : span.stop - settled]
-                writer.write(
-                    int(wanted[span.start]),
-                    dosage if haploid is None else _one_haplotype(dosage, haploid),
-                    targets.typed[span],
-                    targets.alleles(span, everyone),
-                    targets.missing_alleles(span, everyone),
-                    haploid,
-                )
-            pending = grown[:, until - settled :]
-            settled = until if last or pending.shape[1] else windows[number + 1].core_start
-            due = last or time.monotonic() - last_logged > 2
-            done = (number + 1, len(windows), wanted[until], len(rows))
-            logger.log(logging.INFO if due else logging.DEBUG, "imputed window %d/%d, %d/%d sites", *done)
-            if due:
-                last_logged = time.monotonic()
-
-
-def _one_haplotype(dosage: np.ndarray, haploid: np.ndarray) -> np.ndarray:
-    """Dosages float32 [2N, L] with the mean of both rows in place of each where a sample is ``haploid``, bool [N, L].
-
-    The rows have the same alleles there, but others beyond the end of a pseudoautosomal region.
-    """
-    mean = (dosage[0::2] + dosage[1::2]) / 2
-    return np.where(np.repeat(haploid, 2, axis=0), np.repeat(mean, 2, axis=0), dosage)
+    with ImputedVcfWriter(out, where.table(sites), targets.samples, source, output) as writer:
+        write_blended(imputation, writer, where)

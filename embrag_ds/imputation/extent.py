@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +33,17 @@ class Extent:
         """The sites' rows, int64 [n]."""
         return np.concatenate([np.arange(start, stop) for start, stop in self.spans])
 
+    def places(self, size: int) -> np.ndarray:
+        """Place of each of the panel's ``size`` rows among the sites that are written, int64 [S + 1]."""
+        wanted = np.zeros(size + 1, dtype=np.int64)
+        wanted[self.rows() + 1] = 1
+        return np.cumsum(wanted)
+
+    def table(self, sites: SiteTable) -> SiteTable:
+        """The table of the sites that are written, of the panel's."""
+        rows = self.rows()
+        return sites if len(rows) == len(sites) else sites.take(rows)
+
     def windows(self, windows: list[Window]) -> list[Window]:
         """The windows whose cores hold these sites, in order.
 
@@ -43,15 +55,23 @@ class Extent:
 
 
 def extent(
-    sites: SiteTable, typed: np.ndarray, region: str | None, untyped: UntypedContigs, panel: str, target: str
+    sites: SiteTable,
+    typed: np.ndarray,
+    region: str | None,
+    untyped: UntypedContigs,
+    panel: str,
+    target: str,
+    contigs: Collection[str] | None = None,
 ) -> Extent:
     """Sites to write: those of ``region``, or all, on contigs with typed sites, or all contigs.
 
-    ``typed`` bool [S] marks typed sites. A region is ``contig``, ``contig:start-end``, ``contig:start-`` or
-    ``contig:position``, in base pairs, 1-based and inclusive. The two names stand for the files in errors. Raises
-    :class:`UserError` for another region, and if nothing is left.
+    ``contigs`` are the panel's to choose from, if not all. ``typed`` bool [S] marks typed sites. A region is
+    ``contig``, ``contig:start-end``, ``contig:start-`` or ``contig:position``, in base pairs, 1-based and inclusive.
+    The two names stand for the files in errors. Raises :class:`UserError` for another region.
     """
     runs = sites.contig_runs()
+    if contigs is not None:
+        runs = [run for run in runs if sites.contigs[sites.contig[run[0]]] in contigs]
     without = [run for run in runs if not typed[slice(*run)].any()]
     if region is not None:
         runs = [_in_region(sites, region, panel)]
@@ -100,7 +120,25 @@ def warn_of_few_typed(windows: list[Window], sites: SiteTable, typed: np.ndarray
 def _in_region(sites: SiteTable, region: str, panel: str) -> tuple[int, int]:
     contigs = sites.used_contigs()
     runs = dict(zip(contigs, sites.contig_runs(), strict=True))
-    name, start, stop = region, 1, np.iinfo(np.int64).max
+    contig, start, stop = _parsed(region, contigs, panel)
+    first, last = runs[contig]
+    pos = sites.pos[first:last]
+    rows = first + int(np.searchsorted(pos, start)), first + int(np.searchsorted(pos, stop, side="right"))
+    if rows[0] >= rows[1]:
+        raise UserError(
+            f"--region {region}: {panel} has no site there; its sites on {contig} lie between {pos[0]} and {pos[-1]}"
+        )
+    return rows
+
+
+def contig_of_region(region: str, contigs: list[str], panel: str) -> str:
+    """The one of a panel's ``contigs`` that a region lies on; raises :class:`UserError` if there is none."""
+    return _parsed(region, contigs, panel)[0]
+
+
+def _parsed(region: str, contigs: list[str], panel: str) -> tuple[str, int, int]:
+    """Contig, start and end of a region, inclusive."""
+    name, start, stop = region, 1, int(np.iinfo(np.int64).max)
     # A contig's own name may have a colon, as those of HLA alleles do.
     if not reconcile([region], contigs):
         found = re.fullmatch(r"(.+):([0-9][0-9,]*)(?:(-)([0-9,]*))?", region)
@@ -116,14 +154,7 @@ def _in_region(sites: SiteTable, region: str, panel: str) -> tuple[int, int]:
     contig = reconcile([name], contigs).get(name)
     if contig is None:
         raise UserError(_no_region(region, contigs, panel))
-    first, last = runs[contig]
-    pos = sites.pos[first:last]
-    rows = first + int(np.searchsorted(pos, start)), first + int(np.searchsorted(pos, stop, side="right"))
-    if rows[0] >= rows[1]:
-        raise UserError(
-            f"--region {region}: {panel} has no site there; its sites on {contig} lie between {pos[0]} and {pos[-1]}"
-        )
-    return rows
+    return contig, start, stop
 
 
 def _position(text: str) -> int:

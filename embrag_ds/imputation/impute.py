@@ -3,83 +3,51 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-import numpy as np
 import torch
 
-from embrag_ds.adaptation.adapt import adapt_model
-from embrag_ds.adaptation.learner import Source
 from embrag_ds.adaptation.settings import Adapt, parse_adapt
 from embrag_ds.data.cache import require_cache, scratch_folder
 from embrag_ds.data.inputs import (
     PanelFiles,
-    PanelInputs,
     cache_directory,
     default_data,
     open_inputs,
     settings_for,
     with_default,
 )
-from embrag_ds.data.packing import TARGET
-from embrag_ds.data.panel import Panel, open_panel
 from embrag_ds.data.phasing import require_beagle
-from embrag_ds.data.targets import Phase, Targets, match_targets, open_targets, phase_targets
 from embrag_ds.errors import UserError
-from embrag_ds.export import PRETRAINED, read_export, write_export
-from embrag_ds.files import require_writable, write_json
+from embrag_ds.export import PRETRAINED, read_export
+from embrag_ds.files import require_writable
+from embrag_ds.imputation.division import impute_by_ranks, impute_files
 from embrag_ds.imputation.engine import Imputation, Precision, impute_to_vcf
-from embrag_ds.imputation.extent import UntypedContigs, extent, warn_of_few_typed
-from embrag_ds.imputation.report import describe, describe_targets, table, write_left_out
-from embrag_ds.imputation.sample_checks import check_samples
+from embrag_ds.imputation.extent import warn_of_few_typed
+from embrag_ds.imputation.genome import require_files
+from embrag_ds.imputation.preparation import AS_IT_IS, Job, TargetOptions, prepare_one
+from embrag_ds.imputation.ranks import Ranks, ranks_met
 from embrag_ds.ops.cuda import require_kernels
-from embrag_ds.preflight import require_distinct, require_readable, require_space
+from embrag_ds.preflight import require_distinct, require_readable
 from embrag_ds.runtime.driver import unused_gpus
 from embrag_ds.runtime.processor import cpu_has_bf16
-from embrag_ds.variants.harmonise import Strand
 from embrag_ds.variants.output import EVERYTHING, OutputOptions
 from embrag_ds.variants.published import check_output
-from embrag_ds.variants.records import Duplicates
 
 logger = logging.getLogger(__name__)
 
-_LEAST_BYTES, _LIKELY_BYTES = 0.04, 3.2
-"""Bytes of output for a genotype: of 40 bytes of text DEFLATE leaves 0.04 at best (1 of 1032), and 3.2 is what 250
-samples of 1000 Genomes take on chromosome 20.
-"""
-
-
-@dataclass(frozen=True)
-class TargetOptions:
-    """Options of what is read from the targets, and of what is imputed.
-
-    ``duplicates`` is the rule for sites that the file has twice, and ``strand`` that for sites on the other strand
-    (:func:`embrag_ds.variants.harmonise.harmonise`). ``phase`` says what phases unphased targets. With
-    ``allow_overlap``, targets may also be in the panel. ``region`` limits what is written, and ``untyped_contigs`` says
-    what becomes of contigs without typed sites (:func:`embrag_ds.imputation.extent.extent`). ``report`` is a file for
-    the numbers as JSON, and ``excluded`` one for the sites that were left out, each with the reason.
-    """
-
-    duplicates: Duplicates = "first"
-    strand: Strand = "report"
-    phase: Phase = "none"
-    allow_overlap: bool = False
-    region: str | None = None
-    untyped_contigs: UntypedContigs = "drop"
-    report: Path | None = None
-    excluded: Path | None = None
-
 
 def impute(
-    files: PanelFiles,
-    target: Path | None,
+    files: PanelFiles | Sequence[PanelFiles],
+    target: Path | Sequence[Path] | None,
     out: Path,
     *,
     model: Path = PRETRAINED,
-    options: TargetOptions = TargetOptions(),
+    options: TargetOptions = AS_IT_IS,
     samples_per_batch: int = 32,
     transformer: bool | None = None,
     device: str | None = None,
@@ -90,6 +58,13 @@ def impute(
     cache_dir: Path | None = None,
 ) -> None:
     """Impute every panel site of the samples in ``target`` into ``out``, a bgzipped VCF or a BCF with its index.
+
+    A genome may be several panel files and several files of targets. Each contig is in one of either kind at most
+    (:mod:`embrag_ds.imputation.genome`). ``out`` has all contigs, in the order of the panel files. Each panel file is
+    imputed as it would be alone, by one model, which adapts to the file with the most typed sites.
+
+    Where a launcher started several ranks, all call this with the same arguments, and each imputes a share. ``out`` is
+    then the same, byte for byte, as that of one rank. A rank takes the GPU with its number on its machine.
 
     ``model`` is an exported model; ``options`` say how targets are read, and ``output`` what is written. Without panel
     and target, those of the default data set are used. More ``samples_per_batch`` take more memory and less time.
@@ -105,82 +80,88 @@ def impute(
     Raises :class:`UserError` for faulty files and arguments: before any work where an output is an input, or where
     a file cannot be read or written.
     """
-    if samples_per_batch < 1:
-        raise UserError("--samples-per-batch must be at least 1")
-    adapt = parse_adapt(adapt)
-    check_output(out)
-    for result in filter(None, (options.report, options.excluded, save_model)):
-        require_writable(result)
-    where = _device(device)
-    require_kernels(where)
-    numbers = _checked(precision, where)
-    advice = transformer is None and where.type == "cpu"
-    if transformer is None:
-        transformer = where.type == "cuda"
-    began = time.monotonic()
-    exported = read_export(model)
-    logger.info("model %s", model)
-    if (files.panel is None) != (target is None):
-        raise UserError("--panel and --target go together")
-    settings = settings_for(cache_dir)
-    target = target or default_data(settings).target
-    files = with_default(files, settings)
-    read = {"--target": target, **files.by_option()}
-    require_readable(read)
-    log = Path(f"{out}.beagle.log")
-    outputs = {"--out": out, "--report": options.report, "--excluded": options.excluded, "--save-model": save_model}
-    if options.phase == "beagle":
-        require_beagle(target, files.panel or target)
-        outputs["Beagle's log"] = log
-    require_distinct(outputs, {**read, "--model": model})
-    require_cache(cache_directory(settings))
-    inputs = open_inputs(files, settings)
-    panel = inputs.panel
-    logger.info("panel %s: %d samples, %d sites", panel.path, len(panel.samples), len(panel.sites))
-    if advice:
-        logger.info("imputing without the transformer, which takes long on a CPU; --transformer on adds it")
-    with scratch_folder(cache_directory(settings), "imputation-") as scratch:
-        targets, found, opened = _read_targets(target, inputs, options, scratch, log)
-        written = extent(
-            panel.sites, targets.typed, options.region, options.untyped_contigs, str(panel.path), str(target)
+    with ranks_met() as ranks:
+        began = time.monotonic()
+        panels = [files] if isinstance(files, PanelFiles) else list(files)
+        targets = [target] if isinstance(target, Path) else list(target or ())
+        settings = settings_for(cache_dir)
+        if samples_per_batch < 1:
+            raise UserError("--samples-per-batch must be at least 1")
+        adapt = parse_adapt(adapt)
+        check_output(out)
+        for result in filter(None, (options.report, options.excluded, save_model)):
+            require_writable(result)
+        where = _of_rank(_device(device), ranks)
+        require_kernels(where)
+        numbers = _checked(precision, where)
+        advice = transformer is None and where.type == "cpu"
+        if transformer is None:
+            transformer = where.type == "cuda"
+        exported = read_export(model)
+        logger.info("model %s", model)
+        if (panels[0].panel is None) != (not targets):
+            raise UserError("--panel and --target go together")
+        targets = targets or [default_data(settings).target]
+        panels = [with_default(each, settings) for each in panels]
+        log = Path(f"{out}.beagle.log")
+        job = Job(
+            panels,
+            targets,
+            out,
+            options,
+            exported,
+            where,
+            transformer,
+            numbers,
+            samples_per_batch,
+            adapt,
+            save_model,
+            output,
+            settings,
+            log,
         )
-        if output == EVERYTHING:
-            genotypes = len(targets.samples) * len(written.rows())
-            require_space(out, int(_LEAST_BYTES * genotypes), int(_LIKELY_BYTES * genotypes))
-        write_left_out(options.excluded, panel, opened, targets.match)
-        source = Source(inputs, targets.typed, _no_targets(panel, targets), where, transformer, bf16=numbers == "bf16")
-        adapted = adapt_model(source, exported, adapt, cache_directory(settings))
-        if save_model is not None:
-            write_export(save_model, adapted.model.weights, adapted.model.snapshot, adapted.model.config)
-        if options.report is not None:
-            write_json(options.report, {**found, "adaptation": adapted.report})
-        imputation = Imputation(adapted.model, inputs, targets, where, samples_per_batch, transformer, numbers)
-        warn_of_few_typed(written.windows(imputation.data.windows), panel.sites, targets.typed)
-        impute_to_vcf(imputation, out, written, output)
-    logger.info("%s: %d samples in %.0f s", out, len(targets.samples), time.monotonic() - began)
+        _check_files(job, model, ranks)
+        if advice:
+            logger.info("imputing without the transformer, which takes long on a CPU; --transformer on adds it")
+        with scratch_folder(cache_directory(settings), "imputation-") as scratch:
+            if ranks.ranks > 1:
+                samples = impute_by_ranks(job, ranks, scratch)
+            elif job.is_single:
+                samples = _impute_one(job, scratch)
+            else:
+                samples = impute_files(job, scratch)
+        logger.info("%s: %d samples in %.0f s", out, samples, time.monotonic() - began)
 
 
-def _read_targets(
-    path: Path, inputs: PanelInputs, options: TargetOptions, scratch: Path, log: Path
-) -> tuple[Targets, dict[str, Any], Panel]:
-    """Read, match, phase and check the targets; returns them, the report of what was done, and the opened file."""
-    panel = inputs.panel
-    target = open_panel(path, scratch, reading=replace(TARGET, duplicates=options.duplicates))
-    match = match_targets(target, panel, options.strand, options.allow_overlap)
-    found = describe(panel, target, match, options.strand)
-    logger.info("what was read and matched:\n%s", table(found))
+def _check_files(job: Job, model: Path, ranks: Ranks) -> None:
+    """Raise :class:`UserError` for files that cannot be read or written, and for outputs that are inputs."""
+    read: dict[str, list[Path]] = {"--target": job.targets}
+    for each in job.panels:
+        for option, path in each.by_option().items():
+            if path is not None and path not in read.setdefault(option, []):
+                read[option].append(path)
+    require_readable(read)
+    if ranks.ranks > 1 or not job.is_single:
+        several = "several ranks read it" if ranks.ranks > 1 else "of several files each is read more than once"
+        require_files(several, [path for paths in read.values() for path in paths])
+    options = job.options
+    outputs = {"--out": job.out, "--report": options.report, "--excluded": options.excluded}
+    outputs["--save-model"] = job.save_model
     if options.phase == "beagle":
-        targets = phase_targets(target, match, panel, inputs.position_cm, scratch, log, torch.get_num_threads())
-    else:
-        targets = open_targets(target, match, panel)
-    found |= describe_targets(targets, check_samples(targets, panel))
-    return targets, found, target
+        require_beagle(job.targets[0], job.panels[0].panel or job.targets[0])
+        outputs["Beagle's log"] = job.log
+    require_distinct(outputs, {**read, "--model": model})
+    require_cache(cache_directory(job.settings))
 
 
-def _no_targets(panel: Panel, targets: Targets) -> np.ndarray:
-    """Panel samples that are no targets, int64."""
-    imputed = set(targets.samples)
-    return np.array([number for number, name in enumerate(panel.samples) if name not in imputed], dtype=np.int64)
+def _impute_one(job: Job, scratch: Path) -> int:
+    """Impute one file of targets by one panel file and one rank; returns the number of samples."""
+    inputs = open_inputs(job.panels[0], job.settings)
+    targets, written, model = prepare_one(job, inputs, scratch)
+    imputation = Imputation(model, inputs, targets, job.device, job.block, job.transformer, job.precision)
+    warn_of_few_typed(written.windows(imputation.data.windows), inputs.panel.sites, targets.typed)
+    impute_to_vcf(imputation, job.out, written, job.output)
+    return len(targets.samples)
 
 
 def _device(name: str | None) -> torch.device:
@@ -197,6 +178,14 @@ def _device(name: str | None) -> torch.device:
         why = unused_gpus() or f"torch sees {torch.cuda.device_count()} CUDA devices"
         raise UserError(f"--device {name}: {why}; use {_present()}")
     return device
+
+
+def _of_rank(device: torch.device, ranks: Ranks) -> torch.device:
+    """A rank's own GPU, where none is named."""
+    if ranks.ranks == 1 or device.type == "cpu" or device.index is not None:
+        return device
+    # A launcher may let each rank see one GPU only, which is number 0 then.
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
 
 
 def _present() -> str:

@@ -83,6 +83,10 @@ class CoreInputs(NamedTuple):
 
         return [part(start) for start in range(0, len(self.tokens), rows)]
 
+    def sites(self, start: int, stop: int) -> CoreInputs:
+        """The same at the sites from ``start`` to ``stop``."""
+        return self._each(lambda given, place: given.narrow(place, start, stop - start))
+
     def mark_dynamic(self) -> None:
         """Tell torch.compile that the number of sites is not the same in every batch."""
 

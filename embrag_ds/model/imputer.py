@@ -24,6 +24,7 @@ from embrag_ds.model.pooling import (
 )
 from embrag_ds.model.recompute import computed_again
 from embrag_ds.model.row_blocks import RowBlocks
+from embrag_ds.model.site_tiles import SiteTiles
 from embrag_ds.model.transformer import Transformer
 from embrag_ds.retrieval.batch import Batch, SiteTensors
 from embrag_ds.settings import strict_settings
@@ -89,6 +90,7 @@ class Imputer(nn.Module):
         self.good_turing = config.good_turing
         self.compiled: Compiled | None = None
         self.row_blocks: RowBlocks | None = None
+        self.site_tiles: SiteTiles | None = None
         self.embedding = HaplotypeEmbedding(config.dims)
         self.pooling = POOLINGS[config.fusion]()
         self.fusion = GatedFusion(config.dims)
@@ -120,6 +122,8 @@ class Imputer(nn.Module):
                 pooled = self.pooling(batch, batch.retrieved, weight / weight.mean())
         given = _core_inputs(batch, pooled)
         if loss is None:
+            if self.site_tiles is not None and transformer:
+                return Prediction(*self.site_tiles(self._predict, given))
             if self.row_blocks is not None:
                 return Prediction(*self.row_blocks(lambda block: self._predict(block, transformer), given))
             return self._predict(given, transformer)

@@ -107,7 +107,7 @@ class DistancePooling(nn.Module):
 
     def forward(self, batch: Batch, retrieved: Retrieved, site_weight: Tensor) -> Pooled:
         """Pool the neighbours ``retrieved``; ``site_weight`` float32 [L], of mean 1, is the weight of a mismatch."""
-        distance = (retrieved.mismatch * site_weight[batch.window.typed][..., None]).sum(1)
+        distance = (retrieved.mismatch * _at_typed(site_weight, batch)[..., None]).sum(1)
         weights = torch.softmax(-self.log_strength.float().exp() * distance, dim=1)
         # The same weights at all sites: a posterior at one typed site, which flanks every site on both sides.
         posterior, origin = weights[:, None], torch.zeros_like(batch.core.tokens)
@@ -171,7 +171,7 @@ class CopyingPooling(nn.Module):
         length = (batch.window.sites.position[-1] - batch.window.sites.position[0]).clamp_min(1e-6)
         density = batch.window.typed_count.clamp_min(1) / (length * self.TYPICAL_DENSITY)
         present = _present(batch)
-        weight = site_weight[batch.window.typed]
+        weight = _at_typed(site_weight, batch)
         mean = (weight * present).sum(1, keepdim=True) / batch.window.typed_count.clamp_min(1)[:, None]
         nats, recombination = self.rates(gap, density, weight / torch.where(mean > 0, mean, 1.0))
         # Both copying models in one call: chain c models haplotype c % B.
@@ -229,7 +229,10 @@ class CopyingPooling(nn.Module):
         nearness = decay[:, None, None] ** (order[:, None] - order).abs()
         typed_near = torch.einsum("jgh,bh->bjg", nearness, typed).clamp_min(LEAST_TYPED_NEAR)
         factor = torch.einsum("j,jgh,bjg->bgh", 100 * strength, nearness, 1 / typed_near)
-        return torch.softmax(-(factor @ differing), dim=-1)
+        distance = factor @ differing
+        if retrieved.barred is not None:
+            distance.masked_fill_(retrieved.barred[:, None], torch.inf)  # no probability at any site
+        return torch.softmax(-distance, dim=-1)
 
     def share_of_slow(self, frequency: Tensor) -> Tensor:
         """Weight of the slow copying model at ALT ``frequency`` [B, L], float32 [B, L]."""
@@ -286,6 +289,14 @@ def _evidence(
         gap=(after - before).abs(),
         density=density[:, None].expand_as(dosage),
     )
+
+
+def _at_typed(values: Tensor, batch: Batch) -> Tensor:
+    """Values [L] of a window's sites at each query's typed sites, [B, T]."""
+    typed = batch.window.typed
+    # A gather by row, whose gradient adds up rows. That of ``values[typed]`` sorts all indices and adds up one by one,
+    # which took a tenth of a step on a GPU.
+    return values.expand(len(typed), -1).gather(1, typed)
 
 
 def _present(batch: Batch) -> Tensor:

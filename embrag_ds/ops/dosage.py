@@ -1,6 +1,6 @@
 """Copied dosage: the posterior-weighted mean of the neighbours' alleles at every site of a window's core.
 
-The alleles of the K neighbours are held in one of three forms, which all give the same dosages:
+The alleles of the K neighbours are held in one of four forms, which all give the same dosages:
 
 * :class:`DenseAlleles`, a table of all K alleles, which a GPU reads fastest.
 * :class:`Carriers`, lists of the neighbours that carry ALT, on a CPU. Most sites of a panel are rare, so the mean over
@@ -8,6 +8,8 @@ The alleles of the K neighbours are held in one of three forms, which all give t
 * :class:`Sequences`, the distinct allele sequences of a block of sites, on a CPU. Between two typed sites few
   haplotypes differ, so weights are summed per sequence first (Browning et al. 2018, Am. J. Hum. Genet. 103:338). This
   form needs queries that are typed at the same few sites.
+* :class:`~embrag_ds.ops.dosage_shared.SharedAlleles`, one table for all queries. They copy from the same haplotypes and
+  are typed at the same sites.
 
 Two letters beside those of :mod:`embrag_ds.data.tokens`. M: typed sites in or next to the core, at which posteriors are
 given. G: blocks of sites.
@@ -26,6 +28,7 @@ from torch import Tensor
 
 from embrag_ds.ops import cuda, dosage_numba
 from embrag_ds.ops.dosage_cuda import CudaDosage
+from embrag_ds.ops.dosage_shared import SharedAlleles, shared_dosage
 
 _WORD_BITS = 64
 _ALLELE_BYTES = 1 << 26
@@ -96,8 +99,8 @@ class Sequences:
         return self.ids.numpy(), blocks.sequence, blocks.count, blocks.bounds, blocks.start, blocks.who
 
 
-Neighbours = DenseAlleles | Carriers | Sequences
-"""Alleles of the K neighbours of B query haplotypes at the L sites of a core, in any of the three forms."""
+Neighbours = DenseAlleles | Carriers | Sequences | SharedAlleles
+"""Alleles of the K neighbours of B query haplotypes at the L sites of a core, in any of the four forms."""
 
 
 def expected_allele(neighbours: Neighbours, posterior: Tensor, flanking: FlankingSites) -> Tensor:
@@ -106,6 +109,8 @@ def expected_allele(neighbours: Neighbours, posterior: Tensor, flanking: Flankin
     ``posterior`` float32 [B, M, K] is interpolated between the ``flanking`` typed sites; its weights need not sum to 1.
     Differentiable in ``posterior`` only.
     """
+    if isinstance(neighbours, SharedAlleles):
+        return shared_dosage(neighbours, posterior, flanking.left[0], flanking.right[0], flanking.share[0])
     if not isinstance(neighbours, DenseAlleles):
         return _ListedDosage.apply(posterior, neighbours, flanking)
     if posterior.is_cuda and cuda.available():
@@ -114,9 +119,11 @@ def expected_allele(neighbours: Neighbours, posterior: Tensor, flanking: Flankin
 
 
 def dense_alleles(neighbours: Neighbours) -> Tensor:
-    """Write the alleles of any form out as a table, uint8 [B, K, L]."""
+    """Write the alleles of any form out as a table, uint8 [B, K, L]; those that all rows share are one row."""
     if isinstance(neighbours, DenseAlleles):
         return neighbours.all
+    if isinstance(neighbours, SharedAlleles):
+        return neighbours.blocks.transpose(0, 1).flatten(1)[None, :, neighbours.place]
     if isinstance(neighbours, Sequences):
         blocks, ids = neighbours.blocks, neighbours.ids.numpy()
         spelt = [
@@ -236,6 +243,7 @@ class WindowAlleles:
         self._by_site = by_site.numpy() if on_cpu else None
         self._lists: _Lists | None = None
         self._blocks: tuple[bytes, Blocks] | None = None
+        self._shared: tuple[bytes, SharedAlleles] | None = None
 
     def of(self, ids: Tensor, cuts: np.ndarray | None = None) -> Neighbours:
         """Alleles of the neighbours ``ids`` int64 [B, K], which must be distinct within a row.
@@ -260,6 +268,12 @@ class WindowAlleles:
         of_window = (self._by_site, lists.listed, lists.start, lists.who.view(np.uint32))
         dosage_numba.list_neighbours(*of_window, ids.contiguous().numpy(), offset, members)
         return Carriers(torch.from_numpy(offset), torch.from_numpy(members), lists.k)
+
+    def shared(self, cuts: np.ndarray) -> SharedAlleles:
+        """Alleles of all reference haplotypes, for queries that copy from all; ``cuts`` as in :meth:`of`."""
+        if self._shared is None or self._shared[0] != cuts.tobytes():
+            self._shared = cuts.tobytes(), SharedAlleles.made(self.by_haplotype, cuts)
+        return self._shared[1]
 
 
 @dataclass(frozen=True)

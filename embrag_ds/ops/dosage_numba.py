@@ -13,6 +13,8 @@ import numpy as np
 
 from embrag_ds.ops.threads import ParallelLoop
 
+_TOGETHER = 1024  # haplotypes whose alleles are packed at a time, so that the words stay in the processor's first cache
+
 
 @ParallelLoop
 def list_carriers(alleles, start, who):
@@ -105,17 +107,34 @@ def number_sequences(alleles, bounds, sequence, words, count, carrying):
     """
     for g in numba.prange(len(count)):
         spelt = np.zeros(alleles.shape[1], dtype=np.uint64)
-        for site in range(bounds[g], bounds[g + 1]):
-            place = np.uint64(site - bounds[g])
-            for haplotype in range(len(spelt)):
-                spelt[haplotype] |= np.uint64(alleles[site, haplotype]) << place
-        number = -1
-        for haplotype in np.argsort(spelt):
-            if number < 0 or words[g, number] != spelt[haplotype]:
+        for first in range(0, len(spelt), _TOGETHER):
+            last = min(first + _TOGETHER, len(spelt))
+            for site in range(bounds[g], bounds[g + 1]):
+                place = np.uint64(site - bounds[g])
+                for haplotype in range(first, last):
+                    spelt[haplotype] |= np.uint64(alleles[site, haplotype]) << place
+        # A hash table, because sequences are few and sorting all haplotypes takes ten times as long.
+        bits = 1
+        while 1 << bits < 2 * len(spelt):
+            bits += 1
+        table, distinct = np.full(1 << bits, -1, dtype=np.int32), np.empty(len(spelt), dtype=np.uint64)
+        number, mask, shift = 0, (1 << bits) - 1, np.uint64(64 - bits)
+        for haplotype in range(len(spelt)):
+            slot = np.int64((spelt[haplotype] * np.uint64(0x9E3779B97F4A7C15)) >> shift)
+            while table[slot] >= 0 and distinct[table[slot]] != spelt[haplotype]:
+                slot = (slot + 1) & mask
+            if table[slot] < 0:
+                table[slot] = number
+                distinct[number] = spelt[haplotype]
                 number += 1
-                words[g, number] = spelt[haplotype]
-            sequence[g, haplotype] = number
-        count[g] = number + 1
+            sequence[g, haplotype] = table[slot]
+        count[g] = number
+        rank = np.empty(number, dtype=np.uint32)
+        for order, found in enumerate(np.argsort(distinct[:number])):
+            words[g, order] = distinct[found]
+            rank[found] = order
+        for haplotype in range(len(spelt)):
+            sequence[g, haplotype] = rank[sequence[g, haplotype]]
         for site in range(bounds[g], bounds[g + 1]):
             place = np.uint64(site - bounds[g])
             carrying[site] = np.uint64(0)

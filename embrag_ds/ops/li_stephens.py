@@ -70,8 +70,9 @@ def mismatches(alleles: Tensor, place: Tensor, ids: Tensor, tokens: Tensor, coun
         li_stephens_numba.mismatches(*(each.contiguous().numpy() for each in (alleles, place, ids, tokens, count)), out)
         return torch.from_numpy(out)
     valid = torch.arange(place.shape[1], device=ids.device) < count[:, None]
-    # An allele and its opposite add up to 1, and MASK (2) with either to more.
-    return (alleles[place[:, :, None], ids[:, None, :]] + tokens[:, :, None] == 1) & valid[:, :, None]
+    # An allele and its opposite add up to 1, and MASK (2) with either to more. In bytes, since there are B T K of them.
+    there = alleles[place[:, :, None], ids[:, None, :]]
+    return (there.add_(tokens.to(torch.uint8)[:, :, None]) == 1).logical_and_(valid[:, :, None])
 
 
 def count_by_place(rows: Tensor, place: Tensor, places: int) -> Tensor:

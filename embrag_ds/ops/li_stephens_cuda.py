@@ -67,6 +67,8 @@ _WARP = 32
 _MOST_THREADS = 1024
 _MOST_PER_THREAD = 16
 _ROWS_OF_BLOCK = 4
+MOST_NEIGHBOURS = _MOST_THREADS * _MOST_PER_THREAD
+"""Most neighbours that a block of the recursions holds in its registers."""
 
 
 def block_shape(neighbours: int) -> tuple[int, int]:
@@ -76,8 +78,9 @@ def block_shape(neighbours: int) -> tuple[int, int]:
     """
     warps = -(-neighbours // (_WARP * _MOST_PER_THREAD))
     if warps * _WARP > _MOST_THREADS:
-        most = _MOST_THREADS * _MOST_PER_THREAD
-        raise UserError(f"embrag.retrieval.k={neighbours}: on a GPU the copying model takes at most {most} neighbours")
+        raise UserError(
+            f"embrag.retrieval.k={neighbours}: on a GPU the copying model takes at most {MOST_NEIGHBOURS} neighbours"
+        )
     per = -(-neighbours // (_WARP * warps))
     return _WARP * warps, per if per <= 2 else 4 * -(-per // 4)
 

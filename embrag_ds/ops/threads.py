@@ -1,10 +1,23 @@
-"""Parallel numba loops that respect torch's number of threads and may be called from several Python threads."""
+"""Parallel numba loops that respect torch's number of threads and may be called from several Python threads.
+
+A loop that is not on the disk yet is compiled by a process of its own, and loaded from there as later processes do. A
+process that compiles a parallel loop runs other machine code than those that load it. Numba compiles the loop's body by
+itself, and again as a part of the function around it. Where both are in memory, the first runs; only the second is kept
+on the disk. Their sums differ in the last digits. So a first start would differ from later ones, and a training that is
+resumed from one that is not.
+"""
 
 from __future__ import annotations
 
+import atexit
+import base64
 import fcntl
+import importlib
 import logging
 import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache, partial
@@ -20,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 _THREAD_SAFE = ("omp", "tbb")
+_COMMAND = "from embrag_ds.ops.threads import serve; serve()"
 _starting = Lock()
 _of_thread = local()
 
@@ -30,12 +44,15 @@ class ParallelLoop:
     Ranks on one machine share its cores by torch's setting (``OMP_NUM_THREADS``), which numba ignores. Any Python
     thread may call the loop. Sums may be reassociated and contracted, but NaN and infinity are honoured.
 
-    Of the processes on a machine, one compiles the loop for a kind of arguments, and the others load what it has kept.
+    Of the processes on a machine, one has the loop compiled for a kind of arguments, and the others load what is
+    kept.
     """
 
     def __init__(self, loop: Callable[..., None]):
         self._compiled: Any = _cached(loop)
-        self._compiled.compile = partial(_compile_once, self._compiled, self._compiled.compile)
+        self.compile: Callable[[Any], Any] = self._compiled.compile
+        """Compiles the loop in this process, for a numba signature, or loads it."""
+        self._compiled.compile = partial(_compile_once, self._compiled, self.compile)
         self.__doc__ = loop.__doc__
 
     def __call__(self, *arguments: Any) -> None:
@@ -58,10 +75,89 @@ def _cached(loop: Callable[..., None]) -> Any:
         return jit()(loop)
 
 
+class _NotKept(Exception):
+    """A loop is not on the disk."""
+
+
 def _compile_once(loop: Any, compile_or_load: Callable[[Any], Any], signature: Any) -> Any:
-    """Let numba look for ``loop`` on the disk, or else compile it, while no other process does the same."""
-    with _alone(loop.stats.cache_path, loop.py_func.__name__):
+    """Load ``loop`` from the disk, after it has been compiled by another process, which no other one asks meanwhile.
+
+    It is compiled here where it cannot be kept, or where that process fails.
+    """
+    folder = loop.stats.cache_path
+    if folder is None:
         return compile_or_load(signature)
+    with _alone(folder, loop.py_func.__name__):
+        _of_thread.only_loads = True
+        try:
+            return compile_or_load(signature)
+        except _NotKept:
+            pass
+        finally:
+            _of_thread.only_loads = False
+        if not _compiled_elsewhere(loop, signature):
+            logger.debug("%s is compiled by this process", loop.py_func.__name__)
+        return compile_or_load(signature)
+
+
+def _compiled_elsewhere(loop: Any, signature: Any) -> bool:
+    """Have the loop of a numba dispatcher compiled and kept for ``signature`` by another process, and wait for it.
+
+    Whether that process did so: it may not find the loop, and it may be killed.
+    """
+    function = loop.py_func
+    request = pickle.dumps((function.__module__, function.__qualname__, signature))
+    return _compiler().asked(base64.b64encode(request))
+
+
+@cache
+def _compiler() -> _Compiler:
+    return _Compiler()
+
+
+class _Compiler:
+    """The process that compiles, from the first request to the end of this one; several threads may ask."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        path = os.pathsep.join(each or os.getcwd() for each in sys.path)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _COMMAND],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # a loop that cannot be compiled is compiled here, too, and says why
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        atexit.register(self.close)
+
+    def asked(self, request: bytes) -> bool:
+        """Whether the process has done as the line ``request`` asks."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None
+        with self._lock, suppress(OSError):
+            stdin.write(request + b"\n")
+            stdin.flush()
+            return stdout.readline() == b"done\n"
+        return False
+
+    def close(self) -> None:
+        """End the process."""
+        with suppress(OSError):
+            self._process.communicate()
+
+
+def serve() -> None:
+    """Compile the loops that standard input names, one a line, until its end."""
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # what a module prints is no answer
+    for line in sys.stdin.buffer:
+        try:
+            module, name, signature = pickle.loads(base64.b64decode(line))
+            getattr(importlib.import_module(module), name).compile(signature)
+            answer = b"done\n"
+        except Exception:  # whoever asked compiles the loop itself, and meets the fault there
+            answer = b"failed\n"
+        answers.write(answer)
 
 
 @contextmanager
@@ -84,8 +180,10 @@ class _Announcement(event.Listener):
     """Listener that announces the first loop to be compiled; a loop that is loaded from the disk is no such event."""
 
     def on_start(self, event: event.Event) -> None:
-        """Say so before numba begins."""
+        """Say so before numba begins, and stop it where the loop should be loaded only."""
         _say_that_it_compiles()
+        if getattr(_of_thread, "only_loads", False):
+            raise _NotKept
 
     def on_end(self, event: event.Event) -> None:
         """Do nothing: every loop has an end."""

@@ -42,6 +42,7 @@ class Retrieved:
     * ``tokens`` int64 [B, token_k, L]: alleles of the neighbours that pass through the transformer, in mode ``token``
       only.
     * ``generation`` and ``snapshot_step``: number of the encoding in use, and the step of its snapshot.
+    * ``barred`` bool [B, K]: which of them a query must not copy, where all haplotypes are its neighbours; else None.
     """
 
     ids: Tensor
@@ -53,6 +54,7 @@ class Retrieved:
     tokens: Tensor | None
     generation: int
     snapshot_step: int
+    barred: Tensor | None = None
 
 
 @dataclass(frozen=True)

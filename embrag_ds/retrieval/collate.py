@@ -16,14 +16,15 @@ from torch import Tensor
 
 from embrag_ds.data.sampler import QueryBatch
 from embrag_ds.data.tokens import MASK
-from embrag_ds.data.windows import MOST_PLACES, WindowedPanel, places
+from embrag_ds.data.windows import MOST_PLACES, WindowedPanel, most_places, places
 from embrag_ds.errors import UserError
-from embrag_ds.ops.dosage import WindowAlleles
+from embrag_ds.ops.dosage import Neighbours, WindowAlleles
 from embrag_ds.ops.li_stephens import Near, mismatches
 from embrag_ds.retrieval.batch import Batch, CoreFrame, Retrieved, SiteTensors, WindowFrame
 from embrag_ds.retrieval.codebooks import CodebookSource, WindowCodebook
 from embrag_ds.retrieval.device_panel import DevicePanel
 from embrag_ds.retrieval.frequency import frequencies_without, good_turing_correction
+from embrag_ds.retrieval.search import barred
 from embrag_ds.retrieval.store import Query, Store
 from embrag_ds.runtime.streams import SideStream, Staging, hand_over, mark_current
 from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
@@ -50,6 +51,7 @@ class RetrievalCollator:
         slots: int = 1,
         live: bool = False,
         token_k: int = 0,
+        whole: bool = False,
         timeline: Timeline = NO_TIMELINE,
     ):
         """Allocate staging for batches of at most ``samples`` samples, with ``slots`` slots used in turn.
@@ -57,7 +59,8 @@ class RetrievalCollator:
         ``store`` and ``source`` are None in mode ``none``. ``k`` is the number of neighbours, lowered to what every
         query can have. ``exclusions`` int64 [panel samples, E] lists the samples that each must not retrieve, as
         :func:`embrag_ds.data.sampler.exclusion_table` gives them. ``live`` leaves the codebook to the model. The
-        nearest ``token_k`` neighbours are also given as tokens. Raises UserError if the reference set is too small.
+        nearest ``token_k`` neighbours are also given as tokens. With ``whole`` nothing is searched: all haplotypes are
+        neighbours, of queries that are all typed at the same sites. Raises UserError if the reference set is too small.
         """
         self._data = data
         self._device = device
@@ -66,8 +69,10 @@ class RetrievalCollator:
         self._source = source
         self._live = live
         self._token_k = token_k
+        self._whole = whole
         self._timeline = timeline
         reference = data.reference
+        self._most_places = most_places(len(reference)) if whole else MOST_PLACES
         # As many as remain for the query with the most exclusions, so that all rows have K neighbours.
         self.k = min(k, len(reference) - 2 * exclusions.shape[1])
         if store is not None and self.k < 1:
@@ -112,7 +117,8 @@ class RetrievalCollator:
         moved = self.staging.bytes_moved
         # Live weights are those after the optimiser's last step, which the current stream may not have taken yet.
         trained = mark_current(self._device) if self._live else None
-        with self._side as side:
+        # Distances are exact whatever the network computes in: in bf16 they would rank other haplotypes first.
+        with torch.autocast(self._device.type, enabled=False), self._side as side:
             with self._timeline.phase("collate"):
                 batch = self._build(queries, step, trained)
             moved = self.staging.bytes_moved - moved + batch.bytes_moved
@@ -149,7 +155,7 @@ class RetrievalCollator:
         good_turing = good_turing_correction(frequencies, self._turing)
         passes = frequencies.minor_allele_count >= self._data.reference.panel.minimum_allele_count
         sites = SiteTensors(put(features.position), put(features.frequency))
-        place, number, place_cm = places(features.position, MOST_PLACES)
+        place, number, place_cm = places(features.position, self._most_places)
         frame = WindowFrame(
             number=queries.window,
             core=window.core,
@@ -212,22 +218,38 @@ class RetrievalCollator:
         reference: WindowAlleles,
         cuts: np.ndarray | None,
     ) -> Retrieved:
-        with self._timeline.phase("search"):
-            ids = store.search(query, code, self.k)
+        if self._whole:
+            ids = torch.arange(len(reference.by_haplotype), device=self._device).expand(len(query.tokens), -1)
+        else:
+            with self._timeline.phase("search"):
+                ids = store.search(query, code, self.k)
         # Index of each typed site among the observed ones; that of the padding is arbitrary.
         place = torch.searchsorted(query.observed_on_device, frame.typed).clamp_max_(len(query.observed) - 1)
         observed = query.tokens.gather(1, frame.typed)
+        mismatch = mismatches(query.alleles, place, ids, observed, frame.typed_count)
+        own = None
+        if self._whole:
+            own = barred(query.excluded, ids.shape[1])
+            # They have no prior. If they matched, nothing would bound their backward probabilities.
+            mismatch |= own[:, None]
         return Retrieved(
             ids=ids,
-            alleles=reference.of(ids, cuts),
-            mismatch=mismatches(query.alleles, place, ids, observed, frame.typed_count),
+            alleles=self._alleles_of(ids, reference, cuts),
+            mismatch=mismatch,
             population=self._population_of[ids],
             codebook=None if self._live else code.codebook,
             embeddings=store.embeddings(query.window, ids, code.generation),
             tokens=reference.by_haplotype[ids[:, : self._token_k]].long() if self._token_k else None,
             generation=code.generation.number,
             snapshot_step=code.generation.snapshot_step,
+            barred=own,
         )
+
+    def _alleles_of(self, ids: Tensor, reference: WindowAlleles, cuts: np.ndarray | None) -> Neighbours:
+        if not self._whole:
+            return reference.of(ids, cuts)
+        assert cuts is not None, "the queries are typed at different sites"
+        return reference.shared(cuts)
 
 
 def receive(batch: Batch) -> Batch:

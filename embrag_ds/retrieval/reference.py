@@ -141,17 +141,20 @@ class Reference:
         settings = self._settings
         return f"{settings.mode}, {settings.encoding}" if settings.mode == "embedding" else settings.mode
 
-    def collator(self, samples: int, slots: int = 1, search: Search | None = None) -> RetrievalCollator:
+    def collator(
+        self, samples: int, slots: int = 1, search: Search | None = None, whole: bool = False
+    ) -> RetrievalCollator:
         """Create a collator for one thread, for batches of at most ``samples`` samples.
 
-        ``slots`` is the number of staging slots, and ``search`` replaces the search of the settings. Raises UserError
-        if the backend is not available or the reference set too small.
+        ``slots`` is the number of staging slots, and ``search`` replaces the search of the settings. With ``whole`` all
+        haplotypes are neighbours, of queries that are typed at the same sites. Raises UserError if the backend is not
+        available or the reference set too small.
         """
         store: Store | None = self._dense
         if self._source is not None and store is None:
             search = search or make_search(self.backend, self._device)
             store = FactoredStore(search, self._settings.local)
-        return self._collator(samples, slots, store, self._timeline)
+        return self._collator(samples, slots, store, self._timeline, whole)
 
     def first_search(self, queries: QueryBatch) -> FirstSearch | None:
         """The search for ``queries`` at step 0, to time the backends on; None where no backend searches.
@@ -164,7 +167,9 @@ class Reference:
         receive(self._collator(len(queries.samples), 1, store, NO_TIMELINE)(queries, 0))
         return store.first
 
-    def _collator(self, samples: int, slots: int, store: Store | None, timeline: Timeline) -> RetrievalCollator:
+    def _collator(
+        self, samples: int, slots: int, store: Store | None, timeline: Timeline, whole: bool = False
+    ) -> RetrievalCollator:
         return RetrievalCollator(
             self._data,
             self._device,
@@ -177,6 +182,7 @@ class Reference:
             slots=slots,
             live=self._live,
             token_k=self._settings.token_k if self._settings.mode == "token" else 0,
+            whole=whole,
             timeline=timeline,
         )
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from embrag_ds.files import make_folder
 
@@ -92,16 +93,36 @@ def busy(phase: str) -> Iterator[None]:
         beat()
 
 
+class Words(NamedTuple):
+    """Parts of the line about silent ranks: the setting of the patience, how far they were, and a remedy.
+
+    The last two may name the ``{step}`` and the ``{folder}``.
+    """
+
+    setting: str
+    last: str
+    remedy: str
+
+
+OF_TRAINING = Words(" (embrag.train.patience_s)", ", last at step {step}", "go on with --resume --run-dir {folder}")
+
+
 class Watch:
     """Thread that writes this rank's file in ``run_dir``, and reads the others' when this rank waits for too long.
 
     ``end`` is called in that thread with a line that names the silent ranks, after the line was logged; by default the
     process ends at once with status 1, because the main thread cannot be interrupted. A rank whose file has gone is
-    silent, too: construct it on every rank, and let all ranks pass a barrier.
+    silent, too: construct it on every rank, and let all ranks pass a barrier. ``words`` are those of its line.
     """
 
     def __init__(
-        self, run_dir: Path, rank: int, ranks: int, patience_s: float, end: Callable[[str], None] | None = None
+        self,
+        run_dir: Path,
+        rank: int,
+        ranks: int,
+        patience_s: float,
+        end: Callable[[str], None] | None = None,
+        words: Words = OF_TRAINING,
     ):
         self._folder = run_dir / FOLDER
         self._run_dir = run_dir
@@ -109,6 +130,7 @@ class Watch:
         self._ranks = ranks
         self._patience_s = patience_s
         self._end = end or _end_now
+        self._words = words
         self._every_s = min(_SLOWEST_S, max(_FASTEST_S, patience_s / _WRITES_IN_PATIENCE))
         self._own = Sign(0, 0, 0, "", False, socket.gethostname(), os.getpid())
         self._known: dict[int, Sign] = {}
@@ -177,10 +199,11 @@ class Watch:
 
     def _report(self, silent: dict[int, Sign]) -> None:
         said = ", ".join(f"rank {rank} ({each.host}, process {each.pid})" for rank, each in sorted(silent.items()))
-        last = min(each.step for each in silent.values())
+        step = min(each.step for each in silent.values())
+        last, remedy = (each.format(step=step, folder=self._run_dir) for each in self._words[1:])
         line = (
-            f"no sign of progress in {self._patience_s:g} s (embrag.train.patience_s) from {said}, last at step "
-            f"{last}; all ranks end: see what stopped it, and go on with --resume --run-dir {self._run_dir}"
+            f"no sign of progress in {self._patience_s:g} s{self._words.setting} from {said}{last}; all ranks end: see "
+            f"what stopped it, and {remedy}"
         )
         # Every rank's own log has the line, and the terminal has it once.
         first = next(rank for rank in range(self._ranks) if rank not in silent)

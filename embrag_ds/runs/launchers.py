@@ -162,7 +162,7 @@ def _by_place(environment: Mapping[str, str], given: str, others: _Found | None)
     """Place of a process that DeepSpeed's launcher, torchrun or the user's script has told it."""
     for name in PLACE:
         if not environment.get(name):
-            raise UserError(f"{given} is set, but {name} is not; {_BY_HAND}, or unset {given} to train with one rank")
+            raise UserError(f"{given} is set, but {name} is not; {_BY_HAND}, or unset {given} to run one rank")
     rank, local_rank, ranks, port = (
         _number(environment, name, "the launcher") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
     )

@@ -34,6 +34,7 @@ _SEEN_WITHIN_S = 30.0
 """Seconds after which a file that one machine makes is seen by others that share the folder."""
 _HEARD_WITHIN_S = 2.0
 _SAID_WITHIN_S = 5.0
+_GONE = "rank 0 has ended, so this one ends, too; see what rank 0 says"
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
 """Words of gloo and NCCL about a rank that is no longer there."""
 
@@ -108,12 +109,44 @@ class Meeting:
             own.unlink(missing_ok=True)
         return first
 
+    def post(self, name: str, text: str = "") -> None:
+        """Leave a text for whichever rank waits for the ``name``, which is used once."""
+        assert self._store is not None
+        self._store.set(f"post/{name}", text)
+
+    def await_post(self, name: str) -> str:
+        """The text that another rank posts; raises the fault of a rank that has failed."""
+        return self._wait_for(f"post/{name}")
+
+    def check(self) -> None:
+        """Raise the fault of another rank, if one has failed."""
+        try:
+            for rank, host, text in self._faults() if self._store is not None else ():
+                raise self._relayed(rank, host, text)
+        except RuntimeError as fault:
+            raise Left(_GONE) from fault
+
+    def tell(self, text: str) -> None:
+        """Tell the others that this rank has failed."""
+        if self._store is not None:
+            with suppress(RuntimeError, OSError):  # rank 0 has ended, and with it the store
+                number = self._store.add("faults", 1)
+                self._store.set(f"fault/{number}", json.dumps([self.rank, socket.gethostname(), text]))
+
     @contextmanager
-    def sharing(self, run_dir: Path, patience_s: float) -> Iterator[None]:
+    def sharing(
+        self,
+        run_dir: Path,
+        patience_s: float,
+        option: str = "--run-dir",
+        words: alive.Words = alive.OF_TRAINING,
+        end: Callable[[str], None] | None = None,
+    ) -> Iterator[None]:
         """Context in which ranks watch each other through files in ``run_dir``, which is made (entered collectively).
 
-        Raises :class:`UserError` if not all ranks see the folder that rank 0 made. After a fault, a folder that is
-        still empty is removed.
+        Raises :class:`UserError`, with the ``option`` that chooses it, if not all ranks see the folder that rank 0
+        made. After a fault, a folder that is still empty is removed. ``end`` and ``words`` are those of
+        :class:`embrag_ds.runs.alive.Watch`.
         """
         if self._store is None:
             yield
@@ -122,8 +155,8 @@ class Meeting:
             make_folder(run_dir)
             alive.clear(run_dir)
         try:
-            self._require_shared(run_dir)
-            watch = alive.Watch(run_dir, self.rank, self.ranks, patience_s)
+            self._require_shared(run_dir, option)
+            watch = alive.Watch(run_dir, self.rank, self.ranks, patience_s, end, words)
             try:
                 self.gather("")
                 yield
@@ -138,7 +171,7 @@ class Meeting:
                     run_dir.rmdir()
             raise
 
-    def _require_shared(self, run_dir: Path) -> None:
+    def _require_shared(self, run_dir: Path, option: str) -> None:
         token = run_dir / self.on_main(lambda: f".shared-{secrets.token_hex(8)}")
         if self.is_main:
             with _in_folder(run_dir):
@@ -160,7 +193,7 @@ class Meeting:
         if blind:
             raise UserError(
                 f"{run_dir}: rank {', '.join(blind)} cannot see the folder that rank 0 ({answers[0][1]}) made; "
-                "give an absolute path on a file system that all machines share with --run-dir"
+                f"give an absolute path on a file system that all machines share with {option}"
             )
 
     @contextmanager
@@ -172,7 +205,7 @@ class Meeting:
         try:
             yield
         except UserError as fault:
-            if self._store is None or isinstance(fault, _Left) or not self._is_said(fault) or self.is_main:
+            if self._store is None or isinstance(fault, Left) or not self._is_said(fault) or self.is_main:
                 raise
             raise SaidByMain(str(fault)) from fault
         except RuntimeError as fault:
@@ -187,8 +220,7 @@ class Meeting:
         text = str(fault)
         with suppress(RuntimeError, OSError):  # rank 0 has ended, and with it the store
             if not isinstance(fault, _Relayed):
-                number = self._store.add("faults", 1)
-                self._store.set(f"fault/{number}", json.dumps([self.rank, socket.gethostname(), text]))
+                self.tell(text)
             until = time.monotonic() + _HEARD_WITHIN_S
             if self.is_main:
                 while self._store.add("heard", 0) < self.ranks - 1 and time.monotonic() < until:
@@ -219,7 +251,7 @@ class Meeting:
         try:
             told = self._faults()
         except RuntimeError:
-            return _Left("rank 0 has ended, so this one ends, too; see what rank 0 says")
+            return Left(_GONE)
         for rank, host, words in told:
             return self._relayed(rank, host, words)
         return UserError(
@@ -262,10 +294,10 @@ class Meeting:
                 nap = min(2 * nap, _LONGEST_NAP_S)
             return self._store.get(key).decode()
         except RuntimeError as fault:
-            raise _Left("rank 0 has ended, so this one ends, too; see what rank 0 says") from fault
+            raise Left(_GONE) from fault
 
 
-class _Left(UserError):
+class Left(UserError):
     """Rank 0 has ended, however that was: there is no store of keys any more."""
 
 

@@ -75,22 +75,62 @@ class Header:
         )
 
 
-def header_text(sites: SiteTable, definitions: Sequence[str], samples: Sequence[str] | None) -> bytes:
-    """Header of an output with these sites, all of their table's contigs, and definitions.
+@dataclass(frozen=True)
+class Contents:
+    """What a header says of its file's sites: contigs with their lengths (base pairs, 0 where not given), and keys of
+    ``SiteTable.extent``.
+    """
+
+    contigs: dict[str, int]
+    extents: frozenset[str]
+
+    @staticmethod
+    def of(sites: SiteTable) -> Contents:
+        """Contents of a file with these sites and all of their table's contigs."""
+        keys = {entry.partition("=")[0] for extent in sites.extent.values() for entry in extent.split(";")}
+        return Contents(dict(zip(sites.contigs, sites.contig_lengths, strict=True)), frozenset(keys))
+
+
+def header_text(contents: Contents, definitions: Sequence[str], samples: Sequence[str] | None) -> bytes:
+    """Header of an output with these contents and definitions.
 
     ``samples`` is None for a file without sample columns. It has no date and no path, so that the same run gives the
     same bytes.
     """
     lines = ["##fileformat=VCFv4.3", '##FILTER=<ID=PASS,Description="All filters passed">']
-    for name, length in zip(sites.contigs, sites.contig_lengths, strict=True):
+    for name, length in contents.contigs.items():
         lines.append(f"##contig=<ID={name},length={length}>" if length else f"##contig=<ID={name}>")
-    keys = {entry.partition("=")[0] for extent in sites.extent.values() for entry in extent.split(";")}
-    extents = [_EXTENTS[key] for key in sorted(keys)]
+    extents = [_EXTENTS[key] for key in sorted(contents.extents)]
     columns = _NAMES[:-1] if samples is None else [*_NAMES, *samples]
     return as_bytes("\n".join([*lines, *extents, *definitions, "\t".join(columns), ""]))
+
+
+def imputed_header(contents: Contents, samples: Sequence[str], source: str, fields: Sequence[str]) -> bytes:
+    """Header of an imputed file with these FORMAT ``fields``, without samples if none; ``source`` names the program."""
+    formats = [f"##FORMAT=<ID={name},{_IMPUTED[name]}>" for name in fields]
+    return header_text(contents, [f"##source={source}", *_IMPUTED_INFO, *formats], samples if fields else None)
 
 
 _EXTENTS = {
     "END": '##INFO=<ID=END,Number=1,Type=Integer,Description="End of the variant">',
     "SVLEN": '##INFO=<ID=SVLEN,Number=A,Type=Integer,Description="Difference in length between REF and ALT">',
+}
+_IMPUTED_INFO = [
+    '##INFO=<ID=AF,Number=A,Type=Float,Description="Estimated ALT allele frequency: mean of HDS">',
+    '##INFO=<ID=DR2,Number=A,Type=Float,Description="Estimated squared correlation of dosage and true allele:'
+    ' variance of HDS over p(1-p)">',
+    '##INFO=<ID=IMP,Number=0,Type=Flag,Description="Imputed site">',
+    '##INFO=<ID=AN,Number=1,Type=Integer,Description="Number of haplotypes">',
+    '##INFO=<ID=S_X,Number=A,Type=Float,Description="Sum of HDS over the haplotypes">',
+    '##INFO=<ID=S_XX,Number=A,Type=Float,Description="Sum of squared HDS. DR2 of merged batches of samples, from sums'
+    ' of AN, S_X and S_XX over the batches: (S_XX/AN - p^2)/(p(1-p)), where p is S_X/AN">',
+]
+_IMPUTED = {
+    "GT": "Number=1,Type=String,Description="
+    '"Genotype: ALT where its HDS is above 0.5, the likeliest if several are; one allele if haploid"',
+    "DS": 'Number=A,Type=Float,Description="ALT dosage: sum of HDS; at most 1 if haploid"',
+    "HDS": 'Number=.,Type=Float,Description="ALT probability of each haplotype"',
+    "AP1": 'Number=A,Type=Float,Description="ALT probability of the first haplotype"',
+    "AP2": 'Number=A,Type=Float,Description="ALT probability of the second haplotype; missing if haploid"',
+    "GP": 'Number=G,Type=Float,Description="Genotype probabilities: products of HDS"',
 }

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from embrag_ds.errors import UserError
-from embrag_ds.variants.header import as_bytes, header_text
-from embrag_ds.variants.published import check_output, published
-from embrag_ds.variants.sample_text import FORMATS, SampleTexts, joined_text, rows_of
+from embrag_ds.variants.header import Contents, as_bytes, imputed_header
+from embrag_ds.variants.published import Publication, check_output, last_positions, published
+from embrag_ds.variants.sample_text import FORMATS, SampleTexts, Statistics, joined_text, rows_of
 from embrag_ds.variants.sites import SiteTable
 
 logger = logging.getLogger(__name__)
@@ -64,29 +64,15 @@ class OutputOptions:
             chosen[place : place + 1] = ["AP1", "AP2"]
         return tuple(chosen)
 
+    @property
+    def written_fields(self) -> tuple[str, ...]:
+        """FORMAT fields of the file: none where it has no sample columns."""
+        return () if self.sites_only else self.fields
+
 
 EVERYTHING = OutputOptions()
 """The defaults."""
 
-_INFO = [
-    '##INFO=<ID=AF,Number=A,Type=Float,Description="Estimated ALT allele frequency: mean of HDS">',
-    '##INFO=<ID=DR2,Number=A,Type=Float,Description="Estimated squared correlation of dosage and true allele:'
-    ' variance of HDS over p(1-p)">',
-    '##INFO=<ID=IMP,Number=0,Type=Flag,Description="Imputed site">',
-    '##INFO=<ID=AN,Number=1,Type=Integer,Description="Number of haplotypes">',
-    '##INFO=<ID=S_X,Number=A,Type=Float,Description="Sum of HDS over the haplotypes">',
-    '##INFO=<ID=S_XX,Number=A,Type=Float,Description="Sum of squared HDS. DR2 of merged batches of samples, from sums'
-    ' of AN, S_X and S_XX over the batches: (S_XX/AN - p^2)/(p(1-p)), where p is S_X/AN">',
-]
-_FORMAT = {
-    "GT": "Number=1,Type=String,Description="
-    '"Genotype: ALT where its HDS is above 0.5, the likeliest if several are; one allele if haploid"',
-    "DS": 'Number=A,Type=Float,Description="ALT dosage: sum of HDS; at most 1 if haploid"',
-    "HDS": 'Number=.,Type=Float,Description="ALT probability of each haplotype"',
-    "AP1": 'Number=A,Type=Float,Description="ALT probability of the first haplotype"',
-    "AP2": 'Number=A,Type=Float,Description="ALT probability of the second haplotype; missing if haploid"',
-    "GP": 'Number=G,Type=Float,Description="Genotype probabilities: products of HDS"',
-}
 _BLOCK_VALUES = 2**20 // 40
 _MOST_WAITING = 8
 
@@ -124,8 +110,8 @@ class _Block:
         return np.zeros((len(self.hds), self.hds.shape[1] // 2), bool) if self.haploid is None else self.haploid
 
 
-class ImputedVcfWriter:
-    """Writer of an imputed file of N samples at ``sites``, or a range of them, block by block in site order.
+class ImputedRecords:
+    """Writer of imputed records of N samples at ``sites``, or a range of them, block by block in site order.
 
     ``FORMAT`` is ``GT:DS:HDS:GP`` to three decimals, or those of them that ``options`` choose. HDS is rounded, and GT,
     DS and GP follow from the rounded HDS. So a sample's columns agree exactly, and GP sums to 1. A haploid sample has
@@ -137,61 +123,48 @@ class ImputedVcfWriter:
     (minimac4's names) are the number of haplotypes and the sums of HDS and of its square, from which DR2 of merged
     batches follows. All are of HDS before rounding, and a haploid sample counts once.
 
-    Use it as a context manager; ``path`` must end in ``.vcf.gz`` or ``.bcf``. File and index appear when the block ends
-    without an exception, and nothing is left otherwise. Raises :class:`UserError` if the file cannot be written.
-
-    A thread of its own formats the blocks, and others compress them. What fails there is raised by a later
-    :meth:`write`, or when the block ends.
+    Use it as a context manager. A thread of its own formats the blocks, and others compress them. What fails there is
+    raised by a later :meth:`write`, or when the block ends.
     """
+
+    _out: Publication
 
     def __init__(
         self,
-        path: str | Path,
+        out: Publication | None,
         sites: SiteTable,
-        samples: tuple[str, ...] | list[str],
-        source: str,
+        samples: int,
         options: OutputOptions = EVERYTHING,
         first: int = 0,
         stop: int | None = None,
     ) -> None:
-        """The range of sites is ``first`` to ``stop``, all by default; ``source`` names the program in the header."""
+        """The range of sites is ``first`` to ``stop``, all by default; ``out`` may come later."""
+        if out is not None:
+            self._out = out
         self._sites = sites
-        self._samples = len(samples)
+        self._ends = last_positions(sites)
+        self._samples = samples
         self._options = options
-        self._path = Path(path)
-        check_output(self._path)
-        fields = () if options.sites_only else options.fields
-        formats = [f"##FORMAT=<ID={name},{_FORMAT[name]}>" for name in fields]
-        shown = None if options.sites_only else samples
-        self._header = header_text(sites, [f"##source={source}", *_INFO, *formats], shown)
-        self._fields = fields
+        fields = self._fields = options.written_fields
         self._format = f"\t{':'.join(fields)}\t" if fields else ""
         self._sample_texts = SampleTexts(fields) if fields else None
         self._next = first
         self._stop = len(sites) if stop is None else stop
-        self._imputed = 0
-        self._below = 0
+        self.imputed = 0
+        """Number of imputed sites so far, whether they are written or not."""
+        self.below = 0
+        """Number of those that are left out for their DR2."""
         self._held: _Block | None = None
         self._writing: deque[Future[None]] = deque()
 
-    def __enter__(self) -> ImputedVcfWriter:
-        with ExitStack() as stack:
-            self._out = stack.enter_context(published(self._path, self._sites))
-            self._thread = ThreadPoolExecutor(1, "imputed")
-            stack.push(self._finish)
-            self._out.write(self._header)
-            self._stack = stack.pop_all()
+    def __enter__(self) -> ImputedRecords:
+        self._thread = ThreadPoolExecutor(1, "imputed")
         return self
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        self._stack.__exit__(exc_type, exc, tb)
-        if exc_type is None and self._options.min_r2 > 0:
-            logger.info(
-                "%s: %d of %d imputed sites have DR2 below %g and are left out",
-                *(self._path, self._below, self._imputed, self._options.min_r2),
-            )
+        self._finish(exc_type, exc, tb)
 
     def _finish(self, exc_type: Any, exc: Any, tb: Any) -> None:
         try:
@@ -281,7 +254,7 @@ class ImputedVcfWriter:
         thousandths = block.hds * 1000
         np.rint(thousandths, out=thousandths)
         assert thousandths.min() >= 0 and thousandths.max() <= 1000, "haplotype dosages outside [0, 1]"
-        statistics = _Statistics(block)
+        statistics = Statistics(block.hds, block.known, block.haploid)
         kept = self._kept(block.typed, statistics.dr2)
         if not self._options.join_multiallelic:
             groups = [[row] for row in kept.tolist()]
@@ -298,16 +271,18 @@ class ImputedVcfWriter:
             elif texts is not None:
                 text = texts[group[0]].data
                 text = text if block.haploid is None else bytes(text).translate(None, b"\0")
-            sites = [block.first + row for row in group]
-            self._out.write_record(sites, self._fixed_columns(block, group, statistics), text)
+            site = block.first + group[0]
+            end = self._ends[site] if len(group) == 1 else max(self._ends[block.first + row] for row in group)
+            contig, begin = self._sites.contigs[self._sites.contig[site]], int(self._sites.pos[site]) - 1
+            self._out.write_record(contig, begin, end, self._fixed_columns(block, group, statistics), text)
 
     def _kept(self, typed: np.ndarray, dr2: np.ndarray) -> np.ndarray:
         """Rows of a block that are written."""
         if self._options.typed_only:
             return np.flatnonzero(typed)
         below = ~typed & (dr2 < self._options.min_r2)
-        self._imputed += int((~typed).sum())
-        self._below += int(below.sum())
+        self.imputed += int((~typed).sum())
+        self.below += int(below.sum())
         return np.flatnonzero(~below)
 
     def _records(self, first: int, rows: np.ndarray) -> list[list[int]]:
@@ -321,7 +296,7 @@ class ImputedVcfWriter:
 
         return [list(group) for _, group in groupby(rows.tolist(), key=origin)]
 
-    def _fixed_columns(self, block: _Block, group: list[int], statistics: _Statistics) -> bytes:
+    def _fixed_columns(self, block: _Block, group: list[int], statistics: Statistics) -> bytes:
         """Columns of a record before those of the samples."""
         sites, site = self._sites, block.first + group[0]
         if len(group) == 1:
@@ -340,7 +315,7 @@ class ImputedVcfWriter:
         text = f"{sites.contigs[sites.contig[site]]}\t{sites.pos[site]}\t{sites.id[site]}\t{sites.ref[site]}\t{alt}"
         return as_bytes(f"{text}\t.\tPASS\t{info}{self._format}")
 
-    def _joined_info(self, block: _Block, group: list[int], statistics: _Statistics) -> str:
+    def _joined_info(self, block: _Block, group: list[int], statistics: Statistics) -> str:
         entries = {
             "AF": ",".join(f"{statistics.af[row]:.6g}" for row in group),
             "DR2": ",".join(f"{statistics.dr2[row]:.4g}" for row in group),
@@ -366,31 +341,51 @@ class ImputedVcfWriter:
         return "\t".join(texts).encode() + b"\n"
 
 
-class _Statistics:
-    """Per site of a block: ``number`` of haplotypes, ``af`` and ``dr2``, and the texts of ``sum`` and ``square_sum``.
+class ImputedVcfWriter(ImputedRecords):
+    """Writer of an imputed file with an index, whose records are those of :class:`ImputedRecords`.
 
-    ``af`` and ``dr2`` are computed from the sums as they are printed, so that anybody gets the same numbers from them.
+    ``path`` must end in ``.vcf.gz`` or ``.bcf``. File and index appear when the block ends without an exception, and
+    nothing is left otherwise. Raises :class:`UserError` if the file cannot be written.
     """
 
-    def __init__(self, block: _Block) -> None:
-        hds, samples = block.hds, block.hds.shape[1] // 2
-        number = np.full(len(hds), 2 * samples)
-        if block.haploid is not None:
-            assert (hds[:, 0::2] == hds[:, 1::2])[block.haploid].all(), "two values of a haploid sample"
-            hds = hds.copy()
-            hds[:, 1::2][block.haploid] = 0
-            number -= block.haploid.sum(axis=1)
-        self.number: list[int] = number.tolist()
-        self.sum = [f"{value:.12g}" for value in hds.sum(axis=1).tolist()]
-        self.square_sum = [f"{value:.12g}" for value in np.einsum("ij,ij->i", hds, hds).tolist()]
-        af = np.array(self.sum, dtype=np.float64) / number
-        spread = af * (1 - af)
-        variance = np.array(self.square_sum, dtype=np.float64) / number - af**2
-        # Less than the rounding of the sums, to twelve digits, could leave: no variance.
-        has_variance = (spread > 0) & (variance > 2e-12 * af)
-        dr2 = np.divide(variance, spread, out=np.zeros_like(af), where=has_variance)
-        self.dr2 = np.where(block.known, 1.0, np.minimum(dr2, 1.0))
-        self.af: list[float] = af.tolist()
+    def __init__(
+        self,
+        path: str | Path,
+        sites: SiteTable,
+        samples: tuple[str, ...] | list[str],
+        source: str,
+        options: OutputOptions = EVERYTHING,
+        first: int = 0,
+        stop: int | None = None,
+    ) -> None:
+        """The range of sites is ``first`` to ``stop``, all by default; ``source`` names the program in the header."""
+        super().__init__(None, sites, len(samples), options, first, stop)
+        self._path = Path(path)
+        check_output(self._path)
+        self._header = imputed_header(Contents.of(sites), samples, source, self._fields)
+
+    def __enter__(self) -> ImputedVcfWriter:
+        with ExitStack() as stack:
+            self._out = stack.enter_context(published(self._path, max(self._ends, default=0)))
+            super().__enter__()
+            stack.push(self._finish)
+            self._out.write(self._header)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(exc_type, exc, tb)
+        if exc_type is None:
+            log_left_out(self._path, self._options, self.below, self.imputed)
+
+
+def log_left_out(path: Path, options: OutputOptions, below: int, imputed: int) -> None:
+    """Log how many of the imputed sites have too small a DR2, where there is a limit."""
+    if options.min_r2 > 0:
+        found = (path, below, imputed, options.min_r2)
+        logger.info("%s: %d of %d imputed sites have DR2 below %g and are left out", *found)
 
 
 def _extent_of(sites: SiteTable, site: int) -> dict[str, str]:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from embrag_ds.variants.header import as_bytes, header_text
-from embrag_ds.variants.published import check_output, published
+from embrag_ds.variants.header import Contents, as_bytes, header_text
+from embrag_ds.variants.published import check_output, last_positions, published
 from embrag_ds.variants.sites import SiteTable
 
 
@@ -20,9 +20,11 @@ def write_phased(path: str | Path, sites: SiteTable, samples: tuple[str, ...] | 
     assert alleles.shape == (len(sites), 2 * len(samples)), alleles.shape
     check_output(Path(path))
     genotype = np.array([list(f"{a}|{b}\t".encode()) for a in (0, 1) for b in (0, 1)], dtype=np.uint8)
-    with published(Path(path), sites) as out:
-        out.write(header_text(sites, ['##FORMAT=<ID=GT,Number=1,Type=String,Description="Genotype">'], samples))
+    ends = last_positions(sites)
+    with published(Path(path), max(ends, default=0)) as out:
+        genotypes = '##FORMAT=<ID=GT,Number=1,Type=String,Description="Genotype">'
+        out.write(header_text(Contents.of(sites), [genotypes], samples))
         for site, (contig, pos, ref, alt) in enumerate(sites.identities()):
             body = genotype[2 * alleles[site, 0::2] + alleles[site, 1::2]].tobytes()
             prefix = f"{contig}\t{pos}\t{sites.id[site]}\t{ref}\t{alt}\t.\tPASS\t{sites.extent.get(site, '.')}\tGT\t"
-            out.write_record([site], as_bytes(prefix) + body[:-1] + b"\n")
+            out.write_record(contig, pos - 1, ends[site], as_bytes(prefix) + body[:-1] + b"\n")

@@ -176,3 +176,31 @@ def _shared_out(parts: list[int], whole: int) -> list[int]:
 
 def _decimals(thousandths: Sequence[int]) -> str:
     return ",".join(f"{value / 1000:.3f}" for value in thousandths)
+
+
+class Statistics:
+    """Per site: ``number`` of haplotypes, ``af`` and ``dr2``, and the texts of ``sum`` and ``square_sum``.
+
+    ``af`` and ``dr2`` are computed from the sums as they are printed, so that anybody gets the same numbers from them.
+    """
+
+    def __init__(self, hds: np.ndarray, known: np.ndarray, haploid: np.ndarray | None) -> None:
+        """``hds`` float64 [n, 2N]; ``known`` bool [n] marks sites that nothing imputed; ``haploid`` bool [n, N]."""
+        samples = hds.shape[1] // 2
+        number = np.full(len(hds), 2 * samples)
+        if haploid is not None:
+            assert (hds[:, 0::2] == hds[:, 1::2])[haploid].all(), "two values of a haploid sample"
+            hds = hds.copy()
+            hds[:, 1::2][haploid] = 0
+            number -= haploid.sum(axis=1)
+        self.number: list[int] = number.tolist()
+        self.sum = [f"{value:.12g}" for value in hds.sum(axis=1).tolist()]
+        self.square_sum = [f"{value:.12g}" for value in np.einsum("ij,ij->i", hds, hds).tolist()]
+        af = np.array(self.sum, dtype=np.float64) / number
+        spread = af * (1 - af)
+        variance = np.array(self.square_sum, dtype=np.float64) / number - af**2
+        # Less than the rounding of the sums, to twelve digits, could leave: no variance.
+        has_variance = (spread > 0) & (variance > 2e-12 * af)
+        dr2 = np.divide(variance, spread, out=np.zeros_like(af), where=has_variance)
+        self.dr2 = np.where(known, 1.0, np.minimum(dr2, 1.0))
+        self.af: list[float] = af.tolist()

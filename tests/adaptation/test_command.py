@@ -29,7 +29,8 @@ from embrag_ds.engine.distributed import DistributedContext
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation.metrics import DISJOINT_BINS, AggregateR2
 from embrag_ds.export import PRETRAINED, ExportedModel, read_export, write_export
-from embrag_ds.imputation.impute import TargetOptions, impute
+from embrag_ds.imputation.impute import impute
+from embrag_ds.imputation.preparation import TargetOptions
 from embrag_ds.training.trainer import Trainer
 from tests.whole_files import PhasedData, read_phased
 
@@ -118,7 +119,7 @@ def test_off_gives_the_records_of_the_model_as_it_is(
     off = run("off", transformer=transformer)
     assert off.adaptation == {"adapt": "off"}
     monkeypatch.setattr(
-        "embrag_ds.imputation.impute.adapt_model", lambda source, model, how, cache: adapt.Adapted(model, {})
+        "embrag_ds.imputation.preparation.adapt_model", lambda source, model, how, cache: adapt.Adapted(model, {})
     )
     assert run("auto", transformer=transformer).records == off.records
 

@@ -74,8 +74,8 @@ def test_the_examples_are_commands(name: str) -> None:
     given = examples(name)
     assert len(given) >= 2
     for words in given:
-        if words[:2] == ["deepspeed", "launch/train.py"]:
-            words = ["embrag", "train", *words[2:]]
+        if words[:2] == ["deepspeed", f"launch/{name}.py"]:
+            words = ["embrag", name, *words[2:]]
         assert words[:2] == ["embrag", name]
         options = make_parser().parse_args(words[1:])
         assert options.run is COMMANDS[name].run and not options.verbose and not options.debug

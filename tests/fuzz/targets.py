@@ -187,8 +187,8 @@ def targets(folder: Path) -> None:
 def impute(folder: Path) -> None:
     """The command ``embrag impute`` with a tiny model; its output has every site of the panel."""
     from embrag_ds.data.inputs import PanelFiles
-    from embrag_ds.imputation.impute import TargetOptions
     from embrag_ds.imputation.impute import impute as run
+    from embrag_ds.imputation.preparation import TargetOptions
 
     model, out = folder / "model.safetensors", folder / "out.vcf.gz"
     model.write_bytes(seeds.model())

@@ -26,7 +26,7 @@ from embrag_ds.engine.distributed import DistributedContext
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation.metrics import AggregateR2
 from embrag_ds.export import MODEL_FILE, ExportedModel, read_export
-from embrag_ds.imputation import engine
+from embrag_ds.imputation import blending, engine
 from embrag_ds.imputation import impute as imputation_module
 from embrag_ds.imputation.engine import Imputation, impute_to_vcf
 from embrag_ds.imputation.impute import impute
@@ -128,7 +128,7 @@ def test_every_window_is_said_at_least_to_those_who_debug(
     caplog.set_level("DEBUG", logger="embrag_ds")
     imputation = Imputation(model, inputs, matched(target, Path("target.vcf.gz"), inputs, False), CPU, 4)
     impute_to_vcf(imputation, tmp_path / "out.vcf.gz")
-    said = [each.getMessage() for each in caplog.records if each.name == engine.__name__]
+    said = [each.getMessage() for each in caplog.records if each.name == blending.__name__]
     windows, sites = imputation.data.windows, len(inputs.panel.sites)
     ends = [each.core_start for each in windows[1:]] + [sites]
     every = [f"imputed window {number}/{len(windows)}, {end}/{sites} sites" for number, end in enumerate(ends, 1)]

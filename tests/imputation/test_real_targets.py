@@ -16,7 +16,8 @@ import pytest
 from embrag_ds.data.inputs import PanelFiles
 from embrag_ds.data.simulate import DefaultData
 from embrag_ds.errors import UserError
-from embrag_ds.imputation.impute import TargetOptions, impute
+from embrag_ds.imputation.impute import impute
+from embrag_ds.imputation.preparation import TargetOptions
 from tests.whole_files import read_dosages
 
 Record = list[str]

@@ -86,13 +86,15 @@ def test_with_all_haplotypes_as_neighbours_stretches_and_windows_give_the_same(
     assert max(np.abs(one - other).max() for (_, one), (_, other) in zip(whole, others, strict=True)) > 0.5
 
 
-@pytest.mark.parametrize("setting", ["embrag.retrieval.mode=token", "embrag.model.fusion=rare_variant", "on a GPU"])
+@pytest.mark.parametrize(
+    "setting", ["embrag.retrieval.mode=token", "embrag.model.fusion=rare_variant", "on a GPU without CuPy"]
+)
 def test_a_model_that_does_not_copy_stretches_loses_its_residual_alone(
     make_config: MakeConfig, inputs: PanelInputs, targets: Targets, setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A head of zeros adds no residual, so a network with it must give the same."""
-    if setting == "on a GPU":
-        monkeypatch.setattr(engine, "_along", lambda *given: False)
+    if setting == "on a GPU without CuPy":
+        monkeypatch.setattr(engine, "_way", lambda *given: "windows")  # one without kernels for it
         setting = "embrag.model.fusion=copying"
     model = untrained(make_config(setting), head=0.3)
     weights = {
@@ -109,14 +111,21 @@ def test_a_model_that_does_not_copy_stretches_loses_its_residual_alone(
         assert not np.allclose(one, all_of_it)
 
 
-def test_stretches_are_copied_on_a_cpu_without_the_transformer_only(make_config: MakeConfig) -> None:
-    copying, token = make_config().embrag, make_config("embrag.retrieval.mode=token").embrag
-    nothing, distance = (
-        make_config(each).embrag for each in ("embrag.retrieval.mode=none", "embrag.model.fusion=rare_variant")
-    )
-    assert engine._along(copying, False, CPU)
-    assert not engine._along(copying, True, CPU) and not engine._along(copying, False, torch.device("cuda", 0))
-    assert not any(engine._along(each, False, CPU) for each in (token, nothing, distance))
+def test_the_way_follows_from_model_and_device(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    copying, dense = make_config().embrag, make_config("embrag.retrieval.store=dense").embrag
+    others = [
+        make_config(each).embrag
+        for each in ("embrag.retrieval.mode=none", "embrag.retrieval.mode=token", "embrag.model.fusion=rare_variant")
+    ]
+    gpu = torch.device("cuda", 0)
+    assert [engine._way(copying, each, CPU, 100) for each in (False, True)] == ["loop", "windows"]
+    assert engine._way(copying, False, gpu, 100) == "windows"  # there is no CuPy here, or it has no device
+    monkeypatch.setattr(engine, "copying_backend", lambda device: "cuda kernel")
+    for transformer in (False, True):
+        assert engine._way(copying, transformer, gpu, 16384) == "whole"
+        assert engine._way(copying, transformer, gpu, 16386) == "windows"
+        assert engine._way(dense, transformer, gpu, 100) == "windows"
+        assert {engine._way(each, transformer, where, 100) for each in others for where in (CPU, gpu)} == {"windows"}
 
 
 def test_nothing_is_retrieved_for_a_stretch(

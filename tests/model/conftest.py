@@ -45,8 +45,12 @@ class World:
         k: int = 6,
         mode: str = "factored",
         backend: str = "torch",
+        whole: bool = False,
     ) -> Callable[[QueryBatch], Batch]:
-        """Collator at step 0; ``mode`` is ``none``, ``token``, ``factored``, ``dense`` or ``live``."""
+        """Collator at step 0; ``mode`` is ``none``, ``token``, ``factored``, ``dense`` or ``live``.
+
+        With ``whole`` all haplotypes are neighbours.
+        """
         settings = RetrievalConfig(
             mode=mode if mode in ("none", "token") else "embedding",
             encoding="live" if mode == "live" else "fixed",
@@ -56,7 +60,7 @@ class World:
         )
         reference = Reference(settings, self.data, embedding, CPU, exclusion_table(self.samples, None))
         reference.begin_refresh(0)
-        return partial(reference.collator(len(self.samples)), step=0)
+        return partial(reference.collator(len(self.samples), whole=whole), step=0)
 
     def batch_of(self, window: int, samples: Sequence[int], masked: np.ndarray) -> QueryBatch:
         """Micro-batch of ``samples``; ``masked`` bool [N, L]."""

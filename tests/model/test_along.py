@@ -12,13 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embrag_ds.copying import head, loops, priors, records
+from embrag_ds.copying import head, instructions, kept, loops, priors, records, recursions
 from embrag_ds.copying.along import CopyAlong
 from embrag_ds.data.panel import PanelSubset
 from embrag_ds.data.ploidy import Ploidy
 from embrag_ds.data.sampler import QueryBatch, exclusion_table
 from embrag_ds.data.tokens import MASK
 from embrag_ds.data.windows import WindowedPanel
+from embrag_ds.ops.dosage_shared import SharedAlleles
 
 
 def disturbed(network: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -63,10 +64,16 @@ def test_dosages_are_those_of_the_network_with_all_haplotypes_as_neighbours(
     typed = ~masked[0]
     alleles = np.where(missing, MASK, queries.alleles)[:, typed].astype(np.uint8)
     found = copy.probability(copy.stretch(window, typed), np.ascontiguousarray(alleles), np.array(samples))
-    apart = np.abs(found - expected)
-    # The head reads the mean match length of haplotypes that hardly have a probability, which is mostly rounding.
-    assert apart.mean() < 1e-4 and np.quantile(apart, 0.95) < 1e-3 if head else apart.max() < 1e-5, apart.max()
+    # As on a GPU: all haplotypes without a search, and one table of alleles.
+    whole = world.collator(network.embedding, whole=True)(queries)
+    assert isinstance(whole.retrieved.alleles, SharedAlleles) and whole.retrieved.barred.sum() == 4 * len(samples)
+    with torch.no_grad():
+        as_on_gpu = network(whole, transformer=False).logits.sigmoid().numpy()
     assert found.std() > 0.05
+    for way in (found, as_on_gpu):
+        apart = np.abs(way - expected)
+        # The head reads the mean match length of haplotypes that hardly have a probability, which is mostly rounding.
+        assert apart.mean() < 1e-4 and np.quantile(apart, 0.95) < 1e-3 if head else apart.max() < 1e-5, apart.max()
 
 
 @pytest.mark.parametrize("turing", [False, True])
@@ -114,6 +121,9 @@ def beside_the_network(network, world, alleles: np.ndarray, typed: np.ndarray) -
     batch = world.collator(network.embedding, k=10**6)(queries)
     with torch.no_grad():
         expected = network(batch, transformer=False).logits.sigmoid().numpy()
+    whole = world.collator(network.embedding, whole=True)(queries)
+    with torch.no_grad():
+        np.testing.assert_allclose(network(whole, transformer=False).logits.sigmoid().numpy(), expected, atol=1e-4)
     copy = CopyAlong(network, world.data, exclusion_table(world.samples, None))
     return copy.probability(copy.stretch(0, typed), np.ascontiguousarray(alleles[:, typed]), samples), expected
 
@@ -195,5 +205,5 @@ def test_threads_and_blocks_of_samples_do_not_change_a_byte(build, threads: int)
 
 def test_the_loop_changes_with_its_parts() -> None:
     """Or numba would go on with what it has kept of it, whose parts are older."""
-    texts = [Path(each.__file__).read_bytes() for each in (head, priors, records)]
+    texts = [Path(each.__file__).read_bytes() for each in (head, instructions, kept, priors, records, recursions)]
     assert hashlib.sha256(b"".join(texts)).hexdigest()[:12] == loops.PARTS

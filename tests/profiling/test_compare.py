@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embrag_ds.config_files import read_tree
+from embrag_ds.data.inputs import PanelFiles
 from embrag_ds.data.simulate import DefaultData
 
 
@@ -59,6 +60,14 @@ def test_ratios_pair_neighbouring_blocks() -> None:
     ratio = compare.ratio
     assert ratio(blocks(4, 40, 12), blocks(2, 20, 4)) == 2.0  # the machine drifts
     assert ratio(blocks(4), None) is None
+
+
+def test_the_process_that_trains_may_have_workers(root: Path) -> None:
+    """On a GPU it does, and a daemon must not have children."""
+    process = stepper.Stepper(stepper.Recipe(root / "ds_configs" / "quickstart.json", (), PanelFiles()))
+    assert process._process.is_alive() and not process._process.daemon
+    process.close()
+    assert process._process.exitcode == 0
 
 
 def test_it_runs_and_writes_the_promised_numbers_with_their_shapes(

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 COMPARISONS = ("eager", "compiled")
-PARTS = ("check", "tests", "eager", "compiled", "memory-v17", "memory-v18", "training", "retrieval")
+PARTS = tuple(
+    ["check", "tests", "eager", "compiled", "kernels", "memory-v17", "memory-v18", "training", "retrieval", "impute"]
+)
 STAND_IN = """#!/usr/bin/env bash
 echo "$PWD $PYTHONPATH $*" >>"$CALLS"
 case "$*" in
@@ -87,7 +89,8 @@ def test_every_part_runs_and_is_reported(suite: Suite, tmp_path: Path) -> None:
     assert set(archived(results)) == {"results/metrics.jsonl", "results/profile.json"} | compared
     calls = (tmp_path / "calls").read_text().splitlines()
     assert not [call for call in calls if "-m pip" in call]
-    for call in calls[2:-1]:
+    assert "impute_rate.py" in calls[-1] and calls[-1].endswith("--target /some/panel/target.vcf.gz")
+    for call in calls[2:-2]:
         assert "--panel /some/panel/panel.vcf.gz --map /some/panel/genetic.map" in call
         assert call.startswith(str(tmp_path / "tree"))
 

@@ -102,6 +102,19 @@ def test_samples_outside_the_panel_may_retrieve_any_haplotype(build, way: int) -
 
 
 @WAY
+def test_autocast_around_it_changes_nothing(build, way: int) -> None:
+    """The network's products may be in bf16; distances in bf16 would rank other haplotypes first."""
+    world = build(build.random_alleles(5, 50, 12), flank=9)
+    collate = world.collator(world.embedding(5), *build.ways[way], 5)
+    queries = world.batch_of(0, [0, 4, 7], world.masked(0, 3, 5))
+    expected = collate(queries)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = collate(queries)
+    for (name, first), (_, second) in zip(leaves(expected), leaves(found), strict=True):
+        assert equal(first, second), name
+
+
+@WAY
 @pytest.mark.parametrize("seed", range(4))
 def test_the_truth_at_masked_sites_reaches_nothing_but_the_truth_itself(build, way: int, seed: int) -> None:
     world = build(build.random_alleles(seed, 50, 12), window_sites=20, overlap=4, flank=9)

@@ -254,3 +254,28 @@ def test_packing_may_take_longer_than_a_collective_operation(
     """The machines' caches are not shared, and one needs twice the limit, and three times the patience, to pack."""
     done = run_ranks(root, 2, "-c", PROGRAM, simulated.panel, tmp_path)
     assert [each.stdout.splitlines()[-1] for each in done] == ["0 2 60", "1 2 60"]
+
+
+def test_a_text_for_one_rank_and_a_fault_that_no_rank_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting_module, "_SAID_WITHIN_S", 0.0)
+
+    def act(meeting: Meeting) -> Any:
+        if meeting.rank == 2:
+            meeting.post("name", "of rank 2")
+            meeting.await_post("heard")
+            meeting.tell("MemoryError")
+            meeting.post("told")
+            return None
+        heard = meeting.await_post("name") if meeting.is_main else None
+        meeting.check()  # nobody has failed yet
+        if meeting.is_main:
+            meeting.post("heard")
+        while True:
+            try:
+                meeting.check()
+            except UserError as fault:
+                return heard, type(fault) is SaidByMain, str(fault)
+
+    main, other, _ = together(act)
+    assert main[:2] == ("of rank 2", False) and main[2].startswith("rank 2 on ") and main[2].endswith(": MemoryError")
+    assert other == (None, True, "MemoryError") or other[2] == main[2]

@@ -17,6 +17,7 @@ from torch import Tensor
 from embrag_ds.config import RunConfig, load_config
 from embrag_ds.data.inputs import PanelInputs
 from embrag_ds.engine import distributed
+from embrag_ds.engine.distributed import in_aligned_order
 from embrag_ds.engine.flat_gradients import FlatGradients
 from embrag_ds.engine.masters import gathered_state
 from embrag_ds.export import MODEL_FILE, ExportedModel, read_export
@@ -107,7 +108,7 @@ def test_a_run_in_bf16_exports_its_master_weights(
 def test_masters_outside_of_the_zero_optimisers(
     make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    """DeepSpeed has three more optimisers for bf16. Each wraps one of torch's, with masters in the model's order."""
+    """DeepSpeed has three more optimisers for bf16. Each wraps one of torch's, with masters in its order."""
     if way == "one flat parameter":
         monkeypatch.setattr("deepspeed.runtime.engine.FusedAdam", torch.optim.AdamW)
     fp32 = way == "accumulating in fp32"
@@ -125,7 +126,9 @@ def test_masters_outside_of_the_zero_optimisers(
     flat = torch.cat([each.detach().flatten() for each in group["params"]])
     state = gathered_state(trainer.engine)
     assert_digits(state)
-    found = [state[name].flatten() for name, each in trainer.engine.module.named_parameters() if each.requires_grad]
+    trained = [each for each in trainer.engine.module.parameters() if each.requires_grad]
+    name_of = {id(each): name for name, each in trainer.engine.module.named_parameters()}
+    found = [state[name_of[id(each)]].flatten() for each in in_aligned_order(trained)]
     size = sum(each.numel() for each in found)
     assert torch.equal(torch.cat(found), flat[:size]) and not flat[size:].any()
 
