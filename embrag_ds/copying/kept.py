@@ -35,8 +35,8 @@ def posterior(alpha, beta, keep, sums, scratch, half):
     """Copying probabilities at a site, without negligible ones.
 
     A probability is negligible below ``keep`` times the sum of squares of all, which is their mean as the model draws
-    from them.``sums`` are those of
-    :func:`~embrag_ds.copying.recursions.backward_step`. Returns by what the remaining ones are to be multiplied.
+    from them. ``sums`` are those of :func:`~embrag_ds.copying.recursions.backward_step`. Returns by what the remaining
+    ones are to be multiplied.
     """
     slow_alpha, fast_alpha, slow_beta, fast_beta = alpha[0], alpha[1], beta[0], beta[1]
     flags, who, kept = scratch.flags[half], scratch.who[half], scratch.kept[half]

@@ -21,7 +21,7 @@ from embrag_ds.copying.records import Frequencies, Head, PanelPart, Rates, Scrat
 from embrag_ds.copying.recursions import backward_step, restore_forward, save_forward
 from embrag_ds.ops.threads import ParallelLoop
 
-PARTS = "c0a789bc2f60"
+PARTS = "bf67da5a517a"
 """Digest of the loop's other files: numba looks for a change in this file alone, and would use what it has kept of the
 loop. A test compares it.
 """

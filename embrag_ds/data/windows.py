@@ -62,15 +62,20 @@ def make_windows(sites: SiteTable, window_sites: int, overlap_sites: int, flank_
     end, and none is padded. ``flank_sites`` sites are added on both sides where the contig has them.
     """
     windows: list[Window] = []
-    step = window_sites - overlap_sites
     for first, last in sites.contig_runs():
-        length = last - first
-        count = max(1, -(-(length - overlap_sites) // step))
-        starts = np.linspace(0, max(0, length - overlap_sites), count + 1).round().astype(int)
-        for begin, end in pairwise(starts):
-            core = (first + int(begin), first + min(length, int(end) + overlap_sites))
-            windows.append(_flanked(len(windows), core, (first, last), flank_sites))
+        for begin, end in cut_evenly(last - first, window_sites, overlap_sites):
+            windows.append(_flanked(len(windows), (first + begin, first + end), (first, last), flank_sites))
     return windows
+
+
+def cut_evenly(length: int, most: int, overlap: int) -> list[tuple[int, int]]:
+    """Begin and end of the fewest runs of at most ``most`` sites that cover ``length`` sites and overlap.
+
+    They are equally long, to one site.
+    """
+    count = max(1, -(-(length - overlap) // (most - overlap)))
+    starts = np.linspace(0, max(0, length - overlap), count + 1).round().astype(int).tolist()
+    return [(begin, min(length, end + overlap)) for begin, end in pairwise(starts)]
 
 
 def _flanked(index: int, core: tuple[int, int], contig: tuple[int, int], flank_sites: int) -> Window:

@@ -80,7 +80,7 @@ def _with_stretches(
     if way == "loop":
         most = _MOST_STRETCH_BYTES / max(_BYTES_OF_A_SEQUENCE * blocks * haplotypes, of_dosages)
     else:
-        of_posteriors = 2 * _BYTES_OF_A_STATE * typed * haplotypes
+        of_posteriors = _posterior_bytes(typed, haplotypes)
         with_flanks = memory / 2 / of_posteriors if of_posteriors else math.inf
         tables = _MOST_TABLE_BYTES / (_TABLES * haplotypes)
         most = min(_MOST_STRETCH_BYTES / of_dosages, tables, max(0, with_flanks - 2 * settings.flank_sites))
@@ -100,6 +100,11 @@ def _way(config: EmbragConfig, transformer: bool, device: torch.device, haplotyp
     return "whole" if able and config.retrieval.store == "factored" else "windows"
 
 
+def _posterior_bytes(typed: float, haplotypes: int) -> float:
+    """Bytes that a sample's posteriors at so many typed sites take on a GPU, with what they are made from."""
+    return 2 * _BYTES_OF_A_STATE * typed * haplotypes
+
+
 def _memory(device: torch.device) -> float:
     """Memory of a GPU in bytes: all of it, so that a batch does not depend on what else runs there."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
@@ -112,8 +117,7 @@ def _samples_at_once(block: int, windows: list[Window], typed: np.ndarray, haplo
     """
     before = np.concatenate([[0], np.cumsum(typed)])
     most = max(int(before[each.stop] - before[each.start]) for each in windows)
-    of_a_sample = 2 * _BYTES_OF_A_STATE * max(1, most) * haplotypes
-    return int(max(1, min(block, memory // 2 // of_a_sample)))
+    return int(max(1, min(block, memory // 2 // _posterior_bytes(max(1, most), haplotypes))))
 
 
 def _worth_timing(batches: int, device: torch.device) -> bool:

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from embrag_ds.data.windows import cut_evenly
 from embrag_ds.model.compiled import CoreInputs
 from embrag_ds.retrieval.batch import SiteTensors
 
@@ -38,14 +39,7 @@ class SiteTiles:
         return [torch.cat(parts, dim=1) for parts in zip(*made, strict=True)]
 
     def cut(self, length: int) -> list[tuple[int, int, int, int]]:
-        """Tiles of ``length`` sites, equally long to one site: begin and end of each, and of the sites it is for."""
-        step = self.sites - self.overlap
-        count = max(1, -(-(length - self.overlap) // step))
-        bounds = [round(each * max(0, length - self.overlap) / count) for each in range(count + 1)]
-        tiles, half = [], self.overlap // 2
-        for number, (start, end) in enumerate(pairwise(bounds)):
-            stop = min(length, end + self.overlap)
-            first = start + half if number else 0
-            last = end + half if number + 1 < count else length
-            tiles.append((start, stop, first, last))
-        return tiles
+        """Tiles of ``length`` sites: begin and end of each, and of the sites it is for."""
+        runs, half = cut_evenly(length, self.sites, self.overlap), self.overlap // 2
+        bounds = [0, *(start + half for start, _ in runs[1:]), length]
+        return [(*run, *own) for run, own in zip(runs, pairwise(bounds), strict=True)]

@@ -59,7 +59,7 @@ class RetrievalCollator:
         ``store`` and ``source`` are None in mode ``none``. ``k`` is the number of neighbours, lowered to what every
         query can have. ``exclusions`` int64 [panel samples, E] lists the samples that each must not retrieve, as
         :func:`embrag_ds.data.sampler.exclusion_table` gives them. ``live`` leaves the codebook to the model. The
-        nearest ``token_k`` neighbours are also given as tokens. With ``whole`` nothing is searched: all haplotypes are
+        nearest ``token_k`` neighbours are also given as tokens. With ``whole`` the store gives all haplotypes as
         neighbours, of queries that are all typed at the same sites. Raises UserError if the reference set is too small.
         """
         self._data = data
@@ -218,11 +218,8 @@ class RetrievalCollator:
         reference: WindowAlleles,
         cuts: np.ndarray | None,
     ) -> Retrieved:
-        if self._whole:
-            ids = torch.arange(len(reference.by_haplotype), device=self._device).expand(len(query.tokens), -1)
-        else:
-            with self._timeline.phase("search"):
-                ids = store.search(query, code, self.k)
+        with self._timeline.phase("search"):
+            ids = store.search(query, code, self.k)
         # Index of each typed site among the observed ones; that of the padding is arbitrary.
         place = torch.searchsorted(query.observed_on_device, frame.typed).clamp_max_(len(query.observed) - 1)
         observed = query.tokens.gather(1, frame.typed)

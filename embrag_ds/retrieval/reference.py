@@ -31,7 +31,7 @@ from embrag_ds.retrieval.fastest import FirstSearch, FirstSearchStore
 from embrag_ds.retrieval.schedule import Generation, RefreshSchedule
 from embrag_ds.retrieval.search import Search, make_search
 from embrag_ds.retrieval.settings import RetrievalConfig
-from embrag_ds.retrieval.store import FactoredStore, Store
+from embrag_ds.retrieval.store import EveryHaplotype, FactoredStore, Store
 from embrag_ds.runtime.timeline import NO_TIMELINE, Timeline
 from embrag_ds.runtime.weightless import WithoutMemory
 
@@ -150,7 +150,7 @@ class Reference:
         haplotypes are neighbours, of queries that are typed at the same sites. Raises UserError if the backend is not
         available or the reference set too small.
         """
-        store: Store | None = self._dense
+        store: Store | None = EveryHaplotype() if whole else self._dense
         if self._source is not None and store is None:
             search = search or make_search(self.backend, self._device)
             store = FactoredStore(search, self._settings.local)

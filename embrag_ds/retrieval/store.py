@@ -91,6 +91,20 @@ class FactoredStore:
         return None
 
 
+class EveryHaplotype:
+    """Store that searches nothing: all reference haplotypes are neighbours of every query."""
+
+    backend = "none"
+
+    def search(self, query: Query, code: WindowCodebook, k: int) -> Tensor:
+        """Ids int64 [B, H] of all, in their order."""
+        return torch.arange(query.alleles.shape[1], device=query.tokens.device).expand(len(query.tokens), -1)
+
+    def embeddings(self, window: int, ids: Tensor, generation: Generation) -> None:
+        """None: embeddings follow from the codebook."""
+        return None
+
+
 def first_distinct(candidates: Tensor, k: int, count: int) -> Tensor:
     """First ``k`` distinct ids of each row of ``candidates``, in order, int64 [B, k].
 

@@ -64,6 +64,17 @@ def test_they_are_those_of_the_loop(
     assert np.abs(found[2:4] - inputs.panel.alleles_at(np.arange(found.shape[1]))[:, 60:62].T).max() > 0.5
 
 
+def test_they_need_no_search_that_the_model_names(
+    make_config: MakeConfig, inputs: PanelInputs, targets: Targets, as_on_gpu: Callable[[str], None]
+) -> None:
+    as_on_gpu("whole")
+    found = [
+        probabilities(Imputation(untrained(make_config(*named), head=0.0), inputs, targets, CPU, 4, transformer=False))
+        for named in ((), ("embrag.retrieval.backend=cupy",))  # which a CPU does not have
+    ]
+    np.testing.assert_array_equal(*found)
+
+
 def test_the_transformer_runs_in_tiles_that_are_the_windows(
     make_config: MakeConfig, inputs: PanelInputs, targets: Targets, as_on_gpu: Callable[[str], None]
 ) -> None:
