@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 
 from embrag_ds.cli.panel_options import add_panel, several_panel_files
+from embrag_ds.data.inputs import PanelFiles
+from embrag_ds.imputation.ahead import packing_ahead
 from embrag_ds.runtime.imports import uncollected
 
 DESCRIPTION = "Impute every panel site of targets typed at some."
@@ -102,6 +104,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command with parsed options; raises :class:`UserError`."""
+    files = several_panel_files(options)
+    if options.threads == 1:
+        _run(options, files)
+        return
+    with packing_ahead(files[0], options.cache_dir):
+        _run(options, files)
+
+
+def _run(options: argparse.Namespace, files: list[PanelFiles]) -> None:
     with uncollected():
         from embrag_ds.export import MODEL_FILE, PRETRAINED
         from embrag_ds.imputation.impute import impute
@@ -121,7 +132,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         share_threads()
     impute(
-        several_panel_files(options),
+        files,
         options.target,
         options.out,
         model=options.model or (options.run_dir / MODEL_FILE if options.run_dir else PRETRAINED),

@@ -22,6 +22,11 @@ from embrag_ds.model.imputer import Imputer
 from embrag_ds.model.pooling import CopyingPooling
 from embrag_ds.retrieval.frequency import frequencies_without, good_turing_correction
 
+MOST_TYPED = 1 << 16
+"""Typed sites of a stretch, which the loop numbers in 16 bits."""
+MOST_SAVED_BYTES = 1 << 25
+"""Of a worker's forward states that are saved at once, which should stay in the processor's last cache."""
+
 
 @dataclass(frozen=True)
 class Stretch:
@@ -41,16 +46,20 @@ class CopyAlong:
     """A network without its transformer, applied to the stretches of a panel one after another.
 
     ``data`` are a panel's stretches in place of windows. ``exclusions`` int64 [panel samples, E] lists the panel
-    samples that each must not copy. As many threads compute as torch uses when this is made. Raises
+    samples that each must not copy. As many threads compute as torch uses when this is made. Each
+    saves forward states of ``most_saved`` bytes; if that is too few for all, it computes some anew. Raises
     :class:`UserError` if the panel is too small.
     """
 
-    def __init__(self, network: Imputer, data: WindowedPanel, exclusions: np.ndarray):
+    def __init__(
+        self, network: Imputer, data: WindowedPanel, exclusions: np.ndarray, most_saved: int = MOST_SAVED_BYTES
+    ):
         assert isinstance(network.pooling, CopyingPooling)
         self._network, self._pooling = network, network.pooling
         self._data = data
         self._exclusions = exclusions
         self._workers = torch.get_num_threads()
+        self._most_saved = most_saved
         reference = data.reference
         if len(reference) <= 2 * exclusions.shape[1]:
             raise UserError(
@@ -59,13 +68,21 @@ class CopyAlong:
             )
 
     def stretch(self, number: int, typed: np.ndarray) -> Stretch:
-        """What all targets share on a stretch, whose sites ``typed`` bool [sites] they are typed at, at least one."""
+        """What all targets share on a stretch, whose sites ``typed`` bool [sites] they are typed at, at least one.
+
+        Raises :class:`UserError` if they are typed at more sites than the loop can number.
+        """
         window, reference = self._data.windows[number], self._data.reference
         features = self._data.features(number)
         rows = np.flatnonzero(typed)
+        if len(rows) > MOST_TYPED:
+            raise UserError(
+                f"window {number} has {len(rows)} typed sites with its flanks, and at most {MOST_TYPED} can be copied "
+                "at once; give a model of shorter windows or flanks"
+            )
 
         def core(sites: slice) -> np.ndarray:
-            return reference.alleles_at(window.core_start + np.arange(sites.start, sites.stop))
+            return reference.packed_at(window.core_start + np.arange(sites.start, sites.stop))
 
         common = reference.allele_frequency[window.core_sites] > 0.5
         first = window.core_start - window.start
@@ -97,7 +114,7 @@ class CopyAlong:
         found = np.empty((len(alleles), len(stretch.panel.share)), dtype=np.float32)
         # Plain and contiguous, because numba compiles a loop anew for any other kind of array.
         given = (tuple(each) for each in (stretch.panel, stretch.rates, own, stretch.head))
-        loops.copy_along(*given, alleles, row_of, excluded, self._workers, found)
+        loops.copy_along(*given, alleles, row_of, excluded, self._workers, self._most_saved, found)
         return found
 
     def _excluded(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

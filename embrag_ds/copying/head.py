@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from embrag_ds.copying.priors import compiled_part
+from embrag_ds.copying.parts import compiled_part
 
 FEATURES = 10
 AT_ONCE = 64

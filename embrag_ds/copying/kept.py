@@ -6,60 +6,44 @@ import math
 
 import numpy as np
 
-from embrag_ds.copying.priors import compiled_part
+from embrag_ds.copying.parts import compiled_part
 
 SLOW, FAST = 0, 1
-# Of each byte, its highest and its lowest one, how many ones it has, and their places, the lowest first.
-_HIGHEST = np.array([value.bit_length() - 1 for value in range(256)], dtype=np.int8)
-_LOWEST = np.array([(value & -value).bit_length() - 1 for value in range(256)], dtype=np.int8)
+# Of each byte, how many ones it has, and their places, the lowest first.
 _ONES = np.array([value.bit_count() for value in range(256)], dtype=np.uint8)
 _PLACES = np.array([sorted(range(8), key=lambda bit: ~value >> bit & 1) for value in range(256)], dtype=np.int32)
 
 
 @compiled_part
-def compare(packed, query, differs):
-    """Fill ``differs`` uint8 [ceil(T / 8), H]: where haplotypes differ from the target, packed as they are."""
+def compare(packed, query, differs, before):
+    """Fill ``differs`` uint8 [ceil(T / 8), H]: where haplotypes differ from the target, packed as they are.
+
+    Fills ``before`` uint16 [ceil(T / 8), H] with the last typed site before those of a row that differs, 0 if none.
+    """
     for block in range(len(packed)):
         own, known = np.uint8(0), np.uint8(0)
         for t in range(8 * block, min(8 * block + 8, len(query))):
             bit = np.uint8(1 << (t & 7))
             own |= bit if query[t] == 1 else np.uint8(0)
             known |= bit if query[t] < 2 else np.uint8(0)
-        of_panel, into = packed[block], differs[block]
+        of_panel, into, last = packed[block], differs[block], before[block]
         for k in range(len(into)):
             into[k] = (of_panel[k] ^ own) & known
+        if block == 0:
+            last[:] = np.uint16(0)
+            continue
+        behind, earlier = differs[block - 1], before[block - 1]
+        first = np.uint16(8 * block - 8)
+        for k in range(len(last)):
+            byte, highest = behind[k], np.uint8(0)
+            for place in range(1, 8):
+                highest = np.uint8(highest + np.uint8(byte >= np.uint8(1 << place)))
+            last[k] = first + np.uint16(highest) if byte != 0 else earlier[k]
 
 
 @compiled_part
-def posterior(alpha, beta, keep, sums, scratch, half):
-    """Copying probabilities at a site, without negligible ones.
-
-    A probability is negligible below ``keep`` times the sum of squares of all, which is their mean as the model draws
-    from them. ``sums`` are those of :func:`~embrag_ds.copying.recursions.backward_step`. Returns by what the remaining
-    ones are to be multiplied.
-    """
-    slow_alpha, fast_alpha, slow_beta, fast_beta = alpha[0], alpha[1], beta[0], beta[1]
-    flags, who, kept = scratch.flags[half], scratch.who[half], scratch.kept[half]
-    least_slow, least_fast = keep * sums[SLOW, 1] / sums[SLOW, 0], keep * sums[FAST, 1] / sums[FAST, 0]
-    for k in range(len(slow_alpha)):
-        some = (slow_alpha[k] * slow_beta[k] > least_slow) | (fast_alpha[k] * fast_beta[k] > least_fast)
-        flags[k] = np.uint8(some)
-    count = _list_flagged(flags, who)
-    slow_total, fast_total = np.float32(0), np.float32(0)
-    for n in range(count):
-        k = who[n]
-        slow, fast = slow_alpha[k] * slow_beta[k], fast_alpha[k] * fast_beta[k]
-        slow, fast = slow if slow > least_slow else np.float32(0), fast if fast > least_fast else np.float32(0)
-        kept[n, SLOW], kept[n, FAST] = slow, fast
-        slow_total += slow
-        fast_total += fast
-    scratch.number[half] = np.int64(count)
-    return np.float32(1) / slow_total, np.float32(1) / fast_total
-
-
-@compiled_part
-def _list_flagged(flags, who):
-    """List the haplotypes whose ``flags`` uint8 [a multiple of 64] are 1 in ``who``; returns how many.
+def list_flagged(flags, who):
+    """List the places where ``flags`` uint8 [a multiple of 64] are 1 in ``who``; returns how many.
 
     Without a branch for each, which would be mispredicted: the bits of eight flags name a row of a table.
     """
@@ -75,82 +59,121 @@ def _list_flagged(flags, who):
                 for i in range(8):
                     who[count + np.uint64(i)] = base + _PLACES[bits, i]
                 count += np.uint64(_ONES[bits])
-    return count
+    return np.int64(count)
 
 
 @compiled_part
-def _last_mismatch(differs, k, t):
-    """The last typed site, at most ``t``, where haplotype ``k`` differs from the target, or -1."""
-    block = t >> 3
-    differ = differs[block, k] & np.uint8((2 << (t & 7)) - 1)
-    while differ == 0 and block > 0:
-        block -= 1
-        differ = differs[block, k]
-    return 8 * block + np.int64(_HIGHEST[differ]) if differ else np.int64(-1)
-
-
-@compiled_part
-def _next_mismatch(differs, k, t, typed):
-    """The first typed site from ``t`` on where haplotype ``k`` differs from the target; if none, the last of all."""
-    block = t >> 3
-    differ = differs[block, k] & np.uint8(0xFF << (t & 7) & 0xFF)
-    while differ == 0 and block + 1 < len(differs):
-        block += 1
-        differ = differs[block, k]
-    return 8 * block + np.int64(_LOWEST[differ]) if differ else np.int64(typed - 1)
-
-
-@compiled_part
-def describe(panel, t, scales, states, scratch, half):
-    """Match lengths, uncertainty and ancestry of the haplotypes kept in ``half`` at a typed site.
-
-    Their probabilities are multiplied by ``scales``. Of the uncertainty a seventh is kept, which is what the confidence
-    head takes. Also lists the haplotypes kept here or at the typed site behind, the other half, with what is kept of
-    both; returns how many they are.
-
-    A match reaches from a mismatch to the next. Those of a haplotype that was kept at the site behind are known from
-    there, unless one of the two sites is a mismatch.
-    """
-    lengths = squares = np.float32(0)
-    who, kept, match, position = scratch.who[half], scratch.kept[half], scratch.match[half], panel.position
-    flags, flags_behind = scratch.flags[half], scratch.flags[1 - half]
-    who_behind, kept_behind, match_behind = scratch.who[1 - half], scratch.kept[1 - half], scratch.match[1 - half]
-    differs, where, typed = states.differs, scratch.where, len(position)
-    here, bit = differs[t >> 3], np.uint8(1 << (t & 7))
-    slow_scale, fast_scale, either, both = scales[SLOW], scales[FAST], scratch.either, scratch.both
-    ancestry, population = scratch.ancestry[half], panel.population
-    ancestry[:] = np.float32(0)
-    number = np.uint64(scratch.number[half])
+def leave_piece(kept, chosen, count, half):
+    """Note by haplotype what is kept at the first typed site of a piece, in ``half``."""
+    half, moved, rows, who = np.uint64(half), kept.moved, kept.moved_rows, chosen.who
+    shares, fasts, lengths = kept.shares[half], kept.fasts[half], kept.lengths[half]
+    number = list_flagged(kept.flags[half, : (count + 63) // 64 * 64], moved)
     for n in range(number):
-        k = np.uint64(who[n])
-        slow_behind = fast_behind = length_behind = np.float32(0)
-        if flags_behind[k]:
-            m = np.uint64(where[k])
-            begin, end = match_behind[m, 0], match_behind[m, 1]
-            slow_behind, fast_behind, length_behind = kept_behind[m, 0], kept_behind[m, 1], kept_behind[m, 2]
-            if begin > t:
-                begin = np.int32(_last_mismatch(differs, k, t))
-            if here[k] & bit:
-                end = np.int32(t)
-        else:
-            begin = np.int32(_last_mismatch(differs, k, t))
-            end = np.int32(_next_mismatch(differs, k, t, typed))
-        match[n, 0], match[n, 1], where[k] = begin, end, n
-        share, fast = slow_scale * kept[n, SLOW], fast_scale * kept[n, FAST]
-        weighed = share * (position[end] - position[max(begin, 0)])
-        kept[n, 0], kept[n, 1], kept[n, 2] = share, fast, weighed
-        either[n] = k
-        both[n, 0], both[n, 1], both[n, 2], both[n, 3] = share, fast, weighed, np.float32(0)
-        both[n, 4], both[n, 5], both[n, 6], both[n, 7] = slow_behind, fast_behind, length_behind, np.float32(0)
-        lengths += weighed
+        place = np.uint64(moved[n])
+        moved[n], rows[n, 0], rows[n, 1], rows[n, 2] = who[place], shares[place], fasts[place], lengths[place]
+    kept.number_moved[0] = number
+
+
+@compiled_part
+def enter_piece(kept, chosen, count, half):
+    """Restore to ``half`` what was noted; all those haplotypes are among the ``count`` chosen."""
+    half, moved, rows, who, where = np.uint64(half), kept.moved, kept.moved_rows, chosen.who, kept.where
+    flags, shares, fasts, lengths = kept.flags[half], kept.shares[half], kept.fasts[half], kept.lengths[half]
+    padded, nothing = (count + 63) // 64 * 64, np.float32(0)
+    _fill(flags, np.uint8(0), padded)
+    for values in (shares, fasts, lengths):
+        _fill(values, nothing, count)
+    for n in range(count):
+        where[np.uint64(who[n])] = n
+    for n in range(kept.number_moved[0]):
+        place = np.uint64(where[np.uint64(moved[n])])
+        flags[place], shares[place], fasts[place], lengths[place] = np.uint8(1), rows[n, 0], rows[n, 1], rows[n, 2]
+
+
+@compiled_part
+def _fill(into, value, count):
+    """Set the first ``count`` of an array to a value."""
+    for n in range(count):
+        into[n] = value
+
+
+@compiled_part
+def _flag(slow, fast, least_slow, least_fast, flags, count):
+    """Set ``flags`` uint8 where one of two values is above its least one.
+
+    This is a function because compilers do not turn it into vector instructions beside other loops; so are the next.
+    """
+    for n in range(count):
+        flags[n] = np.uint8((slow[n] > least_slow) | (fast[n] > least_fast))
+
+
+@compiled_part
+def _merge(flags, other, into, count):
+    """Set ``into`` uint8 where one of two flags is set."""
+    for n in range(count):
+        into[n] = flags[n] | other[n]
+
+
+@compiled_part
+def _end(ends, differs, bit, here, count):
+    """Set ``ends`` to ``here`` where the ``bit`` of ``differs`` is set."""
+    for n in range(count):
+        ends[n] = here if np.uint8(differs[n] & bit) != 0 else ends[n]
+
+
+@compiled_part
+def keep(panel, rates, t, start, count, chosen, kept, half):
+    """Keep in ``half`` what is not negligible at typed site ``t`` of the piece that begins at ``start``.
+
+    Kept are probabilities of the ``count`` chosen haplotypes by both models, divided by the sum of those that are not
+    negligible, and the first times the match's length. A match reaches from a mismatch to the next. Of the uncertainty
+    a seventh is kept, which is what the confidence head takes. Also lists the haplotypes that are kept in one half or
+    the other; returns how many they are, with what is kept of both.
+    """
+    joint, squares, differs, ends = chosen.joint[t - start], chosen.squares[t - start], chosen.differs, chosen.end
+    slow_joint, fast_joint = joint[SLOW], joint[FAST]
+    # An unsigned number of a row is not counted from the end, which would hide from compilers where the row lies.
+    half, behind = np.uint64(half), np.uint64(1 - half)
+    flags, other, shares, fasts = kept.flags[half], kept.flags[behind], kept.shares[half], kept.fasts[half]
+    lengths, begins, padded = kept.lengths[half], chosen.begin[np.uint64(t - start)], (count + 63) // 64 * 64
+    bit, here, zero = np.uint8(1 << (t & 7)), panel.position[t], np.float32(0)
+    least_slow, least_fast = rates.keep * squares[SLOW], rates.keep * squares[FAST]
+    slow_total = fast_total = length = squares = zero
+    # Loops of few arrays each, which compilers turn into vector instructions.
+    for n in range(count):
+        slow, fast = slow_joint[n], fast_joint[n]
+        slow_total += slow if slow > least_slow else zero
+        fast_total += fast if fast > least_fast else zero
+    flags[count:padded] = np.uint8(0)
+    _flag(slow_joint, fast_joint, least_slow, least_fast, flags, count)
+    _end(ends, differs, bit, here, count)
+    slow_scale, fast_scale = np.float32(1) / slow_total, np.float32(1) / fast_total
+    for n in range(count):
+        slow = slow_joint[n]
+        share = slow_scale * slow if slow > least_slow else zero
+        weighed = share * (ends[n] - begins[n])
+        shares[n], lengths[n] = share, weighed
+        length += weighed
         squares += share * share
-        ancestry[population[k]] += share
-    scratch.lengths[half], scratch.uncertainty[half] = lengths, -np.float32(math.log(squares)) / np.float32(7)
-    for place in range(scratch.number[1 - half]):
-        other = np.uint64(who_behind[place])
-        either[number] = other
-        both[number, 0] = both[number, 1] = both[number, 2] = both[number, 3] = np.float32(0)
-        for lane in range(4):
-            both[number, 4 + lane] = kept_behind[place, lane]
-        number += np.uint64(flags[other] == 0)
-    return np.int64(number)
+    for n in range(count):
+        fast = fast_joint[n]
+        fasts[n] = fast_scale * fast if fast > least_fast else zero
+    kept.length[half], kept.uncertainty[half] = length, -np.float32(math.log(squares)) / np.float32(7)
+    some, either, who = kept.some, kept.either, chosen.who
+    _merge(flags, other, some, padded)
+    number = list_flagged(some[:padded], either)
+    shares_behind, fasts_behind, lengths_behind = kept.shares[behind], kept.fasts[behind], kept.lengths[behind]
+    both = kept.both
+    for n in range(number):
+        place = np.uint64(either[n])
+        both[n, 0], both[n, 1], both[n, 2] = shares[place], fasts[place], lengths[place]
+        both[n, 4], both[n, 5], both[n, 6] = shares_behind[place], fasts_behind[place], lengths_behind[place]
+        either[n] = who[place]
+    ancestry, population = kept.ancestry[half], panel.population
+    ancestry[:] = zero
+    if len(ancestry) == 1:
+        ancestry[0] = np.float32(1)
+    else:
+        for n in range(number):
+            ancestry[population[np.uint64(either[n])]] += both[n, 0]
+    return number

@@ -13,15 +13,18 @@ import math
 import numba
 import numpy as np
 
-from embrag_ds.copying.head import AT_ONCE, FEATURES, add_site, correct
+from embrag_ds.copying.chosen import copy_piece, pass_piece, start_haplotype
+from embrag_ds.copying.head import AT_ONCE, add_site, correct
 from embrag_ds.copying.instructions import add_row, fetch
-from embrag_ds.copying.kept import compare, describe, posterior
-from embrag_ds.copying.priors import compiled_part, fill_priors
-from embrag_ds.copying.records import Frequencies, Head, PanelPart, Rates, Scratch, States, Waiting
-from embrag_ds.copying.recursions import backward_step, restore_forward, save_forward
+from embrag_ds.copying.kept import compare, enter_piece, keep, leave_piece
+from embrag_ds.copying.parts import assign, compiled_part, making_part
+from embrag_ds.copying.priors import fill_priors
+from embrag_ds.copying.records import Frequencies, Head, PanelPart, Rates
+from embrag_ds.copying.recursions import PIECE, run_backward, run_forward
+from embrag_ds.copying.workspace import new_chosen, new_kept, new_scratch, new_states, new_waiting
 from embrag_ds.ops.threads import ParallelLoop
 
-PARTS = "bf67da5a517a"
+PARTS = "1b7cf9137ac1"
 """Digest of the loop's other files: numba looks for a change in this file alone, and would use what it has kept of the
 loop. A test compares it.
 """
@@ -33,9 +36,9 @@ _LEAST = np.float32(1e-5)
 
 
 @compiled_part
-def _add_by_sequence(scratch, number, count):
+def _add_by_sequence(kept, scratch, number, count):
     """Add what is kept of every haplotype to its sequence's sums; returns how many sequences have one."""
-    either, both, sums, marked, touched = scratch.either, scratch.both, scratch.sums, scratch.marked, scratch.touched
+    either, both, sums, marked, touched = kept.either, kept.both, scratch.sums, scratch.marked, scratch.touched
     several, most = np.uint64(0), np.uint64(len(marked))
     for n in range(count):
         sequence = np.uint64(number[np.uint64(either[n])])
@@ -73,15 +76,15 @@ def _without_carriers(
 
 
 @compiled_part
-def _copy_sites(panel, rates, own, row, interval, before, after, count, scratch, waiting, head, probability):
-    """Copy the sites of an interval between two typed sites, the halves ``before`` and ``after`` of ``scratch``.
+def _copy_sites(panel, rates, own, row, interval, before, after, count, kept, scratch, waiting, head, probability):
+    """Copy the sites of an interval between two typed sites, the halves ``before`` and ``after`` of ``kept``.
 
     ``count`` haplotypes are kept at either.
     """
     by_site = scratch.by_site
     for g in range(panel.intervals[interval], panel.intervals[interval + 1]):
         base, first = panel.sequences[g], panel.bounds[g]
-        several = _add_by_sequence(scratch, panel.sequence[g], count)
+        several = _add_by_sequence(kept, scratch, panel.sequence[g], count)
         for n in range(several):
             sequence = scratch.touched[n]
             other = sequence + len(scratch.marked)
@@ -101,8 +104,8 @@ def _copy_sites(panel, rates, own, row, interval, before, after, count, scratch,
             own.by_population[row, :, first:stop],
             own.turing[row, first:stop],
             own.flipped[row, first:stop],
-            scratch.ancestry[before],
-            scratch.ancestry[after],
+            kept.ancestry[before],
+            kept.ancestry[after],
             scratch.expected,
             scratch.pending,
             probability[first:stop],
@@ -127,144 +130,127 @@ def _copy_sites(panel, rates, own, row, interval, before, after, count, scratch,
             if (np.float32(1) - minor if flipped else minor) < rates.least:
                 probability[site] = np.float32(1) - minor if to_ref else minor
                 continue
-            all_lengths = scratch.lengths[before] + right * (scratch.lengths[after] - scratch.lengths[before])
+            all_lengths = kept.length[before] + right * (kept.length[after] - kept.length[before])
             if flipped:
                 minor, slow, fast = np.float32(1) - minor, np.float32(1) - slow, np.float32(1) - fast
                 length, to_ref = all_lengths - length, not to_ref
             column = add_site(site, to_ref, minor, slow, fast, length, all_lengths, waiting)
             known = waiting.features
             known[2, column] = own.log_frequency[row, site]
-            known[5, column] = scratch.uncertainty[before] + right * (
-                scratch.uncertainty[after] - scratch.uncertainty[before]
-            )
+            known[5, column] = kept.uncertainty[before] + right * (kept.uncertainty[after] - kept.uncertainty[before])
             known[6, column], known[7, column] = panel.nearest[site], panel.gap[site]
             if waiting.number[0] == AT_ONCE:
                 correct(head, waiting, probability)
 
 
 @compiled_part
-def _fetch_sequences(panel, interval, scratch, count):
+def _fetch_sequences(panel, interval, either, count):
     """Ask for the sequences of the haplotypes kept now in the next interval, which are far from the processor."""
     for g in range(panel.intervals[interval], panel.intervals[interval + 1]):
         row = panel.sequence[g]
         if count * _LINE < len(row):
             for n in range(count):
-                fetch(row, scratch.either[n])
+                fetch(row, either[n])
         else:
             for k in range(0, len(row), _LINE):
                 fetch(row, k)
 
 
 @compiled_part
-def _copy_haplotype(panel, rates, own, query, row, excluded, states, scratch, waiting, head, probability, span):
+def _copy_haplotype(panel, rates, own, query, row, excluded, states, chosen, kept, scratch, waiting, head, probability):
     """Copy one target haplotype."""
-    typed, intervals = len(query), panel.intervals
+    typed, intervals, section = len(query), panel.intervals, PIECE * len(states.saved)
     # Typed sites next to a site of the core: nothing is asked of a forward state behind, or a backward state before.
     first, last = 0, typed - 1
     while first < typed - 1 and intervals[first + 2] == intervals[first]:
         first += 1
     while last > first and intervals[last + 2] == intervals[last]:
         last -= 1
-    compare(panel.packed, query, states.differs)
+    compare(panel.packed, query, states.differs, states.before)
     fill_priors(panel.place, rates, excluded, states)
-    save_forward(panel, rates, states, span, last)
-    beta, stay, jump = states.beta, np.zeros(2, dtype=np.float32), np.ones(2, dtype=np.float32)
-    beta[:] = np.float32(0)
-    scratch.number[:] = 0
-    scratch.flags[:] = np.uint8(0)
-    sums = np.zeros((2, 3), dtype=np.float32)
-    half, start = 0, typed
-    for t in range(typed - 1, first - 1, -1):
-        if t <= last and t < start:
-            stop = min((t // span + 1) * span, last + 1)
-            start = t // span * span
-            restore_forward(panel, rates, states, t // span, start, stop)
-        alpha = states.alpha[max(t - start, 0)]
-        backward_step(beta, alpha, states.prior[panel.place[t]], states.differs, rates.ratio, t, stay, jump, sums)
-        for n in range(len(excluded)):  # without a prior, nothing would bound what their matches add up to
-            if excluded[n] < beta.shape[1]:
-                beta[:, excluded[n]] = np.float32(0)
-        jump[:] = rates.jump[:, t]
+    states.joint[:] = np.float32(0)
+    states.came[0] = np.float32(0)
+    for begin in range(0, last + 1, section):
         for model in range(2):
-            stay[model] = (np.float32(1) - jump[model]) / sums[model, 2]
-        if intervals[t + 2] > intervals[t]:  # a site of the core lies next to this one
+            assign(states.sections[begin // section, model], states.joint[model])
+        run_forward(panel, rates, states, begin, min(begin + section, last + 1))
+    beta, other = states.beta, states.other
+    if last + 1 < typed:
+        run_backward(panel, rates, states, excluded, last + 1, typed, last, other, beta)
+    start_haplotype(panel, states, chosen, last)
+    kept.number_moved[0] = 0
+    half, begin = 0, last // section * section
+    for piece in range(last // PIECE, first // PIECE - 1, -1):
+        start, stop = PIECE * piece, min(PIECE * piece + PIECE, last + 1)
+        if start < begin:
+            begin -= section
+            for model in range(2):
+                assign(states.joint[model], states.sections[begin // section, model])
+            run_forward(panel, rates, states, begin, begin + section)
+        run_backward(panel, rates, states, excluded, start, stop, last, beta, other)
+        saved = states.saved[(start - begin) // PIECE]
+        count = copy_piece(panel, rates, states, chosen, kept, start, stop, saved, beta)
+        enter_piece(kept, chosen, count, half)
+        for t in range(stop - 1, max(start, first) - 1, -1):
             half = 1 - half
-            scales = posterior(alpha, beta, rates.keep, sums, scratch, half)
-            count = describe(panel, t, scales, states, scratch, half)
+            either = keep(panel, rates, t, start, count, chosen, kept, half)
             beyond = half if t == typed - 1 else 1 - half
             if t > first:
-                _fetch_sequences(panel, t, scratch, count)
-            _copy_sites(panel, rates, own, row, t + 1, half, beyond, count, scratch, waiting, head, probability)
+                _fetch_sequences(panel, t, kept.either, either)
+            _copy_sites(panel, rates, own, row, t + 1, half, beyond, either, kept, scratch, waiting, head, probability)
             if t == 0:
-                _copy_sites(panel, rates, own, row, 0, half, half, count, scratch, waiting, head, probability)
+                _copy_sites(panel, rates, own, row, 0, half, half, either, kept, scratch, waiting, head, probability)
+        leave_piece(kept, chosen, count, half)
+        pass_piece(states.differs[piece], np.uint8(0xFF), start, chosen)
+        beta, other = other, beta
     correct(head, waiting, probability)
 
 
-@compiled_part
-def _copy_every(step, first, of_panel, of_model, of_rows, of_head, query, row_of, excluded, probability):
+@making_part
+def _copy_every(step, first, most_saved, of_panel, of_model, of_rows, of_head, query, row_of, excluded, probability):
     """Copy every target haplotype of a worker, each ``step``-th from the ``first`` on."""
     panel, rates, own, head = PanelPart(*of_panel), Rates(*of_model), Frequencies(*of_rows), Head(*of_head)
     typed, haplotypes = panel.alleles.shape
     places, populations = rates.typed_at.shape[1], own.by_population.shape[1]
-    # States of so many sites are stored at a time, so that they stay in the processor's second cache.
-    span = max(int(math.sqrt(typed)) + 1, min(64, (1 << 20) // (8 * haplotypes)))
-    pieces = (typed + span - 1) // span
-    states = States(
-        np.empty((places, haplotypes), dtype=np.float32),
-        np.empty(haplotypes, dtype=np.float32),
-        np.empty(haplotypes, dtype=np.int32),
-        np.empty((pieces, 2, haplotypes), dtype=np.float32),
-        np.empty((pieces, 2), dtype=np.float32),
-        np.zeros((span, 2, haplotypes), dtype=np.float32),
-        np.empty((2, haplotypes), dtype=np.float32),
-        np.empty((2, haplotypes), dtype=np.float32),
-        np.empty(panel.packed.shape, dtype=np.uint8),
-    )
-    scratch = Scratch(
-        np.zeros((2, (haplotypes + 63) // 64 * 64), dtype=np.uint8),
-        np.empty((2, haplotypes + 8), dtype=np.int32),
-        np.zeros((2, haplotypes, 4), dtype=np.float32),
-        np.empty((2, haplotypes, 2), dtype=np.int32),
-        np.zeros(2, dtype=np.int64),
-        np.empty(haplotypes, dtype=np.int32),
-        np.empty(haplotypes + 1, dtype=np.int32),
-        np.empty((haplotypes + 1, _LANES), dtype=np.float32),
-        np.zeros(2, dtype=np.float32),
-        np.zeros(2, dtype=np.float32),
-        np.zeros((2, populations), dtype=np.float32),
-        np.zeros((2 * panel.most_sequences, _LANES), dtype=np.float32),
-        np.zeros(panel.most_sequences, dtype=np.uint8),
-        np.zeros(panel.most_sequences + 1, dtype=np.int64),
-        np.zeros((64, _LANES), dtype=np.float32),
-        np.zeros(64, dtype=np.uint8),
-        np.zeros(64, dtype=np.float32),
-    )
-    waiting = Waiting(
-        np.zeros(1, dtype=np.int64),
-        np.zeros(AT_ONCE, dtype=np.int64),
-        np.zeros(AT_ONCE, dtype=np.bool_),
-        np.ones(AT_ONCE, dtype=np.float32),
-        np.ones((FEATURES, AT_ONCE), dtype=np.float32),
-        np.zeros((len(head.last), AT_ONCE), dtype=np.float32),
-        np.ones(AT_ONCE, dtype=np.float32),
-        np.ones(AT_ONCE, dtype=np.float32),
-    )
+    pieces = (typed + PIECE - 1) // PIECE
+    # Of long stretches and large panels, forward states are kept twice, of few pieces and of few sections.
+    several = pieces if 8 * haplotypes * pieces <= most_saved else int(math.sqrt(pieces)) + 1
+    states = new_states(typed, haplotypes, places, several)
+    chosen = new_chosen(haplotypes)
+    kept = new_kept(haplotypes, populations)
+    scratch = new_scratch(panel.most_sequences)
+    waiting = new_waiting(len(head.last))
     waiting.features[8] = head.density
     for b in range(first, len(query), step):
         _copy_haplotype(
-            panel, rates, own, query[b], row_of[b], excluded[b], states, scratch, waiting, head, probability[b], span
+            panel,
+            rates,
+            own,
+            query[b],
+            row_of[b],
+            excluded[b],
+            states,
+            chosen,
+            kept,
+            scratch,
+            waiting,
+            head,
+            probability[b],
         )
 
 
 @ParallelLoop
-def copy_along(of_panel, of_model, of_rows, of_head, query, row_of, excluded, workers, probability):
+def copy_along(of_panel, of_model, of_rows, of_head, query, row_of, excluded, workers, most_saved, probability):
     """Copy target haplotypes along a stretch: fill ``probability`` float32 [B, L] with that of ALT in its core.
 
     ``of_panel``, ``of_model``, ``of_rows`` and ``of_head`` have the fields of :class:`PanelPart`, :class:`Rates`,
     :class:`Frequencies` and :class:`Head`. They are plain tuples, because numba's index of what it keeps on the disk
     names the classes of arguments, and could not be read after one is renamed. ``query`` uint8 [B, T] are typed
     alleles, 2 where missing; ``row_of`` int64 [B] are rows of ``of_rows``; ``excluded`` int64 [B, E] haplotypes not to
-    copy, padded with H.
+    copy, padded with H. Each of so many ``workers`` saves the forward states of all pieces where they take at most
+    ``most_saved`` bytes, and those of fewer otherwise.
     """
     for worker in numba.prange(workers):
-        _copy_every(workers, worker, of_panel, of_model, of_rows, of_head, query, row_of, excluded, probability)
+        _copy_every(
+            workers, worker, most_saved, of_panel, of_model, of_rows, of_head, query, row_of, excluded, probability
+        )

@@ -5,14 +5,12 @@ Their form is that of :class:`embrag_ds.model.pooling.CopyingPooling`.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
-compiled_part = numba.njit(inline="never", fastmath={"reassoc", "contract", "nsz", "arcp"})
-"""Decorator of a function that a loop calls; it is kept on the disk as a part of that loop."""
+from embrag_ds.copying.parts import making_part
 
 
-@compiled_part
+@making_part
 def fill_priors(place, rates, excluded, states):
     """Fill ``states.prior`` with the probability of every haplotype after a recombination at each place.
 
@@ -87,7 +85,7 @@ def fill_priors(place, rates, excluded, states):
     return
 
 
-@compiled_part
+@making_part
 def _least(values):
     """The least of float32 ``values``, by 16 at a time, which compilers turn into vector instructions."""
     least = np.full(16, np.float32(np.inf), dtype=np.float32)

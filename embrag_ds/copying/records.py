@@ -97,37 +97,47 @@ class Head(NamedTuple):
     density: np.float32
 
 
-class Scratch(NamedTuple):
-    """A worker's arrays; those of two hold the typed sites on the left and on the right of an interval.
+class Kept(NamedTuple):
+    """A worker's arrays of what is kept at two typed sites, a half each, by place in the list of chosen haplotypes.
 
-    * ``flags`` uint8 [2, H, or the next multiple of 64]: whether a haplotype is not negligible; ``who`` int32
-      [2, H + 8]: those haplotypes; ``number`` int64 [2] of them; ``where`` int32 [H]: their
-      places in the list filled last.
-    * ``kept`` float32 [2, H, 4]: their probability by the slow model, by the fast one, length times the first, and 0;
-      ``match`` int32 [2, H, 2]: typed sites of the last mismatch before, -1 where none is, and of the next one, the
-      last typed site where none is.
-    * ``either`` int32 [H + 1]: haplotypes of one list or the other; ``both`` float32 [H + 1, 8]: what is kept of them
-      on the left and on the right.
-    * ``lengths``, ``uncertainty`` float32 [2]: mean match length, and minus the logarithm of the sum of squares of the
+    * ``least`` float32 [2]: below it a probability, is negligible. ``flags`` uint8 [2, H, or the next
+      multiple of 64]: whether a haplotype is not.
+    * ``shares``, ``fasts``, ``lengths`` float32 [2, H]: their probability by the slow model, by the fast one, and match
+      length times the first.
+    * ``length``, ``uncertainty`` float32 [2]: mean match length, and minus the logarithm of the sum of squares of the
       probabilities, by the slow model.
     * ``ancestry`` float32 [2, P]: probability of each population by the slow model.
+    * ``some`` uint8 [as flags], ``either`` int32 [H + 8]: haplotypes that are kept in one half or the other, and
+      ``both`` float32 [H, 8]: what is kept of them in the new half and in the other one.
+    * ``moved`` int32 [H + 8], ``moved_rows`` float32 [H, 3], ``number_moved`` int64 [1]: haplotypes that are kept at
+      the first typed site of the piece behind. ``where`` int32 [H]: places of the chosen haplotypes.
+    """
+
+    flags: np.ndarray
+    shares: np.ndarray
+    fasts: np.ndarray
+    lengths: np.ndarray
+    length: np.ndarray
+    uncertainty: np.ndarray
+    ancestry: np.ndarray
+    some: np.ndarray
+    either: np.ndarray
+    both: np.ndarray
+    moved: np.ndarray
+    moved_rows: np.ndarray
+    where: np.ndarray
+    number_moved: np.ndarray
+
+
+class Scratch(NamedTuple):
+    """A worker's arrays for the sites of a block.
+
     * ``sums`` float32 [2 sequences, 8]: two parts of ``both`` summed by sequence, one after the other.
     * ``marked`` uint8 [sequences], ``touched`` int64 [sequences + 1]: the sequences with a sum.
     * ``by_site`` float32 [64, 8]: the same, summed over a site's carriers of the minor allele; ``pending`` uint8 [64]:
       sites of a block with a carrier or a likely minor allele; ``expected`` float32 [64]: that allele's frequency.
     """
 
-    flags: np.ndarray
-    who: np.ndarray
-    kept: np.ndarray
-    match: np.ndarray
-    number: np.ndarray
-    where: np.ndarray
-    either: np.ndarray
-    both: np.ndarray
-    lengths: np.ndarray
-    uncertainty: np.ndarray
-    ancestry: np.ndarray
     sums: np.ndarray
     marked: np.ndarray
     touched: np.ndarray
@@ -158,18 +168,64 @@ class States(NamedTuple):
     """A worker's arrays of all H haplotypes, as states of both models.
 
     * ``prior`` float32 [G, H]; ``running`` float32 [H] and ``bits`` int32 [H] are scratch for it.
-    * ``saved`` float32 [pieces, 2, H]: forward states before the first site of every piece, and ``factor`` float32
-      [pieces, 2] of the step that follows.
-    * ``alpha`` float32 [span, 2, H]: forward states of a piece; ``beta``, ``joint`` float32 [2, H].
+    * ``joint`` float32 [2, H]: forward states. ``sections`` float32 [sections, 2, H] keeps those before the first site
+      of every section, and ``saved`` float32 [pieces of a section, 2, H] those before every piece of one section.
+    * ``beta``, ``other`` float32 [2, H]: backward states behind a piece and at its first site.
     * ``differs`` uint8 [ceil(T / 8), H]: typed sites where a haplotype differs from the target, packed as the panel's.
+      ``before`` uint16 [ceil(T / 8), H] is the last of them before a row's, 0 if none.
+    * Of the steps to every typed site, float32 [T, 2]. Forward states are multiplied by ``came``, later by ``scale``,
+      and then sum to ``total``. Backward states are multiplied by ``went``, to which ``left`` is added, and sum to
+      ``next`` with priors and emissions. ``paths`` is what the products of both states sum to. ``jump`` float32 [2] is
+      scratch.
     """
 
     prior: np.ndarray
     running: np.ndarray
     bits: np.ndarray
-    saved: np.ndarray
-    factor: np.ndarray
-    alpha: np.ndarray
-    beta: np.ndarray
     joint: np.ndarray
+    sections: np.ndarray
+    saved: np.ndarray
+    beta: np.ndarray
+    other: np.ndarray
     differs: np.ndarray
+    before: np.ndarray
+    came: np.ndarray
+    scale: np.ndarray
+    total: np.ndarray
+    went: np.ndarray
+    left: np.ndarray
+    next: np.ndarray
+    paths: np.ndarray
+    jump: np.ndarray
+
+
+class Chosen(NamedTuple):
+    """A worker's arrays of the haplotypes that can matter in a piece of eight typed sites.
+
+    * ``flags`` uint8 [H, or the next multiple of 64]; ``who`` int32 [H + 8]: the haplotypes, increasing.
+    * ``least`` float32 [2]: sum of squares of the probabilities, at least. ``bound`` float32 [2, 4] are factors of a
+      bound on the probabilities, and ``steps`` float64 [2, 8] is scratch for them.
+    * ``came``, ``behind`` float32 [2, H]: their forward states before the piece and their backward states behind it;
+      ``differs`` uint8 [H]; ``prior`` float32 [8, H], and ``row`` int64 [8] of it for every typed site.
+    * ``begin`` float32 [9, H], ``end`` float32 [H], in cM: the last mismatch up to each typed site, the last row before
+      the piece, and the first mismatch from a typed site on. ``next`` uint16 [H] is the first typed site behind the
+      piece where a haplotype differs, of all haplotypes.
+    * ``joint`` float32 [8, 2, H]: probabilities; ``squares`` float32 [8, 2]: sums of squares of the
+      probabilities.
+    """
+
+    flags: np.ndarray
+    who: np.ndarray
+    least: np.ndarray
+    bound: np.ndarray
+    steps: np.ndarray
+    came: np.ndarray
+    behind: np.ndarray
+    differs: np.ndarray
+    prior: np.ndarray
+    row: np.ndarray
+    begin: np.ndarray
+    end: np.ndarray
+    next: np.ndarray
+    joint: np.ndarray
+    squares: np.ndarray

@@ -34,9 +34,10 @@ def panel_part(
 ) -> PanelPart:
     """A panel's part of a stretch.
 
-    ``core`` gives alleles uint8 [n, H] of some sites of the core, which begins at the stretch's site ``first``, and
-    ``typed`` uint8 [T, H] are those of the typed sites ``rows`` int64 [T] of the stretch. ``position`` float32 [sites]
-    is in cM, ``common`` bool [L] marks sites whose ALT has a frequency above a half, and ``population`` is int64 [H].
+    ``core`` gives packed alleles uint8 [n, ceil(H / 8)] of some sites of the core, which begins at the stretch's site
+    ``first``. ``typed`` uint8 [T, H] are those of the typed sites ``rows`` int64 [T] of the stretch. ``position``
+    float32 [sites] is in cM, ``common`` bool [L] marks sites whose ALT has a frequency above a half, and ``population``
+    is int64 [H].
     """
     sites, haplotypes = len(common), typed.shape[1]
     cuts = rows[(rows >= first) & (rows < first + sites - 1)] + 1 - first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from embrag_ds.data.ploidy import PloidyRecorder
 from embrag_ds.errors import UserError
+from embrag_ds.files import source_of
 from embrag_ds.ops.bits import pack_host
 from embrag_ds.variants.genotypes import Calls
 from embrag_ds.variants.header import as_bytes
@@ -47,6 +49,32 @@ PANEL = Reading()
 """Rules for panels, unless the user asks for others."""
 TARGET = Reading(missing="keep", without_alt=True)
 """Rules for targets."""
+
+
+def packed_folder(path: Path, cache_dir: Path, reading: Reading) -> Path | None:
+    """A file's folder in the cache, there or not; None for a pipe. Raises :class:`UserError` if it cannot be read."""
+    identity = _identity(path, reading)
+    return None if identity is None else cache_dir / f"panel-{identity}"
+
+
+def _identity(path: Path, reading: Reading) -> str | None:
+    """Cache key of a file: a digest of its size, times of change, first and last MiB, and rules; None for a pipe."""
+    path = source_of(path)
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            return None
+        with path.open("rb") as stream:
+            head = stream.read(1 << 20)
+            stream.seek(max(0, status.st_size - (1 << 20)))
+            tail = stream.read()
+    except OSError as fault:
+        raise UserError(f"{path}: it cannot be read ({fault.strerror}); check the path and its permissions") from fault
+    times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+    digest = hashlib.sha256(f"{FORMAT} {reading} {status.st_size} {times} ".encode())
+    digest.update(head)
+    digest.update(tail)
+    return digest.hexdigest()[:20]
 
 
 def pack(path: Path, directory: Path, reading: Reading, progress: bool) -> None:

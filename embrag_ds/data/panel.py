@@ -28,7 +28,6 @@ import hashlib
 import json
 import logging
 import secrets
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,10 +38,10 @@ from typing import Any
 import numpy as np
 
 from embrag_ds.data.cache import building, remove_entry
-from embrag_ds.data.packing import FORMAT, PANEL, Reading, pack
+from embrag_ds.data.packing import PANEL, Reading, pack, packed_folder
 from embrag_ds.data.ploidy import Ploidy
 from embrag_ds.errors import UserError
-from embrag_ds.files import read_lines, source_of, split_fields
+from embrag_ds.files import read_lines, split_fields
 from embrag_ds.ops.bits import pack_host, unpack_chosen, unpack_host
 from embrag_ds.variants.sites import SiteTable
 
@@ -168,15 +167,15 @@ def open_panel(path: Path, cache_dir: Path, progress: bool = True, reading: Read
     :class:`embrag_ds.variants.records.VariantReader` does, for calls that ``reading`` refuses, and for a file without
     sites. It also does so for a file that changes while it is read, and for a cache that cannot be written to.
     """
-    identity = _identity(path, reading)
-    directory = cache_dir / f"panel-{identity or secrets.token_hex(10)}"
-    if identity is None:
+    folder = packed_folder(path, cache_dir, reading)
+    directory = folder or cache_dir / f"panel-{secrets.token_hex(10)}"
+    if folder is None:
         atexit.register(remove_entry, directory)
     tables = None
     with building(directory) as target:
         if target is not None:
             pack(path, target, reading, progress)
-            if _identity(path, reading) != identity:
+            if packed_folder(path, cache_dir, reading) != folder:
                 raise UserError(f"{path}: it changed while it was read; start again when it is complete")
             tables = _tables(target)  # what cannot be read again must not become an entry
     sites, meta = tables or _tables(directory)
@@ -210,26 +209,6 @@ def map_packed(path: Path | str, shape: tuple[int, ...]) -> np.memmap:
 def _tables(directory: Path) -> tuple[SiteTable, dict[str, Any]]:
     """Site table and description of a cached panel."""
     return SiteTable.load(directory / "sites.npz"), json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-
-
-def _identity(path: Path, reading: Reading) -> str | None:
-    """Cache key of a file: a digest of its size, times of change, first and last MiB, and rules; None for a pipe."""
-    path = source_of(path)
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-            return None
-        with path.open("rb") as stream:
-            head = stream.read(1 << 20)
-            stream.seek(max(0, status.st_size - (1 << 20)))
-            tail = stream.read()
-    except OSError as fault:
-        raise UserError(f"{path}: it cannot be read ({fault.strerror}); check the path and its permissions") from fault
-    times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
-    digest = hashlib.sha256(f"{FORMAT} {reading} {status.st_size} {times} ".encode())
-    digest.update(head)
-    digest.update(tail)
-    return digest.hexdigest()[:20]
 
 
 @dataclass(frozen=True)
@@ -294,6 +273,10 @@ class PanelSubset:
     def alleles_at(self, sites: np.ndarray) -> np.ndarray:
         """Alleles at any site rows int64 [L], uint8 [L, H]."""
         return self.panel.alleles_at(sites, self._columns)
+
+    def packed_at(self, sites: np.ndarray) -> np.ndarray:
+        """The same packed, uint8 [L, ceil(H / 8)]."""
+        return self.panel.packed[sites] if self._columns is None else pack_host(self.alleles_at(sites))
 
     @property
     def _columns(self) -> np.ndarray | None:

@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 
 from embrag_ds.ops import cuda, dosage_numba
+from embrag_ds.ops.bits import pack_host
 from embrag_ds.ops.dosage_cuda import CudaDosage
 from embrag_ds.ops.dosage_shared import SharedAlleles, shared_dosage
 
 _WORD_BITS = 64
-_ALLELE_BYTES = 1 << 26
+_PACKED_BYTES = 1 << 23
 _LEAST_SITES_PER_CUT = 12
 """Mean number of sites between two typed ones from which sequences are faster than lists of carriers."""
 
@@ -151,10 +152,11 @@ class Numbered:
     carrying: np.ndarray
 
     @classmethod
-    def made(cls, alleles: Callable[[slice], np.ndarray], sites: int, haplotypes: int, cuts: np.ndarray) -> Numbered:
+    def made(cls, packed: Callable[[slice], np.ndarray], sites: int, haplotypes: int, cuts: np.ndarray) -> Numbered:
         """Cut ``sites`` at the sites ``cuts``, as :meth:`Blocks.made` does.
 
-        ``alleles`` gives those of some consecutive sites, uint8 [n, H], at most 64 MiB or one block at a time.
+        ``packed`` gives the alleles of some consecutive sites, uint8 [n, ceil(H / 8)] with the first haplotype lowest,
+        at most 8 MiB or one block at a time.
         """
         runs = np.unique(np.concatenate([[0], cuts, [sites]]))
         bounds = np.concatenate([*(np.arange(*run, _WORD_BITS) for run in pairwise(runs)), [sites]])
@@ -162,13 +164,16 @@ class Numbered:
         sequence = np.empty((number, haplotypes), dtype=np.uint32)
         words = np.empty((number, haplotypes), dtype=np.uint64)
         count, carrying = np.empty(number, dtype=np.int64), np.empty(sites, dtype=np.uint64)
-        step = max(1, _ALLELE_BYTES // (_WORD_BITS * haplotypes))
+        step = max(1, _PACKED_BYTES // (8 * haplotypes))
         for first in range(0, number, step):
             here = slice(first, min(first + step, number))
             span = slice(int(bounds[here.start]), int(bounds[here.stop]))
             within = bounds[here.start : here.stop + 1] - span.start
+            given = packed(span)
+            rows = np.zeros((len(given), -(-haplotypes // 64), 8), dtype=np.uint8)
+            rows.reshape(len(given), -1)[:, : given.shape[1]] = given
             dosage_numba.number_sequences(
-                alleles(span), within, sequence[here], words[here], count[here], carrying[span]
+                rows.view("<u8")[..., 0], haplotypes, within, sequence[here], words[here], count[here], carrying[span]
             )
         return cls(bounds, sequence, words, count, carrying)
 
@@ -193,7 +198,8 @@ class Blocks:
     @classmethod
     def made(cls, by_site: np.ndarray, cuts: np.ndarray) -> Blocks:
         """Cut alleles uint8 [L, H] into blocks at the sites ``cuts`` and wherever a block would exceed 64 sites."""
-        numbered = Numbered.made(by_site.__getitem__, len(by_site), by_site.shape[1], cuts)
+        packed = pack_host(by_site)
+        numbered = Numbered.made(packed.__getitem__, len(by_site), by_site.shape[1], cuts)
         start = np.concatenate([np.zeros(1, dtype=np.uint64), numbered.carrying.cumsum(dtype=np.uint64)])
         who = np.empty(int(start[-1]), dtype=np.uint32)
         dosage_numba.list_sequences(numbered.words, numbered.count, numbered.bounds, start, who)

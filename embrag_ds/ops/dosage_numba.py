@@ -13,8 +13,6 @@ import numpy as np
 
 from embrag_ds.ops.threads import ParallelLoop
 
-_TOGETHER = 1024  # haplotypes whose alleles are packed at a time, so that the words stay in the processor's first cache
-
 
 @ParallelLoop
 def list_carriers(alleles, start, who):
@@ -98,21 +96,36 @@ def mix_adjoint(gradient, offset, members, left, right, share, posterior_gradien
 
 
 @ParallelLoop
-def number_sequences(alleles, bounds, sequence, words, count, carrying):
+def number_sequences(rows, haplotypes, bounds, sequence, words, count, carrying):
     """Number the distinct allele sequences of every block, as :class:`embrag_ds.ops.dosage.Blocks` holds them.
 
-    ``alleles`` uint8 [L, H]; ``bounds`` int64 [G + 1], at most 64 sites apart. Fills ``sequence`` uint32 [G, H],
-    ``words`` uint64 [G, H] and ``count`` int64 [G]. ``carrying`` uint64 [L] becomes the number of sequences with ALT at
-    each site.
+    ``rows`` uint64 [L, ceil(H / 64)] are the sites' alleles, one bit for each of H ``haplotypes``. ``bounds`` int64
+    [G + 1] are at most 64 sites apart. Fills ``sequence`` uint32 [G, H], ``words`` uint64 [G, H] and ``count`` int64
+    [G]. ``carrying`` uint64 [L] becomes the number of sequences with ALT at each site.
+
+    Bits of 64 sites and 64 haplotypes are transposed at once (Warren, Hacker's Delight, section 7-3).
     """
     for g in numba.prange(len(count)):
-        spelt = np.zeros(alleles.shape[1], dtype=np.uint64)
-        for first in range(0, len(spelt), _TOGETHER):
-            last = min(first + _TOGETHER, len(spelt))
-            for site in range(bounds[g], bounds[g + 1]):
-                place = np.uint64(site - bounds[g])
-                for haplotype in range(first, last):
-                    spelt[haplotype] |= np.uint64(alleles[site, haplotype]) << place
+        padded = np.empty(64 * rows.shape[1], dtype=np.uint64)
+        sites = bounds[g + 1] - bounds[g]
+        for group in range(rows.shape[1]):
+            square = padded[64 * group : 64 * group + 64]
+            for site in range(sites):
+                square[site] = rows[bounds[g] + site, group]
+            for site in range(sites, 64):
+                square[site] = np.uint64(0)
+            half, kept = 32, np.uint64(0xFFFFFFFF)
+            while half:
+                shift = np.uint64(half)
+                for first in range(0, 64, 2 * half):
+                    for row in range(first, first + half):
+                        other = row + half
+                        swapped = ((square[row] >> shift) ^ square[other]) & kept
+                        square[row] ^= swapped << shift
+                        square[other] ^= swapped
+                half >>= 1
+                kept ^= kept << np.uint64(half)
+        spelt = padded[:haplotypes]
         # A hash table, because sequences are few and sorting all haplotypes takes ten times as long.
         bits = 1
         while 1 << bits < 2 * len(spelt):

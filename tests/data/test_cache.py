@@ -20,7 +20,7 @@ import pytest
 import embrag_ds.data.panel as panel_module
 from embrag_ds.data import cache
 from embrag_ds.data.cache import SEAL, building, default_cache_dir, require_cache, scratch_folder
-from embrag_ds.data.packing import PANEL, Reading
+from embrag_ds.data.packing import PANEL, Reading, packed_folder
 from embrag_ds.data.panel import Panel, open_panel
 from embrag_ds.errors import UserError
 from embrag_ds.variants.phased_output import write_phased
@@ -119,13 +119,13 @@ def test_a_panel_replaced_under_its_name_is_noticed_whatever_its_time_stamp(tmp_
     path = tmp_path / "panel"
     content = bytearray(np.random.default_rng(1).bytes(3 << 20))
     path.write_bytes(content)
-    stamp, before = path.stat(), panel_module._identity(path, PANEL)
-    assert panel_module._identity(path, PANEL) == before
+    stamp, before = path.stat(), packed_folder(path, tmp_path, PANEL)
+    assert packed_folder(path, tmp_path, PANEL) == before
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     assert path.stat().st_mtime_ns == stamp.st_mtime_ns and path.stat().st_size == stamp.st_size
-    assert panel_module._identity(path, PANEL) != before
+    assert packed_folder(path, tmp_path, PANEL) != before
 
 
 def test_a_panel_that_grows_while_it_is_packed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

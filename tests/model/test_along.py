@@ -12,13 +12,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embrag_ds.copying import head, instructions, kept, loops, priors, records, recursions
+from embrag_ds.copying import (
+    along,
+    chosen,
+    head,
+    instructions,
+    kept,
+    loops,
+    parts,
+    priors,
+    records,
+    recursions,
+    workspace,
+)
 from embrag_ds.copying.along import CopyAlong
 from embrag_ds.data.panel import PanelSubset
 from embrag_ds.data.ploidy import Ploidy
 from embrag_ds.data.sampler import QueryBatch, exclusion_table
 from embrag_ds.data.tokens import MASK
 from embrag_ds.data.windows import WindowedPanel
+from embrag_ds.errors import UserError
 from embrag_ds.ops.dosage_shared import SharedAlleles
 
 
@@ -166,6 +179,46 @@ def test_typed_alleles_that_no_haplotype_has_change_nothing_elsewhere(build, nat
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
+@pytest.mark.parametrize(("samples", "cm", "rate"), [(150, 0.02, 0.3), (90, 0.05, 0.6), (90, 0.001, 0.9)])
+def test_what_is_left_out_of_a_piece_is_negligible_there(build, samples: int, cm: float, rate: float) -> None:
+    """Over many pieces, in each of which some of the haplotypes are computed, and with hundreds of them kept."""
+    world = build(11, sites=500, samples=samples, window_sites=500, overlap=0, flank=0, cm_per_site=cm)
+    network = disturbed(build.imputer(11, fusion="copying"), 11)
+    network.confidence = None
+    typed = ~world.masked(0, 1, 11, rate)[0]
+    # Mosaics of two others, so that some haplotypes match over long, and mismatches.
+    alleles = world.data.samples_alleles(0, np.array([20, 30]))
+    targets = np.concatenate([alleles[:2, :200], alleles[2:, 200:]], axis=1)
+    targets[:, 7::60] ^= 1
+    found, expected = beside_the_network(network, world, targets, typed)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.abs(found - expected).mean() < 1e-6
+
+
+@pytest.mark.parametrize("most_saved", [1, 24 * 8 * 3, 24 * 8 * 20])
+def test_forward_states_that_were_not_saved_are_computed_again(build, most_saved: int) -> None:
+    world = build(12, sites=300, samples=12, window_sites=300, overlap=0, flank=0)
+    network = disturbed(build.imputer(12, fusion="copying"), 12)
+    typed = ~world.masked(0, 1, 12, 0.2)[0]
+    alleles = np.ascontiguousarray(world.data.samples_alleles(0, np.arange(3))[:, typed])
+    found = []
+    for limit in ({}, {"most_saved": most_saved}):
+        copy = CopyAlong(network, world.data, exclusion_table(world.samples, None), **limit)
+        found.append(copy.probability(copy.stretch(0, typed), alleles, np.arange(3)))
+    assert np.array_equal(*found)
+
+
+def test_more_typed_sites_than_the_loop_can_number_are_refused(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = build(13, samples=8)
+    copy = CopyAlong(build.imputer(13, fusion="copying"), world.data, exclusion_table(world.samples, None))
+    typed = ~world.masked(1, 1, 13)[0]
+    monkeypatch.setattr(along, "MOST_TYPED", int(typed.sum()))
+    copy.stretch(1, typed)
+    monkeypatch.setattr(along, "MOST_TYPED", int(typed.sum()) - 1)
+    with pytest.raises(UserError, match=r"window 1 has \d+ typed sites with its flanks, and at most \d+ can be copied"):
+        copy.stretch(1, typed)
+
+
 def test_targets_outside_the_panel_copy_all_haplotypes(build) -> None:
     """Beside the same samples with a twin of theirs that nobody may copy: the panel is the same then."""
     world = build(3, samples=10, outside=2)
@@ -205,5 +258,6 @@ def test_threads_and_blocks_of_samples_do_not_change_a_byte(build, threads: int)
 
 def test_the_loop_changes_with_its_parts() -> None:
     """Or numba would go on with what it has kept of it, whose parts are older."""
-    texts = [Path(each.__file__).read_bytes() for each in (head, instructions, kept, priors, records, recursions)]
+    modules = (chosen, head, instructions, kept, parts, priors, records, recursions, workspace)
+    texts = [Path(each.__file__).read_bytes() for each in modules]
     assert hashlib.sha256(b"".join(texts)).hexdigest()[:12] == loops.PARTS

@@ -1,0 +1,25 @@
+"""Decorators of the functions that the loop along a stretch calls, and what they share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+
+_njit: Any = numba.njit  # whose types lack an option
+_FAST = {"reassoc", "contract", "nsz", "arcp"}
+
+compiled_part = _njit(inline="never", fastmath=_FAST, _nrt=False)
+"""Decorator of a function that a loop calls; it is kept on the disk as a part of that loop.
+
+It makes no arrays. So it need not count who uses those that it is given, which takes longer than many a call itself.
+"""
+making_part = _njit(inline="never", fastmath=_FAST, _nrt=True)
+"""The same for a function that makes arrays. It says so, because numba would take over the option of a caller."""
+
+
+@compiled_part
+def assign(into, values):
+    """Copy values to an array of one dimension. An assignment to a slice would make an array of its own for them."""
+    for n in range(len(values)):
+        into[n] = values[n]
