@@ -196,10 +196,8 @@ def _backward(rates, states, chosen, count, start, stop):
     """Run both backward recursions over a piece, from ``chosen.behind``; the probabilities follow."""
     one, differs = np.float32(1), chosen.differs[:count]
     for model in range(2):
-        beta, ratio = (
-            chosen.behind[np.uint64(model), :count],
-            one,
-        )  # it includes the emission of the typed site behind the piece
+        # It includes the emission of the typed site behind the piece.
+        beta, ratio = chosen.behind[np.uint64(model), :count], one
         for t in range(stop - 1, start - 1, -1):
             now, bit = chosen.joint[np.uint64(t - start), np.uint64(model), :count], np.uint8(2 << (t & 7) & 0xFF)
             stay, jump, squares = states.went[t, model], states.left[t, model], np.float32(0)

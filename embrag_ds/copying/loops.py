@@ -24,7 +24,7 @@ from embrag_ds.copying.recursions import PIECE, run_backward, run_forward
 from embrag_ds.copying.workspace import new_chosen, new_kept, new_scratch, new_states, new_waiting
 from embrag_ds.ops.threads import ParallelLoop
 
-PARTS = "1b7cf9137ac1"
+PARTS = "8b6ff4c9f45c"
 """Digest of the loop's other files: numba looks for a change in this file alone, and would use what it has kept of the
 loop. A test compares it.
 """
@@ -210,7 +210,7 @@ def _copy_haplotype(panel, rates, own, query, row, excluded, states, chosen, kep
 def _copy_every(step, first, most_saved, of_panel, of_model, of_rows, of_head, query, row_of, excluded, probability):
     """Copy every target haplotype of a worker, each ``step``-th from the ``first`` on."""
     panel, rates, own, head = PanelPart(*of_panel), Rates(*of_model), Frequencies(*of_rows), Head(*of_head)
-    typed, haplotypes = panel.alleles.shape
+    typed, haplotypes = len(panel.position), panel.packed.shape[1]
     places, populations = rates.typed_at.shape[1], own.by_population.shape[1]
     pieces = (typed + PIECE - 1) // PIECE
     # Of long stretches and large panels, forward states are kept twice, of few pieces and of few sections.

@@ -16,7 +16,7 @@ class PanelPart(NamedTuple):
     Typed sites are those of the whole stretch. Sites and their blocks are those of its core. Interval i lies between
     typed sites i - 1 and i; a typed site belongs to the interval that it ends.
 
-    * ``alleles`` uint8 [T, H] at typed sites; ``packed`` uint8 [ceil(T / 8), H] are the same, bit t % 8 of row t // 8.
+    * ``packed`` uint8 [ceil(T / 8), H]: alleles at typed sites, that of site t in bit t % 8 of row t // 8.
     * ``position`` float32 [T] in cM; ``place`` int64 [T] of each typed site; ``population`` int64 [H].
     * ``intervals`` int64 [T + 2]: blocks of interval i are ``intervals[i]`` to ``intervals[i + 1]``.
     * ``bounds`` int64 [G + 1], ``sequence`` uint16 or uint32 [G, H]: sites and sequences of blocks, as in
@@ -28,7 +28,6 @@ class PanelPart(NamedTuple):
     * ``nearest``, ``gap`` float32 [L]: features of the confidence head.
     """
 
-    alleles: np.ndarray
     packed: np.ndarray
     position: np.ndarray
     place: np.ndarray

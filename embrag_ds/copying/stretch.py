@@ -63,7 +63,6 @@ def panel_part(
     nearest = np.minimum(np.abs(here - before), np.abs(after - here))
     share = np.where(gap > 0, (here - before) / np.maximum(gap, 1e-12), 0).clip(0, 1).astype(np.float32)
     return PanelPart(
-        alleles=np.ascontiguousarray(typed),
         packed=np.packbits(typed, axis=0, bitorder="little"),
         position=position[rows],
         place=places(position, most_places(haplotypes))[0][rows],
