@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from embrag_ds.copying.instructions import BYTES, note_first
 from embrag_ds.copying.kept import list_flagged
 from embrag_ds.copying.parts import assign, compiled_part
 from embrag_ds.copying.recursions import PIECE
@@ -167,11 +168,13 @@ def _carry(before, differs, bit, here, into, count):
 def pass_piece(differs, sites, start, chosen):
     """Note in ``chosen.next`` the first mismatch of every haplotype at those ``sites`` of a piece that are set."""
     after, first = chosen.next, np.uint16(start)
-    for k in range(len(after)):
-        byte, lowest = np.uint8(differs[k] & sites), np.uint8(0)
-        for place in range(1, 8):  # how many of the lowest bits are 0
-            lowest = np.uint8(lowest + np.uint8(np.uint8(byte & np.uint8((1 << place) - 1)) == 0))
-        after[k] = first + np.uint16(lowest) if byte != 0 else after[k]
+    whole = len(after) // BYTES * BYTES
+    for k in range(0, whole, BYTES):
+        note_first(differs, sites, first, after, k)
+    for k in range(whole, len(after)):
+        for place in range(PIECE - 1, -1, -1):
+            if differs[k] & sites & np.uint8(1 << place) != 0:
+                after[k] = first + np.uint16(place)
 
 
 @compiled_part

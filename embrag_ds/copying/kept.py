@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from embrag_ds.copying.instructions import BYTES, note_last
 from embrag_ds.copying.parts import compiled_part
 
 SLOW, FAST = 0, 1
@@ -34,11 +35,14 @@ def compare(packed, query, differs, before):
             continue
         behind, earlier = differs[block - 1], before[block - 1]
         first = np.uint16(8 * block - 8)
-        for k in range(len(last)):
-            byte, highest = behind[k], np.uint8(0)
-            for place in range(1, 8):
-                highest = np.uint8(highest + np.uint8(byte >= np.uint8(1 << place)))
-            last[k] = first + np.uint16(highest) if byte != 0 else earlier[k]
+        whole = len(last) // BYTES * BYTES
+        for k in range(0, whole, BYTES):
+            note_last(behind, first, earlier, last, k)
+        for k in range(whole, len(last)):
+            last[k] = earlier[k]
+            for place in range(8):
+                if behind[k] & np.uint8(1 << place) != 0:
+                    last[k] = first + np.uint16(place)
 
 
 @compiled_part

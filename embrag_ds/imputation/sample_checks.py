@@ -10,6 +10,7 @@ import numpy as np
 from embrag_ds.data.panel import Panel
 from embrag_ds.data.targets import Targets
 from embrag_ds.ops.bits import unpack_host
+from embrag_ds.ops.dosage_numba import count_different
 
 logger = logging.getLogger(__name__)
 
@@ -84,19 +85,25 @@ def _distances(targets: Targets, panel: Panel) -> tuple[np.ndarray | None, float
     for chunk in chunks.tolist():
         rows = slice(chunk, chunk + _CHUNK_SITES)
         panel_alleles = panel.alleles_at(sites[rows])
-        signs = 2 * panel_alleles[:, kept].astype(np.float32) - 1
-        alleles = targets.typed_alleles(rows, slice(0, samples)).T
-        known = np.ones(alleles.shape, dtype=bool)
+        others = _words(panel_alleles[:, kept])
+        known = np.ones((len(panel_alleles), 2 * samples), dtype=np.uint8)
         if targets.missing is not None:
-            known = ~unpack_host(targets.missing[targets.rows[rows]], 0, 2 * samples).view(bool).T
-        observed = np.where(known, 2 * alleles.astype(np.float32) - 1, 0)
-        number = known.sum(1)
-        # The inner product of signs is the number of equal alleles less that of different ones.
-        sums += (number - (observed @ signs).max(1)) / 2
-        seen += number
-        inner = (2 * panel_alleles[:, theirs].T.astype(np.float32) - 1) @ signs
-        usual += (len(panel_alleles) - np.where(own, -np.inf, inner).max(1)) / 2
+            known -= unpack_host(targets.missing[targets.rows[rows]], 0, 2 * samples)
+        least = np.empty(2 * samples, dtype=np.int64)
+        count_different(_words(targets.typed_alleles(rows, slice(0, samples))), _words(known), others, least)
+        sums += least
+        seen += known.sum(0)
+        apart = np.bitwise_count(_words(panel_alleles[:, theirs])[:, None] ^ others)
+        usual += np.where(own, _CHUNK_SITES, apart).min(1)
     both = sums.reshape(samples, 2).sum(1), seen.reshape(samples, 2).sum(1)
     distance = np.where(both[1] > 0, both[0] / np.maximum(both[1], 1), np.nan)
     total = sum(len(sites[chunk : chunk + _CHUNK_SITES]) for chunk in chunks.tolist())
     return distance, float((usual / total).reshape(-1, 2).mean(1).max())
+
+
+def _words(alleles: np.ndarray) -> np.ndarray:
+    """Alleles uint8 [up to 64, H] of each haplotype as the bits of a number, uint64 [H]."""
+    bits = np.zeros((8, alleles.shape[1]), dtype=np.uint8)
+    packed = np.packbits(alleles, axis=0)
+    bits[: len(packed)] = packed
+    return np.ascontiguousarray(bits.T).view(np.uint64)[:, 0]

@@ -170,6 +170,24 @@ def list_sequences(words, count, bounds, start, who):
                     place += np.uint64(1)
 
 
+@ParallelLoop
+def count_different(words, known, others, least):
+    """Fill ``least`` int64 [B] with the number of sites at which a haplotype differs from the nearest of others.
+
+    ``words`` uint64 [B] and ``others`` uint64 [H] are the alleles of 64 sites, one in each bit. Sites count where
+    ``known`` uint64 [B] is set.
+    """
+    for b in numba.prange(len(words)):
+        own, mask, fewest = words[b], known[b], np.uint64(64)
+        for k in range(len(others)):
+            bits = (own ^ others[k]) & mask  # then how many are set (Warren, Hacker's Delight, section 5-1)
+            bits -= bits >> np.uint64(1) & np.uint64(0x5555555555555555)
+            bits = (bits & np.uint64(0x3333333333333333)) + (bits >> np.uint64(2) & np.uint64(0x3333333333333333))
+            bits = (bits + (bits >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+            fewest = min(fewest, (bits * np.uint64(0x0101010101010101)) >> np.uint64(56))
+        least[b] = fewest
+
+
 @numba.njit  # kept on the disk as a part of the loops that call it
 def run_end(left, right, begin, stop):
     """End, at most ``stop``, of the run of sites that have the same flanking typed sites as site ``begin``.
