@@ -63,7 +63,7 @@ def panel_part(
     nearest = np.minimum(np.abs(here - before), np.abs(after - here))
     share = np.where(gap > 0, (here - before) / np.maximum(gap, 1e-12), 0).clip(0, 1).astype(np.float32)
     return PanelPart(
-        packed=np.packbits(typed, axis=0, bitorder="little"),
+        packed=np.ascontiguousarray(np.packbits(typed, axis=0, bitorder="little")),  # or the loop is compiled twice
         position=position[rows],
         place=places(position, most_places(haplotypes))[0][rows],
         population=population,
