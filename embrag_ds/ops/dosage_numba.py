@@ -1,4 +1,4 @@
-"""CPU loops of the copied dosage, compiled by numba; see :mod:`embrag_ds.ops.dosage`.
+"""CPU loops of the copied dosage (:mod:`embrag_ds.ops.dosage`) and of haplotypes' distances, compiled by numba.
 
 Every loop runs in parallel over query haplotypes, sites or blocks of sites, and fills arrays allocated by its caller.
 Shapes: B query haplotypes, K neighbours, L sites of the core, H reference haplotypes. M: typed sites in or next to the
