@@ -19,7 +19,7 @@ endif
 BIN    := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install train test test-gpu lint clean
+.PHONY: install train test test-gpu lint docs clean
 
 install: .venv/installed-$(EXTRAS)
 
@@ -50,6 +50,10 @@ lint: install
 	ruff format --check .
 	mypy
 
+# The documentation as a website in site/; a broken link ends it.
+docs: install
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+
 # runs/ stays: it holds trained models.
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv build site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 # What only training imports. DeepSpeed is built where it is installed, and imputation does without it.
 TRAIN = ["deepspeed>=0.19,<0.20", "nvidia-ml-py", "psutil"]
+DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
 
 setup(
     name="embrag_ds",
@@ -59,7 +60,18 @@ setup(
         # DeepSpeed's monitors, by the sections that enable them.
         "tensorboard": ["tensorboard>=2.15"],
         "wandb": ["wandb>=0.17"],
-        "dev": [*TRAIN, "tensorboard>=2.15", "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "setuptools"],
+        "docs": DOCS,
+        "dev": [
+            *TRAIN,
+            *DOCS,
+            "tensorboard>=2.15",
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "setuptools",
+        ],
         # NVIDIA's compiler, by which the tests look over the CUDA kernels: both GPU extras have one.
         "nvrtc": ["nvidia-cuda-nvrtc-cu12; sys_platform == 'linux'"],
     },

@@ -37,37 +37,39 @@ class TrainConfig:
     """Settings of the training loop. A step is one optimiser step: ``gradient_accumulation_steps`` micro-batches."""
 
     max_steps: int = 100_000
-    """Optimiser steps after which training ends. DeepSpeed's learning-rate schedule does not depend on it."""
+    """[steps] After which training ends. DeepSpeed's learning-rate schedule does not depend on it."""
     log_every: int = 10
-    """Optimiser steps between two log lines."""
+    """[steps] Between two log lines."""
     eval_every: int = 500
-    """Optimiser steps between two validations. The weights of the best validation become the exported model."""
+    """[steps] Between two validations. The weights of the best validation become the exported model."""
     checkpoint_every: int | str = 500
-    """Optimiser steps between two checkpoints, or minutes by the clock, such as ``"30min"``. The last step always
-    writes one.
+    """[steps] Between two checkpoints, or minutes by the clock, such as ``"30min"``. The last step always writes one.
     """
     keep_checkpoints: int = 2
-    """Number of checkpoints kept; older ones are deleted."""
+    """[checkpoints] Kept; older ones are deleted."""
     most_skipped_steps: int = 20
-    """Optimiser steps in a row that may be skipped because no gradient was finite, and micro-batches in all that may be
-    left out because they spoilt the weights; with one more, training ends. In fp16, which looks for its loss scale by
+    """[steps] In a row that may be skipped because no gradient was finite. Also the micro-batches in all that may be
+    left out because they spoilt the weights. With one more, training ends. In fp16, which looks for its loss scale by
     skipping, any number of steps may be skipped.
     """
     patience: int | None = None
-    """Validations in a row without a better score after which training stops; null: it never stops early."""
+    """[validations] In a row without a better score, after which training stops; null: never."""
     patience_s: float = 600.0
-    """Seconds without progress of a rank after which the other ranks name it, and end. Collective operations may take 5
-    minutes longer.
+    """[seconds] Without progress of a rank, after which the other ranks name it, and end; at most 1e6. Collective
+    operations may take 5 minutes longer.
     """
     workers: int | None = None
-    """Processes of each rank that draw micro-batches ahead, with the same results for any number; 0: the rank itself.
+    """[processes] Of each rank that draw micro-batches ahead, with the same results for any number; 0: the rank itself.
     null: 0 on a CPU; on a GPU machine a quarter of the rank's share of the cores, at most 4.
     """
     frozen: tuple[str, ...] = ()
-    """Parts of the network whose weights are not trained, such as ``embedding``, ``pooling`` or ``confidence``."""
+    """Parts of the network that are not trained: ``embedding``, ``pooling``, ``fusion``, ``transformer``,
+    ``confidence``, ``head``.
+    """
     compile: bool | Literal["max"] = False
-    """Compile everything behind the copying model, up to the losses, with ``torch.compile``. This takes minutes at the
-    start, and a C++ compiler on a CPU. ``max``: try several kernels for every product, which takes longer.
+    """Compile everything behind the copying model, up to the losses, with ``torch.compile``; not under ZeRO-3. This
+    takes a minute or more at the start, and a C++ compiler on a CPU. ``max``: try several kernels for every product,
+    which takes longer.
     """
     recompute_projections: bool = False
     """Recompute a transformer block's projections, but not its attention, in the backward pass. This keeps about three
@@ -110,9 +112,9 @@ class ValidationConfig:
     """Settings of validation, which uses the frozen masks :data:`embrag_ds.data.masking.VALIDATION_MASKS`."""
 
     windows: int = 8
-    """Number of windows, spread evenly over the panel; all of them if there are fewer."""
+    """[windows] At most, spread evenly over the panel."""
     samples: int = 48
-    """Number of held-out samples; all of them if there are fewer."""
+    """[samples] At most, of those held out."""
 
     def __post_init__(self) -> None:
         require(self.windows >= 1 and self.samples >= 1, "validation", "windows and samples must be at least 1")

@@ -420,7 +420,7 @@ def test_types_are_as_strict_as_their_annotations(key: tuple[str, Any], value: A
         (ModelConfig, {"dims": True}, "dims\n  Input should be a valid integer"),
         (ModelConfig, {"dimms": 64}, "dimms\n  Unexpected keyword argument"),
         (ModelConfig, {"dropout": False}, "dropout\n  Input should be a valid number"),
-        (ModelConfig, {"fusion": "copy"}, "fusion\n  Input should be 'rare_variant' or 'copying'"),
+        (ModelConfig, {"fusion": 1}, "fusion\n  Input should be a valid string"),
         (MaskingConfig, {"random_rate": [0.3, 0.8]}, "random_rate\n  Input should be a valid tuple"),
         (EmbragConfig, {"model": {"dims": 64}}, "model\n  Input should be an instance of ModelConfig"),
     ],

@@ -12,17 +12,14 @@ from typing import Any
 
 import pytest
 
+from docs import reference
 from embrag_ds.config import EmbragConfig
 from embrag_ds.config_files import shipped_configurations
 
-DOCUMENTS = (
-    "README.md",
-    "docs/configuration.md",
-    "docs/design.md",
-    "docs/glossary.md",
-    "docs/results.md",
-    "docs/running.md",
-)
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+TIMELESS = tuple(document for document in DOCUMENTS if document != "docs/log.md")
+"""Documents about the code as it is; the log also names what is no longer there."""
 SECTIONS = tuple(field.name for field in dataclasses.fields(EmbragConfig))
 CODE = re.compile(r"`([^`\n]+)`")
 
@@ -43,23 +40,16 @@ def defaults(settings: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def documented(root: Path) -> list[tuple[str, str]]:
-    """(key, default as written) of every row of configuration.md's tables of our half."""
-    half = read(root, "docs/configuration.md").split("## Our half")[1]
-    return re.findall(r"^\| `([a-z_.]+)` \| `([^`]*)` \|", half, flags=re.MULTILINE)
+@pytest.mark.parametrize("page", reference.PAGES)
+def test_the_pages_written_from_the_code_are_as_it_would_write_them(root: Path, page: str) -> None:
+    written = read(root, f"docs/{page}")
+    assert written == reference.PAGES[page](), f"python docs/reference.py writes {page} anew"
 
 
-def test_every_key_is_described_once_with_its_default(root: Path) -> None:
-    written = documented(root)
-    assert [key for key, _ in written] == list(defaults(EmbragConfig()))
-    assert {key: json.loads(default) for key, default in written} == defaults(EmbragConfig())
-
-
-def test_every_key_has_its_effect(root: Path) -> None:
-    half = read(root, "docs/configuration.md").split("## Our half")[1]
-    for row in re.findall(r"^\| `[a-z_.]+` \|.*$", half, flags=re.MULTILINE):
-        _, _, _, effect = re.split(r"\s*\|\s*", row)[1:-1]
-        assert len(effect.split()) > 1, row
+def test_every_setting_has_its_default_and_effect() -> None:
+    found = {key: (default, effect) for key, default, _, effect in reference.settings(EmbragConfig())}
+    assert {key: default for key, (default, _) in found.items()} == defaults(EmbragConfig())
+    assert all((len(effect.split()) > 1 and effect[0].isupper()) or effect[0] == "`" for _, effect in found.values())
 
 
 def test_every_shipped_configuration_is_named(root: Path) -> None:
@@ -67,7 +57,7 @@ def test_every_shipped_configuration_is_named(root: Path) -> None:
     assert sorted(re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE)) == list(shipped_configurations())
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", TIMELESS)
 def test_every_key_that_a_document_names_exists(root: Path, document: str) -> None:
     known = set(defaults(EmbragConfig()))
     sections = {key.rpartition(".")[0] for key in known} | {key.split(".")[0] for key in known}
@@ -77,7 +67,7 @@ def test_every_key_that_a_document_names_exists(root: Path, document: str) -> No
     assert named - files - known - sections == set()
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", TIMELESS)
 def test_every_path_that_a_document_names_exists(root: Path, document: str) -> None:
     rooms = "|".join(path.name for path in (root / "embrag_ds").iterdir() if path.is_dir())
     tops = r"embrag_ds|docs|ds_configs|launch|profiling|tests"
@@ -89,7 +79,7 @@ def test_every_path_that_a_document_names_exists(root: Path, document: str) -> N
                 assert any(place.exists() for place in places), f"{document}: {word}"
 
 
-@pytest.mark.parametrize("document", ("docs/configuration.md", "docs/design.md"))
+@pytest.mark.parametrize("document", ("docs/configuration.md", "docs/design.md", "docs/extending.md"))
 def test_every_name_that_a_document_uses_is_in_the_code(root: Path, document: str) -> None:
     words = {*shipped_configurations(), *constants(root / "tests" / "test_layering.py")["SHARED"]}
     for source in (root / "embrag_ds").rglob("*.py"):

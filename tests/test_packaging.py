@@ -80,8 +80,8 @@ def test_the_base_install_imports_no_module_of_training(root: Path) -> None:
 
 def test_development_brings_training(described: dict[str, Any]) -> None:
     extras = described["extras_require"]
-    assert set(extras) == {"train", "cpu", "gpu", "gpu-cu12", "dev", "nvrtc", "tensorboard", "wandb"}
-    assert {*extras["train"], *extras["tensorboard"]} <= set(extras["dev"])
+    assert set(extras) == {"train", "cpu", "gpu", "gpu-cu12", "docs", "dev", "nvrtc", "tensorboard", "wandb"}
+    assert {*extras["train"], *extras["docs"], *extras["tensorboard"]} <= set(extras["dev"])
 
 
 def pins(root: Path, name: str) -> dict[str, list[str]]:

@@ -72,7 +72,12 @@ def test_continuous_integration_is_one_script(root: Path) -> None:
     workflow = (root / ".github" / "workflows" / "ci.yml").read_text()
     assert re.findall(r"run: (.+)$", workflow, re.MULTILINE) == ["bash .ci/run"]
     script = (root / ".ci" / "run").read_text()
-    assert re.findall(r"^(?:make|\.ci/).+$", script, re.MULTILINE) == ["make lint", ".ci/base_install", "make test"]
+    assert re.findall(r"^(?:make|\.ci/).+$", script, re.MULTILINE) == [
+        "make lint",
+        "make docs",
+        ".ci/base_install",
+        "make test",
+    ]
 
 
 @pytest.fixture

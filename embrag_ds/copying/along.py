@@ -19,7 +19,7 @@ from embrag_ds.data.windows import WindowedPanel
 from embrag_ds.errors import UserError
 from embrag_ds.model.confidence import log_rarity
 from embrag_ds.model.imputer import Imputer
-from embrag_ds.model.pooling import CopyingPooling
+from embrag_ds.model.poolings.copying import CopyingPooling
 from embrag_ds.retrieval.frequency import frequencies_without, good_turing_correction
 
 MOST_TYPED = 1 << 16

@@ -1,6 +1,6 @@
 """Recombination priors of one target haplotype over all reference haplotypes, a part of the loop along a stretch.
 
-Their form is that of :class:`embrag_ds.model.pooling.CopyingPooling`.
+Their form is that of :class:`embrag_ds.model.poolings.copying.CopyingPooling`.
 """
 
 from __future__ import annotations

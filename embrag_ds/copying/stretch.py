@@ -18,7 +18,7 @@ from embrag_ds.copying.sequences import count_minor, list_minor
 from embrag_ds.data.windows import SiteFeatures, most_places, places
 from embrag_ds.model.confidence import LEAST_PROBABILITY, log_cm
 from embrag_ds.model.imputer import Imputer
-from embrag_ds.model.pooling import LEAST_TYPED_NEAR, NEGLIGIBLE, CopyingPooling
+from embrag_ds.model.poolings.copying import LEAST_TYPED_NEAR, NEGLIGIBLE, CopyingPooling
 from embrag_ds.ops.dosage import Numbered
 from embrag_ds.ops.li_stephens import bounded
 

@@ -31,23 +31,25 @@ class MaskingConfig:
     """Settings of the masks of training queries."""
 
     policies: dict[str, float] = field(default_factory=lambda: {"array": 0.6, "random": 0.2, "frequency_guided": 0.2})
-    """Relative weight of each policy: ``array``, ``random``, ``frequency_guided``. Every mask draws its policy."""
+    """[weight] Relative weight of each policy: ``array``, ``random``, ``frequency_guided``. Every mask draws its
+    policy.
+    """
     scope: Literal["sample", "window"] = "sample"
     """``sample`` draws a mask for every sample; ``window`` draws one for all samples of a micro-batch."""
     random_rate: tuple[float, float] = (0.3, 0.8)
-    """Fraction of sites that ``random`` masks at the start and at the end of the curriculum."""
+    """[share of sites] Masked by ``random`` at the start and at the end of the curriculum."""
     curriculum_steps: int = 1000
-    """Optimiser steps over which the rate of ``random`` rises linearly from its first to its second value."""
+    """[steps] Over which the rate of ``random`` rises linearly from its first to its second value."""
     rare_maf: float = 0.01
-    """``frequency_guided``: minor-allele frequency (a fraction) below which a site is rare."""
+    """[frequency] ``frequency_guided``: minor-allele frequency below which a site is rare."""
     rare_rate: float = 0.7
-    """``frequency_guided``: probability that a rare site is masked. The other sites have the rate of ``random``."""
+    """[probability] ``frequency_guided``: that a rare site is masked. The other sites have the rate of ``random``."""
     array_spacing_bp: tuple[float, float] = (1000.0, 8000.0)
-    """``array``: least and greatest mean distance of typed sites, in base pairs. Each mask draws one log-uniformly."""
+    """[base pairs] ``array``: least and greatest mean distance of typed sites. Each mask draws one log-uniformly."""
     array_min_maf: float = 0.05
-    """``array``: least minor-allele frequency (a fraction) of a typed site."""
+    """[frequency] ``array``: least minor-allele frequency of a typed site."""
     array_manifest: str | None = None
-    """``array``: file of the typed sites (VCF, or ``contig pos`` per line), which replaces the random choice."""
+    """``array``: file of the typed sites (VCF, or ``contig pos`` a line), which replaces the random choice."""
 
     def __post_init__(self) -> None:
         known = ("array", "random", "frequency_guided")

@@ -29,9 +29,9 @@ class AugmentationConfig:
     """Settings of errors added to training queries; 0 adds none."""
 
     typing_error: float = 0.0
-    """Probability, below 0.5, that an observed allele is read wrongly."""
+    """[probability] That an observed allele is read wrongly; below 0.5."""
     switch_errors_per_cm: float = 0.0
-    """Mean number of switch errors per sample and cM: places where the two haplotypes change sides."""
+    """[per sample and cM] Mean number of switch errors: places where the two haplotypes change sides."""
 
     def __post_init__(self) -> None:
         require(0 <= self.typing_error < 0.5, "augmentation.typing_error", "must lie in [0, 0.5)")

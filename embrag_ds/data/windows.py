@@ -155,19 +155,20 @@ class DataConfig:
     """Settings of windows, held-out samples and the cache."""
 
     window_sites: int = 1024
-    """Greatest number of sites in a window's core, the part that is predicted. A contig's cores are equally long."""
+    """[sites] The longest core of a window, the part that is predicted; at least 2. A contig's cores are equally long.
+    """
     overlap_sites: int = 128
-    """Sites shared by consecutive cores, where imputed values are blended; at most a third of ``window_sites``."""
+    """[sites] Shared by consecutive cores, where imputed values are blended; at most a third of ``window_sites``."""
     flank_sites: int = 1024
-    """Sites on either side of the core that retrieval uses, too."""
+    """[sites] Flank on either side of a core, which retrieval and copying see, too."""
     windows_file: str | None = None
-    """File with the windows' cores (``contig start end`` per line, 1-based, inclusive), which replaces
+    """File with the windows' cores (``contig start end`` a line, base pairs, 1-based, inclusive) in place of
     ``window_sites``.
     """
     map_scale: float = 1.0
-    """Factor of all genetic distances. A model that adapts to a panel finds it, and keeps it."""
+    """[factor] Of all genetic distances, from 1e-6 to 1e6. A model that adapts to a panel finds it, and keeps it."""
     validation_samples: int = 48
-    """Panel samples held out of training for validation, but at most a tenth of the panel."""
+    """[samples] Panel samples held out of training for validation; at most a tenth of the panel."""
     cache_dir: str | None = None
     """Folder of packed panels and of the default data set; null: ``$XDG_CACHE_HOME/embrag_ds`` or
     ``~/.cache/embrag_ds``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import fields
-from typing import Literal, NamedTuple, overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,8 @@ from embrag_ds.model.confidence import ConfidenceHead
 from embrag_ds.model.embedding import HaplotypeEmbedding, gather_embeddings
 from embrag_ds.model.fusion import GatedFusion
 from embrag_ds.model.losses import LossConfig, Losses, imputation_loss
-from embrag_ds.model.pooling import (
-    CopyingPooling,
-    DistancePooling,
-    Evidence,
-    Pooled,
-    pooled_embedding,
-)
+from embrag_ds.model.pooling import Evidence, Pooled, pooled_embedding
+from embrag_ds.model.poolings import POOLINGS
 from embrag_ds.model.recompute import computed_again
 from embrag_ds.model.row_blocks import RowBlocks
 from embrag_ds.model.site_tiles import SiteTiles
@@ -29,28 +24,27 @@ from embrag_ds.model.transformer import Transformer
 from embrag_ds.retrieval.batch import Batch, SiteTensors
 from embrag_ds.settings import strict_settings
 
-POOLINGS: dict[str, type[nn.Module]] = {"rare_variant": DistancePooling, "copying": CopyingPooling}
-"""Pooling modules by the setting ``model.fusion``; a new one follows the interface of :class:`DistancePooling`."""
-
 
 @strict_settings
 class ModelConfig:
     """Settings of the network's shape. Raises UserError for values that break a rule."""
 
     dims: int = 256
-    """Width D of embeddings and transformer, a multiple of 2 x heads."""
+    """[numbers] Width D of embeddings and transformer: a multiple of 2 x ``heads``, at least 8."""
     layers: int = 12
-    """Transformer blocks."""
+    """[blocks] Of the transformer."""
     heads: int = 4
-    """Attention heads of a block."""
+    """[heads] Of attention in a block."""
     ffn_multiple: int = 4
-    """Width of the feed-forward's hidden layer, as a multiple of ``dims``."""
+    """[x dims] Width of the feed-forward's hidden layer."""
     dropout: float = 0.0
-    """Dropout probability after attention and feed-forward."""
-    fusion: Literal["rare_variant", "copying"] = "copying"
-    """Pooling of the neighbours, by one distance per neighbour or by the Li and Stephens copying model."""
+    """[probability] That an output of a block's attention or feed-forward is dropped in training."""
+    fusion: str = "copying"
+    """How neighbours are weighed: ``copying``, by the Li and Stephens copying model, or ``rare_variant``, by one
+    distance per neighbour. Any module of ``model/poolings`` may be named.
+    """
     good_turing: bool = False
-    """Correct the prior's odds of the rarest alleles by the panel's allele count spectrum (Good and Turing)."""
+    """Correct the prior's odds of the rarest alleles by the panel's own allele counts (Good and Turing)."""
 
     def __post_init__(self) -> None:
         require(self.dims >= 8, "model.dims", "must be at least 8")
@@ -65,6 +59,7 @@ class ModelConfig:
             f"dims ({self.dims}) must be a multiple of 2 x heads ({self.heads})",
         )
         require(0 <= self.dropout < 1, "model.dropout", "must lie in [0, 1)")
+        require(self.fusion in POOLINGS, "model.fusion", f"must be one of {', '.join(POOLINGS)}, not {self.fusion!r}")
 
 
 class Prediction(NamedTuple):

@@ -22,17 +22,17 @@ class LossConfig:
 
     kind: Literal["cross_entropy", "focal", "brier"] = "cross_entropy"
     """``brier`` is the squared error of the probabilities, the criterion closest to dosage r2. Like ``cross_entropy``
-    it is minimal for calibrated probabilities, but it weighs unpredictable alleles less.
+    it is least for calibrated probabilities, but it weighs unpredictable alleles less.
     """
     focal_gamma: float = 2.0
-    """Exponent gamma of the focal loss."""
+    """[power] ``focal``: of 1 - p; 0 is cross-entropy."""
     haplotype_weight: float = 1.0
-    """Weight of the loss on alleles."""
+    """[weight] Of the loss on alleles."""
     genotype_weight: float = 0.5
-    """Weight of the loss on genotypes."""
+    """[weight] Of the loss on genotypes."""
     rarity: float = 0.0
-    """Exponent r of a site's weight, its minor allele frequency to the power of -r; 0: equal weights. The frequencies
-    are those of the site features, where all rare ones are clipped to one value.
+    """[power] A site's weight is its minor-allele frequency to minus this; 0: equal weights, at most 1. The frequency
+    is that of the site features: at least 1 %, or 10 copies.
     """
 
     def __post_init__(self) -> None:

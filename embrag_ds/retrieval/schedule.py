@@ -25,15 +25,15 @@ class RefreshConfig:
     """
 
     every_steps: int | None = None
-    """Optimiser steps between two refreshes."""
+    """[steps] Between two refreshes. Set exactly one of this, ``every_epochs`` and ``at_steps``."""
     every_epochs: int | None = None
-    """Epochs between two refreshes."""
+    """[epochs] Between two refreshes."""
     at_steps: tuple[int, ...] | None = None
-    """Steps of the refreshes, increasing."""
+    """[steps] Of the refreshes, as an increasing list."""
     lag_steps: int = 4
-    """Steps from snapshot to publication: the time for encoding without making training wait."""
+    """[steps] From a snapshot to its first use. Encoding that takes longer is waited for."""
     asynchronous: bool = True
-    """Encode on a thread of its own; if false, encode before the next step, with the same result."""
+    """Encode on a thread and stream of its own; if false, before the next step, with the same losses."""
 
     def __post_init__(self) -> None:
         where = "retrieval.refresh"

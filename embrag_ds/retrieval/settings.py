@@ -48,34 +48,40 @@ class RetrievalConfig:
     nearest by Hamming distance, passed through the transformer too and fused after it. ``none``: no retrieval.
     """
     token_k: int = 1
-    """Mode ``token``: number of nearest neighbours that pass through the transformer; their outputs are averaged."""
+    """[neighbours] Mode ``token``: the nearest so many pass through the transformer, and their outputs are averaged."""
     encoding: Literal["fixed", "refresh", "live"] = "refresh"
-    """Encode the panel once at the start, again on a schedule, or for every batch with the current weights."""
+    """Encode the panel once (``fixed``), again on a schedule (``refresh``), or for every batch with the current weights
+    (``live``).
+    """
     refresh: RefreshConfig = field(default_factory=lambda: RefreshConfig(every_epochs=1))
     """Schedule of encoding ``refresh``."""
     store: Literal["factored", "dense"] = "factored"
-    """``factored``: packed alleles and codebooks. ``dense``: all embeddings, a check for small panels."""
+    """``factored``: packed alleles and codebooks. ``dense``: all embeddings, a check for small panels, not with
+    ``live``, ``token`` or ``per_chunk``.
+    """
     dense_budget_gb: float = 2.0
-    """Largest size of the dense store, in GiB."""
+    """[GiB] The dense store refuses to hold more."""
     backend: Literal["auto", "torch", "faiss-cpu", "faiss-gpu", "cupy"] = "auto"
     """Search backend of the factored store. ``auto`` times those that are there on the first window of a run and keeps
     the fastest, also when the run is resumed. Backends differ in which of equally near haplotypes they find, so a run
     that is to repeat exactly names one.
     """
     k: int = 64
-    """Neighbours per query haplotype."""
+    """[neighbours] Of each query haplotype."""
     per_chunk: int = 0
-    """Neighbours taken from every chunk of typed sites, before those over the whole window; 0: none."""
+    """[neighbours] Of every chunk of typed sites, taken before those over the whole window; 0: none."""
     chunk_sites: int = 32
-    """Typed sites in a chunk."""
+    """[typed sites] In a chunk."""
     context_sites: int = 32
-    """Typed sites on either side of a chunk that its search uses too."""
+    """[typed sites] On either side of a chunk that its search sees, too."""
     prefetch: int = 2
-    """Batches built ahead of the training step, on a thread of their own; 0: each is built when needed."""
+    """[batches] Built ahead on a thread of their own; 0: each is built when needed, with the same losses. ``live``
+    always does that.
+    """
     device_budget_gb: float = 8.0
-    """Size in GiB up to which the packed panel is kept on a CUDA device; a larger one is streamed."""
+    """[GiB] A packed panel up to this size is kept on a CUDA device; a larger one is streamed."""
     relatives: str | None = None
-    """File of related pairs, two sample ids per line, that never retrieve each other."""
+    """File of related pairs, two sample ids a line, that never retrieve each other."""
 
     def __post_init__(self) -> None:
         require(self.dense_budget_gb > 0, "retrieval.dense_budget_gb", "must be positive")

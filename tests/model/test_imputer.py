@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from embrag_ds.errors import UserError
-from embrag_ds.model import pooling
 from embrag_ds.model.embedding import HaplotypeEmbedding, gather_embeddings
 from embrag_ds.model.imputer import Imputer, ModelConfig
 from embrag_ds.model.losses import LossConfig, Losses, imputation_loss
+from embrag_ds.model.poolings import POOLINGS, copying
 from embrag_ds.ops.dosage import Carriers, DenseAlleles, Sequences, dense_alleles
 from embrag_ds.retrieval.batch import Batch
 from embrag_ds.retrieval.codebooks import site_weights
 from embrag_ds.retrieval.collate import site_tensors
 
-FUSIONS = pytest.mark.parametrize("fusion", ["copying", "rare_variant"])
+FUSIONS = pytest.mark.parametrize("fusion", POOLINGS)
 MODES = pytest.mark.parametrize("mode", ["none", "token", "factored", "dense", "live"])
 
 
@@ -212,7 +212,7 @@ def test_gradients_of_the_retrieval_parameters_equal_finite_differences(
     build, fusion: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With all probabilities: where one becomes negligible the loss has a step, which no gradient shows."""
-    monkeypatch.setattr(pooling, "NEGLIGIBLE", 0.0)
+    monkeypatch.setattr(copying, "NEGLIGIBLE", 0.0)
     world = build(3, samples=20, cm_per_site=0.2)
     network = build.imputer(trained=False, fusion=fusion)
     batch = world.collator(network.embedding)(world.batch_of(1, [0, 4, 9, 2], world.masked(1, 4, 1)))
@@ -233,7 +233,7 @@ def test_gradients_of_the_retrieval_parameters_equal_finite_differences(
             assert float(parameter.grad.view(-1)[place]) == pytest.approx(difference, rel=0.05, abs=2e-3)
 
 
-@pytest.mark.parametrize("fusion", ["copying", "rare_variant"])
+@FUSIONS
 def test_nothing_observed_or_nothing_masked_stays_finite(build, fusion: str) -> None:
     world = build(3)
     network = build.imputer(fusion=fusion)

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from embrag_ds.model.losses import LossConfig, imputation_loss
+from embrag_ds.model.poolings import POOLINGS
 from embrag_ds.ops import li_stephens
 
 # Operations that copy a value, or the size of a result, to the host.
@@ -34,7 +35,7 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch"])
-@pytest.mark.parametrize("fusion", ["copying", "rare_variant"])
+@pytest.mark.parametrize("fusion", POOLINGS)
 @pytest.mark.parametrize("mode", ["none", "token", "factored", "live"])
 def test_forward_loss_and_backward_never_synchronise(
     build, monkeypatch, mode: str, fusion: str, compiled: bool

@@ -13,16 +13,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import embrag_ds.model.pooling as pooling_module
+import embrag_ds.model.poolings.copying as copying_module
 from embrag_ds.data.windows import MOST_PLACES, PLACE_CM
 from embrag_ds.model.embedding import gather_embeddings
-from embrag_ds.model.pooling import (
-    NEGLIGIBLE,
-    CopyingPooling,
-    DistancePooling,
-    mixed_embedding,
-    pooled_embedding,
-    without_negligible,
-)
+from embrag_ds.model.pooling import mixed_embedding, pooled_embedding
+from embrag_ds.model.poolings.copying import NEGLIGIBLE, CopyingPooling, without_negligible
+from embrag_ds.model.poolings.rare_variant import DistancePooling
 from embrag_ds.ops.dosage import dense_alleles
 from tests.oracles import slow_posterior
 
@@ -125,8 +121,8 @@ def test_copying_weights_equal_the_slow_model_interpolated_in_centimorgans(
     weight = 0.2 + torch.rand(len(world.data.windows[window]), generator=torch.Generator().manual_seed(seed))
     passed = []
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        original = pooling_module.copying_posterior
-        patch.setattr(pooling_module, "copying_posterior", lambda *given: (passed.append(given), original(*given))[1])
+        original = copying_module.copying_posterior
+        patch.setattr(copying_module, "copying_posterior", lambda *given: (passed.append(given), original(*given))[1])
         found = pooling(batch, batch.retrieved, weight).weights.numpy()
         share = pooling.share_of_slow(batch.core.frequency).numpy()
     panel = world.data.reference_alleles(window)
@@ -165,7 +161,7 @@ def test_every_row_has_the_fewest_sites_that_flank_its_core(build, seed: int, ra
     world = build(seed % 10, outside=4)
     masked = np.concatenate([world.masked(window, 1, seed + i, rate) for i, rate in enumerate(rates)])
     batch = world.collator(build.imputer(1).embedding, k=3)(world.batch_of(window, range(len(rates)), masked))
-    near, flanking = batch.window.near, pooling_module._flanking(batch)
+    near, flanking = batch.window.near, pooling_module.flanking_sites(batch)
     assert int(near.first.min()) == near.start and int(near.first.max()) + near.count == near.stop
     assert near.start >= 0 and near.stop <= batch.window.typed.shape[1]
     assert int(flanking.left.min()) >= 0 and int(flanking.right.max()) < near.count
@@ -200,7 +196,7 @@ def test_a_recombination_prefers_neighbours_that_resemble_the_query_around_its_p
     if disturbed:
         disturb(pooling)
     with torch.no_grad():
-        prior = pooling._recombination_prior(batch, batch.retrieved, pooling_module._present(batch))
+        prior = pooling._recombination_prior(batch, batch.retrieved, pooling_module.present_columns(batch))
     assert prior.shape == (6, places, 5) and batch.window.places == places
     assert torch.allclose(prior.sum(-1), torch.ones(6, places), atol=1e-5)
     assert torch.allclose(prior[4:], torch.full_like(prior[4:], 0.2), atol=1e-6), "nothing is typed"
