@@ -50,9 +50,9 @@ lint: install
 	ruff format --check .
 	mypy
 
-# The documentation as a website in site/; a broken link ends it.
+# The documentation as a website in site/. A broken link ends it, but not with --quiet.
 docs: install
-	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 # runs/ stays: it holds trained models.
 clean:
