@@ -102,7 +102,9 @@ def command_line_page() -> str:
         )
         for group in chosen._action_groups:
             rows = [
-                row(each) for each in group._group_actions if each.help != argparse.SUPPRESS and each.dest != "help"
+                row(each)
+                for each in group._group_actions
+                if each.help != argparse.SUPPRESS and each.dest not in ("help", "help_all")
             ]
             if rows:
                 title = (group.title or "").capitalize()

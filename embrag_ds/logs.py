@@ -65,6 +65,16 @@ def on_terminal(verbose: bool = False) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def progress_on_terminal() -> Iterator[None]:
+    """Write the progress of long work to stderr inside ``with``, and nothing else of the package."""
+    handler = _Stderr()
+    handler.setFormatter(_Terminal(rank_of_process()))
+    handler.addFilter(logging.Filter(f"{PACKAGE}.progress"))
+    with _attached(handler, logging.INFO):
+        yield
+
+
 class RunLog(MemoryHandler):
     """Log handler that buffers records until :meth:`write_to` names a file, and then writes all records there."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from embrag_ds.config import LossConfig
 from embrag_ds.model.imputer import Imputer
+from embrag_ds.progress import Progress
 from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.seeds import Purpose, torch_seed
 
@@ -42,7 +42,6 @@ _BETAS = (0.9, 0.95)
 _PULL = 0.3
 """Pull towards the start, in units of the learning rate."""
 _CLIP = 1.0
-_LONGEST_SILENCE_S = 10.0
 
 
 class Fit:
@@ -96,22 +95,15 @@ def fit(
 ) -> None:
     """Take ``steps`` optimiser steps, one batch each; without ``transformer`` its residual is left out.
 
-    Weights whose names begin as one of ``frozen`` stay as they are. Dropout follows from the ``seed`` alone. Progress
-    is logged at least every ten seconds.
+    Weights whose names begin as one of ``frozen`` stay as they are. Dropout follows from the ``seed`` alone.
     """
     optimiser = Fit(network, steps, frozen)
-    device = network.background.device
-    running, since = torch.zeros((), device=device), 0
-    spoken = time.monotonic()
-    with _training(network):
+    with _training(network), Progress("adapting", steps, "steps") as progress:
         for step in range(steps):
             torch.manual_seed(torch_seed(Purpose.DROPOUT, seed, step, 0))
             losses = network(batches.next(), transformer, loss=loss)
             optimiser.step(step, losses.total)
-            running, since = running + losses.total.detach(), since + 1
-            if time.monotonic() - spoken > _LONGEST_SILENCE_S or step + 1 == steps:
-                logger.info("adapting: step %d/%d, loss %.5f", step + 1, steps, float(running) / since)
-                running, since, spoken = torch.zeros_like(running), 0, time.monotonic()
+            progress.advance()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from embrag_ds.files import require_writable, write_json, write_text
 from embrag_ds.preflight import require_distinct, require_folder, require_readable
 
 DESCRIPTION = "Score imputed VCF or BCF files against the truth, at untyped sites, by minor-allele frequency."
+USAGE = "--truth VCF --panel VCF --target VCF --imputed [NAME=]FILE"
 EXAMPLES = """\
   embrag evaluate --truth TRUTH.vcf.gz --panel PANEL.vcf.gz --target TARGET.vcf.gz --imputed ours=IMPUTED.vcf.gz
       one imputed file

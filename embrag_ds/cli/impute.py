@@ -11,6 +11,26 @@ from embrag_ds.imputation.ahead import packing_ahead
 from embrag_ds.runtime.imports import uncollected
 
 DESCRIPTION = "Impute every panel site of targets typed at some."
+USAGE = "--panel VCF --target VCF --out FILE [--map MAP]"
+RARE = (
+    "--cm-per-mb",
+    "--effective-size",
+    "--samples",
+    "--cache-dir",
+    "--panel-missing",
+    "--duplicates",
+    "--allow-overlap",
+    "--excluded",
+    "--untyped-contigs",
+    "--sites-only",
+    "--typed-only",
+    "--join-multiallelic",
+    "--save-model",
+    "--samples-per-batch",
+    "--precision",
+    "--transformer",
+    "--debug",
+)
 EXAMPLES = """\
   embrag impute --panel PANEL.vcf.gz --map MAP --target TARGET.vcf.gz --out IMPUTED.vcf.gz
       with the model that comes with the package, which adapts to the panel first

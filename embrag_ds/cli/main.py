@@ -12,6 +12,7 @@ from typing import Any
 from embrag_ds import __version__
 from embrag_ds.cli import evaluate, impute, simulate, train
 from embrag_ds.cli.command import run_command
+from embrag_ds.cli.help import CommandParser
 from embrag_ds.errors import UserError
 from embrag_ds.runs.launchers import take_place
 
@@ -29,7 +30,9 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="embrag COMMAND --help describes a command, with examples.",
     )
     _add_version(parser)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=CommandParser, prog="embrag"
+    )
     for name, command in COMMANDS.items():
         _add_command(commands.add_parser(name, help=command.DESCRIPTION, **_texts(name)), name)
     return parser
@@ -43,8 +46,9 @@ def main(command: str | None = None, arguments: Sequence[str] | None = None) -> 
     if command is None:
         parser = make_parser()
     else:
-        parser = argparse.ArgumentParser(**_texts(command))
-        _add_command(parser, command)
+        alone = CommandParser(**_texts(command))
+        _add_command(alone, command)
+        parser = alone
     options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     run: Run = options.run
     misplaced: UserError | None = None
@@ -66,17 +70,18 @@ def main(command: str | None = None, arguments: Sequence[str] | None = None) -> 
 def _texts(name: str) -> dict[str, Any]:
     command = COMMANDS[name]
     return {
+        "usage": f"%(prog)s {command.USAGE} [options]",
         "description": command.DESCRIPTION,
-        "epilog": f"examples:\n{command.EXAMPLES}",
-        "formatter_class": argparse.RawDescriptionHelpFormatter,
+        "examples": command.EXAMPLES,
+        "rare": getattr(command, "RARE", ()),
     }
 
 
-def _add_command(parser: argparse.ArgumentParser, name: str) -> None:
+def _add_command(parser: CommandParser, name: str) -> None:
     command = COMMANDS[name]
     command.add_arguments(parser)
     parser.set_defaults(run=command.run)
-    general = parser.add_argument_group("general")
+    general = parser.general
     general.add_argument("-v", "--verbose", action="store_true", help="say more")
     general.add_argument("--debug", action="store_true", help="show the traceback of a fault")
     _add_version(general)

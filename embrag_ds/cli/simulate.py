@@ -12,6 +12,7 @@ from embrag_ds.data.simulate import POPULATIONS, SimulationSettings, simulate_de
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = "Simulate a panel, targets with their truth, a map and a sample table."
+USAGE = "--out DIR"
 EXAMPLES = """\
   embrag simulate --out DIR
       a panel of 750 samples and 60 targets on 1 Mb

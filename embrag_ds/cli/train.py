@@ -18,6 +18,7 @@ from embrag_ds.runtime.imports import uncollected
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = "Train a model on a phased reference panel."
+USAGE = "--deepspeed_config JSON [--panel VCF] [--map MAP] [--run-dir DIR]"
 EXAMPLES = """\
   embrag train --deepspeed_config v18
       the production model on the simulated default panel, one rank

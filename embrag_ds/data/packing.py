@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from embrag_ds.data.ploidy import PloidyRecorder
 from embrag_ds.errors import UserError
 from embrag_ds.files import source_of
 from embrag_ds.ops.bits import pack_host
+from embrag_ds.progress import Progress
 from embrag_ds.variants.genotypes import Calls
 from embrag_ds.variants.header import as_bytes
 from embrag_ds.variants.records import Duplicates, Excluded, Site, VariantReader, site_table
@@ -96,12 +96,11 @@ def pack(path: Path, directory: Path, reading: Reading, progress: bool) -> None:
         (directory / "alleles.bits").open("wb") as bits,
         _sparse_bits(directory / "missing.bits", (2 * len(vcf.samples) + 7) // 8) as missing,
         _sparse_bits(directory / "unphased.bits", (len(vcf.samples) + 7) // 8) as unphased,
+        Progress(f"packing {path.name}", None, "sites", shown=progress) as bar,
     ):
         ploidy = PloidyRecorder(len(vcf.samples))
-        # None: only on a terminal.
-        disable = None if progress else True
-        sites = tqdm(vcf.sites(), desc=f"packing {path.name}", unit=" sites", disable=disable, mininterval=1)
-        for site in sites:
+        for site in vcf.sites():
+            bar.advance()
             calls = vcf.calls(site)
             lacking = calls.missing
             if calls.missing is not None or calls.unphased is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -11,13 +10,13 @@ import numpy as np
 
 from embrag_ds.evaluation import metrics
 from embrag_ds.evaluation.report import Difference, Report, Scores
+from embrag_ds.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 BLOCK_SITES = 2048
 BLOCK_GENOTYPES = 1 << 19
 """Most genotypes in a block. A block has as many sites as that allows, but at most ``BLOCK_SITES``."""
-_SECONDS_BETWEEN_LINES = 5.0
 
 
 @dataclass(frozen=True)
@@ -65,21 +64,17 @@ def score(
     from_probabilities = all(tool.gp is not None for tool in tools.values())
     sums = {name: _Sums(scored, tool, from_probabilities) for name, tool in tools.items()}
     missing, haploids = 0, 0
-    last_logged = time.monotonic()
     at_once = max(1, min(BLOCK_SITES, BLOCK_GENOTYPES // scored.samples))
-    for start in range(0, len(scored.sites), at_once):
-        block = slice(start, start + at_once)
-        truth = scored.truth(scored.sites[block])
-        missing += int(np.isnan(truth).sum())
-        haploid = scored.haploid(scored.sites[block])
-        haploids += 0 if haploid is None else int(haploid.sum())
-        for each in sums.values():
-            each.add(block, truth, haploid)
-        due = time.monotonic() - last_logged > _SECONDS_BETWEEN_LINES
-        done = (min(block.stop, len(scored.sites)), len(scored.sites))
-        logger.log(logging.INFO if due else logging.DEBUG, "scored %d of %d sites", *done)
-        if due:
-            last_logged = time.monotonic()
+    with Progress("scoring", len(scored.sites), "sites") as progress:
+        for start in range(0, len(scored.sites), at_once):
+            block = slice(start, min(start + at_once, len(scored.sites)))
+            truth = scored.truth(scored.sites[block])
+            missing += int(np.isnan(truth).sum())
+            haploid = scored.haploid(scored.sites[block])
+            haploids += 0 if haploid is None else int(haploid.sum())
+            for each in sums.values():
+                each.add(block, truth, haploid)
+            progress.advance(block.stop - block.start)
     genotypes = scored.samples * len(scored.sites)
     if missing:
         logger.info("%d of %d truth genotypes are missing and not scored", missing, genotypes)

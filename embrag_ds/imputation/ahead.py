@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import logging
 import os
 import pickle
 import signal
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from embrag_ds import logs
 from embrag_ds.data.inputs import PanelFiles, cache_directory, settings_for
 from embrag_ds.data.packing import Reading, packed_folder
 from embrag_ds.data.panel import open_panel
@@ -64,10 +64,9 @@ def _start(files: PanelFiles, cache_dir: Path | None) -> subprocess.Popen[bytes]
 
 
 def serve() -> None:
-    """Pack the panel that the command line describes, with a progress bar. Remarks are left to whoever opens it."""
+    """Pack the panel that the command line describes, and show progress. Remarks are left to whoever opens it."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    logging.disable()
     path, cache, reading = pickle.loads(base64.b64decode(sys.argv[1]))
     assert isinstance(reading, Reading)
-    with suppress(UserError, KeyboardInterrupt):
+    with suppress(UserError, KeyboardInterrupt), logs.progress_on_terminal():
         open_panel(path, cache, reading=reading)

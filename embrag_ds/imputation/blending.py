@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -61,7 +60,6 @@ def write_blended(
     everyone = slice(0, len(targets.samples))
     pending = np.zeros((2 * len(targets.samples), 0), dtype=np.float32)
     settled = share.begin
-    last_logged = time.monotonic()
     for number, (window, probability) in enumerate(imputation.windows(windows)):
         beat()
         if exchange is not None:
@@ -95,11 +93,7 @@ def write_blended(
             )
         pending = grown[:, until - settled :]
         settled = until if last or pending.shape[1] else windows[number + 1].core_start
-        due = last or time.monotonic() - last_logged > 2
-        done = (number + 1, len(windows), wanted[until], wanted[-1])
-        logger.log(logging.INFO if due else logging.DEBUG, "imputed window %d/%d, %d/%d sites", *done)
-        if due:
-            last_logged = time.monotonic()
+        logger.debug("imputed window %d/%d, %d/%d sites", number + 1, len(windows), wanted[until], wanted[-1])
 
 
 def _added(pending: np.ndarray, more: np.ndarray, place: int) -> np.ndarray:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -36,6 +35,7 @@ from embrag_ds.model.site_tiles import SiteTiles
 from embrag_ds.ops.li_stephens import copying_backend
 from embrag_ds.ops.li_stephens_cuda import MOST_NEIGHBOURS
 from embrag_ds.ops.threads import undivided
+from embrag_ds.progress import Progress
 from embrag_ds.retrieval.batch import Batch
 from embrag_ds.retrieval.codebooks import ALLELES
 from embrag_ds.retrieval.prefetch import Prefetcher
@@ -138,6 +138,12 @@ def _tiles(model: ExportedModel, network: Imputer, device: torch.device) -> Site
     return SiteTiles(settings.window_sites, settings.overlap_sites, lambda sites: layer.codebook(sites)[:, :ALLELES])
 
 
+def _progress(windows: list[Window], samples: int) -> Progress:
+    """Progress of computing these windows' cores for so many samples."""
+    sites = sum(each.core_stop - each.core_start for each in windows)
+    return Progress("imputing", sites * samples)
+
+
 class Imputation:
     """An exported model applied to a panel, one window and one block of samples at a time.
 
@@ -231,7 +237,6 @@ class Imputation:
             )
 
         number = len(computed) * len(starts)
-        last_logged = time.monotonic()
         searches = self._network.site_tiles is None
         if searches and self._reference.backend == "auto" and number and _worth_timing(number, self._device):
             first = self._reference.first_search(queries(0))
@@ -244,7 +249,8 @@ class Imputation:
 
         remaining = iter(computed)
         following = next(remaining, None)
-        with closing(Prefetcher(build, 0, number, _AHEAD)) as batches:
+        progress = _progress(computed, len(numbers))
+        with closing(Prefetcher(build, 0, number, _AHEAD)) as batches, progress:
             for window in chosen:
                 frequency = self.data.reference.allele_frequency[window.core_sites]
                 if window is not following:
@@ -254,9 +260,7 @@ class Imputation:
                 found = []
                 for start in starts:
                     found.append(self._probability(batches.next()))
-                    if time.monotonic() - last_logged > 2:
-                        logger.info("window %d/%d: %d samples", window.index + 1, len(self.data), start + self._block)
-                        last_logged = time.monotonic()
+                    progress.advance(len(frequency) * len(numbers[start:][: self._block]))
                 probability = np.concatenate(found)
                 missing = targets.missing_alleles(window.sites, slice(0, len(numbers)))
                 if missing is not None:
@@ -268,33 +272,34 @@ class Imputation:
         self, copy: CopyAlong, chosen: list[Window], numbers: np.ndarray
     ) -> Iterator[tuple[Window, np.ndarray]]:
         """:meth:`windows`, each a stretch that is copied whole; ``numbers`` int64 [N] are the targets' in the panel."""
-        targets, last_logged = self.targets, time.monotonic()
-        for place, window in enumerate(chosen, start=1):
-            frequency = self.data.reference.allele_frequency[window.core_sites]
-            probability = np.empty((2 * len(numbers), len(frequency)), dtype=np.float32)
-            typed = targets.typed[window.sites]
-            if not typed.any():
-                probability[:] = frequency
-                yield window, probability
-                continue
-            stretch = copy.stretch(window.index, typed)
-            typed_sites = slice(*np.searchsorted(targets.sites, [window.start, window.stop]))
-            for start in range(0, len(numbers), self._block):
-                block = slice(start, min(start + self._block, len(numbers)))
-                rows = slice(2 * block.start, 2 * block.stop)
-                alleles = np.ascontiguousarray(targets.typed_alleles(typed_sites, block).T)
-                missing = targets.missing_alleles(window.sites, block)
-                if missing is not None:
-                    alleles[missing[:, typed]] = MASK
-                with undivided():
-                    probability[rows] = copy.probability(stretch, alleles, numbers[block])
-                if missing is not None:
-                    probability[rows][missing[:, typed].all(axis=1)] = frequency
-                if time.monotonic() - last_logged > 2:
-                    done = (place, len(chosen), block.stop, len(numbers))
-                    logger.info("copying stretch %d/%d: %d/%d samples", *done)
-                    last_logged = time.monotonic()
-            yield window, probability
+        with _progress([each for each in chosen if self.targets.typed[each.sites].any()], len(numbers)) as progress:
+            for window in chosen:
+                yield window, self._stretch(copy, window, numbers, progress)
+
+    def _stretch(self, copy: CopyAlong, window: Window, numbers: np.ndarray, progress: Progress) -> np.ndarray:
+        """ALT probabilities float32 [2N, L] in the core of a stretch."""
+        targets = self.targets
+        frequency = self.data.reference.allele_frequency[window.core_sites]
+        probability = np.empty((2 * len(numbers), len(frequency)), dtype=np.float32)
+        typed = targets.typed[window.sites]
+        if not typed.any():
+            probability[:] = frequency
+            return probability
+        stretch = copy.stretch(window.index, typed)
+        typed_sites = slice(*np.searchsorted(targets.sites, [window.start, window.stop]))
+        for start in range(0, len(numbers), self._block):
+            block = slice(start, min(start + self._block, len(numbers)))
+            rows = slice(2 * block.start, 2 * block.stop)
+            alleles = np.ascontiguousarray(targets.typed_alleles(typed_sites, block).T)
+            missing = targets.missing_alleles(window.sites, block)
+            if missing is not None:
+                alleles[missing[:, typed]] = MASK
+            with undivided():
+                probability[rows] = copy.probability(stretch, alleles, numbers[block])
+            if missing is not None:
+                probability[rows][missing[:, typed].all(axis=1)] = frequency
+            progress.advance(len(frequency) * (block.stop - block.start))
+        return probability
 
     @torch.no_grad()
     def _probability(self, batch: Batch) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import signal
@@ -59,14 +60,35 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_commands_help_has_its_options_in_groups_and_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ended(name, "--help") == 0
+    rare = getattr(COMMANDS[name], "RARE", ())
+    assert ended(name, "--help-all" if rare else "--help") == 0
     said = capsys.readouterr().out
-    assert said.startswith(f"usage: embrag {name} ") and COMMANDS[name].DESCRIPTION in said
+    assert said.startswith(f"usage: embrag {name} {COMMANDS[name].USAGE} [options]\n")
+    assert COMMANDS[name].DESCRIPTION in said
     found = sections(said)
-    assert re.findall(r"--[a-z-]+", found["options"]) == ["--help"]  # every other one belongs to a group with a name
-    assert all(option in found["general"] for option in ("--verbose", "--debug", "--version"))
+    (commands,) = (each for each in make_parser()._actions if each.dest == "==SUPPRESS==" or each.choices)
+    own = commands.choices[name]._actions
+    assert all(each.option_strings[-1] in said for each in own if each.help != argparse.SUPPRESS)
+    assert all(option in found["general"] for option in ("--help", "--verbose", "--debug", "--version"))
     assert len(found) >= 4 and COMMANDS[name].EXAMPLES.strip() in found["examples"]
     assert "==SUPPRESS==" not in said and "None" not in said
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_commands_help_fits_a_screen(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert ended(name, "--help") == 0
+    said = capsys.readouterr().out
+    assert said.count("\n") <= 50
+    rare = getattr(COMMANDS[name], "RARE", ())
+    assert ("--help-all" in said) == bool(rare) and not [each for each in rare if f"{each} " in said]
+    assert ended(name, "--help-all") == (0 if rare else 2)
+    everything = capsys.readouterr().out
+    assert all(f"  {each}" in everything for each in rare)
+    first = COMMANDS[name].EXAMPLES.splitlines()[0]
+    assert first in said and "examples:" in said
 
 
 @pytest.mark.parametrize("name", COMMANDS)

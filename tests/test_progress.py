@@ -1,0 +1,112 @@
+"""Progress of long work: lines in a log, a bar on a terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embrag_ds import progress
+from embrag_ds.progress import Progress, spoken
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time of day, in its only element."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_lines_have_share_rate_and_time_left(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="embrag_ds")
+    with Progress("packing p.vcf.gz", None, "sites") as packing, Progress("imputing", 8) as imputing:
+        for _ in range(3):
+            clock[0] += 1.5
+            packing.advance(1500)
+            imputing.advance(2)
+    assert caplog.messages == [
+        "packing p.vcf.gz: 3,000 sites, 1,000 a second",
+        "imputing: 50 %, 3 s left",
+    ]
+    with Progress("adapting", 300, "steps") as adapting:
+        clock[0] += 4
+        adapting.advance(10)
+    assert caplog.messages[2:] == ["adapting: 10 of 300 steps, 3 %, 2.5 a second, 1 min 56 s left"]
+
+
+def test_gaps_between_lines_grow_and_the_end_is_left_to_the_caller(
+    clock: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="embrag_ds")
+    said = []
+    with Progress("imputing", 1000) as work:
+        for second in range(1, 1001):
+            clock[0] += 1
+            before = len(caplog.messages)
+            work.advance()
+            if len(caplog.messages) > before:
+                said.append(second)
+    gaps = [after - before for before, after in zip([0, *said], said, strict=False)]
+    assert gaps[:6] == [2, 4, 8, 16, 32, 60] and set(gaps[6:]) == {60} and 1000 not in said
+
+
+def test_nothing_is_said_by_other_ranks_or_where_it_is_not_to_be_shown(
+    clock: list[float], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", logger="embrag_ds")
+    with Progress("packing", None, "sites", shown=False) as work:
+        clock[0] += 10
+        work.advance()
+    monkeypatch.setenv("RANK", "1")
+    with Progress("packing", None, "sites") as work:
+        clock[0] += 10
+        work.advance()
+    assert not caplog.messages
+
+
+@given(st.floats(0, 1e7))
+def test_a_duration_in_words_is_at_least_the_duration_and_at_most_one_small_unit_more(seconds: float) -> None:
+    sizes = {"s": 1, "min": 60, "h": 3600, "d": 86400}
+    words = spoken(seconds).split()
+    units = [sizes[unit] for unit in words[1::2]]
+    total = sum(int(number) * unit for number, unit in zip(words[::2], units, strict=True))
+    assert len(units) <= 2 and units == sorted(units, reverse=True)
+    small = min(units) if len(units) == 2 or units == [1] else {60: 1, 3600: 60, 86400: 3600}[units[0]]
+    assert seconds - small < total <= seconds + small
+
+
+def test_on_a_terminal_it_is_a_bar_that_goes(root: Path) -> None:
+    code = """
+import time
+from embrag_ds import logs
+from embrag_ds.progress import Progress
+with logs.on_terminal(), Progress("adapting", 4, "steps") as work:
+    for _ in range(4):
+        time.sleep(0.6)
+        work.advance()
+"""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    script = f"stty cols 80 rows 24; exec {sys.executable} -c '{code}'"
+    process = subprocess.Popen(["bash", "-c", script], stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    try:
+        while more := os.read(ours, 4096):
+            shown += more
+    except OSError:  # the terminal's other side is closed
+        pass
+    finally:
+        os.close(ours)
+    assert process.wait() == 0, shown
+    states = [each for each in re.split(r"[\r\n]+", shown.decode()) if each.strip()]
+    assert re.search(r"adapting:  50 %\|.+\| 2/4 steps, 00:01 left", "\n".join(states)), states
+    assert shown.decode().rstrip("\n").endswith("\r"), "the bar is wiped at the end"
