@@ -28,8 +28,9 @@ class Progress:
 
     def __init__(self, what: str, total: float | None, unit: str | None = None, *, shown: bool = True):
         self._what, self._total, self._unit = what, total, unit
-        self._done, self._begun = 0.0, time.monotonic()
-        self._gap, self._said = _FIRST_S, self._begun
+        self._done = 0.0
+        self._gap, self._said = _FIRST_S, time.monotonic()
+        self._first: tuple[float, float] | None = None  # what was done at first, and when: loops were compiled till then
         self._shown = shown and rank_of_process() == 0
         self._bar = None
         if self._shown and sys.stderr is not None and sys.stderr.isatty():
@@ -54,12 +55,14 @@ class Progress:
             self._bar.update(parts)
         elif self._shown and self._done != self._total:
             now = time.monotonic()
-            if now - self._said >= self._gap:
+            if self._first is None:
+                self._first = self._done, now
+            elif now - self._said >= self._gap:
                 self._said, self._gap = now, min(2 * self._gap, _LONGEST_S)
-                logger.info("%s: %s", self._what, self._text(now - self._begun))
+                logger.info("%s: %s", self._what, self._text((self._done - self._first[0]) / (now - self._first[1])))
 
-    def _text(self, seconds: float) -> str:
-        rate = self._done / seconds
+    def _text(self, rate: float) -> str:
+        """Words for what is done, at so many parts a second."""
         said = []
         if self._unit is not None:
             of = "" if self._total is None else f" of {self._total:,.0f}"
