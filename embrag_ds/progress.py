@@ -30,7 +30,7 @@ class Progress:
         self._what, self._total, self._unit = what, total, unit
         self._done = 0.0
         self._gap, self._said = _FIRST_S, time.monotonic()
-        self._first: tuple[float, float] | None = None  # what was done at first, and when: loops were compiled till then
+        self._first: tuple[float, float] | None = None  # done and time; loops compile until then
         self._shown = shown and rank_of_process() == 0
         self._bar = None
         if self._shown and sys.stderr is not None and sys.stderr.isatty():
