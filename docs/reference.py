@@ -35,7 +35,8 @@ SETTINGS = """\
 
 Every key of our half of a configuration. It stands under `"embrag"` in the file, without that prefix here. Defaults
 are given as JSON. Types are strict: a whole number passes for a number, and nothing else passes for anything else.
-[configuration.md](configuration.md) says how files are found, extended and overridden, and what DeepSpeed's half needs.
+The page on [configuration](configuration.md) says how files are found, extended and overridden, and what DeepSpeed's
+half needs.
 
 This page is written by `python docs/reference.py` from the settings classes.
 """
