@@ -108,6 +108,20 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def test_the_messages_of_troubleshooting_are_those_of_the_code(root: Path) -> None:
+    said = []
+    for source in (root / "embrag_ds").rglob("*.py"):
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                said.append("".join(each.value if isinstance(each, ast.Constant) else " ... " for each in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.append(re.sub(r"%[.\d]*[a-z]", "...", node.value).replace("%%", "%"))
+    rows = re.findall(r"^\| (`.+?) \|", read(root, "docs/troubleshooting.md"), flags=re.MULTILINE)
+    assert len(rows) > 20
+    for message in (each for row in rows if "(torch's own)" not in row for each in CODE.findall(row)):
+        assert any(re.sub(" +", " ", message) in re.sub(" +", " ", text) for text in said), message
+
+
 def test_the_design_lists_the_imports_that_the_rules_allow(root: Path) -> None:
     rules = constants(root / "tests" / "test_layering.py")
     text = read(root, "docs/design.md").split("## Rooms")[1].split("\n## ")[0]
