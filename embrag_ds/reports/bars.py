@@ -63,7 +63,7 @@ def histogram(
 ) -> str:
     """A histogram of ``counts`` [n] between ``edges`` [n + 1], which are evenly apart."""
     if not any(counts):
-        return figure(title, "", "There is nothing to count.", "")
+        return figure(title, "", "There is no number to draw.", "")
     x_axis = Axis(edges[0], edges[-1], _LEFT, WIDTH - _RIGHT)
     y_axis = Axis(0, max(counts) * 1.05, HEIGHT - _BOTTOM, _TOP)
     parts = [frame(x_axis, y_axis, axes)]

@@ -310,7 +310,7 @@ def _reported(report: ImputeReport) -> str:
         caption = f"Samples with missing calls: {len(low):,}, the lowest call rates first"
         content += table(["sample", "call rate"], low[:_MOST_LISTED], caption)
     elif rates:
-        content += paragraph(f"The {len(rates):,} samples of the targets miss no call at the panel's sites.")
+        content += paragraph("No sample of the targets misses a call at the panel's sites.")
     return content + "".join(paragraph(_adaptation(each)) for each in report.adaptations)
 
 

@@ -42,18 +42,16 @@ class Density:
         self.start, self.width = start, 1
         self._counts = np.zeros(_MOST_BINS, dtype=np.int64)
 
-    def add(self, positions: np.ndarray) -> None:
-        """Add positions, int64 [n], none below ``start``."""
-        if not len(positions):
-            return
-        while (positions.max() - self.start) // self.width >= _MOST_BINS:
+    def add(self, positions: np.ndarray, last: int) -> None:
+        """Add positions, int64 [n], between ``start`` and ``last``, which gets a bin, too."""
+        while (last - self.start) // self.width >= _MOST_BINS:
             self._counts[: _MOST_BINS // 2] = self._counts.reshape(-1, 2).sum(axis=1)
             self._counts[_MOST_BINS // 2 :] = 0
             self.width *= 2
         self._counts += np.bincount((positions - self.start) // self.width, minlength=_MOST_BINS)
 
     def counts(self, stop: int) -> list[int]:
-        """Counts of the bins up to the one of the position ``stop``."""
+        """Counts of the bins up to that of the position ``stop``, none beyond any ``last`` one."""
         return [int(each) for each in self._counts[: (stop - self.start) // self.width + 1]]
 
 
@@ -79,11 +77,11 @@ class Contig:
         self.last = int(positions[-1])
         at = positions[typed]
         before = np.cumsum(~typed)
+        self.density.add(at, self.last)
         if not len(at):
             self._since += int(before[-1])
             return []
         self.typed += len(at)
-        self.density.add(at)
         starts = np.concatenate([[self._typed_until], at[:-1]])
         inside = np.diff(before[typed], prepend=-self._since)
         self._typed_until = int(at[-1])

@@ -10,6 +10,8 @@ from typing import Any
 
 MOST_ROWS = 200
 """Rows of a table at most; a longer one is thinned or cut off, and says so."""
+NOTHING = "\N{EN DASH}"
+"""What stands for a number that is not known."""
 _LONG = 60
 
 
@@ -35,17 +37,17 @@ def escaped(text: object) -> str:
 def number(value: float | None) -> str:
     """A number for people: four digits that count, thousands apart, and a dash for none."""
     if value is None or not math.isfinite(value):
-        return "–"  # noqa: RUF001
+        return NOTHING
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{int(value):,}"
-    if abs(value) >= 1000:
+    if 1000 <= abs(value) < 1e15:
         return f"{value:,.0f}"
     return f"{value:.4g}"
 
 
 def share(part: float, whole: float) -> str:
     """A part of a whole in percent, and a dash where there is no whole."""
-    return f"{100 * part / whole:.1f} %" if whole else number(None)
+    return f"{100 * part / whole:.1f} %" if whole else NOTHING
 
 
 def date(seconds: Any) -> str:
@@ -53,13 +55,13 @@ def date(seconds: Any) -> str:
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(float(seconds)))
     except (TypeError, ValueError, OverflowError, OSError):
-        return number(None)
+        return NOTHING
 
 
 def duration(seconds: Any) -> str:
     """A duration as 1 h 02 min, 3 min 04 s or 5 s; a dash for anything but a number."""
     if not isinstance(seconds, int | float) or not 0 <= seconds < 1e12:
-        return number(None)
+        return NOTHING
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -142,8 +142,8 @@ class VariantReader:
         contig, code, pos = b"", -1, -1
         for line in self._text.lines():
             fields = line.split(b"\t", FIXED_COLUMNS)
-            if not self.samples and len(fields) in (FIXED_COLUMNS - 1, FIXED_COLUMNS):
-                fields += [b""] * (FIXED_COLUMNS + 1 - len(fields))
+            if not self.samples:
+                fields = self._without_samples(line, fields)
             if len(fields) <= FIXED_COLUMNS or not fields[1].isdigit() or not fields[0]:
                 raise self._malformed(line)
             if _CONTROL.search(line, 0, len(line) - len(fields[9])):
@@ -225,6 +225,12 @@ class VariantReader:
                 continue
             at_pos.add((ref, alt, extent))
             yield Site(code, pos, name, ref, alt, extent, self.records, number, len(alts), *fields[7:10])
+
+    def _without_samples(self, line: bytes, fields: list[bytes]) -> list[bytes]:
+        """Columns of a record of a file without sample columns, with empty ones in place of FORMAT and samples."""
+        if len(fields) not in (FIXED_COLUMNS - 1, FIXED_COLUMNS):
+            raise self._malformed(line, "it is not a VCF record without genotypes, of a header without samples")
+        return fields + [b""] * (FIXED_COLUMNS + 1 - len(fields))
 
     def _extent(self, where: str, info: bytes, allele: int, alleles: int) -> str:
         """END and SVLEN of a symbolic ALT, as INFO gives them: a value each, or one for each ALT."""
