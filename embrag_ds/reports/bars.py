@@ -174,8 +174,7 @@ def tracks_chart(title: str, what: str, tracks: Sequence[Track], data: str, note
             sides = (x_axis.place((first - track.start) / size), x_axis.place((last - track.start) / size))
             said = f"gap {track.name}:{first:,}-{last:,}, {last - first:,} bp"
             parts.append(_rect("bad", sides, (base + 2, base + 5), said))
-        extent = f"{_place(track.start)} to {_place(track.stop)}"
-        parts.append(text(_TRACK_WIDTH - _TRACK_RIGHT + 8, base - 4, extent))
+        parts.append(text(_TRACK_WIDTH - _TRACK_RIGHT + 8, base - 4, _extent(track.start, track.stop)))
     for value in x_axis.ticks(8):
         place = x_axis.place(value)
         parts.append(line("axis", place, bottom, place, bottom + 4))
@@ -191,8 +190,10 @@ def tracks_chart(title: str, what: str, tracks: Sequence[Track], data: str, note
     return figure(title, svg(parts, described, _TRACK_WIDTH, bottom + 40), note, data, wide=True)
 
 
-def _place(position: int) -> str:
-    return f"{position / 1e6:.2f} Mb" if position >= 1e5 else f"{position:,} bp"
+def _extent(start: int, stop: int) -> str:
+    if stop < 1e5:
+        return f"{start:,} to {stop:,} bp"
+    return f"{start / 1e6:.2f} to {stop / 1e6:.2f} Mb"
 
 
 def _short(name: str, most: int) -> str:

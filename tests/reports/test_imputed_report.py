@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import io
 import math
+import sys
+import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +34,10 @@ NAMES = ["<b>", 'a"b', "c&d;", "e'f", "--></script>", "Ωmega", "s6", "s7", "s8"
 SECTIONS = ["Summary", "Estimated r2", "Sites and typed sites", "Samples", "Left out"]
 
 
-def many_sites(sizes: Sequence[int] = (300, 60, 1), splits: bool = False) -> SiteTable:
-    """Sites of three contigs at random places, some of which are split from one record of the panel."""
+def many_sites(sizes: Sequence[int] = (300, 60, 1), splits: bool = False, scale: int = 1) -> SiteTable:
+    """Sites of three contigs at random places, ``scale`` base pairs or more apart; with ``splits``, some are split from
+    one record of the panel.
+    """
     rng = np.random.default_rng(3)
     contig = np.repeat(np.arange(len(sizes)), sizes).astype(np.int32)
     pos = np.concatenate([np.sort(rng.choice(np.arange(1, 90_000), size, replace=False)) for size in sizes])
@@ -46,7 +51,7 @@ def many_sites(sizes: Sequence[int] = (300, 60, 1), splits: bool = False) -> Sit
         contigs=("1", "X", "HLA*01:01", "unused")[: len(sizes) + 1],
         contig_lengths=(100_000, 0, 5, 7)[: len(sizes) + 1],
         contig=contig,
-        pos=pos,
+        pos=pos * scale,
         ref=["A"] * len(pos),
         alt=alt,
         id=["."] * len(pos),
@@ -401,6 +406,51 @@ def test_sites_of_no_frequency_have_a_bin_of_their_own() -> None:
     rows: dict[str, Any] = {row["maf"]: row for row in tallies.r2()}
     assert (rows["unknown"]["sites"], rows["unknown"]["with_r2"], rows["5-50 %"]["sites"]) == (2, 1, 1)
     assert rows["all"]["mean"] == pytest.approx(0.6)
+
+
+def test_a_level_counts_from_itself_on() -> None:
+    tallies = SiteTallies()
+    dr2 = [0.3, 0.2999, 0.8, 0.7999, 0.95, 1.0, 0.05]
+    tallies.add("1", 0, list(range(1, 8)), [False] * 7, [0.2] * 7, dr2)
+    tallies.finish()
+    row = tallies.r2()[-1]
+    assert row["at_least"] == {"0.3": 5, "0.8": 3}
+    assert {place: count for place, count in enumerate(row["histogram"]) if count} == {
+        1: 1,
+        5: 1,
+        6: 1,
+        15: 1,
+        16: 1,
+        19: 2,
+    }
+
+
+def test_frequencies_by_dosage_count_haploid_samples_once(report: Report, tmp_path: Path) -> None:
+    record = "X 10 . A T . PASS DR2=0.5;IMP GT:DS 0:0.03 0|0:0 0|0:0.06"
+    rare = "X 20 . A T . PASS DR2=0.5;IMP GT:DS 0:0.052 0|0:0 0:0"
+    path = written_by(tmp_path / "in.vcf.gz", "beagle", [record, rare], ("A", "B", "C"))
+    found = report(path).numbers
+    assert found["frequencies_from"]["the dosages"] == 2
+    # .09 of five haplotypes is .018, and .052 of four .013; of six each, the second one would be .0087.
+    assert {row["maf"]: row["sites"] for row in found["r2"] if row["sites"]} == {"1-5 %": 2, "all": 2}
+
+
+@pytest.mark.parametrize("seconds", [0.0, 2.3])
+def test_progress_comes_on_a_terminal_after_two_seconds(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+
+    def sites() -> Iterator[Any]:
+        for number in range(3):
+            time.sleep(seconds / 2 if number else 0)
+            yield number
+
+    assert list(imputed_facts._with_progress(sites(), Path("in.vcf.gz"))) == [0, 1, 2]
+    said = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert ("reading in.vcf.gz: 3 sites" in said) == (seconds > 0) and bool(said.strip()) == (seconds > 0)
 
 
 def test_the_oracle_reads_both_containers_alike(tmp_path: Path) -> None:

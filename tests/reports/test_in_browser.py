@@ -80,7 +80,7 @@ def page(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         source = write_run(tmp_path / ("a_very_long_name_without_a_blank_" * 4), "failed", "/long/path" * 30)
         (source / "profile.json").write_text(json.dumps(PROFILE))
     else:
-        sites = many_sites()
+        sites = many_sites(scale=2_400)
         samples = [*NAMES[:-1], "sample_" * 12]
         source = write(tmp_path / "out.vcf.gz", sites, imputed_at(sites, "some", True), step=50, samples=samples)
     main(arguments=["report", str(source), f"--out={out}"])

@@ -180,6 +180,9 @@ def test_a_run_that_was_resumed_and_has_not_logged_again(report: Report, run: Pa
     write_steps(run, 28, 26, resume=26)
     found = report(run)
     assert found.numbers["steps"] == 26 and found.numbers["training"]["step"][-1] == 26
+    write_steps(run, 8, 6, resume=6)
+    found = report(run)
+    assert found.numbers["steps"] == 6 and found.numbers["training"]["step"][-1] == 6
 
 
 def test_whole_metrics_counts_what_read_metrics_leaves_out(run: Path) -> None:
