@@ -111,9 +111,10 @@ def folded(summary: str, content: str, is_open: bool = False) -> str:
 
 
 def lines(texts: Iterable[str], caption: str) -> str:
-    """Lines of a log, in a box that scrolls."""
+    """Lines of a log under a caption, in a box that scrolls."""
     content = "\n".join(escaped(each) for each in texts)
-    return f'<div class="box" role="region" tabindex="0" aria-label="{escaped(caption)}"><pre>{content}</pre></div>\n'
+    box = f'<div class="box" role="region" tabindex="0" aria-label="{escaped(caption)}"><pre>{content}</pre></div>\n'
+    return paragraph(caption, "soft") + box
 
 
 def _kind(place: int, texts: int, cell: object = "") -> str:

@@ -95,10 +95,3 @@ def test_a_pipe_needs_a_name_for_its_page(embrag: Embrag, tmp_path: Path) -> Non
         done = embrag("report", pipe, f"--out={tmp_path / 'page.html'}")
     assert done.returncode == 0, done.stderr
     assert parsed(tmp_path / "page.html").numbers["sites"] == 1
-
-
-def test_a_place_that_cannot_be_written(embrag: Embrag, tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
-    for out, said in ((tmp_path / "none" / "page.html", "does not exist; create it"), (tmp_path, "it is a folder")):
-        done = embrag("report", run, f"--out={out}")
-        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1

@@ -278,11 +278,11 @@ def test_values_of_other_types_are_left_out(report: Report, run: Path, value: An
 
 
 def test_a_long_run_makes_no_long_page(report: Report, run: Path, tmp_path: Path) -> None:
-    lines = [{"kind": "train", "step": step, "time": step, **line_of_training(step)} for step in range(1, 30_001)]
+    lines = [{"kind": "train", "step": step, "time": step, **line_of_training(step)} for step in range(1, 12_001)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = report(run)
     steps = found.numbers["training"]["step"]
-    assert len(steps) == 5_000 and (steps[0], steps[-1]) == (1, 30_000) and found.numbers["steps"] == 30_000
+    assert len(steps) == 5_000 and (steps[0], steps[-1]) == (1, 12_000) and found.numbers["steps"] == 12_000
     assert len(found.table("Loss of training").rows) == 200
     assert (tmp_path / "page.html").stat().st_size < 2_000_000
 
@@ -311,3 +311,24 @@ def test_options_of_an_imputed_file(refused: Refused, run: Path) -> None:
         assert said.startswith(f"{option} is of an imputed file, and {run} is a folder")
     shutil.rmtree(run)
     assert f"{run}: cannot read it (No such file or directory)" in refused(run)
+
+
+def test_a_place_that_cannot_be_written(refused: Refused, run: Path, tmp_path: Path) -> None:
+    for out, said in ((tmp_path / "none" / "page.html", "does not exist; create it"), (tmp_path, "it is a folder")):
+        assert said in refused(run, f"--out={out}")
+
+
+@pytest.mark.parametrize("content", ["mine", "<!DOCTYPE html>\n<html></html>"])
+def test_only_an_older_report_is_replaced(
+    report: Report, refused: Refused, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(content)
+    assert f"{page}: it is there and is no report of embrag" in refused(run, f"--out={page}")
+    assert page.read_text() == content
+    page.write_text("")
+    report(run)
+    before = page.read_bytes()
+    caplog.clear()
+    report(run)
+    assert page.read_bytes() == before and f"{page}: an older report is there" in caplog.text
