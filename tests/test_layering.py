@@ -54,6 +54,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "runs",
         "engine",
     ),
+    "reports": ("variants", "data", "evaluation", "runs"),
     "planning": ("ops", "runtime", "data", "retrieval", "model", "config", "export", "runs", "engine", "training"),
     "cli": (
         "runtime",
@@ -64,6 +65,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "export",
         "imputation",
         "runs",
+        "reports",
         "training",
         "planning",
     ),

@@ -1,4 +1,4 @@
-"""The command ``embrag``: one parser for training, imputing, evaluating and simulating."""
+"""The command ``embrag``: one parser for training, imputing, evaluating, reporting and simulating."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from embrag_ds import __version__
-from embrag_ds.cli import evaluate, impute, simulate, train
+from embrag_ds.cli import evaluate, impute, report, simulate, train
 from embrag_ds.cli.command import run_command
 from embrag_ds.cli.help import CommandParser
 from embrag_ds.errors import UserError
@@ -18,7 +18,7 @@ from embrag_ds.runs.launchers import take_place
 
 logger = logging.getLogger(__name__)
 
-COMMANDS = {"train": train, "impute": impute, "evaluate": evaluate, "simulate": simulate}
+COMMANDS = {"train": train, "impute": impute, "evaluate": evaluate, "report": report, "simulate": simulate}
 Run = Callable[[argparse.Namespace], None]
 
 

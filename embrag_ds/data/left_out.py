@@ -14,7 +14,8 @@ from embrag_ds.variants.header import as_bytes
 from embrag_ds.variants.records import Excluded
 from embrag_ds.variants.sites import SiteTable
 
-_COLUMNS = "file\tcontig\tpos\tid\tref\talt\treason\n"
+COLUMNS = "file\tcontig\tpos\tid\tref\talt\treason\n"
+"""First line of the table."""
 
 
 class LeftOutTable:
@@ -23,7 +24,7 @@ class LeftOutTable:
     def __init__(self, out: BinaryIO | None) -> None:
         self._out = out
         if out is not None:
-            out.write(as_bytes(_COLUMNS))
+            out.write(as_bytes(COLUMNS))
 
     def add(self, what: str, each: Excluded) -> None:
         """Add a site that was left out when its file was read."""

@@ -24,10 +24,10 @@ from embrag_ds.planning.memory import DEVICE, HOST, Component, on_cpu, on_gpu
 from embrag_ds.planning.trace import parameter_count
 from embrag_ds.runs.folder import CHECKPOINTS
 from embrag_ds.runs.meeting import Meeting, meet
-from embrag_ds.runs.record import CONFIG, METRICS, VERSIONS
+from embrag_ds.runs.record import CONFIG, METRICS, RUN_LOG, VERSIONS
 from embrag_ds.runtime.processor import memory_field
 from embrag_ds.training.panel_limits import fit_micro_batch, warn_of_fewer_neighbours
-from embrag_ds.training.run import RUN_LOG, folder_of, require_one_start
+from embrag_ds.training.run import folder_of, require_one_start
 
 _MIB = 1 << 20
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from embrag_ds.errors import UserError
 from embrag_ds.files import make_folder, write_json
 
 CONFIG, VERSIONS, METRICS = "config.json", "versions.json", "metrics.jsonl"
-"""Names of the files of a run folder."""
+RUN_LOG, PROFILE = "run.log", "profile.json"
+"""Names of the files of a run folder; other ranks than 0 add logs and profiles of their own."""
 RESUME = "resume"
 """Kind of the line that a resumed run begins with; lines beyond its step are superseded by what follows."""
 _FAISS = ("faiss-cpu", "faiss-gpu", "faiss-cuda")
@@ -107,29 +109,58 @@ def _write_whole(descriptor: int, content: bytes, size: int) -> None:
         raise
 
 
+@dataclass(frozen=True)
+class Metrics:
+    """A run's ``metrics.jsonl``.
+
+    ``held`` are the lines that count, without those that a resumed run has superseded (of which there are
+    ``superseded``). ``resumes`` are the lines that resumed runs begin with. ``torn`` counts lines that are no whole
+    record, as a killed process leaves one.
+    """
+
+    held: list[dict[str, Any]]
+    resumes: list[dict[str, Any]]
+    superseded: int
+    torn: int
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a run's ``metrics.jsonl`` that hold: without those that a resumed run has superseded, and torn ones.
+    """Lines of a run's ``metrics.jsonl`` that count; see :func:`whole_metrics`."""
+    return whole_metrics(path).held
+
+
+def whole_metrics(path: Path) -> Metrics:
+    """Read a run's ``metrics.jsonl``.
 
     A run that was killed at step 7 and resumed from its checkpoint at step 5 has its steps 6 and 7 twice. The later
     ones are those that led to the model.
     """
     held: dict[tuple[str, int], dict[str, Any]] = {}
-    for line in _whole_lines(path):
-        if line["kind"] == RESUME:
+    resumes: list[dict[str, Any]] = []
+    lines = torn = 0
+    for line in _lines(path):
+        if line is None:
+            torn += 1
+        elif line["kind"] == RESUME:
             held = {place: each for place, each in held.items() if each["step"] <= line["step"]}
+            resumes.append(line)
         else:
             held[line["kind"], line["step"]] = line
-    return list(held.values())
+            lines += 1
+    return Metrics(list(held.values()), resumes, lines - len(held), torn)
 
 
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+def _lines(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Lines that are not empty, None for one that is no whole record."""
     for text in path.read_text(encoding="utf-8", errors="surrogateescape").split("\n"):
         try:
             line = json.loads(text)
         except ValueError:
-            continue
+            line = None
         if isinstance(line, dict) and isinstance(line.get("step"), int) and isinstance(line.get("kind"), str):
             yield line
+        elif text.strip():
+            yield None
 
 
 def scalars(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -16,7 +16,7 @@ from embrag_ds.engine.distributed import DistributedContext
 from embrag_ds.errors import UserError
 from embrag_ds.files import make_folder, write_json, write_text, written
 from embrag_ds.retrieval.device_panel import GIB
-from embrag_ds.runs.record import device_name, package_versions
+from embrag_ds.runs.record import PROFILE, device_name, package_versions
 from embrag_ds.runtime.device_sampler import DeviceSampler
 from embrag_ds.runtime.timeline import Timeline
 from embrag_ds.runtime.trace import chrome_trace
@@ -100,7 +100,7 @@ class Profile:
         from embrag_ds.training.profile_plot import plot_profile
 
         report = self.report()
-        path = self._folder / self._distributed.own_file("profile.json")
+        path = self._folder / self._distributed.own_file(PROFILE)
         write_json(path, report)
         spans = self.timeline.spans()
         trace = path.with_name(self._distributed.own_file("trace.json"))

@@ -23,7 +23,7 @@ from embrag_ds.runs import alive
 from embrag_ds.runs.checkpoints import newest_step
 from embrag_ds.runs.folder import CHECKPOINTS, OUTCOME, RunLock, choose, leave_no_trace, never_saved, write_outcome
 from embrag_ds.runs.meeting import Meeting, meet
-from embrag_ds.runs.record import CONFIG, METRICS, VERSIONS
+from embrag_ds.runs.record import CONFIG, METRICS, RUN_LOG, VERSIONS
 from embrag_ds.runs.stop import Stopped, StopSignals
 from embrag_ds.runtime.imports import uncollected
 from embrag_ds.runtime.timeline import NO_TIMELINE
@@ -33,9 +33,6 @@ from embrag_ds.training.profile import Profile
 from embrag_ds.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-RUN_LOG = "run.log"
-"""Name of a run's log in its folder; other ranks than 0 add theirs."""
 
 
 def train(

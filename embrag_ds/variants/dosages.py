@@ -25,6 +25,7 @@ from embrag_ds.variants.spool import Spool
 logger = logging.getLogger(__name__)
 
 _OWN_R2 = re.compile(rb"(?:^|;)(DR2|R2)=([^;]*)")
+_OWN_AF = re.compile(rb"(?:^|;)(AF)=([^;]*)")
 
 _DOSAGE, _HAPLOTYPES, _GP, _PLOIDY = slice(0, 1), slice(1, 3), slice(3, 6), slice(6, 7)
 _COLUMNS = len(Values._fields)
@@ -139,8 +140,8 @@ def _spooled(vcf: VariantReader, spool: Spool, truth: bool) -> DosageFile:
             logger.info("%s: %s: values are left out at the end of a column; GT counts there", vcf.path, vcf.where(row))
         spool.append(numbers)
         # That of a truth is left over from an imputation.
-        dr2.append(math.nan if truth else _own_r2(vcf, row))
-        imputed.append(_is_imputed(row.info))
+        dr2.append(math.nan if truth else own_r2(vcf, row))
+        imputed.append(is_imputed(row.info))
         rows.append(row.bare())
     spool.finish()
     odd = sum(not (-TOLERANCE <= value <= 1 + TOLERANCE) for value in dr2 if value == value)
@@ -187,13 +188,25 @@ def _column_fault(vcf: VariantReader, row: Site, sample: int, error: BadValue, t
     return vcf.fault(where, f"sample {vcf.samples[sample]} has {error.problem}", remedy)
 
 
-def _own_r2(vcf: VariantReader, row: Site) -> float:
+def own_r2(vcf: VariantReader, row: Site) -> float:
     """The file's estimate of r2 at a site, INFO DR2 or R2; NaN if there is none.
 
     There may be one for each ALT. Minimac's may exceed 1, so that any number is taken.
     """
-    found: dict[bytes, bytes] = dict(reversed(_OWN_R2.findall(row.info)))
-    text = found.get(b"DR2", found.get(b"R2", b"."))
+    return _info_number(vcf, row, _OWN_R2, (b"DR2", b"R2"), "an r2")
+
+
+def own_af(vcf: VariantReader, row: Site) -> float:
+    """The file's ALT frequency at a site, INFO AF; NaN if there is none. There may be one for each ALT."""
+    return _info_number(vcf, row, _OWN_AF, (b"AF",), "an AF")
+
+
+def _info_number(
+    vcf: VariantReader, row: Site, pattern: re.Pattern[bytes], keys: tuple[bytes, ...], what: str
+) -> float:
+    """An ALT's number in INFO, by the first of the ``keys`` that is there, each in its first place."""
+    found: dict[bytes, bytes] = dict(reversed(pattern.findall(row.info)))
+    text = next((found[key] for key in keys if key in found), b".")
     each = text.split(b",")
     value = each[row.allele - 1] if len(each) == row.alleles else text
     try:
@@ -203,13 +216,13 @@ def _own_r2(vcf: VariantReader, row: Site) -> float:
     if math.isinf(number) or b"_" in value:
         raise vcf.fault(
             vcf.where(row),
-            f"its INFO has an r2 that is no number ({as_text(text)})",
-            "correct it, or remove it (bcftools annotate -x INFO/DR2,INFO/R2)",
+            f"its INFO has {what} that is no number ({as_text(text)})",
+            f"correct it, or remove it (bcftools annotate -x {','.join(f'INFO/{key.decode()}' for key in keys)})",
         )
     return number
 
 
-def _is_imputed(info: bytes) -> bool:
+def is_imputed(info: bytes) -> bool:
     """Whether INFO marks an imputed site; minimac4 marks typed sites as both."""
     flags = info.split(b";")
     return (b"IMP" in flags or b"IMPUTED" in flags) and b"TYPED" not in flags

@@ -34,18 +34,22 @@ def as_bytes(text: str) -> bytes:
 
 @dataclass(frozen=True)
 class Header:
-    """Samples [N], declared contigs with their lengths (base pairs, 0 where not given), and INFO keys."""
+    """Samples [N], declared contigs with their lengths (base pairs, 0 where not given), INFO keys, and what the lines
+    ``##source`` say.
+    """
 
     samples: tuple[str, ...]
     contigs: tuple[str, ...]
     contig_lengths: tuple[int, ...]
     info_keys: frozenset[str]
+    sources: tuple[str, ...] = ()
 
     @staticmethod
-    def parse(path: Path, lines: Sequence[bytes]) -> Header:
+    def parse(path: Path, lines: Sequence[bytes], needs_samples: bool = True) -> Header:
         """Parse header lines, the column names last.
 
-        Raises :class:`UserError`, in the name of ``path``, for other columns, and for no, repeated or empty samples.
+        Raises :class:`UserError`, in the name of ``path``, for other columns, for repeated or empty samples, and for
+        none where the file ``needs_samples``.
         """
         text = [as_text(line) for line in lines]
         columns = text[-1].split("\t")
@@ -55,7 +59,7 @@ class Header:
                 "tabs between; correct the header (bcftools reheader -h)"
             )
         samples = tuple(columns[FIXED_COLUMNS:])
-        if not samples:
+        if not samples and needs_samples:
             raise UserError(f"{path}: it has no samples; give a file with genotype columns")
         seen: set[str] = set()
         for number, name in enumerate(samples, start=1):
@@ -71,7 +75,11 @@ class Header:
                 contigs.setdefault(found.group(1), int(length.group(1)) if length else 0)
         keys = (re.match(r"##INFO=<(?:.*?,)??ID=([^,>]+)", line) for line in text)
         return Header(
-            samples, tuple(contigs), tuple(contigs.values()), frozenset(found.group(1) for found in keys if found)
+            samples,
+            tuple(contigs),
+            tuple(contigs.values()),
+            frozenset(found.group(1) for found in keys if found),
+            tuple(line.removeprefix("##source=") for line in text if line.startswith("##source=")),
         )
 
 

@@ -80,9 +80,10 @@ class Excluded(NamedTuple):
 class VariantReader:
     """Reader of the biallelic sites of a variant file with N samples, in any container.
 
-    ``samples`` [N], ``contigs``, ``contig_lengths`` and ``info_keys`` come from the header; contigs that it lacks are
-    added as they come. ``records`` counts the records read so far, and ``skipped`` what was left out, by reason;
-    ``on_excluded`` is called with each. With ``without_alt``, records without ALT are sites with the ALT ``.``.
+    ``samples`` [N], ``contigs``, ``contig_lengths``, ``info_keys`` and ``sources`` come from the header; contigs that
+    it lacks are added as they come. ``records`` counts the records read so far, and ``skipped`` what was left out,
+    by reason; ``on_excluded`` is called with each. With ``without_alt``, records without ALT are sites with the ALT
+    ``.``. A file without sample columns is refused if it ``needs_samples``; otherwise its sites have an empty ``body``.
 
     Raises :class:`UserError` for faulty files: when opened, and while it is iterated.
     """
@@ -93,6 +94,7 @@ class VariantReader:
         *,
         duplicates: Duplicates = "first",
         without_alt: bool = False,
+        needs_samples: bool = True,
         on_excluded: Callable[[Excluded], None] | None = None,
     ) -> None:
         self.path = Path(path)
@@ -103,9 +105,9 @@ class VariantReader:
         self._on_excluded = on_excluded
         with ExitStack() as stack:
             self._text = VariantText(stack.enter_context(regular_file(self.path)), self.path)
-            header = Header.parse(self.path, self._text.header)
+            header = Header.parse(self.path, self._text.header, needs_samples)
             self._open = stack.pop_all()
-        self.samples, self.info_keys = header.samples, header.info_keys
+        self.samples, self.info_keys, self.sources = header.samples, header.info_keys, header.sources
         self.contigs, self.contig_lengths = header.contigs, header.contig_lengths
         self._decoder = GenotypeDecoder()
 
@@ -140,6 +142,8 @@ class VariantReader:
         contig, code, pos = b"", -1, -1
         for line in self._text.lines():
             fields = line.split(b"\t", FIXED_COLUMNS)
+            if not self.samples:
+                fields = self._without_samples(line, fields)
             if len(fields) <= FIXED_COLUMNS or not fields[1].isdigit() or not fields[0]:
                 raise self._malformed(line)
             if _CONTROL.search(line, 0, len(line) - len(fields[9])):
@@ -221,6 +225,12 @@ class VariantReader:
                 continue
             at_pos.add((ref, alt, extent))
             yield Site(code, pos, name, ref, alt, extent, self.records, number, len(alts), *fields[7:10])
+
+    def _without_samples(self, line: bytes, fields: list[bytes]) -> list[bytes]:
+        """Columns of a record of a file without sample columns, with empty ones in place of FORMAT and samples."""
+        if len(fields) not in (FIXED_COLUMNS - 1, FIXED_COLUMNS):
+            raise self._malformed(line, "it is not a VCF record without genotypes, of a header without samples")
+        return fields + [b""] * (FIXED_COLUMNS + 1 - len(fields))
 
     def _extent(self, where: str, info: bytes, allele: int, alleles: int) -> str:
         """END and SVLEN of a symbolic ALT, as INFO gives them: a value each, or one for each ALT."""
