@@ -36,7 +36,14 @@ class Progress:
         if self._shown and sys.stderr is not None and sys.stderr.isatty():
             form = _form(total, unit)
             self._bar = tqdm(
-                desc=what, total=total, unit=f" {unit}", leave=False, mininterval=0.5, bar_format=form, file=sys.stderr
+                desc=what,
+                total=total,
+                unit=f" {unit}",
+                leave=False,
+                mininterval=0.5,
+                delay=_FIRST_S,
+                bar_format=form,
+                file=sys.stderr,
             )
 
     def __enter__(self) -> Progress:

@@ -91,7 +91,7 @@ from embrag_ds import logs
 from embrag_ds.progress import Progress
 with logs.on_terminal(), Progress("adapting", 4, "steps") as work:
     for _ in range(4):
-        time.sleep(0.6)
+        time.sleep(1.1)
         work.advance()
 """
     ours, theirs = pty.openpty()
@@ -109,5 +109,5 @@ with logs.on_terminal(), Progress("adapting", 4, "steps") as work:
         os.close(ours)
     assert process.wait() == 0, shown
     states = [each for each in re.split(r"[\r\n]+", shown.decode()) if each.strip()]
-    assert re.search(r"adapting:  50 %\|.+\| 2/4 steps, 00:01 left", "\n".join(states)), states
+    assert re.search(r"adapting:  50 %\|.+\| 2/4 steps, 00:02 left", "\n".join(states)), states
     assert shown.decode().rstrip("\n").endswith("\r"), "the bar is wiped at the end"

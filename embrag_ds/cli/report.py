@@ -13,6 +13,7 @@ from embrag_ds.files import require_writable, source_of
 from embrag_ds.preflight import require_distinct, require_readable
 
 DESCRIPTION = "Write a page (one HTML file) about a training run or an imputed file."
+USAGE = "INPUT"
 EXAMPLES = """\
   embrag report runs/mine
       runs/mine/report.html: curves, memory, settings and the end of a run, which may still be under way

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
+from embrag_ds.progress import Progress
 from embrag_ds.reports.samples_part import Outlier, Quality, SampleTallies, outliers
 from embrag_ds.reports.sites_part import SiteTallies
 from embrag_ds.variants.dosages import is_imputed, own_af, own_r2
@@ -98,4 +97,7 @@ def _read(vcf: VariantReader, path: Path) -> ImputedFacts:
 
 def _with_progress(sites: Iterator[Site], path: Path) -> Iterator[Site]:
     """The sites, with a progress line on a terminal if they take more than two seconds."""
-    yield from tqdm(sites, desc=f"reading {path.name}", unit=" sites", disable=None, mininterval=1, delay=2)
+    with Progress(f"reading {path.name}", None, "sites") as progress:
+        for site in sites:
+            yield site
+            progress.advance()

@@ -68,7 +68,7 @@ def test_a_commands_help_has_its_options_in_groups_and_examples(name: str, capsy
     found = sections(said)
     (commands,) = (each for each in make_parser()._actions if each.dest == "==SUPPRESS==" or each.choices)
     own = commands.choices[name]._actions
-    assert all(each.option_strings[-1] in said for each in own if each.help != argparse.SUPPRESS)
+    assert all([*each.option_strings, each.metavar][0] in said for each in own if each.help != argparse.SUPPRESS)
     assert all(option in found["general"] for option in ("--help", "--verbose", "--debug", "--version"))
     assert len(found) >= 4 and COMMANDS[name].EXAMPLES.strip() in found["examples"]
     assert "==SUPPRESS==" not in said and "None" not in said

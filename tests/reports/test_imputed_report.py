@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import gzip
-import io
 import math
-import sys
-import time
 import tracemalloc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -433,24 +430,6 @@ def test_frequencies_by_dosage_count_haploid_samples_once(report: Report, tmp_pa
     assert found["frequencies_from"]["the dosages"] == 2
     # .09 of five haplotypes is .018, and .052 of four .013; of six each, the second one would be .0087.
     assert {row["maf"]: row["sites"] for row in found["r2"] if row["sites"]} == {"1-5 %": 2, "all": 2}
-
-
-@pytest.mark.parametrize("seconds", [0.0, 2.3])
-def test_progress_comes_on_a_terminal_after_two_seconds(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    monkeypatch.setattr(sys, "stderr", Terminal())
-
-    def sites() -> Iterator[Any]:
-        for number in range(3):
-            time.sleep(seconds / 2 if number else 0)
-            yield number
-
-    assert list(imputed_facts._with_progress(sites(), Path("in.vcf.gz"))) == [0, 1, 2]
-    said = sys.stderr.getvalue()  # type: ignore[attr-defined]
-    assert ("reading in.vcf.gz: 3 sites" in said) == (seconds > 0) and bool(said.strip()) == (seconds > 0)
 
 
 def test_the_oracle_reads_both_containers_alike(tmp_path: Path) -> None:
