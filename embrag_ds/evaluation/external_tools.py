@@ -53,17 +53,8 @@ def selphi(panel: Path, target: Path, genetic_map: Path | None, folder: Path, th
     cores = ["--cores", str(threads)]
     prepared: list[str | Path] = ["--prepare_reference", "--ref_source_vcf", panel, "--refpanel", converted]
     run(["selphi", *prepared, *cores], folder / "selphi-panel.out")
-    files: list[str | Path] = [
-        "--refpanel",
-        converted,
-        "--target",
-        target,
-        "--map",
-        genetic_map,
-        "--outvcf",
-        folder / "selphi",
-    ]
-    run(["selphi", *files, *cores], folder / "selphi.out")
+    given: list[str | Path] = ["--refpanel", converted, "--target", target, "--map", genetic_map]
+    run(["selphi", *given, "--outvcf", folder / "selphi", *cores], folder / "selphi.out")
     return folder / "selphi.vcf.gz"
 
 
