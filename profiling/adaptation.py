@@ -28,13 +28,13 @@ from typing import Any
 
 from adaptation_panels import SPECS, Prepared, prepare
 from adaptation_report import AUTO, OFF, TUNED, r2_table, table, worst
-from adaptation_tools import compare_with, measured
+from adaptation_tools import ERRORS, compare_with, measured
 
 from embrag_ds.cli.command import run_command
 from embrag_ds.data.panel import open_panel
 from embrag_ds.data.programs import run_logged
 from embrag_ds.errors import UserError
-from embrag_ds.evaluation.external_tools import installed
+from embrag_ds.evaluation.external_tools import able
 from embrag_ds.evaluation.report import Report
 from embrag_ds.evaluation.score import evaluate
 from embrag_ds.files import make_folder, write_json, write_text
@@ -69,7 +69,7 @@ def impute(files: Prepared, adapt: str, folder: Path) -> dict[str, Any]:
 def run_tools(files: Prepared, folder: Path) -> dict[str, dict[str, Any]]:
     """What :func:`compare_with` returns for every tool that is installed and takes the panel, made or read."""
     found = {}
-    for tool in installed():
+    for tool in (each for each in able(files.genetic_map) if each in ERRORS):
         path = folder / f"{tool}.json"
         if not path.exists():
             try:

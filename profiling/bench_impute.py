@@ -6,7 +6,7 @@ Every tool runs as its user would run it, in a process of its own, from reading 
 tools take turns, and the median of the rounds is reported. minimac4's time includes the conversion of the panel, and is
 also given without it; ours includes packing it, in an empty cache. We also run with the panel packed, with and without
 the transformer. The model never adapts to the panel. A run before all others compiles our loops where numba has not
-kept them; its time is reported apart. Tools that are not installed are reported as missing.
+kept them; its time is reported apart. Tools that cannot run are reported as missing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from embrag_ds.data.inputs import default_data
 from embrag_ds.data.programs import check_ended_well
 from embrag_ds.data.windows import DataConfig
 from embrag_ds.errors import UserError
-from embrag_ds.evaluation.external_tools import TOOLS, installed, plink_map
+from embrag_ds.evaluation.external_tools import TOOLS, able, plink_map
 from embrag_ds.files import require_writable, write_json
 from embrag_ds.runs.record import device_name
 from embrag_ds.runtime.processor import peak_resident_bytes
@@ -118,7 +118,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Cost]:
     ours(options, "cpu", (), folder, first)
     note("embrag_ds cpu, first run", first, sum(first.each))
     for _ in range(options.rounds):
-        for name in installed():
+        for name in able(genetic_map):
             meter = Meter()
             TOOLS[name](options.panel, options.target, genetic_map, folder, options.threads, meter.run)
             note(name, meter, sum(meter.each))

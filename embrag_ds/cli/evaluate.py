@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from embrag_ds.cli.command import show
@@ -12,14 +13,14 @@ from embrag_ds.errors import UserError
 from embrag_ds.files import require_writable, write_json, write_text
 from embrag_ds.preflight import require_distinct, require_folder, require_readable
 
-DESCRIPTION = "Score imputed VCF or BCF files against the truth, at untyped sites, by minor-allele frequency."
+DESCRIPTION = "Score imputed VCF or BCF files against the truth, at untyped sites, by minor-allele frequency and count."
 USAGE = "--truth VCF --panel VCF --target VCF --imputed [NAME=]FILE"
 EXAMPLES = """\
   embrag evaluate --truth TRUTH.vcf.gz --panel PANEL.vcf.gz --target TARGET.vcf.gz --imputed ours=IMPUTED.vcf.gz
       one imputed file
   embrag evaluate --truth TRUTH.vcf.gz --panel PANEL.vcf.gz --target TARGET.vcf.gz --imputed ours=IMPUTED.vcf.gz \\
       --run-tools WORK --map MAP --baselines --samples SAMPLES.tsv --plots PLOTS --json OUT.json
-      beside Beagle and minimac4 (where installed) and two cheap methods, by population, with plots
+      beside Beagle, minimac4 and Selphi (where installed) and two cheap methods, by population, with plots
 """
 
 
@@ -39,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--run-tools",
         type=Path,
         metavar="DIR",
-        help="impute with Beagle and minimac4, where installed, into DIR, and add them",
+        help="impute with Beagle, minimac4 and Selphi, where installed, into DIR, and add them",
     )
-    others.add_argument("--map", type=Path, help="genetic map for these tools")
+    others.add_argument("--map", type=Path, help="genetic map for these tools; Selphi needs one")
     others.add_argument("--threads", type=int, default=os.cpu_count(), help="of these tools")
     intervals = parser.add_argument_group("intervals")
     intervals.add_argument(
@@ -80,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
     """Run the command with parsed options; raises :class:`UserError`."""
     from embrag_ds.data.cache import require_cache
     from embrag_ds.data.inputs import cache_directory, default_data, settings_for
-    from embrag_ds.evaluation.external_tools import impute_with_tools, tool_files
+    from embrag_ds.evaluation.external_tools import impute_with_tools, not_run, tool_files
     from embrag_ds.evaluation.score import evaluate
 
     if options.plots:
@@ -146,6 +147,8 @@ def run(options: argparse.Namespace) -> None:
         reading=reading(options),
         excluded=options.excluded,
     )
+    if options.run_tools:
+        report = replace(report, tools_not_run=not_run(options.map))
     show(report.table())
     if options.json:
         write_json(options.json, report.to_json())

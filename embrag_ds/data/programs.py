@@ -9,6 +9,7 @@ from pathlib import Path
 
 from embrag_ds.errors import UserError
 
+_PYTHON = "Traceback (most recent call last):"
 _FAILURE = re.compile(r"exception|\berror\b", re.IGNORECASE)
 
 
@@ -22,9 +23,11 @@ def run_logged(command: Sequence[str | Path], log: Path, folder: Path | None = N
 def check_ended_well(command: Sequence[str | Path], code: int, log: Path) -> None:
     """Raise :class:`UserError` with the line of ``log`` that tells why, unless the exit status ``code`` is 0.
 
-    That is the first line about an error or a Java exception, which a stack trace follows; else the last line.
+    That is the last line of a Python traceback. Otherwise it is the first line about an error or a Java exception,
+    which a stack trace follows; else the last line.
     """
     if code:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        why = next((line for line in lines if _FAILURE.search(line)), lines[-1] if lines else "")
+        last = lines[-1] if lines else ""
+        why = last if _PYTHON in lines else next((line for line in lines if _FAILURE.search(line)), last)
         raise UserError(f"{command[0]} ended with {code} ({why.strip()}); see {log}")

@@ -1,4 +1,4 @@
-"""External imputation tools, Beagle and minimac4, run with their default settings."""
+"""External imputation tools, Beagle, minimac4 and Selphi, run with their default settings."""
 
 from __future__ import annotations
 
@@ -43,6 +43,21 @@ def minimac4(panel: Path, target: Path, genetic_map: Path | None, folder: Path, 
     return out
 
 
+def selphi(panel: Path, target: Path, genetic_map: Path | None, folder: Path, threads: int, run: Run) -> Path:
+    """Convert the panel, impute with Selphi 1 and return the output file.
+
+    Source: De Marino et al. 2023, medRxiv 2023.12.18.23300143. It needs a genetic map, and an index beside the panel.
+    """
+    assert genetic_map is not None
+    converted = folder / "selphi-panel"
+    cores = ["--cores", str(threads)]
+    prepared: list[str | Path] = ["--prepare_reference", "--ref_source_vcf", panel, "--refpanel", converted]
+    run(["selphi", *prepared, *cores], folder / "selphi-panel.out")
+    given: list[str | Path] = ["--refpanel", converted, "--target", target, "--map", genetic_map]
+    run(["selphi", *given, "--outvcf", folder / "selphi", *cores], folder / "selphi.out")
+    return folder / "selphi.vcf.gz"
+
+
 _FILES = (
     "genetic.map",
     "beagle.vcf.gz",
@@ -52,9 +67,18 @@ _FILES = (
     "minimac4-panel.out",
     "minimac4.vcf.gz",
     "minimac4.out",
+    "selphi-panel.pbwt",
+    "selphi-panel.samples",
+    "selphi-panel.sites",
+    "selphi-panel.srp",
+    "selphi-panel.out",
+    "selphi.vcf.gz",
+    "selphi.out",
 )
-TOOLS = {"beagle": beagle, "minimac4": minimac4}
+TOOLS = {"beagle": beagle, "minimac4": minimac4, "selphi": selphi}
 """Name of the program -> function that imputes with it."""
+NEED_MAP = ("selphi",)
+"""Tools that do not run without a genetic map."""
 
 
 def tool_files(folder: Path) -> tuple[Path, ...]:
@@ -62,13 +86,22 @@ def tool_files(folder: Path) -> tuple[Path, ...]:
     return tuple(folder / name for name in _FILES)
 
 
-def installed() -> list[str]:
-    """Names of the tools whose programs are installed."""
-    return [name for name in TOOLS if shutil.which(name)]
+def not_run(genetic_map: Path | None) -> dict[str, str]:
+    """Tools that cannot run here with this map, or without one: name -> the reason."""
+    reasons = {name: "not installed" for name in TOOLS if not shutil.which(name)}
+    if genetic_map is None:
+        reasons |= {name: "needs a genetic map" for name in NEED_MAP if name not in reasons}
+    return reasons
+
+
+def able(genetic_map: Path | None) -> list[str]:
+    """Names of the tools that can run here with this map, or without one."""
+    reasons = not_run(genetic_map)
+    return [name for name in TOOLS if name not in reasons]
 
 
 def plink_map(genetic_map: Path, panel: Path, folder: Path) -> Path:
-    """Rewrite a genetic map in PLINK's format, which both tools read, with the panel's contig names.
+    """Rewrite a genetic map in PLINK's format, which all tools read, with the panel's contig names.
 
     Returns the path of the new map in ``folder``.
     """
@@ -85,13 +118,14 @@ def plink_map(genetic_map: Path, panel: Path, folder: Path) -> Path:
 def impute_with_tools(
     panel: Path, target: Path, genetic_map: Path | None, folder: Path, threads: int
 ) -> dict[str, Path]:
-    """Impute with every installed tool into ``folder``: {name: output file}.
+    """Impute with every tool that can run here, into ``folder``: {name: output file}. :func:`not_run` tells the others.
 
-    Raises :class:`UserError` if no tool is installed, or if one fails.
+    Raises :class:`UserError` if no tool can run, or if one fails.
     """
-    names = installed()
+    names = able(genetic_map)
     if not names:
-        raise UserError("--run-tools: neither beagle nor minimac4 is installed (apt-get install beagle minimac4)")
+        why = ", ".join(f"{name} ({reason})" for name, reason in not_run(genetic_map).items())
+        raise UserError(f"--run-tools: no tool can run: {why}; apt-get install beagle minimac4")
     make_folder(folder)
     if genetic_map is not None:
         genetic_map = plink_map(genetic_map, panel, folder)

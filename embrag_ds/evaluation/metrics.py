@@ -1,12 +1,14 @@
 """Accuracy measures of imputed genotypes, in numpy.
 
-Conventions of all functions: n sites of a block, N samples, G = 7 MAF bins, R bootstrap resamples.
+Conventions of all functions: n sites of a block, N samples, G bins, R bootstrap resamples. The bins are the seven of
+the MAF, or with those of the minor-allele count 15.
 
 - ``truth`` [n, N] is the ALT count 0, 1 or 2; NaN where the true genotype is unknown.
 - ``dosage`` [n, N] is the expected ALT count, in [0, 2].
 - ``haploid`` bool [n, N] marks haploid genotypes, None if there are none. Their one allele counts twice in ``truth``
   and ``dosage``, so that they are homozygotes where genotypes are compared. Both r2 halve their counts to 0 and 1.
 - ``panel_af`` [n] is the ALT frequency in the reference panel.
+- ``minor_count`` [n] is the number of the panel's haplotypes that have its minor allele.
 
 The panel decides which allele is minor: the one with a frequency of at most 0.5, ALT at exactly 0.5. Neither target nor
 truth does, so the bins are the same for every tool and every cohort.
@@ -43,6 +45,30 @@ MAF_BINS: tuple[MafBin, ...] = (
 """Bins of the minor-allele frequency: five disjoint ones, and two that pool them."""
 BIN_NAMES: tuple[str, ...] = tuple(each.name for each in MAF_BINS)
 DISJOINT_BINS = tuple(name for name in BIN_NAMES if not name.startswith("all"))
+
+
+@dataclass(frozen=True)
+class CountBin:
+    """Sites whose minor allele has ``low`` to ``high`` copies in the panel, both included; None is no end."""
+
+    name: str
+    low: int
+    high: int | None
+
+
+COUNT_BINS: tuple[CountBin, ...] = (
+    CountBin("1", 1, 1),
+    CountBin("2", 2, 2),
+    CountBin("3-5", 3, 5),
+    CountBin("6-10", 6, 10),
+    CountBin("11-20", 11, 20),
+    CountBin("21-50", 21, 50),
+    CountBin("51-100", 51, 100),
+    CountBin(">100", 101, None),
+)
+"""Bins of the minor-allele count, disjoint. A site without the minor allele in the panel is in none."""
+COUNT_NAMES: tuple[str, ...] = tuple(each.name for each in COUNT_BINS)
+EVERY_NAME: tuple[str, ...] = (*BIN_NAMES, *COUNT_NAMES)
 CALIBRATION_BINS = 15
 RARE_MAF = 0.01
 
@@ -60,6 +86,14 @@ def bin_members(panel_af: np.ndarray) -> np.ndarray:
     """Sites of each of :data:`MAF_BINS`, bool [G, n]. The two pooled bins overlap the others."""
     maf = minor_allele_frequency(panel_af)
     return np.stack([(maf >= each.low) & (maf < each.high) for each in MAF_BINS])
+
+
+def every_member(panel_af: np.ndarray, minor_count: np.ndarray) -> np.ndarray:
+    """Sites of each of :data:`MAF_BINS`, then of each of :data:`COUNT_BINS`, bool [G, n]: rows as ``EVERY_NAME``."""
+    at_least = [minor_count >= each.low for each in COUNT_BINS]
+    at_most = [True if each.high is None else minor_count <= each.high for each in COUNT_BINS]
+    by_count = [least & most for least, most in zip(at_least, at_most, strict=True)]
+    return np.concatenate([bin_members(panel_af), np.stack(by_count)])
 
 
 def polarise(counts: np.ndarray, panel_af: np.ndarray) -> np.ndarray:
@@ -120,22 +154,33 @@ def squared_correlation(moments: np.ndarray) -> np.ndarray:
 
 
 class AggregateR2:
-    """Aggregate dosage r2 by MAF bin, accumulated over blocks of sites.
+    """Aggregate dosage r2 by bin, accumulated over blocks of sites.
 
     Minor-allele dosage and true count are pooled over the sites of a bin and over samples. The result is their squared
     Pearson correlation (Das et al. 2016; Browning et al. 2018). Six moments are kept for each sample: ``moments``
     float64 [G, N, 6]. The value of a group of samples, or of a bootstrap resample, then follows from a weighted sum.
+    The G bins have ``names``.
     """
 
-    def __init__(self, samples: int) -> None:
-        self.moments = np.zeros((len(MAF_BINS), samples, 6), dtype=np.float64)
-        self.site_counts = np.zeros(len(MAF_BINS), dtype=np.int64)
+    def __init__(self, samples: int, names: tuple[str, ...] = BIN_NAMES) -> None:
+        self.names = names
+        self.moments = np.zeros((len(names), samples, 6), dtype=np.float64)
+        self.site_counts = np.zeros(len(names), dtype=np.int64)
 
     def add(
-        self, truth: np.ndarray, dosage: np.ndarray, panel_af: np.ndarray, haploid: np.ndarray | None = None
+        self,
+        truth: np.ndarray,
+        dosage: np.ndarray,
+        panel_af: np.ndarray,
+        haploid: np.ndarray | None = None,
+        members: np.ndarray | None = None,
     ) -> None:
-        """Add a block: truth [n, N], dosage [n, N], panel_af [n], haploid bool [n, N]."""
-        members = bin_members(panel_af)
+        """Add a block: truth [n, N], dosage [n, N], panel_af [n], haploid bool [n, N].
+
+        ``members`` bool [G, n] are the sites of each bin. They are those of :func:`bin_members` if None.
+        """
+        if members is None:
+            members = bin_members(panel_af)
         self.site_counts += members.sum(axis=1)
         known = np.isfinite(truth)
         x = np.where(known, halved(polarise(truth, panel_af), haploid), 0.0)
@@ -152,11 +197,11 @@ class AggregateR2:
         if weights is None:
             weights = np.ones(self.moments.shape[1])
         values = self.resample(np.asarray(weights, dtype=np.float64)[None, :])[0]
-        return dict(zip(BIN_NAMES, values.tolist(), strict=True))
+        return dict(zip(self.names, values.tolist(), strict=True))
 
     def sites(self) -> dict[str, int]:
         """Number of sites by bin name."""
-        return dict(zip(BIN_NAMES, self.site_counts.tolist(), strict=True))
+        return dict(zip(self.names, self.site_counts.tolist(), strict=True))
 
     def resample(self, weights: np.ndarray) -> np.ndarray:
         """Aggregate r2, [R, G], of R weightings of the samples, ``weights`` [R, N]."""
@@ -173,13 +218,13 @@ def bootstrap_weights(samples: int, resamples: int, seed: int) -> np.ndarray:
     return draws.astype(np.float64)
 
 
-def interval(values: np.ndarray) -> dict[str, tuple[float, float]]:
-    """95 % percentile interval by bin name, from resampled values [R, G]; NaN where none is defined.
+def interval(values: np.ndarray, names: tuple[str, ...] = BIN_NAMES) -> dict[str, tuple[float, float]]:
+    """95 % percentile interval by bin name, from resampled values [R, G] of bins with ``names``.
 
-    For a paired difference, pass ``a.resample(weights) - b.resample(weights)``.
+    NaN where no value is defined. For a paired difference, pass ``a.resample(weights) - b.resample(weights)``.
     """
     limits = {}
-    for name, column in zip(BIN_NAMES, values.T, strict=True):
+    for name, column in zip(names, values.T, strict=True):
         defined = column[np.isfinite(column)]
         low, high = np.percentile(defined, [2.5, 97.5]) if len(defined) else (np.nan, np.nan)
         limits[name] = (float(low), float(high))

@@ -9,7 +9,7 @@ Peak memory, with N samples in a file, R resamples and T tools, is the sum of
 - ``28 max(2^16, 4 N)`` bytes for every file, a page of its spool;
 - about ``300 max(2^16, 4 N)`` bytes, once, while a file is read: 20 MB up to 16,384 samples;
 - with baselines, at most 64 MB and about 1 KB for every panel haplotype: the nearest haplotype's scores;
-- ``(336 T + 8 R) N`` bytes for the sums of every sample;
+- ``(1080 T + 8 R) N`` bytes for the sums of every sample;
 - about ``0.5 + 0.1 (T + 1)`` KB for every site of the panel: site tables, matches, and 16 bytes of measures a tool.
 
 Only the last term grows with the sites, and none with sites times samples. Packed alleles are memory-mapped, so the
@@ -99,6 +99,7 @@ def evaluate(
             "scoring %d untyped sites of %d in the panel, %d samples", len(sites), len(panel.sites), len(samples)
         )
         panel_af = panel.alt_count / panel.allele_count
+        minor_count = np.minimum(panel.alt_count, panel.allele_count - panel.alt_count)
         scored = {
             name: Tool(tool.dosage, tool.gp if tool.has_gp(sites) else None, tool.dr2(sites))
             for name, tool in tools.items()
@@ -110,7 +111,14 @@ def evaluate(
             )
         found = score(
             Scored(
-                sites, panel_af[sites], len(samples), truth.dosage, populations, truth.haploid, truth.file.is_called
+                sites,
+                panel_af[sites],
+                minor_count[sites],
+                len(samples),
+                truth.dosage,
+                populations,
+                truth.haploid,
+                truth.file.is_called,
             ),
             scored,
             files={"truth": str(truth_path), "panel": str(panel_path), "target": str(target_path)}

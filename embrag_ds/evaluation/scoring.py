@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from embrag_ds.evaluation import metrics
+from embrag_ds.evaluation.carriers import CalledCarriers, largest_gap
 from embrag_ds.evaluation.report import Difference, Report, Scores
 from embrag_ds.progress import Progress
 
@@ -17,6 +19,7 @@ logger = logging.getLogger(__name__)
 BLOCK_SITES = 2048
 BLOCK_GENOTYPES = 1 << 19
 """Most genotypes in a block. A block has as many sites as that allows, but at most ``BLOCK_SITES``."""
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,9 @@ class Tool:
 class Scored:
     """Sites, samples and truth that all tools are scored against.
 
-    ``sites`` int64 [S] are rows of the panel and ``panel_af`` [S] is their ALT frequency. ``truth`` returns the true
-    dosage at panel rows int64 [n] on the diploid scale, float32 [n, N], NaN where a genotype is missing.
+    ``sites`` int64 [S] are rows of the panel. ``panel_af`` [S] is their ALT frequency, and ``minor_count`` int64 [S] is
+    the number of haplotypes in the panel with the minor allele. ``truth`` returns the true dosage at panel rows
+    int64 [n] on the diploid scale, float32 [n, N], NaN where a genotype is missing.
     ``populations`` has the members of each population, bool [N]. ``haploid`` returns the haploid genotypes at panel
     rows, bool [n, N], or None if there are none. The truth is a count of ALT copies if ``is_called``; else it is
     rounded to one where genotypes are compared.
@@ -46,6 +50,7 @@ class Scored:
 
     sites: np.ndarray
     panel_af: np.ndarray
+    minor_count: np.ndarray
     samples: int
     truth: Callable[[np.ndarray], np.ndarray]
     populations: Mapping[str, np.ndarray]
@@ -62,7 +67,8 @@ def score(
     """
     # The same input for all tools: IQS of probabilities and of best guesses do not compare.
     from_probabilities = all(tool.gp is not None for tool in tools.values())
-    sums = {name: _Sums(scored, tool, from_probabilities) for name, tool in tools.items()}
+    members = metrics.every_member(scored.panel_af, scored.minor_count)
+    sums = {name: _Sums(scored, members, tool, from_probabilities) for name, tool in tools.items()}
     missing, haploids = 0, 0
     at_once = max(1, min(BLOCK_SITES, BLOCK_GENOTYPES // scored.samples))
     with Progress("scoring", len(scored.sites), "sites") as progress:
@@ -85,14 +91,14 @@ def score(
     constant = np.isnan(next(iter(sums.values())).true_r2)
     if constant.all():
         logger.warning("%s: none of the %d scored sites varies in it; r2 is undefined", files["truth"], len(constant))
-    members = metrics.bin_members(scored.panel_af)
+    sites, by_count = _parted(_by_name(members.sum(axis=1)))
     return Report(
         files=files,
         samples=scored.samples,
-        sites=dict(zip(metrics.BIN_NAMES, members.sum(axis=1).tolist(), strict=True)),
-        sites_without_truth_variance=dict(
-            zip(metrics.BIN_NAMES, (members & constant).sum(axis=1).tolist(), strict=True)
-        ),
+        sites=sites,
+        sites_by_count=by_count,
+        sites_monomorphic_in_panel=int((scored.minor_count == 0).sum()),
+        sites_without_truth_variance=_parted(_by_name((members & constant).sum(axis=1)))[0],
         missing_truth_genotypes=missing,
         iqs_from="genotype probabilities" if from_probabilities else "best guesses",
         typed_sites=typed_sites,
@@ -100,35 +106,50 @@ def score(
         seed=seed,
         populations={name: int(member.sum()) for name, member in scored.populations.items()},
         tools=scores,
-        differences=_differences(scores, {name: each.aggregate.resample(weights) for name, each in sums.items()}),
+        differences=_differences(
+            {name: each.aggregate.result() for name, each in sums.items()},
+            {name: each.aggregate.resample(weights) for name, each in sums.items()},
+        ),
     )
 
 
-def _differences(scores: dict[str, Scores], resampled: dict[str, np.ndarray]) -> list[Difference]:
-    """Differences of every pair of tools; ``resampled`` is the aggregate r2 [R, G] of each."""
-    names = list(scores)
-    return [
-        Difference(
-            a,
-            b,
-            {key: scores[a].aggregate_r2[key] - scores[b].aggregate_r2[key] for key in metrics.BIN_NAMES},
-            metrics.interval(resampled[a] - resampled[b]),
-        )
-        for number, a in enumerate(names)
-        for b in names[number + 1 :]
-    ]
+def _parted(values: Mapping[str, Value]) -> tuple[dict[str, Value], dict[str, Value]]:
+    """Values by the name of every bin, in two: those of the frequency, and those of the count."""
+    return {name: values[name] for name in metrics.BIN_NAMES}, {name: values[name] for name in metrics.COUNT_NAMES}
+
+
+def _by_name(values: np.ndarray) -> dict[str, int]:
+    """Numbers [G] by the name of every bin."""
+    return dict(zip(metrics.EVERY_NAME, values.tolist(), strict=True))
+
+
+def _differences(r2: dict[str, dict[str, float]], resampled: dict[str, np.ndarray]) -> list[Difference]:
+    """Differences of every pair of tools; ``r2`` by bin and ``resampled`` [R, G] are the aggregate r2 of each."""
+    names = list(r2)
+    found = []
+    for number, a in enumerate(names):
+        for b in names[number + 1 :]:
+            difference, by_count = _parted({name: r2[a][name] - r2[b][name] for name in metrics.EVERY_NAME})
+            limits = _parted(metrics.interval(resampled[a] - resampled[b], metrics.EVERY_NAME))
+            found.append(Difference(a, b, difference, limits[0], by_count, limits[1]))
+    return found
 
 
 class _Sums:
-    """Sums of one tool's measures so far; ``true_r2`` float64 [S] is its r2 at every site."""
+    """Sums of one tool's measures so far; ``true_r2`` float64 [S] is its r2 at every site.
 
-    def __init__(self, scored: Scored, tool: Tool, iqs_from_probabilities: bool) -> None:
+    ``members`` bool [G, S] are the scored sites of every bin.
+    """
+
+    def __init__(self, scored: Scored, members: np.ndarray, tool: Tool, iqs_from_probabilities: bool) -> None:
         self._scored = scored
+        self._members = members
         self._tool = tool
         self._iqs_from_probabilities = iqs_from_probabilities
-        self.aggregate = metrics.AggregateR2(scored.samples)
+        self.aggregate = metrics.AggregateR2(scored.samples, metrics.EVERY_NAME)
         self._concordance = metrics.Concordance()
         self._calibration, self._rare_calls = metrics.Calibration(), metrics.Calibration()
+        self._carriers = CalledCarriers(scored.samples)
         self._rare = metrics.minor_allele_frequency(scored.panel_af) < metrics.RARE_MAF
         self.true_r2 = np.empty(len(scored.sites))
         self._quality = np.empty(len(scored.sites))
@@ -141,7 +162,8 @@ class _Sums:
         if gp is not None and haploid is not None:
             gp = metrics.without_heterozygotes(gp, haploid)
         called = metrics.best_guess(dosage, gp, haploid)
-        self.aggregate.add(truth, dosage, panel_af, haploid)
+        members = self._members[:, block]
+        self.aggregate.add(truth, dosage, panel_af, haploid, members)
         self.true_r2[block] = metrics.site_r2(truth, dosage, haploid)
         if not self._scored.is_called:
             truth = np.rint(truth)
@@ -153,15 +175,22 @@ class _Sums:
             self._calibration.add(truth, gp)
             carried = metrics.polarise(called, panel_af) > 0
             self._rare_calls.add(truth, gp, carried & self._rare[block, None])
+            self._carriers.add(truth, gp, panel_af, members)
 
     def result(self, weights: np.ndarray) -> Scores:
         """The tool's scores; ``weights`` [R, N] are those of the resamples."""
         overall, non_reference = self._concordance.result()
         panel_af, dr2 = self._scored.panel_af, self._tool.dr2
         has_gp = self._tool.gp is not None
+        r2, r2_by_count = _parted(self.aggregate.result())
+        limits = _parted(metrics.interval(self.aggregate.resample(weights), metrics.EVERY_NAME))
+        calibrated = self._carriers.result(weights)
+        carriers, carriers_by_count = _parted(calibrated)
         return Scores(
-            aggregate_r2=self.aggregate.result(),
-            aggregate_r2_interval=metrics.interval(self.aggregate.resample(weights)),
+            aggregate_r2=r2,
+            aggregate_r2_interval=limits[0],
+            aggregate_r2_by_count=r2_by_count,
+            aggregate_r2_by_count_interval=limits[1],
             site_r2=metrics.by_bin(self.true_r2, panel_af),
             concordance=overall,
             non_reference_concordance=non_reference,
@@ -170,6 +199,11 @@ class _Sums:
             rare_calibration_error=self._rare_calls.result() if has_gp else None,
             calibration_curve=self._calibration.curve(),
             rare_calibration_curve=self._rare_calls.curve(),
+            called_carriers=carriers if has_gp else None,
+            called_carriers_by_count=carriers_by_count if has_gp else None,
+            largest_carrier_gap=largest_gap(calibrated) if has_gp else None,
             dr2_correlation=None if dr2 is None else metrics.estimate_correlation(dr2, self.true_r2, panel_af),
-            populations={name: self.aggregate.result(member) for name, member in self._scored.populations.items()},
+            populations={
+                name: _parted(self.aggregate.result(member))[0] for name, member in self._scored.populations.items()
+            },
         )

@@ -60,6 +60,7 @@ class GeneticMap:
     def write_plink(self, path: Path, contigs: Sequence[str]) -> None:
         """Write the points of the contigs named, under these names, as a PLINK map (contig, ``.``, cM, bp).
 
+        Columns are one space apart: Selphi takes nothing else.
         Contigs that the map lacks are left out; without ``contigs`` it has its own. Raises :class:`UserError` if it
         lacks all, or if it names no contig and there is not exactly one.
         """
@@ -68,7 +69,7 @@ class GeneticMap:
         lines = []
         for contig in contigs:
             bp, cm = self.points.get(own.get(contig, contig), (np.empty(0), np.empty(0)))
-            lines += [f"{contig}\t.\t{c:.8f}\t{b:.0f}\n" for b, c in zip(bp, cm, strict=True)]
+            lines += [f"{contig} . {c:.8f} {b:.0f}\n" for b, c in zip(bp, cm, strict=True)]
         if not lines:
             raise UserError(self._lacks(contigs))
         write_text(path, "".join(lines))

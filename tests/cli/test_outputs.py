@@ -104,7 +104,7 @@ def test_an_imputed_file_replaces_none_of_the_default_data(
     [("--json", ""), ("--markdown", ""), ("--plots", "r2.png"), ("--plots", "calibration.png")]
     + [
         ("--run-tools", name)
-        for name in ("beagle.vcf.gz", "minimac4.vcf.gz", "panel.msav", "genetic.map", "beagle.log")
+        for name in ("beagle.vcf.gz", "minimac4.vcf.gz", "selphi.vcf.gz", "panel.msav", "genetic.map", "beagle.log")
     ],
 )
 @pytest.mark.parametrize("name", ["truth", "panel", "target", "imputed", "map", "samples"])

@@ -119,7 +119,9 @@ def _close(found: object, expected: object) -> bool:
         return all(_close(found[key], value) for key, value in expected.items())
     if isinstance(expected, list):
         return all(_close(a, b) for a, b in zip(found, expected, strict=True))
-    return found == (expected if expected is None else pytest.approx(expected, rel=1e-12, abs=1e-12))
+    if expected is None or isinstance(expected, str):
+        return found == expected
+    return found == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
 PEAK = """

@@ -242,7 +242,7 @@ def test_a_map_without_contig_is_for_the_only_contig(tmp_path):
     read = GeneticMap.read(path)
     np.testing.assert_allclose(read.positions(table(("anything", 1500))), [1.25])
     read.write_plink(tmp_path / "out", ["chr20"])
-    assert (tmp_path / "out").read_text().startswith("chr20\t.\t1.00000000\t1000\n")
+    assert (tmp_path / "out").read_text().startswith("chr20 . 1.00000000 1000\n")
     for contigs in (["1", "2"], []):
         with pytest.raises(UserError, match="its columns name no contig"):
             read.write_plink(tmp_path / "out", contigs)

@@ -186,7 +186,7 @@ def test_it_skips_what_is_done_and_names_what_it_cannot_do(
     absent = replace(held, source="nowhere.vcf.gz")
     monkeypatch.setattr(adaptation, "SPECS", {"small": held, "absent": absent})
     monkeypatch.setattr(adaptation, "run_logged", run)
-    monkeypatch.setattr(adaptation, "installed", list)
+    monkeypatch.setattr(adaptation, "able", lambda genetic_map: [])
     monkeypatch.setenv("PYTHONPATH", "")
     monkeypatch.setattr(sys, "argv", ["adaptation.py", "--data", str(data), "--out", str(tmp_path / "out")])
     adaptation.main()
