@@ -22,6 +22,7 @@ DOCUMENTS = (
     "docs/glossary.md",
     "docs/results.md",
     "docs/running.md",
+    "examples/1000genomes/README.md",
 )
 SECTIONS = tuple(field.name for field in dataclasses.fields(EmbragConfig))
 CODE = re.compile(r"`([^`\n]+)`")
@@ -80,7 +81,7 @@ def test_every_key_that_a_document_names_exists(root: Path, document: str) -> No
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_path_that_a_document_names_exists(root: Path, document: str) -> None:
     rooms = "|".join(path.name for path in (root / "embrag_ds").iterdir() if path.is_dir())
-    tops = r"embrag_ds|docs|ds_configs|launch|profiling|tests"
+    tops = r"embrag_ds|docs|ds_configs|examples|launch|profiling|tests"
     path = re.compile(rf"(?:{rooms}|{tops})/[\w./-]*")
     for code in CODE.findall(read(root, document)):
         for word in code.split():
