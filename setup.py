@@ -59,7 +59,20 @@ setup(
         # DeepSpeed's monitors, by the sections that enable them.
         "tensorboard": ["tensorboard>=2.15"],
         "wandb": ["wandb>=0.17"],
-        "dev": [*TRAIN, "tensorboard>=2.15", "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "setuptools"],
+        "dev": [
+            *TRAIN,
+            "tensorboard>=2.15",
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            # The tests execute the notebook in examples/.
+            "nbclient",
+            "nbformat",
+            "ipykernel",
+            "ruff",
+            "mypy",
+            "setuptools",
+        ],
         # NVIDIA's compiler, by which the tests look over the CUDA kernels: both GPU extras have one.
         "nvrtc": ["nvidia-cuda-nvrtc-cu12; sys_platform == 'linux'"],
     },
