@@ -161,3 +161,12 @@ def test_what_cannot_be_copied_is_refused(known: Files, typed: np.ndarray, make_
     slow_alone(make_config, known.model, "embrag.model.fusion=rare_variant")
     with pytest.raises(UserError, match="it has the fusion rare_variant; give a model with copying"):
         known.copied(target)
+
+
+def test_a_panel_smaller_than_the_overlap_of_windows(known: Files, typed: np.ndarray) -> None:
+    whole = known.panel
+    known.panel = replace(whole, sites=whole.sites.take(np.arange(20)), alleles=whole.alleles[:20])
+    write_phased(known.folder / "panel.vcf.gz", known.panel.sites, whole.samples, known.panel.alleles)
+    known.files = PanelFiles(known.folder / "panel.vcf.gz")
+    found = known.copied(known.target(mosaic(known.panel, 7, 7), typed[typed < 20]))
+    assert found.dosage.shape == (20,) and len(found.typed) == (typed < 20).sum() > 0
