@@ -68,6 +68,10 @@ setup(
             "pytest",
             "pytest-xdist",
             "hypothesis",
+            # The tests execute the notebook in examples/.
+            "nbclient",
+            "nbformat",
+            "ipykernel",
             "ruff",
             "mypy",
             "setuptools",

@@ -52,6 +52,8 @@ class Purpose(IntEnum):
     """Samples and masks of a made-up batch; no key."""
     FAULTS = 13
     """Moments at which runs are killed; no key."""
+    ARRAY_SITES = 14
+    """Sites of a genotyping array that is made up; no key."""
 
 
 _SIMULATOR: dict[Purpose, tuple[int, ...]] = {Purpose.SIMULATION: (), Purpose.SIMULATED_ERRORS: (3,)}

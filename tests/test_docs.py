@@ -17,7 +17,11 @@ from embrag_ds.config import EmbragConfig
 from embrag_ds.config_files import shipped_configurations
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+DOCUMENTS = (
+    "README.md",
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+    "examples/1000genomes/README.md",
+)
 TIMELESS = tuple(document for document in DOCUMENTS if document != "docs/log.md")
 """Documents about the code as it is; the log also names what is no longer there."""
 SECTIONS = tuple(field.name for field in dataclasses.fields(EmbragConfig))
@@ -70,7 +74,7 @@ def test_every_key_that_a_document_names_exists(root: Path, document: str) -> No
 @pytest.mark.parametrize("document", TIMELESS)
 def test_every_path_that_a_document_names_exists(root: Path, document: str) -> None:
     rooms = "|".join(path.name for path in (root / "embrag_ds").iterdir() if path.is_dir())
-    tops = r"embrag_ds|docs|ds_configs|launch|profiling|tests"
+    tops = r"embrag_ds|docs|ds_configs|examples|launch|profiling|tests"
     path = re.compile(rf"(?:{rooms}|{tops})/[\w./-]*")
     for code in CODE.findall(read(root, document)):
         for word in code.split():

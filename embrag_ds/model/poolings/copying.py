@@ -62,24 +62,7 @@ class CopyingPooling(nn.Module):
 
     def forward(self, batch: Batch, retrieved: Retrieved, site_weight: Tensor) -> Pooled:
         """Pool the neighbours ``retrieved``; ``site_weight`` float32 [L], of mean 1, is the weight of a mismatch."""
-        position = batch.window.sites.position[batch.window.typed]
-        gap = torch.diff(position, dim=1, prepend=position[:, :1])
-        length = (batch.window.sites.position[-1] - batch.window.sites.position[0]).clamp_min(1e-6)
-        density = batch.window.typed_count.clamp_min(1) / (length * self.TYPICAL_DENSITY)
-        present = present_columns(batch)
-        weight = at_typed(site_weight, batch)
-        mean = (weight * present).sum(1, keepdim=True) / batch.window.typed_count.clamp_min(1)[:, None]
-        nats, recombination = self.rates(gap, density, weight / torch.where(mean > 0, mean, 1.0))
-        # Both copying models in one call: chain c models haplotype c % B.
-        posterior = copying_posterior(
-            retrieved.mismatch,
-            nats.flatten(0, 1),
-            recombination.flatten(0, 1),
-            self._recombination_prior(batch, retrieved, present),
-            batch.window.near,
-            batch.window.place,
-        )
-        slow, fast = without_negligible(posterior).unflatten(0, (2, -1))
+        slow, fast = self.posteriors(batch, retrieved, site_weight)
         flanking = flanking_sites(batch)
         by_slow, by_fast = (expected_allele(retrieved.alleles, each, flanking) for each in (slow, fast))
         share = self.share_of_slow(batch.core.frequency)
@@ -91,10 +74,31 @@ class CopyingPooling(nn.Module):
             dosage=torch.lerp(by_fast, by_slow, share),
             ancestry=interpolated(slow @ membership(batch, retrieved), flanking),
             weights=weights,
-            evidence=_evidence(
-                batch, retrieved, position, slow.detach(), by_slow.detach(), by_fast.detach(), flanking, density
-            ),
+            evidence=_evidence(batch, retrieved, slow.detach(), by_slow.detach(), by_fast.detach(), flanking),
         )
+
+    def posteriors(self, batch: Batch, retrieved: Retrieved, site_weight: Tensor) -> Tensor:
+        """Copying probabilities at the typed sites near the core, without negligible ones, float32 [2, B, M, K].
+
+        The first model is the slow one. They sum to 1 over the neighbours ``retrieved``; ``site_weight`` is that of
+        :meth:`forward`.
+        """
+        position = batch.window.sites.position[batch.window.typed]
+        gap = torch.diff(position, dim=1, prepend=position[:, :1])
+        present = present_columns(batch)
+        weight = at_typed(site_weight, batch)
+        mean = (weight * present).sum(1, keepdim=True) / batch.window.typed_count.clamp_min(1)[:, None]
+        nats, recombination = self.rates(gap, _density(batch), weight / torch.where(mean > 0, mean, 1.0))
+        # Both copying models in one call: chain c models haplotype c % B.
+        posterior = copying_posterior(
+            retrieved.mismatch,
+            nats.flatten(0, 1),
+            recombination.flatten(0, 1),
+            self._recombination_prior(batch, retrieved, present),
+            batch.window.near,
+            batch.window.place,
+        )
+        return without_negligible(posterior).unflatten(0, (2, -1))
 
     def rates(self, gap: Tensor, density: Tensor, typed_weight: Tensor) -> tuple[Tensor, Tensor]:
         """Nats of a mismatch and probability of a recombination at each typed site, both float32 [2, B, T].
@@ -152,17 +156,16 @@ def without_negligible(posterior: Tensor) -> Tensor:
 def _evidence(
     batch: Batch,
     retrieved: Retrieved,
-    position: Tensor,
     posterior: Tensor,
     dosage: Tensor,
     fast_dosage: Tensor,
     flanking: FlankingSites,
-    density: Tensor,
 ) -> Evidence:
     """Evidence of the slow copying model, from its ``posterior`` [B, M, K] and ``dosage`` [B, L].
 
-    ``position`` [B, T] of typed sites in cM; ``fast_dosage`` [B, L] of the fast model; ``density`` [B].
+    ``fast_dosage`` [B, L] is that of the fast model.
     """
+    position = batch.window.sites.position[batch.window.typed]
     lengths = match_lengths(retrieved.mismatch, position, batch.window.typed_count, batch.window.near).mul_(posterior)
     of_alt = expected_allele(retrieved.alleles, lengths, flanking)
     spread = -posterior.square().sum(-1).log()
@@ -178,5 +181,12 @@ def _evidence(
         uncertainty=overall[:, 1],
         nearest=torch.minimum((sites - before).abs(), (after - sites).abs()),
         gap=(after - before).abs(),
-        density=density[:, None].expand_as(dosage),
+        density=_density(batch)[:, None].expand_as(dosage),
     )
+
+
+def _density(batch: Batch) -> Tensor:
+    """Typed sites per cM over the whole window, float32 [B], in units of the typical density."""
+    position = batch.window.sites.position
+    length = (position[-1] - position[0]).clamp_min(1e-6)
+    return batch.window.typed_count.clamp_min(1) / (length * CopyingPooling.TYPICAL_DENSITY)
