@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import math
 
-import numba
 import numpy as np
 
 from embrag_ds.copying.chosen import copy_piece, pass_piece, start_haplotype
 from embrag_ds.copying.head import AT_ONCE, add_site, correct
 from embrag_ds.copying.instructions import add_row, fetch
 from embrag_ds.copying.kept import compare, enter_piece, keep, leave_piece
-from embrag_ds.copying.parts import assign, compiled_part, making_part
+from embrag_ds.copying.parts import assign, compiled_part
 from embrag_ds.copying.priors import fill_priors
 from embrag_ds.copying.records import Frequencies, Head, PanelPart, Rates
 from embrag_ds.copying.recursions import PIECE, run_backward, run_forward
 from embrag_ds.copying.workspace import new_chosen, new_kept, new_scratch, new_states, new_waiting
-from embrag_ds.ops.threads import ParallelLoop
+from embrag_ds.ops.threads import WorkerLoop
 
-PARTS = "f85668b596b8"
+PARTS = "8adeb53e943a"
 """Digest of the loop's other files: numba looks for a change in this file alone, and would use what it has kept of the
 loop. A test compares it.
 """
@@ -206,9 +205,17 @@ def _copy_haplotype(panel, rates, own, query, row, excluded, states, chosen, kep
     correct(head, waiting, probability)
 
 
-@making_part
-def _copy_every(step, first, most_saved, of_panel, of_model, of_rows, of_head, query, row_of, excluded, probability):
-    """Copy every target haplotype of a worker, each ``step``-th from the ``first`` on."""
+@WorkerLoop
+def copy_along(workers, worker, of_panel, of_model, of_rows, of_head, query, row_of, excluded, most_saved, probability):
+    """Copy target haplotypes along a stretch: fill ``probability`` float32 [B, L] with that of ALT in its core.
+
+    A worker copies each ``workers``-th haplotype. ``of_panel``, ``of_model``, ``of_rows`` and ``of_head`` have the
+    fields of :class:`PanelPart`, :class:`Rates`, :class:`Frequencies` and :class:`Head`. They are plain tuples, because
+    numba's index of what it keeps on the disk names the classes of arguments, and could not be read after one is
+    renamed. ``query`` uint8 [B, T] are typed alleles, 2 where missing; ``row_of`` int64 [B] are rows of ``of_rows``;
+    ``excluded`` int64 [B, E] haplotypes not to copy, padded with H. Each worker saves the forward states of all pieces
+    where they take at most ``most_saved`` bytes, and those of fewer otherwise.
+    """
     panel, rates, own, head = PanelPart(*of_panel), Rates(*of_model), Frequencies(*of_rows), Head(*of_head)
     typed, haplotypes = len(panel.position), panel.packed.shape[1]
     places, populations = rates.typed_at.shape[1], own.by_population.shape[1]
@@ -221,7 +228,7 @@ def _copy_every(step, first, most_saved, of_panel, of_model, of_rows, of_head, q
     scratch = new_scratch(panel.most_sequences)
     waiting = new_waiting(len(head.last))
     waiting.features[8] = head.density
-    for b in range(first, len(query), step):
+    for b in range(worker, len(query), workers):
         _copy_haplotype(
             panel,
             rates,
@@ -236,21 +243,4 @@ def _copy_every(step, first, most_saved, of_panel, of_model, of_rows, of_head, q
             waiting,
             head,
             probability[b],
-        )
-
-
-@ParallelLoop
-def copy_along(of_panel, of_model, of_rows, of_head, query, row_of, excluded, workers, most_saved, probability):
-    """Copy target haplotypes along a stretch: fill ``probability`` float32 [B, L] with that of ALT in its core.
-
-    ``of_panel``, ``of_model``, ``of_rows`` and ``of_head`` have the fields of :class:`PanelPart`, :class:`Rates`,
-    :class:`Frequencies` and :class:`Head`. They are plain tuples, because numba's index of what it keeps on the disk
-    names the classes of arguments, and could not be read after one is renamed. ``query`` uint8 [B, T] are typed
-    alleles, 2 where missing; ``row_of`` int64 [B] are rows of ``of_rows``; ``excluded`` int64 [B, E] haplotypes not to
-    copy, padded with H. Each of so many ``workers`` saves the forward states of all pieces where they take at most
-    ``most_saved`` bytes, and those of fewer otherwise.
-    """
-    for worker in numba.prange(workers):
-        _copy_every(
-            workers, worker, most_saved, of_panel, of_model, of_rows, of_head, query, row_of, excluded, probability
         )

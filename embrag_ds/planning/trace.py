@@ -7,6 +7,7 @@ they are replaced by functions that allocate what they allocate.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -21,8 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from embrag_ds.config import EmbragConfig
-from embrag_ds.model import pooling, recompute
+from embrag_ds.model import recompute
 from embrag_ds.model.imputer import Imputer
+from embrag_ds.model.poolings import POOLINGS
 from embrag_ds.ops.dosage import Carriers, DenseAlleles, FlankingSites, Neighbours
 from embrag_ds.ops.li_stephens import Near
 from embrag_ds.retrieval.batch import Batch
@@ -239,14 +241,16 @@ def _stand_ins(on_gpu: bool) -> Iterator[None]:
     def counts(rows: Tensor, place: Tensor, places: int) -> Tensor:
         return torch.zeros(rows.shape[0], places, rows.shape[2])
 
+    stand_ins = {
+        "copying_posterior": posterior,
+        "match_lengths": lengths,
+        "expected_allele": dosage,
+        "count_by_place": counts,
+    }
     with ExitStack() as stack:
-        for module, name, function in (
-            (pooling, "copying_posterior", posterior),
-            (pooling, "match_lengths", lengths),
-            (pooling, "expected_allele", dosage),
-            (pooling, "count_by_place", counts),
-        ):
-            stack.enter_context(mock.patch.object(module, name, function))
+        for module in {sys.modules[each.__module__] for each in POOLINGS.values()}:
+            for name in stand_ins.keys() & vars(module).keys():
+                stack.enter_context(mock.patch.object(module, name, stand_ins[name]))
         yield
 
 

@@ -16,6 +16,7 @@ from embrag_ds.errors import UserError
 from embrag_ds.evaluation import metrics, scoring
 from embrag_ds.evaluation.report import Report
 from embrag_ds.evaluation.score import ALLELE_FREQUENCY, NEAREST_HAPLOTYPE, evaluate
+from embrag_ds.progress import Progress
 from embrag_ds.variants import spool as spool_module
 from embrag_ds.variants.output import ImputedVcfWriter
 from embrag_ds.variants.phased_output import write_phased
@@ -100,17 +101,21 @@ def test_block_and_page_sizes_do_not_matter(folder: Path, monkeypatch: pytest.Mo
     assert small["sites"] == whole["sites"]
 
 
-def test_progress_is_said_block_by_block(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_progress_is_that_of_the_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[object] = []
+
+    class Told(Progress):
+        def __init__(self, *given: object):
+            said.append(given)
+            super().__init__(*given)  # type: ignore[arg-type]
+
+        def advance(self, parts: float = 1) -> None:
+            said.append(parts)
+
     monkeypatch.setattr(scoring, "BLOCK_GENOTYPES", 50 * 12)
-    for level, seconds in (("DEBUG", 1e9), ("INFO", -1.0)):
-        caplog.clear()
-        caplog.set_level(level, logger="embrag_ds")
-        monkeypatch.setattr(scoring, "_SECONDS_BETWEEN_LINES", seconds)
-        score(folder)
-        said = [(each.levelname, each.getMessage()) for each in caplog.records if each.name == scoring.__name__]
-        assert said == [(level, f"scored {done} of 108 sites") for done in (50, 100, 108)]
+    monkeypatch.setattr(scoring, "Progress", Told)
+    score(folder)
+    assert said == [("scoring", 108, "sites"), 50, 50, 8]
 
 
 def _close(found: object, expected: object) -> bool:

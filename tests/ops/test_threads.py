@@ -53,7 +53,7 @@ for rows in (400, 300):
 from embrag_ds.ops.li_stephens_numba import add_by_place
 print(sum(add_by_place._compiled.stats.cache_hits.values()), "loaded")
 """
-SAID = "compiling loops for this processor, about half a minute of one core in all; numba keeps them where it can"
+SAID = "compiling loops for this processor, about a minute of one core in all; numba keeps them where it can"
 
 
 def test_of_two_processes_one_has_loops_compiled_and_says_so(root: Path, tmp_path: Path) -> None:
@@ -107,3 +107,38 @@ assert (count_by_place(torch.ones(64, 400, 50, dtype=torch.bool), place, 1) == 4
 def test_loops_run_where_numba_cannot_keep_them(root: Path, way: str) -> None:
     said = output_of(root, f"import sys; sys.argv[1:] = [{way!r}]\n{UNKEPT}")
     assert ("numba cannot keep" in said and "No space left" in said) == (way == "full disk")
+
+
+WORKERS = """
+import numpy as np
+from embrag_ds.ops.threads import WorkerLoop
+
+@WorkerLoop
+def fill(workers, worker, values, bad):
+    \"\"\"Number the values, each worker every so many.\"\"\"
+    for n in range(worker, len(values), workers):
+        if n == bad:
+            raise ValueError("bad value")
+        values[n] += n + 100 * worker
+"""
+
+
+def test_a_loop_of_workers_runs_once_for_each_and_raises_what_one_raises(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "filling.py").write_text(WORKERS)
+    code = """
+import numpy as np, threading
+from filling import fill
+for workers in (1, 2, 3, 5):
+    values = np.zeros(11)
+    fill(workers, values, -1)
+    assert values.tolist() == [n + 100 * (n % workers) for n in range(11)], values
+    try:
+        fill(workers, values, 7)
+        print("nothing raised")
+    except ValueError as fault:
+        assert str(fault) == "bad value"
+print(fill.__doc__, threading.active_count())
+"""
+    path = f"{root}{os.pathsep}{tmp_path}"
+    for _ in range(2):  # compiled by another process, and then loaded
+        assert output_of(root, code, PYTHONPATH=path) == "Number the values, each worker every so many. 1"

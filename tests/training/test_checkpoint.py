@@ -180,7 +180,7 @@ def test_every_setting_that_may_be_a_path_is_known_as_one() -> None:
         for key, hint in typing.get_type_hints(kind).items() if is_dataclass(kind) else ():
             if str in (hint, *typing.get_args(hint)) and typing.get_origin(hint) is not dict:
                 texts.add(f"{section}.{key}")
-    assert texts - {"train.frozen", "train.checkpoint_every"} == set(PATHS)
+    assert texts - {"model.fusion", "train.frozen", "train.checkpoint_every"} == set(PATHS)
 
 
 def without_snapshot(tensors: dict[str, Tensor]) -> None:
