@@ -10,7 +10,9 @@ _njit: Any = numba.njit  # whose types lack an option
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 _WITHIN = {"inline": "never", "fastmath": _FAST, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-"""Options of all: nothing but the loop calls them, and what Python would call takes a third of the time to compile."""
+"""Options of all. Only compiled functions may call a part: what Python would call takes a third of the time to compile,
+and where Python calls one all the same, the process dies. Tests go through compiled functions of their own.
+"""
 
 compiled_part = _njit(**_WITHIN, _nrt=False)
 """Decorator of a function that a loop calls; it is kept on the disk as a part of that loop.

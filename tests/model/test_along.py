@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -256,6 +257,21 @@ def test_threads_and_blocks_of_samples_do_not_change_a_byte(build, threads: int)
         torch.set_num_threads(1)
 
 
+@numba.njit
+def passed(differs, sites, start, before):
+    """What is noted of the next mismatches behind a piece; Python itself cannot call a part of the loop."""
+    found = workspace.new_chosen(len(before))
+    found.next[:] = before
+    chosen.pass_piece(differs, sites, start, found)
+    return found.next
+
+
+@numba.njit
+def compared(packed, query, differs, before):
+    """Call :func:`embrag_ds.copying.kept.compare`."""
+    kept.compare(packed, query, differs, before)
+
+
 @pytest.mark.parametrize("haplotypes", [1, 31, 32, 70, 128])
 @pytest.mark.parametrize("sites", [0x00, 0x01, 0xF0, 0xFF])
 def test_mismatches_beside_a_piece_are_the_first_and_the_last_of_each_byte(haplotypes: int, sites: int) -> None:
@@ -263,17 +279,16 @@ def test_mismatches_beside_a_piece_are_the_first_and_the_last_of_each_byte(haplo
     rng = np.random.default_rng(haplotypes)
     differs = rng.integers(0, 256, (3, haplotypes), dtype=np.uint8) & rng.integers(0, 256, haplotypes, dtype=np.uint8)
     differs[:, ::3] &= rng.integers(0, 2, differs[:, ::3].shape, dtype=np.uint8) * 0x81
-    found = workspace.new_chosen(haplotypes)
-    found.next[:] = before = rng.integers(0, 65_536, haplotypes, dtype=np.uint16)
-    chosen.pass_piece(differs[0], np.uint8(sites), 65_528, found)
+    before = rng.integers(0, 65_536, haplotypes, dtype=np.uint16)
+    after = passed(differs[0], np.uint8(sites), 65_528, before)
     for haplotype in range(haplotypes):
         bits = [bit for bit in range(8) if differs[0, haplotype] & sites & 1 << bit]
-        assert found.next[haplotype] == (65_528 + bits[0] if bits else before[haplotype])
+        assert after[haplotype] == (65_528 + bits[0] if bits else before[haplotype])
     # A target with REF at every site but one, which is missing, differs from haplotypes with ALT.
     query = np.zeros(24, dtype=np.uint8)
     query[10] = 2
     into, last = np.empty_like(differs), np.empty(differs.shape, dtype=np.uint16)
-    kept.compare(differs, query, into, last)
+    compared(differs, query, into, last)
     for haplotype in range(haplotypes):
         sites_of = [t for t in range(24) if t != 10 and differs[t // 8, haplotype] >> t % 8 & 1]
         for row in range(3):
