@@ -22,8 +22,8 @@ class Progress:
     """Progress of ``what``, in ``total`` parts; None where their number is not known.
 
     On a terminal it is a bar, which goes when the work ends. Elsewhere it is lines, at growing intervals, so that a log
-    of hours stays short. Both have rate and time left. With a ``unit`` parts are counted; without, only their share is
-    said. If not ``shown``, nothing is. Use it as a context.
+    of hours stays short. Both have the time left if there is a total, and the rate if there is a ``unit``. Without a
+    unit only the share of what is done is said. If not ``shown``, nothing is. Use it as a context.
     """
 
     def __init__(self, what: str, total: float | None, unit: str | None = None, *, shown: bool = True):
@@ -33,7 +33,7 @@ class Progress:
         self._first: tuple[float, float] | None = None  # done and time; loops compile until then
         self._shown = shown and rank_of_process() == 0
         self._bar = None
-        if self._shown and sys.stderr is not None and sys.stderr.isatty():
+        if self._shown and _on_a_terminal():
             form = _form(total, unit)
             self._bar = tqdm(
                 desc=what,
@@ -60,16 +60,16 @@ class Progress:
         self._done += parts
         if self._bar is not None:
             self._bar.update(parts)
-        elif self._shown and self._done != self._total:
+        elif self._shown and (self._total is None or self._done < self._total):
             now = time.monotonic()
             if self._first is None:
                 self._first = self._done, now
-            elif now - self._said >= self._gap:
+            elif now - self._said >= self._gap and self._done > self._first[0]:
                 self._said, self._gap = now, min(2 * self._gap, _LONGEST_S)
                 logger.info("%s: %s", self._what, self._text((self._done - self._first[0]) / (now - self._first[1])))
 
     def _text(self, rate: float) -> str:
-        """Words for what is done, at so many parts a second."""
+        """Words for what is done, at so many parts a second, more than 0."""
         said = []
         if self._unit is not None:
             of = "" if self._total is None else f" of {self._total:,.0f}"
@@ -83,11 +83,18 @@ class Progress:
         return ", ".join(said)
 
 
+def _on_a_terminal() -> bool:
+    try:
+        return sys.stderr is not None and sys.stderr.isatty()
+    except ValueError:  # it is closed
+        return False
+
+
 def _form(total: float | None, unit: str | None) -> str:
     """Format of tqdm's bar."""
     if total is None:
         return f"{{desc}}: {{n_fmt}} {unit or ''}, {{rate_noinv_fmt}}"
-    counted = "" if unit is None else f" {{n_fmt}}/{{total_fmt}} {unit},"
+    counted = "" if unit is None else f" {{n_fmt}}/{{total_fmt}} {unit}, {{rate_noinv_fmt}},"
     return f"{{desc}}: {{percentage:3.0f}} %|{{bar:24}}|{counted} {{remaining}} left"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -73,6 +74,31 @@ def test_nothing_is_said_by_other_ranks_or_where_it_is_not_to_be_shown(
     assert not caplog.messages
 
 
+def test_nothing_done_and_more_than_all_are_no_fault(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="embrag_ds")
+    for total in (0, 5):
+        with Progress("reading", total, "sites") as work:
+            for parts in (0, 0, 3, 9):
+                clock[0] += 10
+                work.advance(parts)
+    assert caplog.messages == ["reading: 3 of 5 sites, 60 %, 0.1 a second, 14 s left"]
+
+
+def test_without_a_terminal_to_ask_there_are_lines(
+    clock: list[float], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", logger="embrag_ds")
+    closed = io.StringIO()
+    closed.close()
+    for stderr in (None, closed):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with Progress("reading", 9) as work:
+            for _ in range(2):
+                clock[0] += 10
+                work.advance()
+    assert len(caplog.messages) == 2
+
+
 @given(st.floats(0, 1e7))
 def test_a_duration_in_words_is_at_least_the_duration_and_at_most_one_small_unit_more(seconds: float) -> None:
     sizes = {"s": 1, "min": 60, "h": 3600, "d": 86400}
@@ -109,5 +135,5 @@ with logs.on_terminal(), Progress("adapting", 4, "steps") as work:
         os.close(ours)
     assert process.wait() == 0, shown
     states = [each for each in re.split(r"[\r\n]+", shown.decode()) if each.strip()]
-    assert re.search(r"adapting:  50 %\|.+\| 2/4 steps, 00:02 left", "\n".join(states)), states
+    assert re.search(r"adapting:  50 %\|.+\| 2/4 steps, .+ steps/s, 00:02 left", "\n".join(states)), states
     assert shown.decode().rstrip("\n").endswith("\r"), "the bar is wiped at the end"

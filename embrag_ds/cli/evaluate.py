@@ -42,16 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="impute with Beagle, minimac4 and Selphi, where installed, into DIR, and add them",
     )
-    others.add_argument("--map", type=Path, help="genetic map for these tools; Selphi needs one")
-    others.add_argument("--threads", type=int, default=os.cpu_count(), help="of these tools")
+    others.add_argument("--map", type=Path, metavar="MAP", help="genetic map for these tools; Selphi needs one")
+    others.add_argument("--threads", type=int, metavar="N", default=os.cpu_count(), help="of these tools")
     intervals = parser.add_argument_group("intervals")
     intervals.add_argument(
         "--bootstrap",
         type=int,
+        metavar="N",
         default=200,
         help="draws of the samples, with replacement, for the 95 %% intervals (200)",
     )
-    intervals.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    intervals.add_argument("--seed", type=int, metavar="N", default=0, help="of the bootstrap")
     output = parser.add_argument_group("output (the tables always go to stdout)")
     output.add_argument("--json", type=Path, metavar="OUT", help="write every number here")
     output.add_argument("--markdown", type=Path, metavar="OUT", help="write the tables here")

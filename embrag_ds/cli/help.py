@@ -7,22 +7,25 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+_FEW = 2
+"""Examples of a help without rare options."""
+
 
 class CommandParser(argparse.ArgumentParser):
     """Parser of a command whose ``--help`` leaves out its ``rare`` options, by name, and which ``--help-all`` lists.
 
-    ``examples`` are commands, each followed by a line about it that is indented further. ``--help`` shows the first
-    ``shown`` of them.
+    ``examples`` are commands, each followed by a line about it that is indented further. Where there are rare options,
+    ``--help`` shows the first two of them.
     """
 
-    def __init__(self, *, rare: Sequence[str] = (), examples: str = "", shown: int = 2, **given: Any):
+    def __init__(self, *, rare: Sequence[str] = (), examples: str = "", **given: Any):
         super().__init__(**given, add_help=False, formatter_class=_Formatter)
         self._rare = frozenset(rare)
-        self._examples, self._shown = examples, shown
+        self._examples = examples
         self.general = self.add_argument_group("general")
         self.general.add_argument("-h", "--help", action="help", help="show this help and exit")
-        if rare:
-            self.general.add_argument("--help-all", action=_HelpAll, nargs=0, help="the same with rare options")
+        about = "the same with rare options" if rare else argparse.SUPPRESS
+        self.general.add_argument("--help-all", action=_HelpAll, nargs=0, help=about)
 
     def format_help(self) -> str:
         """The help that most users need."""
@@ -37,14 +40,15 @@ class CommandParser(argparse.ArgumentParser):
         formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
         formatter.add_text(self.description)
         for group in sorted(self._action_groups, key=lambda each: each is self.general):
-            options = [each for each in group._group_actions if not left_out.intersection(each.option_strings)]
+            shown = [each for each in group._group_actions if each.help != argparse.SUPPRESS]
+            options = [each for each in shown if not left_out.intersection(each.option_strings)]
             if options:
                 formatter.start_section(group.title)
                 formatter.add_arguments(options)
                 formatter.end_section()
         examples = _split(self._examples)
         if left_out:
-            examples = examples[: self._shown]
+            examples = examples[:_FEW]
         formatter.add_text("examples:\n" + "".join(examples))
         return formatter.format_help()
 

@@ -23,6 +23,7 @@ def add_panel(group: argparse._ArgumentGroup, several: bool = False) -> None:
     group.add_argument(
         "--map",
         type=Path,
+        metavar="MAP",
         help="genetic map: PLINK, SHAPEIT, Eagle, HapMap, minimac4 or deCODE (default: 1 cM/Mb)"
         + ("; one for all panel files, or one for each" if several else ""),
         **also,

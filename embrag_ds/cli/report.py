@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
 def _beside(path: Path) -> Path:
     """The page's name for an imputed file; raises :class:`UserError` for one that is not on a disk."""
     source = source_of(path)
-    if source.exists() and not source.is_file():
+    if path == Path("-") or (os.path.exists(source) and not os.path.isfile(source)):
         raise UserError(f"{path}: a report has no place beside a pipe; name one with --out")
     suffix = next((each for each in _SUFFIXES if path.name.endswith(each)), "")
     return path.with_name(f"{path.name.removesuffix(suffix)}.report.html")
@@ -101,4 +101,4 @@ def _require_place(out: Path, read: dict[str, Path | list[Path] | None]) -> None
     require_distinct({"--out": out}, read)
     require_writable(out)
     if require_replaceable(out):
-        logger.info("%s: an older report is there, and will be replaced", out)
+        logger.info("%s: an older report is there, and is replaced by this one when it is whole", out)

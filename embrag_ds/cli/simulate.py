@@ -27,13 +27,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder, or one made by this")
     size = parser.add_argument_group("size")
-    size.add_argument("--length-bp", type=int, default=default.length_bp, help="region (%(default)s)")
-    size.add_argument("--panel-samples", type=int, default=default.panel_samples, help="(%(default)s)")
-    size.add_argument("--target-samples", type=int, default=default.target_samples, help="(%(default)s)")
-    size.add_argument("--typed-spacing-bp", type=int, default=default.typed_spacing_bp, help="array (%(default)s)")
+    size.add_argument("--length-bp", type=int, metavar="BP", default=default.length_bp, help="region (%(default)s)")
+    size.add_argument("--panel-samples", type=int, metavar="N", default=default.panel_samples, help="(%(default)s)")
+    size.add_argument("--target-samples", type=int, metavar="N", default=default.target_samples, help="(%(default)s)")
+    size.add_argument(
+        "--typed-spacing-bp", type=int, metavar="BP", default=default.typed_spacing_bp, help="array (%(default)s)"
+    )
     errors = parser.add_argument_group("errors and filters of the call set")
-    errors.add_argument("--switch-errors-per-mb", type=float, default=0.0, help="phasing errors a sample (0)")
-    errors.add_argument("--missed-calls", type=float, default=0.0, help="share of minor alleles not called (0)")
+    errors.add_argument(
+        "--switch-errors-per-mb", type=float, metavar="RATE", default=0.0, help="phasing errors a sample (0)"
+    )
+    errors.add_argument(
+        "--missed-calls", type=float, metavar="SHARE", default=0.0, help="share of minor alleles not called (0)"
+    )
     errors.add_argument(
         "--call-set-copies",
         type=int,
@@ -41,9 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="minor alleles in panel and targets that a site needs (%(default)s)",
     )
     history = parser.add_argument_group("ancestry")
-    history.add_argument("--cm-per-mb", type=float, default=default.cm_per_mb, help="recombination (%(default)s)")
+    history.add_argument(
+        "--cm-per-mb", type=float, metavar="RATE", default=default.cm_per_mb, help="recombination (%(default)s)"
+    )
     history.add_argument("--demography", choices=POPULATIONS, default=default.demography, help="(%(default)s)")
-    history.add_argument("--seed", type=int, default=default.seed, help="of the simulation (%(default)s)")
+    history.add_argument("--seed", type=int, metavar="N", default=default.seed, help="of the simulation (%(default)s)")
 
 
 def run(options: argparse.Namespace) -> None:

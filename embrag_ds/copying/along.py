@@ -114,7 +114,7 @@ class CopyAlong:
         found = np.empty((len(alleles), len(stretch.panel.share)), dtype=np.float32)
         # Plain and contiguous, because numba compiles a loop anew for any other kind of array.
         given = (tuple(each) for each in (stretch.panel, stretch.rates, own, stretch.head))
-        loops.copy_along(self._workers, *given, alleles, row_of, excluded, self._most_saved, found)
+        loops.copy_along(min(self._workers, len(alleles)), *given, alleles, row_of, excluded, self._most_saved, found)
         return found
 
     def _excluded(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import embrag_ds.model.pooling as pooling_module
 import embrag_ds.model.poolings.copying as copying_module
 from embrag_ds.data.windows import MOST_PLACES, PLACE_CM
+from embrag_ds.model import poolings
 from embrag_ds.model.embedding import gather_embeddings
 from embrag_ds.model.pooling import mixed_embedding, pooled_embedding
 from embrag_ds.model.poolings.copying import NEGLIGIBLE, CopyingPooling, without_negligible
@@ -22,7 +23,7 @@ from embrag_ds.model.poolings.rare_variant import DistancePooling
 from embrag_ds.ops.dosage import dense_alleles
 from tests.oracles import slow_posterior
 
-POOLINGS = pytest.mark.parametrize("kind", [CopyingPooling, DistancePooling])
+POOLINGS = pytest.mark.parametrize("kind", poolings.POOLINGS.values())
 
 
 def disturb(module: torch.nn.Module) -> None:
