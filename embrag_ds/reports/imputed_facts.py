@@ -96,7 +96,7 @@ def _read(vcf: VariantReader, path: Path) -> ImputedFacts:
 
 
 def _with_progress(sites: Iterator[Site], path: Path) -> Iterator[Site]:
-    """The sites, with a progress line on a terminal if they take more than two seconds."""
+    """The sites, with progress if they take more than two seconds."""
     with Progress(f"reading {path.name}", None, "sites") as progress:
         for site in sites:
             yield site

@@ -248,7 +248,7 @@ def _sample_charts(found: ImputedFacts) -> list[str]:
             Dot(each.certainty or 0.0, each.heterozygosity or 0.0, plain(each.name), each.name in named)
             for each in drawn
         ]
-        note = "The table below has the numbers."
+        note = "The table below has the numbers of outliers and the least certain ones; JSON has all."
         if len(drawn) < len(whole):
             note = f"{len(drawn):,} of {len(whole):,} samples are drawn."
         charts.append(dots_chart("Heterozygosity and certainty", ("mean certainty", "heterozygosity"), dots, note))

@@ -6,7 +6,7 @@ from typing import Any
 
 from embrag_ds.reports.bars import rows_chart
 from embrag_ds.reports.charts import COLOURS, Series, lines_chart
-from embrag_ds.reports.text import facts, number, table
+from embrag_ds.reports.text import facts, finite, number, table
 
 _GIB = 1 << 30
 _MEMORY = {
@@ -39,13 +39,13 @@ def profile_tables(name: str, profile: dict[str, Any]) -> str:
     peaks = _section(profile, "peaks")
     found = []
     for key, label in _PEAKS.items():
-        if (most := _real(peaks.get(key))) is not None:
+        if (most := finite(peaks.get(key))) is not None:
             unit = " %" if key in _LOAD else ""
             shown = f"{most / _GIB:.3g} GiB" if key.endswith("_bytes") else f"{number(most)}{unit}"
             found.append((f"peak: {label}", shown))
     rows = []
     for each in _phases(profile):
-        numbers = (_real(each.get(key)) for key in ("count", "median_ms", "ms_per_micro_batch"))
+        numbers = (finite(each.get(key)) for key in ("count", "median_ms", "ms_per_micro_batch"))
         rows.append([each.get("name"), each.get("thread"), each.get("stream"), *numbers])
     return facts(found) + table(_HEAD, rows, f"Phases ({name}); collate contains search and h2d", texts=3)
 
@@ -53,11 +53,11 @@ def profile_tables(name: str, profile: dict[str, Any]) -> str:
 def _phases_chart(name: str, profile: dict[str, Any]) -> str:
     rows = []
     for each in _phases(profile):
-        if (mean := _real(each.get("ms_per_micro_batch"))) is not None:
+        if (mean := finite(each.get("ms_per_micro_batch"))) is not None:
             beside = each.get("thread") not in (None, "MainThread")
             rows.append((f"{each.get('name')}{' (beside it)' if beside else ''}", mean))
     note = (
-        f"Mean of {number(_real(profile.get('micro_batches')))} micro-batches, the slow first ones among them. What "
+        f"Mean of {number(finite(profile.get('micro_batches')))} micro-batches, the slow first ones among them. What "
         "runs beside the step, on another thread, adds nothing to it unless it waits."
     )
     return rows_chart(f"Phases ({name})", "ms a micro-batch", rows, note)
@@ -80,12 +80,8 @@ def _over_time(readings: dict[str, Any], names: dict[str, str], scale: float = 1
         column = readings.get(key)
         if isinstance(seconds, list) and isinstance(column, list):
             points: list[tuple[float, float | None]] = []
-            for second, each in zip(seconds, map(_real, column), strict=False):
-                if _real(second) is not None:
+            for second, each in zip(seconds, map(finite, column), strict=False):
+                if finite(second) is not None:
                     points.append((float(second), None if each is None else each * scale))
             found.append(Series(label, points, COLOURS[place]))
     return found
-
-
-def _real(value: Any) -> float | None:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None

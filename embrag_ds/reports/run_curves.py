@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from embrag_ds.evaluation.metrics import BIN_NAMES, DISJOINT_BINS
 from embrag_ds.reports.charts import COLOURS, RAMP, Series, lines_chart
 from embrag_ds.reports.run_facts import RunFacts
-from embrag_ds.reports.text import number, paragraph, table
+from embrag_ds.reports.text import finite, number, paragraph, table
 
 TRAINING = (
     "loss",
@@ -36,9 +35,7 @@ _MOST_GENERATIONS = 60
 
 def value(line: Any, name: str) -> float | None:
     """A finite number of a line, None for anything else."""
-    found = line.get(name) if isinstance(line, dict) else None
-    is_number = isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
-    return found if is_number else None
+    return finite(line.get(name)) if isinstance(line, dict) else None
 
 
 def masks(line: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -172,7 +172,7 @@ class SiteTallies:
         for place, level in enumerate(LEVELS):
             self._reach[:, place] += np.bincount(groups[dr2 >= level], minlength=len(self._sites))
         # Minimac's may exceed 1, and rounding may make one negative.
-        bins = np.clip(np.floor(dr2 * DR2_BINS + 1e-9).astype(np.int64), 0, DR2_BINS - 1)
+        bins = np.floor(np.clip(dr2, 0, 1) * DR2_BINS + 1e-9).astype(np.int64).clip(max=DR2_BINS - 1)
         np.add.at(self._histogram, (groups, bins), 1)
 
     def _finish_contig(self) -> None:

@@ -34,6 +34,13 @@ def escaped(text: object) -> str:
     return html.escape(plain(text), quote=True)
 
 
+def finite(value: Any) -> float | None:
+    """A number of a JSON file that a page can show, None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+        return None
+    return value
+
+
 def number(value: float | None) -> str:
     """A number for people: four digits that count, thousands apart, and a dash for none."""
     if value is None or not math.isfinite(value):

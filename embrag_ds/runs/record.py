@@ -155,7 +155,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any] | None]:
     for text in path.read_text(encoding="utf-8", errors="surrogateescape").split("\n"):
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             line = None
         if isinstance(line, dict) and isinstance(line.get("step"), int) and isinstance(line.get("kind"), str):
             yield line

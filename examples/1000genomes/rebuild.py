@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from embrag_ds.cli.command import run_command, show
 from embrag_ds.errors import UserError
 from embrag_ds.files import make_folder, read_lines
+from embrag_ds.progress import Progress
 from embrag_ds.variants.container import VariantText, regular_file
 from embrag_ds.variants.genotypes import decode_biallelic
 from embrag_ds.variants.header import FIXED_COLUMNS, Header, shown
@@ -111,8 +111,7 @@ def cut_out(release: str, lists: Lists) -> np.ndarray:
     """
     alleles = np.zeros((len(lists.sites), 2 * (len(lists.panel) + len(lists.targets))), dtype=np.uint8)
     wanted = {(b"%d" % pos, ref.encode(), alt.encode()): row for row, (pos, ref, alt) in enumerate(lists.sites)}
-    bar = tqdm(total=len(wanted), desc="release", unit=" sites", disable=None)  # None: only on a terminal
-    with bar, closing(release_lines(release)) as lines:
+    with Progress("reading the release", len(wanted), "sites") as bar, closing(release_lines(release)) as lines:
         names = _samples(release, lines)
         columns = _columns(release, names, [*lists.panel, *lists.targets])
         for line in lines:
@@ -124,7 +123,7 @@ def cut_out(release: str, lists: Lists) -> np.ndarray:
             if row is not None:
                 found = _phased(rest[-1], len(names), f"{release}: {CONTIG}:{int(pos)}")
                 alleles[row] = found[columns].reshape(-1)
-                bar.update()
+                bar.advance()
     if wanted:
         first = lists.sites[min(wanted.values())]
         raise UserError(

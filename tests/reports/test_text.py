@@ -15,6 +15,7 @@ from embrag_ds.reports.text import (
     date,
     duration,
     escaped,
+    finite,
     lines,
     number,
     paragraph,
@@ -100,3 +101,9 @@ def test_cells_that_are_numbers_are_written_as_numbers_and_names_as_they_are() -
     page = Page("t", "s")
     page.add("h", table(["name", "n"], [["1e3", 1000], ["x" * 70, True], ["0012", None]], "c"))
     assert parsed(page.html({})).tables[0].rows == [["1e3", "1,000"], ["x" * 70, "True"], ["0012", NOTHING]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 10**400, True, "1", None, [1.0]])
+def test_what_no_page_can_show_is_no_number(value: object) -> None:
+    assert finite(value) is None
+    assert [finite(each) for each in (0, -2.5, 1e200)] == [0, -2.5, 1e200]
