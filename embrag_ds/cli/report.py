@@ -83,7 +83,7 @@ def _of_run(options: argparse.Namespace, out: Path) -> None:
 def _of_imputed(options: argparse.Namespace, out: Path) -> None:
     from embrag_ds.reports.imputed_facts import read_imputed
     from embrag_ds.reports.imputed_page import imputed_numbers, imputed_page
-    from embrag_ds.reports.left_out_part import read_excluded, read_impute_report
+    from embrag_ds.reports.left_out_part import read_excluded, read_impute_report, require_same_samples
     from embrag_ds.reports.page import write_page
 
     read = {"INPUT": options.input, "--impute-report": options.impute_report, "--excluded": options.excluded}
@@ -92,6 +92,8 @@ def _of_imputed(options: argparse.Namespace, out: Path) -> None:
     report = None if options.impute_report is None else read_impute_report(options.impute_report)
     excluded = None if options.excluded is None else read_excluded(options.excluded)
     facts = read_imputed(options.input)
+    if report is not None:
+        require_same_samples(report, (each.name for each in facts.samples), options.impute_report, options.input)
     write_page(out, imputed_page(facts, report, excluded), imputed_numbers(facts, report, excluded))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,16 @@ def read_impute_report(path: Path) -> ImputeReport:
             f"{path}: it is no report of an imputation ({type(fault).__name__}: {fault}); give what embrag impute "
             "--report wrote"
         ) from fault
+
+
+def require_same_samples(report: ImputeReport, samples: Iterable[str], path: Path, imputed: Path) -> None:
+    """Raise :class:`UserError` unless the ``report`` at ``path`` names all ``samples`` of the file ``imputed``."""
+    foreign = [each for each in samples if each not in report.call_rates]
+    if foreign and report.call_rates:
+        raise UserError(
+            f"{path}: it lacks {len(foreign)} samples of {imputed}, the first is {foreign[0]}; give the --report of "
+            "the same imputation"
+        )
 
 
 def _added_up(reports: list[dict[str, Any]], targets: list[dict[str, Any]]) -> ImputeReport:

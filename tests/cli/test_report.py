@@ -58,7 +58,7 @@ def test_an_imputation_and_its_report(embrag: Embrag, simulated: DefaultData, tm
     # A page of ours is replaced, and that is said; the same input gives the same bytes.
     before = page.read_bytes()
     done = embrag("report", out, *options)
-    assert f"{page}: an older report is there, and will be replaced" in done.stderr
+    assert f"{page}: an older report is there, and is replaced by this one when it is whole" in done.stderr
     assert page.read_bytes() == before
     page.write_text("mine")
     done = embrag("report", out)

@@ -35,7 +35,7 @@ def one(**replaced: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def imputed(tmp_path: Path) -> Path:
-    return written_by(tmp_path / "in.vcf.gz", "beagle", BEAGLE)
+    return written_by(tmp_path / "in.vcf.gz", "beagle", BEAGLE, ("A", "<B>"))
 
 
 def test_nothing_given_is_said(report: Report, imputed: Path) -> None:
@@ -74,7 +74,9 @@ def test_a_report_of_one_file(report: Report, imputed: Path, tmp_path: Path) -> 
 )
 def test_the_adaptation(report: Report, imputed: Path, tmp_path: Path, adaptation: dict[str, Any], said: str) -> None:
     path = tmp_path / "report.json"
-    path.write_text(json.dumps(one(adaptation=adaptation, samples=[{"sample": "A", "call_rate": 1.0}])))
+    path.write_text(
+        json.dumps(one(adaptation=adaptation, samples=[{"sample": each, "call_rate": 1.0} for each in ("A", "<B>")]))
+    )
     found = report(imputed, f"--impute-report={path}")
     assert said in found.text and "No sample of the targets misses a call" in found.text
 
@@ -161,3 +163,12 @@ def test_no_input_is_replaced(refused: Refused, imputed: Path, tmp_path: Path) -
         assert f"cannot read it (No such file or directory); check what {option} names" in refused(
             imputed, f"{option}={tmp_path / 'none'}"
         )
+
+
+def test_a_report_of_other_samples_is_refused(refused: Refused, imputed: Path, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(one(samples=[{"sample": "A", "call_rate": 1.0}, {"sample": "C", "call_rate": 1.0}])))
+    said = refused(imputed, f"--impute-report={path}")
+    assert (
+        f"{path}: it lacks 1 samples of {imputed}, the first is <B>; give the --report of the same imputation" in said
+    )
