@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from pickle import PickleError, UnpicklingError
 from traceback import walk_tb
+from typing import Any
 
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -46,6 +47,7 @@ _FORBIDDEN = (
 )
 """How torch names a function or type that is not allowed, and the two formats that it reads by other means."""
 _REMARKS = ("'torch.load' received a zip file", "Detected pickle protocol")
+_GETATTR = "builtins.getattr"
 _SHOWN = 200
 
 
@@ -62,7 +64,7 @@ def tensors_only(way_out: str = "start a new run folder") -> Iterator[None]:
     os.environ[_FORCE] = "1"
     new = [kind for kind in ALLOWED if kind not in torch.serialization.get_safe_globals()]
     try:
-        with torch.serialization.safe_globals(new), warnings.catch_warnings():
+        with torch.serialization.safe_globals([*new, (_member, _GETATTR)]), warnings.catch_warnings():
             for remark in _REMARKS:
                 warnings.filterwarnings("ignore", message=remark)
             yield
@@ -83,6 +85,14 @@ def tensors_only(way_out: str = "start a new run folder") -> Iterator[None]:
     finally:
         del os.environ[_FORCE]
         os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def _member(kind: object, name: str) -> Any:
+    """Stand-in for ``getattr``, by which some versions of Python (3.11.2 is one) name the members of an enum."""
+    members: dict[str, Any] = {each.name: each for each in ZeroStageEnum}
+    if kind is not ZeroStageEnum or name not in members:
+        raise UnpicklingError(f"GLOBAL {_GETATTR} was not an allowed global")
+    return members[name]
 
 
 def _being_loaded(fault: Exception) -> Path | None:

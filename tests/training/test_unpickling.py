@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from embrag_ds.engine import distributed
 from embrag_ds.engine.unpickling import ALLOWED, tensors_only
@@ -191,3 +192,27 @@ def test_only_types_without_methods_that_run_something_are_allowed() -> None:
         "ZeroStageEnum",
         "fragment_address",
     }
+
+
+class Named:
+    """What ``getattr`` gives, as some versions of Python pickle a member of an enum."""
+
+    def __init__(self, *given: object):
+        self.given = given
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, self.given
+
+
+def test_a_member_of_an_enum_may_be_pickled_by_its_name(tmp_path: Path) -> None:
+    """As Python 3.11.2 does with the ZeRO stage that DeepSpeed saves."""
+    torch.save({"stage": Named(ZeroStageEnum, "gradients")}, tmp_path / "state.pt")
+    with tensors_only():
+        assert torch.load(tmp_path / "state.pt", weights_only=False) == {"stage": ZeroStageEnum.gradients}
+
+
+@pytest.mark.parametrize("given", [(LossScaler, "__init__"), (ZeroStageEnum, "mro"), (ZeroStageEnum, "__class__")])
+def test_nothing_else_is_had_by_its_name(tmp_path: Path, given: tuple[object, str]) -> None:
+    torch.save({"state": Named(*given)}, tmp_path / "state.pt")
+    with pytest.raises(UserError, match=r"state\.pt: it holds builtins\.getattr, which may run code"), tensors_only():
+        torch.load(tmp_path / "state.pt", weights_only=False)
