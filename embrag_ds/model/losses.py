@@ -21,8 +21,9 @@ class LossConfig:
     """Settings of the training loss. Raises UserError for values that break a rule."""
 
     kind: Literal["cross_entropy", "focal", "brier"] = "cross_entropy"
-    """``brier`` is the squared error of the probabilities, the criterion closest to dosage r2. Like ``cross_entropy``
-    it is least for calibrated probabilities, but it weighs unpredictable alleles less.
+    """``cross_entropy``, ``focal`` or ``brier``. The last is the squared error of the probabilities, the criterion
+    closest to dosage r2. Like ``cross_entropy`` it is least for calibrated probabilities, but it weighs unpredictable
+    alleles less.
     """
     focal_gamma: float = 2.0
     """[power] ``focal``: of 1 - p; 0 is cross-entropy."""
