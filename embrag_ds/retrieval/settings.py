@@ -62,9 +62,9 @@ class RetrievalConfig:
     dense_budget_gb: float = 2.0
     """[GiB] The dense store refuses to hold more."""
     backend: Literal["auto", "torch", "faiss-cpu", "faiss-gpu", "cupy"] = "auto"
-    """Search backend of the factored store: ``torch``, ``faiss-cpu``, ``faiss-gpu``, ``cupy`` or ``auto``. The last times
-    those that are there on the first window of a run and keeps the fastest, also when the run is resumed. Backends
-    differ in which of equally near haplotypes they find, so a run that is to repeat exactly names one.
+    """Search backend of the factored store: ``torch``, ``faiss-cpu``, ``faiss-gpu``, ``cupy`` or ``auto``. The last
+    times those that are there on the first window of a run and keeps the fastest, also when the run is resumed.
+    Backends differ in which of equally near haplotypes they find, so a run that is to repeat exactly names one.
     """
     k: int = 64
     """[neighbours] Of each query haplotype."""
