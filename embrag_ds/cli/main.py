@@ -43,12 +43,7 @@ def main(command: str | None = None, arguments: Sequence[str] | None = None) -> 
 
     A fault of the user's input ends the process with status 2 (:func:`embrag_ds.cli.command.run_command`).
     """
-    if command is None:
-        parser = make_parser()
-    else:
-        alone = CommandParser(**_texts(command))
-        _add_command(alone, command)
-        parser = alone
+    parser = make_parser() if command is None else _parser_of(command)
     options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     run: Run = options.run
     misplaced: UserError | None = None
@@ -65,6 +60,13 @@ def main(command: str | None = None, arguments: Sequence[str] | None = None) -> 
         run(options)
 
     run_command(begin, options.verbose, options.debug)
+
+
+def _parser_of(name: str) -> CommandParser:
+    """Parser of one command alone."""
+    parser = CommandParser(**_texts(name))
+    _add_command(parser, name)
+    return parser
 
 
 def _texts(name: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from embrag_ds.evaluation.metrics import COUNT_NAMES, DISJOINT_BINS, EVERY_NAME, interval, polarise
+from embrag_ds.evaluation.metrics import COUNT_NAMES, DISJOINT_BINS, EVERY_NAME, interval
 
 FEWEST_CARRIERS = 100
 """A bin with fewer called carriers has no say in :func:`largest_gap`."""
@@ -46,10 +46,20 @@ class CalledCarriers:
     def __init__(self, samples: int) -> None:
         self.sums = np.zeros((len(EVERY_NAME), samples, 3), dtype=np.float64)
 
-    def add(self, truth: np.ndarray, probabilities: np.ndarray, panel_af: np.ndarray, members: np.ndarray) -> None:
-        """Add a block: truth [n, N], probabilities [n, N, 3], panel_af [n], sites of every bin, bool [G, n]."""
-        called = probabilities.argmax(axis=-1)
-        carrier = np.isfinite(truth) & (polarise(called, panel_af) > 0)
+    def add(
+        self,
+        truth: np.ndarray,
+        probabilities: np.ndarray,
+        called: np.ndarray,
+        carried: np.ndarray,
+        members: np.ndarray,
+    ) -> None:
+        """Add a block: truth [n, N], probabilities [n, N, 3], their most probable genotypes ``called`` [n, N].
+
+        ``carried`` bool [n, N] says which of those have the panel's minor allele; ``members`` bool [G, n] are the sites
+        of every bin.
+        """
+        carrier = np.isfinite(truth) & carried
         # Few genotypes are called carriers, and a maximum over the short last axis is slow.
         said = np.zeros(truth.shape)
         said[carrier] = probabilities[carrier].max(axis=-1)

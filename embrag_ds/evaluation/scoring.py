@@ -175,7 +175,7 @@ class _Sums:
             self._calibration.add(truth, gp)
             carried = metrics.polarise(called, panel_af) > 0
             self._rare_calls.add(truth, gp, carried & self._rare[block, None])
-            self._carriers.add(truth, gp, panel_af, members)
+            self._carriers.add(truth, gp, called, carried, members)
 
     def result(self, weights: np.ndarray) -> Scores:
         """The tool's scores; ``weights`` [R, N] are those of the resamples."""
