@@ -22,8 +22,7 @@ from embrag_ds.data.masking import MaskingConfig
 from embrag_ds.data.sampler import AugmentationConfig
 from embrag_ds.data.windows import DataConfig
 from embrag_ds.errors import UserError, require
-from embrag_ds.model.imputer import ModelConfig
-from embrag_ds.model.losses import LossConfig
+from embrag_ds.model.settings import LossConfig, ModelConfig
 from embrag_ds.retrieval.settings import RetrievalConfig
 from embrag_ds.seeds import SEED_LIMIT
 from embrag_ds.settings import as_json, parse_settings, strict_settings

@@ -19,8 +19,9 @@ from pathlib import Path
 
 from embrag_ds.cli.command import run_command
 from embrag_ds.engine.deepspeed_settings import load_training_config
-from embrag_ds.model.embedding import FREQUENCY_FEATURES
-from embrag_ds.model.imputer import Imputer, ModelConfig
+from embrag_ds.model.imputer import Imputer
+from embrag_ds.model.numbers import FREQUENCY_FEATURES
+from embrag_ds.model.settings import ModelConfig
 from embrag_ds.training.throughput import BACKWARD, products_of_step
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -26,7 +26,8 @@ from embrag_ds.data.panel import open_panel
 from embrag_ds.data.targets import Targets, match_targets, open_targets
 from embrag_ds.export import PRETRAINED, read_export
 from embrag_ds.files import require_writable, write_json
-from embrag_ds.imputation.engine import Imputation, Precision
+from embrag_ds.imputation.computing.stretches import Precision
+from embrag_ds.imputation.engine import Imputation
 from embrag_ds.runs.record import device_name
 
 
@@ -76,7 +77,7 @@ def main() -> None:
             for transformer in (False, True):
                 precision: Precision = "bf16" if device.type == "cuda" else "fp32"
                 block = options.samples_per_batch
-                imputation = Imputation(model, inputs, targets, device, block, transformer, precision)
+                imputation = Imputation(model, inputs, targets, str(device), block, transformer, precision)
                 first, *others = [seconds_of(imputation) for _ in range(1 + options.rounds)]
                 rate = len(targets.samples) * sites / statistics.median(others)
                 way = "with" if transformer else "without"

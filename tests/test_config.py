@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from embrag_ds.config import EmbragConfig, load_config, parse_config, parse_embrag
 from embrag_ds.data.masking import MaskingConfig
 from embrag_ds.errors import UserError
-from embrag_ds.model.imputer import ModelConfig
+from embrag_ds.model.settings import ModelConfig
 from embrag_ds.retrieval.schedule import RefreshConfig
 
 FILES = sorted((Path(__file__).resolve().parents[1] / "ds_configs").glob("*.json"))

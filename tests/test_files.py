@@ -320,9 +320,9 @@ def vcf():
 def export():
     import torch
     from embrag_ds.config import EmbragConfig
-    from embrag_ds.export import write_export
+    from embrag_ds.export import ExportedModel, write_export
     short()
-    write_export(path, {"weight": torch.zeros(3000)}, None, EmbragConfig())
+    write_export(path, ExportedModel.of(EmbragConfig(), {"weight": torch.zeros(3000)}, None))
 
 run_command({"killed": killed, "text": text, "vcf": vcf, "export": export}[sys.argv[1]])
 """

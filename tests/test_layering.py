@@ -89,7 +89,7 @@ HOMES = {
 }
 """Third-party packages that nothing else may import."""
 LAZY = ("faiss", "cupy")
-NUMPY_ONLY = ("variants", "maps", "data", "evaluation")
+NUMPY_ONLY = ("variants", "maps", "data", "evaluation", "copying")
 """Rooms without torch."""
 MODEL_SEES_TENSORS_ONLY = {"torch", "embrag_ds"} | set(sys.stdlib_module_names)
 MOST_MODULES = 14

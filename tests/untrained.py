@@ -19,4 +19,4 @@ def untrained(config: RunConfig, head: float) -> ExportedModel:
     encoded = {
         name.removeprefix("embedding."): value.clone() for name, value in weights.items() if "embedding." in name
     }
-    return ExportedModel(config.embrag, weights, encoded)
+    return ExportedModel.of(config.embrag, weights, encoded)

@@ -80,7 +80,7 @@ def adapt_model(source: Source, model: ExportedModel, how: Adapt, cache: Path) -
             made = _adapted(source, model, learner, windows, steps)
             write_json(folder / _REPORT, made.report)
             if made.report["kept"]:
-                write_export(folder / MODEL_FILE, made.model.weights, made.model.snapshot, made.model.config)
+                write_export(folder / MODEL_FILE, made.model)
         else:
             logger.info("the model was adapted to this panel and these sites before: %s", entry)
     report = json.loads((entry / _REPORT).read_text(encoding="utf-8"))
@@ -128,7 +128,7 @@ def _adapted(source: Source, model: ExportedModel, learner: Learner, windows: li
         "after": _numbers(loss_after, after),
     }
     config = replace(model.config, data=replace(model.config.data, map_scale=scale))
-    return Adapted(ExportedModel(config, learner.weights(), model.snapshot), report)
+    return Adapted(ExportedModel.of(config, learner.weights(), model.snapshot), report)
 
 
 def _scaled(source: Source, model: ExportedModel, learner: Learner, windows: list[Window]) -> tuple[float, Learner]:
@@ -168,9 +168,8 @@ def _identity(source: Source, model: ExportedModel, windows: list[Window], steps
                 digest.update(json.dumps(part).encode())
 
     add(VERSION, steps, asdict(model.config), source.device.type, source.transformer, source.bf16)
-    for tensors in (model.weights, model.snapshot or {}):
-        for name in sorted(tensors):
-            add(name, tensors[name].numpy())
+    for name in sorted(model.arrays):
+        add(name, model.arrays[name])
     panel = source.inputs.panel
     add(source.samples, source.inputs.populations.of, panel.minimum_allele_count, source.reference.good_turing_odds)
     covered = np.zeros(len(panel.sites), dtype=bool)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from embrag_ds.errors import UserError
-from embrag_ds.model.imputer import ModelConfig
+from embrag_ds.model.settings import ModelConfig
 
 Adapt = Literal["auto", "off"] | float
 """How long to adapt: ``auto`` for as many steps as usually pay, ``off`` for none, or minutes of two cores."""

@@ -1,6 +1,6 @@
 """Imputation along stretches of a chromosome, each copied once, with all reference haplotypes as states, on a CPU.
 
-What a network learned on windows and their nearest haplotypes holds for all haplotypes of a long stretch: the
+What a model learned on windows and their nearest haplotypes holds for all haplotypes of a long stretch: the
 recombination prior fades with distance, and negligible haplotypes count in neither. Equal windows and haplotypes give
 equal dosages (tests/model/test_along.py).
 """
@@ -10,17 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from embrag_ds.copying import loops
+from embrag_ds.copying.frequencies import frequencies_without, good_turing_correction
+from embrag_ds.copying.model import CopyingModel, density, log_rarity
 from embrag_ds.copying.records import Frequencies, Head, PanelPart, Rates
-from embrag_ds.copying.stretch import density, head_weights, model_rates, panel_part
+from embrag_ds.copying.stretch import panel_part
 from embrag_ds.data.windows import WindowedPanel
 from embrag_ds.errors import UserError
-from embrag_ds.model.confidence import log_rarity
-from embrag_ds.model.imputer import Imputer
-from embrag_ds.model.poolings.copying import CopyingPooling
-from embrag_ds.retrieval.frequency import frequencies_without, good_turing_correction
+from embrag_ds.ops.threads import thread_count
 
 MOST_TYPED = 1 << 16
 """Typed sites of a stretch, which the loop numbers in 16 bits."""
@@ -43,22 +41,21 @@ class Stretch:
 
 
 class CopyAlong:
-    """A network without its transformer, applied to the stretches of a panel one after another.
+    """A model without its transformer, applied to the stretches of a panel one after another.
 
     ``data`` are a panel's stretches in place of windows. ``exclusions`` int64 [panel samples, E] lists the panel
-    samples that each must not copy. As many threads compute as torch uses when this is made. Each
+    samples that each must not copy. As many threads compute as there are when this is made. Each
     saves forward states of ``most_saved`` bytes; if that is too few for all, it computes some anew. Raises
     :class:`UserError` if the panel is too small.
     """
 
     def __init__(
-        self, network: Imputer, data: WindowedPanel, exclusions: np.ndarray, most_saved: int = MOST_SAVED_BYTES
+        self, model: CopyingModel, data: WindowedPanel, exclusions: np.ndarray, most_saved: int = MOST_SAVED_BYTES
     ):
-        assert isinstance(network.pooling, CopyingPooling)
-        self._network, self._pooling = network, network.pooling
+        self._model = model
         self._data = data
         self._exclusions = exclusions
-        self._workers = torch.get_num_threads()
+        self._workers = thread_count()
         self._most_saved = most_saved
         reference = data.reference
         if len(reference) <= 2 * exclusions.shape[1]:
@@ -98,8 +95,8 @@ class CopyAlong:
         return Stretch(
             number=number,
             panel=part,
-            rates=model_rates(self._network, features, rows, len(reference)),
-            head=head_weights(self._network, density(rows, features.position)),
+            rates=self._model.rates(features, rows, len(reference)),
+            head=self._model.head(density(rows, features.position)),
             counts=np.ascontiguousarray(features.counts[:, window.core]),
         )
 
@@ -139,25 +136,22 @@ class CopyAlong:
             left_out = np.zeros(1, dtype=np.int64)  # no row names it
         core = np.arange(window.core_start, window.core_stop)
         found = frequencies_without(
-            torch.from_numpy(np.searchsorted(left_out, rows)),  # padded with their number
-            torch.from_numpy(reference.panel.alleles_at(core, reference.haplotypes[left_out])).T,
-            torch.from_numpy(reference.population_of[left_out]),
-            torch.from_numpy(reference.counted(here)[left_out]),
-            torch.from_numpy(stretch.counts),
-            torch.from_numpy(np.ascontiguousarray(reference.population_sizes[:, here])),
+            np.searchsorted(left_out, rows),  # padded with their number
+            reference.panel.alleles_at(core, reference.haplotypes[left_out]).T,
+            reference.population_of[left_out],
+            reference.counted(here)[left_out],
+            stretch.counts,
+            reference.population_sizes[:, here],
         )
-        common = torch.from_numpy(stretch.panel.minor_is_ref)
-        turing = torch.zeros_like(found.overall)
-        if self._network.good_turing:
-            turing = good_turing_correction(found, torch.from_numpy(reference.good_turing_odds))
-            turing = torch.where(common, -turing, turing)
-        by_population = torch.where(common, 1 - found.population, found.population)
-        with torch.no_grad():
-            slow = self._pooling.share_of_slow(found.overall)
+        common, one = stretch.panel.minor_is_ref, np.float32(1)
+        turing = np.zeros_like(found.overall)
+        if self._model.good_turing:
+            turing = good_turing_correction(found, reference.good_turing_odds)
+            turing = np.where(common, -turing, turing)
         return Frequencies(
-            by_population.contiguous().numpy(),
-            slow.numpy(),
-            torch.exp(turing).numpy(),
-            log_rarity(found.overall).numpy(),
-            ((found.overall > 0.5) != common).numpy(),
+            np.where(common, one - found.population, found.population),
+            self._model.share_of_slow(found.overall),
+            np.exp(turing),
+            log_rarity(found.overall),
+            (found.overall > 0.5) != common,
         )

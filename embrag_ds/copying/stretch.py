@@ -1,26 +1,18 @@
-"""Stretches: what a panel, a model and the targets' typed sites give to the loop along a chromosome, made once for all.
-
-Letters beside those of :mod:`embrag_ds.data.tokens`: G blocks of sites, J terms of the recombination prior.
-"""
+"""Stretches: what a panel and the targets' typed sites give to the loop along a chromosome, made once for all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
 
+import numba
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from embrag_ds.copying.head import FEATURES
-from embrag_ds.copying.records import Head, PanelPart, Rates
-from embrag_ds.copying.sequences import count_minor, list_minor
-from embrag_ds.data.windows import SiteFeatures, most_places, places
-from embrag_ds.model.confidence import LEAST_PROBABILITY, log_cm
-from embrag_ds.model.imputer import Imputer
-from embrag_ds.model.poolings.copying import LEAST_TYPED_NEAR, NEGLIGIBLE, CopyingPooling
-from embrag_ds.ops.dosage import Numbered
-from embrag_ds.ops.li_stephens import bounded
+from embrag_ds.copying.model import log_cm
+from embrag_ds.copying.records import PanelPart
+from embrag_ds.data.windows import most_places, places
+from embrag_ds.ops.dosage_numba import Numbered
+from embrag_ds.ops.threads import ParallelLoop
 
 
 def panel_part(
@@ -52,10 +44,10 @@ def panel_part(
     )
     sequences = np.concatenate([[0], np.cumsum(blocks.count)])
     start = np.zeros(sequences[-1] + 1, dtype=np.int64)
-    count_minor(blocks.words, blocks.count, turned, sequences, start[1:])
+    _count_minor(blocks.words, blocks.count, turned, sequences, start[1:])
     start = start.cumsum()
     minor = np.empty(start[-1], dtype=np.uint8)
-    list_minor(blocks.words, blocks.count, turned, blocks.bounds, sequences, start, minor)
+    _list_minor(blocks.words, blocks.count, turned, blocks.bounds, sequences, start, minor)
     left, right = flanking(rows, first, sites)
     here, before = position[first : first + sites], position[rows[left]]
     after = position[rows[right]]
@@ -77,8 +69,8 @@ def panel_part(
         minor_sites=minor,
         share=share,
         minor_is_ref=common,
-        nearest=log_cm(torch.from_numpy(nearest)).numpy(),
-        gap=log_cm(torch.from_numpy(np.abs(gap))).numpy(),
+        nearest=log_cm(nearest),
+        gap=log_cm(np.abs(gap)),
     )
 
 
@@ -89,65 +81,31 @@ def flanking(rows: np.ndarray, first: int, sites: int) -> tuple[np.ndarray, np.n
     return np.minimum(np.maximum(right - 1, 0), last), np.minimum(right, last)
 
 
-def density(rows: np.ndarray, position: np.ndarray) -> float:
-    """Typed sites per cM of a stretch, in units of 100."""
-    length = max(float(position[-1] - position[0]), 1e-6)
-    return len(rows) / (length * CopyingPooling.TYPICAL_DENSITY)
+@ParallelLoop
+def _count_minor(words, count, flip, base, size):
+    """Number of sites where each sequence carries the minor allele: fill ``size`` int64 [all sequences].
+
+    ``words`` uint64 [G, H] and ``count`` int64 [G] are those of :class:`embrag_ds.ops.dosage.Numbered`; ``flip``
+    uint64 [G] marks the sites whose minor allele is REF, and ``base`` int64 [G + 1] counts the sequences of the blocks
+    before.
+    """
+    for g in numba.prange(len(count)):
+        for n in range(count[g]):
+            word = words[g, n] ^ flip[g]
+            ones = 0
+            while word:
+                word &= word - np.uint64(1)
+                ones += 1
+            size[base[g] + n] = ones
 
 
-@torch.no_grad()
-def model_rates(network: Imputer, features: SiteFeatures, rows: np.ndarray, haplotypes: int) -> Rates:
-    """A model's numbers for a stretch with these site features, typed at ``rows`` int64 [T], with H ``haplotypes``."""
-    pooling = network.pooling
-    assert isinstance(pooling, CopyingPooling)
-    position = torch.from_numpy(features.position)
-    weight = network.embedding.site_weights(torch.from_numpy(features.frequency[rows]))
-    weight = weight / weight.mean()
-    gap = torch.diff(position[rows], prepend=position[rows[:1]])
-    per_cm = torch.tensor([density(rows, features.position)])
-    nats, recombination = bounded(*pooling.rates(gap[None], per_cm, weight[None]))
-    place, number, place_cm = places(features.position, most_places(haplotypes))
-    strength, decay = pooling.prior_terms(place_cm)
-    typed = torch.from_numpy(np.bincount(place[rows], minlength=number).astype(np.float32))
-    typed_at = torch.stack([_weighed(typed, float(each)) for each in decay]).clamp_min(LEAST_TYPED_NEAR)
-    return Rates(
-        ratio=torch.exp(-nats[:, 0]).numpy(),
-        jump=recombination[:, 0].numpy(),
-        strength=(100 * strength).numpy(),
-        reach=decay.numpy(),
-        typed_at=typed_at.numpy(),
-        keep=np.float32(NEGLIGIBLE),
-        background=np.float32(torch.sigmoid(network.background.float()).item()),
-        least=np.float32(LEAST_PROBABILITY),
-    )
-
-
-def _weighed(values: Tensor, decay: float) -> Tensor:
-    """Sum of ``values`` [G] around each place, those g places away times ``decay`` to the power of g."""
-    before, after = values.double().clone(), values.double().clone()
-    for place in range(1, len(values)):
-        before[place] += decay * before[place - 1]
-        after[-1 - place] += decay * after[-place]
-    return (before + after - values).float()
-
-
-@torch.no_grad()
-def head_weights(network: Imputer, per_cm: float) -> Head:
-    """Weights of a network's confidence head for a density of typed sites; without a head, those of no correction."""
-    feature = np.float32(np.log(per_cm) / 2)
-    if network.confidence is None:
-        nothing = np.zeros((FEATURES, 1), dtype=np.float32)
-        return Head(nothing, nothing[0], nothing[:1], nothing[0], nothing[0], np.float32(0), feature)
-    first, second, last = (each for each in network.confidence.layers if isinstance(each, nn.Linear))
-    weights, biases = (
-        [getattr(each, name).float().cpu().numpy() for each in (first, second, last)] for name in ("weight", "bias")
-    )
-    return Head(
-        np.ascontiguousarray(weights[0].T),
-        biases[0],
-        np.ascontiguousarray(weights[1].T),
-        biases[1],
-        weights[2][0].copy(),
-        np.float32(biases[2][0]),
-        feature,
-    )
+@ParallelLoop
+def _list_minor(words, count, flip, bounds, base, start, sites):
+    """List those sites, counted from the block's first: fill ``sites`` uint8 from ``start`` int64 on."""
+    for g in numba.prange(len(count)):
+        for n in range(count[g]):
+            word, place = words[g, n] ^ flip[g], start[base[g] + n]
+            for site in range(bounds[g + 1] - bounds[g]):
+                if (word >> np.uint64(site)) & np.uint64(1):
+                    sites[place] = site
+                    place += 1

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import embrag_ds
 from embrag_ds.export import ExportedModel, read_export, write_export
-from embrag_ds.imputation.blending import write_blended
+from embrag_ds.imputation.computing.blending import write_blended
 from embrag_ds.imputation.engine import Imputation
 from embrag_ds.imputation.extent import Extent, warn_of_few_typed
 from embrag_ds.imputation.genome import OpenPanels, Piece, kept_targets
@@ -55,7 +55,7 @@ def impute_by_ranks(job: Job, ranks: Ranks, scratch: Path) -> int:
             with room_for(job.out, folder.parent):
                 plan, model = prepare_all(job, panels, scratch, folder)
                 if model is not job.exported:
-                    write_export(folder / _MODEL, model.weights, model.snapshot, model.config)
+                    write_export(folder / _MODEL, model)
             return json.dumps({"plan": plan.to_json(), "adapted": model is not job.exported})
 
         with alive.busy("reading the files"):

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-import torch
-
 from embrag_ds.adaptation.settings import Adapt, parse_adapt
 from embrag_ds.data.cache import require_cache, scratch_folder
 from embrag_ds.data.inputs import (
@@ -25,15 +23,16 @@ from embrag_ds.data.phasing import require_beagle
 from embrag_ds.errors import UserError
 from embrag_ds.export import PRETRAINED, read_export
 from embrag_ds.files import require_writable
+from embrag_ds.imputation.computing.stretches import Precision
 from embrag_ds.imputation.division import impute_by_ranks, impute_files
-from embrag_ds.imputation.engine import Imputation, Precision, impute_to_vcf
+from embrag_ds.imputation.engine import Imputation, does_without_torch, impute_to_vcf
 from embrag_ds.imputation.extent import warn_of_few_typed
 from embrag_ds.imputation.genome import require_files
 from embrag_ds.imputation.preparation import AS_IT_IS, Job, TargetOptions, prepare_one
 from embrag_ds.imputation.ranks import Ranks, ranks_met
-from embrag_ds.ops.cuda import require_kernels
 from embrag_ds.preflight import require_distinct, require_readable
-from embrag_ds.runtime.driver import unused_gpus
+from embrag_ds.runtime.driver import may_have_gpus, unused_gpus
+from embrag_ds.runtime.imports import uncollected
 from embrag_ds.runtime.processor import cpu_has_bf16
 from embrag_ds.variants.output import EVERYTHING, OutputOptions
 from embrag_ds.variants.published import check_output
@@ -92,12 +91,15 @@ def impute(
         for result in filter(None, (options.report, options.excluded, save_model)):
             require_writable(result)
         where = _of_rank(_device(device), ranks)
-        require_kernels(where)
         numbers = _checked(precision, where)
-        advice = transformer is None and where.type == "cpu"
+        advice = transformer is None and where == "cpu"
         if transformer is None:
-            transformer = where.type == "cuda"
+            transformer = where != "cpu"
         exported = read_export(model)
+        if adapt != "off" or not does_without_torch(exported.config, transformer, where):
+            # Before any loop runs, or torch would use as many threads as numba has started.
+            with uncollected():
+                import torch  # noqa: F401
         logger.info("model %s", model)
         if (panels[0].panel is None) != (not targets):
             raise UserError("--panel and --target go together")
@@ -164,7 +166,14 @@ def _impute_one(job: Job, scratch: Path) -> int:
     return len(targets.samples)
 
 
-def _device(name: str | None) -> torch.device:
+def _device(name: str | None) -> str:
+    """The device to impute on, as torch names it. Where there is none but the CPU, torch is not asked."""
+    if name == "cpu" or (name is None and not may_have_gpus()):
+        return "cpu"
+    import torch
+
+    from embrag_ds.ops.cuda import require_kernels
+
     unused = unused_gpus() if name is None else None
     if unused is not None:  # no error: unlike training, imputation is of use on a CPU
         logger.warning("%s; imputing on the CPU, as --device cpu would", unused)
@@ -176,29 +185,28 @@ def _device(name: str | None) -> torch.device:
         raise UserError(f"--device {name}: embrag_ds has no kernels for it; use cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         why = unused_gpus() or f"torch sees {torch.cuda.device_count()} CUDA devices"
-        raise UserError(f"--device {name}: {why}; use {_present()}")
-    return device
+        present = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        raise UserError(f"--device {name}: {why}; use {' or '.join(present)}")
+    require_kernels(device)
+    return "cpu" if device.type == "cpu" else str(device)
 
 
-def _of_rank(device: torch.device, ranks: Ranks) -> torch.device:
+def _of_rank(device: str, ranks: Ranks) -> str:
     """A rank's own GPU, where none is named."""
-    if ranks.ranks == 1 or device.type == "cpu" or device.index is not None:
+    if ranks.ranks == 1 or device == "cpu" or ":" in device:
         return device
+    import torch
+
     # A launcher may let each rank see one GPU only, which is number 0 then.
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
 
 
-def _present() -> str:
-    """The devices of this machine, as ``--device`` takes them."""
-    return " or ".join(["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
-
-
-def _checked(precision: Precision | None, device: torch.device) -> Precision:
+def _checked(precision: Precision | None, device: str) -> Precision:
     """The precision asked for, or the device's default: bf16 on a GPU, fp32 on a CPU."""
     if precision is None:
-        return "bf16" if device.type == "cuda" else "fp32"
+        return "fp32" if device == "cpu" else "bf16"
     if precision not in get_args(Precision):
         raise UserError(f"--precision {precision}: no such precision; use {' or '.join(get_args(Precision))}")
-    if precision == "bf16" and device.type == "cpu" and not cpu_has_bf16():
+    if precision == "bf16" and device == "cpu" and not cpu_has_bf16():
         raise UserError("--precision bf16: this processor has no bf16 instructions; use fp32")
     return precision

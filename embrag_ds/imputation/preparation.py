@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from embrag_ds.adaptation.adapt import adapt_model
-from embrag_ds.adaptation.learner import Source
 from embrag_ds.adaptation.settings import Adapt
 from embrag_ds.data.inputs import PanelFiles, PanelInputs, cache_directory
 from embrag_ds.data.left_out import LeftOutTable, left_out_table
@@ -22,11 +19,12 @@ from embrag_ds.data.windows import DataConfig
 from embrag_ds.errors import UserError
 from embrag_ds.export import ExportedModel, write_export
 from embrag_ds.files import write_json
-from embrag_ds.imputation.engine import Precision
+from embrag_ds.imputation.computing.stretches import Precision
 from embrag_ds.imputation.extent import Extent, UntypedContigs, extent
 from embrag_ds.imputation.genome import Genome, OpenPanels, Piece, Unit, keep_targets, kept_targets, report_of
 from embrag_ds.imputation.report import describe, describe_targets, table, write_left_out
 from embrag_ds.imputation.sample_checks import check_samples
+from embrag_ds.ops.threads import thread_count
 from embrag_ds.preflight import require_space
 from embrag_ds.variants.harmonise import Strand
 from embrag_ds.variants.header import Contents
@@ -79,7 +77,7 @@ class Job:
     out: Path
     options: TargetOptions
     exported: ExportedModel
-    device: torch.device
+    device: str
     transformer: bool
     precision: Precision
     block: int
@@ -226,8 +224,7 @@ def _read_targets(
     found = describe(panel, opened, match, options.strand)
     logger.info("what was read and matched:\n%s", table(found))
     if options.phase == "beagle":
-        threads = torch.get_num_threads()
-        targets = phase_targets(opened, match, panel, inputs.position_cm, scratch, log, threads)
+        targets = phase_targets(opened, match, panel, inputs.position_cm, scratch, log, thread_count())
     else:
         targets = open_targets(opened, match, panel)
     found |= describe_targets(targets, check_samples(targets, panel))
@@ -241,14 +238,29 @@ def _require_space(job: Job, genotypes: int) -> None:
 
 def _adapted(job: Job, inputs: PanelInputs, targets: Targets, found: dict[str, Any]) -> ExportedModel:
     """The model after its adaptation, which is noted in the report ``found``; both are written where asked for."""
-    others = _no_targets(inputs.panel, targets)
-    source = Source(inputs, targets.typed, others, job.device, job.transformer, bf16=job.precision == "bf16")
-    adapted = adapt_model(source, job.exported, job.adapt, cache_directory(job.settings))
+    model: ExportedModel = job.exported
+    report: dict[str, Any] = {"adapt": "off"}
+    if job.adapt != "off":
+        model, report = _adapt(job, inputs, targets)
     if job.save_model is not None:
-        write_export(job.save_model, adapted.model.weights, adapted.model.snapshot, adapted.model.config)
+        write_export(job.save_model, model)
     if job.options.report is not None:
-        write_json(job.options.report, {**found, "adaptation": adapted.report})
-    return adapted.model
+        write_json(job.options.report, {**found, "adaptation": report})
+    return model
+
+
+def _adapt(job: Job, inputs: PanelInputs, targets: Targets) -> tuple[ExportedModel, dict[str, Any]]:
+    """The model after its adaptation, and what the report says of it."""
+    import torch
+
+    from embrag_ds.adaptation.adapt import adapt_model
+    from embrag_ds.adaptation.learner import Source
+
+    others = _no_targets(inputs.panel, targets)
+    device, bf16 = torch.device(job.device), job.precision == "bf16"
+    source = Source(inputs, targets.typed, others, device, job.transformer, bf16=bf16)
+    adapted = adapt_model(source, job.exported, job.adapt, cache_directory(job.settings))
+    return adapted.model, adapted.report
 
 
 def _no_targets(panel: Panel, targets: Targets) -> np.ndarray:

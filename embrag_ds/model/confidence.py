@@ -13,14 +13,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from embrag_ds.model.numbers import CONFIDENCE_FEATURES, CONFIDENCE_WIDTH, LEAST_PROBABILITY, RAREST, SHORTEST_CM
 from embrag_ds.model.pooling import Evidence
 from embrag_ds.model.recompute import computed_again
 
-_FEATURES = 10
-LEAST_PROBABILITY = 1e-3
 _LEAST_ODDS = math.log(LEAST_PROBABILITY / (1 - LEAST_PROBABILITY))
-_SHORTEST_CM = 1e-3
-_RAREST = 1e-5
 _SITES_AT_ONCE = 8192
 """Sites per call of the layers without gradients, few enough that their activations fit a processor's cache."""
 
@@ -33,10 +30,10 @@ class ConfidenceHead(nn.Module):
     sites, and a dosage has three decimals.
     """
 
-    def __init__(self, width: int = 32):
+    def __init__(self, width: int = CONFIDENCE_WIDTH):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(_FEATURES, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)
+            nn.Linear(CONFIDENCE_FEATURES, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)
         )
         nn.init.zeros_(self.layers[-1].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.layers[-1].bias)  # type: ignore[arg-type]
@@ -85,9 +82,9 @@ def confidence_features(minor_odds: Tensor, sign: Tensor, evidence: Evidence, fr
 
 def log_rarity(frequency: Tensor) -> Tensor:
     """Scaled logarithm of the minor allele's frequency, from that of ALT."""
-    return torch.minimum(frequency, 1 - frequency).clamp_min(_RAREST).log() / 4
+    return torch.minimum(frequency, 1 - frequency).clamp_min(RAREST).log() / 4
 
 
 def log_cm(length: Tensor) -> Tensor:
     """Scaled logarithm of a length in cM, finite at 0."""
-    return (length + _SHORTEST_CM).log() / 3
+    return (length + SHORTEST_CM).log() / 3

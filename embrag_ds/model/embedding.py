@@ -18,13 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from embrag_ds.data.tokens import ALT, REF, VOCAB
+from embrag_ds.model.numbers import (
+    FREQUENCY_FEATURES,
+    FREQUENCY_OCTAVES,
+    LEAST_FREQUENCY,
+    LONGEST_WAVE_CM,
+    POSITION_FEATURES,
+    SHORTEST_WAVE_CM,
+    WAVELENGTHS,
+)
 from embrag_ds.model.recompute import computed_again
 from embrag_ds.retrieval.batch import SiteTensors
-
-_FREQUENCY_OCTAVES = 6
-_SHORTEST_CM, _LONGEST_CM, _WAVELENGTHS = 0.01, 20.0, 12
-FREQUENCY_FEATURES = 4 * _FREQUENCY_OCTAVES + 2
-POSITION_FEATURES = 2 * _WAVELENGTHS
 
 
 def frequency_features(frequency: Tensor) -> Tensor:
@@ -33,10 +37,12 @@ def frequency_features(frequency: Tensor) -> Tensor:
     They are taken on two scales. The arcsine of the square root stabilises the variance of a binomial; the logarithm of
     the minor allele frequency separates 0.1 % from 1 %.
     """
-    frequency = frequency.float().clamp(1e-6, 1 - 1e-6)  # the square root has no finite gradient at 0
+    frequency = frequency.float().clamp(
+        LEAST_FREQUENCY, 1 - LEAST_FREQUENCY
+    )  # the square root has no finite gradient at 0
     arcsine = torch.asin(frequency.sqrt()) * (2 / math.pi)
     logarithm = -torch.log10(torch.minimum(frequency, 1 - frequency)) / 6
-    octaves = math.pi * 2.0 ** torch.arange(_FREQUENCY_OCTAVES, device=frequency.device)
+    octaves = math.pi * 2.0 ** torch.arange(FREQUENCY_OCTAVES, device=frequency.device)
     angles = torch.cat([arcsine[..., None] * octaves, logarithm[..., None] * octaves], dim=-1)
     raw = torch.stack([arcsine, logarithm], dim=-1)
     return torch.cat([angles.sin(), angles.cos(), raw], dim=-1)
@@ -47,7 +53,9 @@ def position_features(position: Tensor) -> Tensor:
 
     The wavelengths form a geometric sequence from 0.01 to 20 cM.
     """
-    ladder = torch.logspace(math.log10(_SHORTEST_CM), math.log10(_LONGEST_CM), _WAVELENGTHS, device=position.device)
+    ladder = torch.logspace(
+        math.log10(SHORTEST_WAVE_CM), math.log10(LONGEST_WAVE_CM), WAVELENGTHS, device=position.device
+    )
     angles = position.float()[:, None] * (2 * math.pi / ladder)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 

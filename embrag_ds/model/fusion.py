@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from embrag_ds.model.embedding import FREQUENCY_FEATURES, frequency_features
+from embrag_ds.model.embedding import frequency_features
+from embrag_ds.model.numbers import FREQUENCY_FEATURES
 
 
 class GatedFusion(nn.Module):

@@ -9,57 +9,19 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
-from embrag_ds.errors import require
 from embrag_ds.model.compiled import Compiled, CoreInputs
 from embrag_ds.model.confidence import ConfidenceHead
 from embrag_ds.model.embedding import HaplotypeEmbedding, gather_embeddings
 from embrag_ds.model.fusion import GatedFusion
-from embrag_ds.model.losses import LossConfig, Losses, imputation_loss
+from embrag_ds.model.losses import Losses, imputation_loss
 from embrag_ds.model.pooling import Evidence, Pooled, pooled_embedding
-from embrag_ds.model.poolings import POOLINGS
+from embrag_ds.model.poolings import pooling_class
 from embrag_ds.model.recompute import computed_again
 from embrag_ds.model.row_blocks import RowBlocks
+from embrag_ds.model.settings import LossConfig, ModelConfig
 from embrag_ds.model.site_tiles import SiteTiles
 from embrag_ds.model.transformer import Transformer
 from embrag_ds.retrieval.batch import Batch, SiteTensors
-from embrag_ds.settings import strict_settings
-
-
-@strict_settings
-class ModelConfig:
-    """Settings of the network's shape. Raises UserError for values that break a rule."""
-
-    dims: int = 256
-    """[numbers] Width D of embeddings and transformer: a multiple of 2 x ``heads``, at least 8."""
-    layers: int = 12
-    """[blocks] Of the transformer."""
-    heads: int = 4
-    """[heads] Of attention in a block."""
-    ffn_multiple: int = 4
-    """[x dims] Width of the feed-forward's hidden layer."""
-    dropout: float = 0.0
-    """[probability] That an output of a block's attention or feed-forward is dropped in training."""
-    fusion: str = "copying"
-    """How neighbours are weighed: ``copying``, by the Li and Stephens copying model, or ``rare_variant``, by one
-    distance per neighbour. Any module of ``model/poolings`` may be named.
-    """
-    good_turing: bool = False
-    """Correct the prior's odds of the rarest alleles by the panel's own allele counts (Good and Turing)."""
-
-    def __post_init__(self) -> None:
-        require(self.dims >= 8, "model.dims", "must be at least 8")
-        require(self.layers >= 1, "model.layers", "must be at least 1")
-        require(self.heads >= 1, "model.heads", "must be at least 1")
-        require(self.ffn_multiple >= 1, "model.ffn_multiple", "must be at least 1")
-        for key, most in (("dims", 65_536), ("layers", 10_000), ("ffn_multiple", 1_024)):  # no machine holds more
-            require(getattr(self, key) <= most, f"model.{key}", f"must not exceed {most}")
-        require(
-            self.dims % (2 * self.heads) == 0,
-            "model.heads",
-            f"dims ({self.dims}) must be a multiple of 2 x heads ({self.heads})",
-        )
-        require(0 <= self.dropout < 1, "model.dropout", "must lie in [0, 1)")
-        require(self.fusion in POOLINGS, "model.fusion", f"must be one of {', '.join(POOLINGS)}, not {self.fusion!r}")
 
 
 class Prediction(NamedTuple):
@@ -87,7 +49,7 @@ class Imputer(nn.Module):
         self.row_blocks: RowBlocks | None = None
         self.site_tiles: SiteTiles | None = None
         self.embedding = HaplotypeEmbedding(config.dims)
-        self.pooling = POOLINGS[config.fusion]()
+        self.pooling = pooling_class(config.fusion)()
         self.fusion = GatedFusion(config.dims)
         self.transformer = Transformer(config.dims, config.layers, config.heads, config.ffn_multiple, config.dropout)
         self.confidence = ConfidenceHead() if self.pooling.gives_evidence else None

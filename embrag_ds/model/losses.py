@@ -6,44 +6,13 @@ the two-class cross-entropy of the logits (0, z).
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, one_hot
 
-from embrag_ds.errors import require
-from embrag_ds.settings import strict_settings
-
-
-@strict_settings
-class LossConfig:
-    """Settings of the training loss. Raises UserError for values that break a rule."""
-
-    kind: Literal["cross_entropy", "focal", "brier"] = "cross_entropy"
-    """``cross_entropy``, ``focal`` or ``brier``. The last is the squared error of the probabilities, the criterion
-    closest to dosage r2. Like ``cross_entropy`` it is least for calibrated probabilities, but it weighs unpredictable
-    alleles less.
-    """
-    focal_gamma: float = 2.0
-    """[power] ``focal``: of 1 - p; 0 is cross-entropy."""
-    haplotype_weight: float = 1.0
-    """[weight] Of the loss on alleles."""
-    genotype_weight: float = 0.5
-    """[weight] Of the loss on genotypes."""
-    rarity: float = 0.0
-    """[power] A site's weight is its minor-allele frequency to minus this; 0: equal weights, at most 1. The frequency
-    is that of the site features: at least 1 %, or 10 copies.
-    """
-
-    def __post_init__(self) -> None:
-        require(self.focal_gamma >= 0, "loss.focal_gamma", "must not be negative")
-        require(0 <= self.rarity <= 1, "loss.rarity", "must lie between 0 and 1")
-        require(
-            min(self.haplotype_weight, self.genotype_weight) >= 0 and self.haplotype_weight + self.genotype_weight > 0,
-            "loss",
-            "weights must not be negative and not all zero",
-        )
+from embrag_ds.model.settings import LossConfig
 
 
 class Losses(NamedTuple):

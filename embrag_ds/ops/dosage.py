@@ -17,7 +17,6 @@ given. G: blocks of sites.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -29,10 +28,9 @@ from torch import Tensor
 from embrag_ds.ops import cuda, dosage_numba
 from embrag_ds.ops.bits import pack_host
 from embrag_ds.ops.dosage_cuda import CudaDosage
+from embrag_ds.ops.dosage_numba import Numbered
 from embrag_ds.ops.dosage_shared import SharedAlleles, shared_dosage
 
-_WORD_BITS = 64
-_PACKED_BYTES = 1 << 23
 _LEAST_SITES_PER_CUT = 12
 """Mean number of sites between two typed ones from which sequences are faster than lists of carriers."""
 
@@ -139,43 +137,6 @@ def dense_alleles(neighbours: Neighbours) -> Tensor:
     for row, (offset, members) in enumerate(zip(offsets, lists, strict=True)):
         found[row, members[: offset[-1]], np.repeat(np.arange(found.shape[2]), np.diff(offset))] = 1
     return torch.from_numpy(found)
-
-
-@dataclass(frozen=True)
-class Numbered:
-    """The first four fields of :class:`Blocks`, and ``carrying`` uint64 [L], the sequences with ALT at each site."""
-
-    bounds: np.ndarray
-    sequence: np.ndarray
-    words: np.ndarray
-    count: np.ndarray
-    carrying: np.ndarray
-
-    @classmethod
-    def made(cls, packed: Callable[[slice], np.ndarray], sites: int, haplotypes: int, cuts: np.ndarray) -> Numbered:
-        """Cut ``sites`` at the sites ``cuts``, as :meth:`Blocks.made` does.
-
-        ``packed`` gives the alleles of some consecutive sites, uint8 [n, ceil(H / 8)] with the first haplotype lowest,
-        at most 8 MiB or one block at a time.
-        """
-        runs = np.unique(np.concatenate([[0], cuts, [sites]]))
-        bounds = np.concatenate([*(np.arange(*run, _WORD_BITS) for run in pairwise(runs)), [sites]])
-        number = len(bounds) - 1
-        sequence = np.empty((number, haplotypes), dtype=np.uint32)
-        words = np.empty((number, haplotypes), dtype=np.uint64)
-        count, carrying = np.empty(number, dtype=np.int64), np.empty(sites, dtype=np.uint64)
-        step = max(1, _PACKED_BYTES // (8 * haplotypes))
-        for first in range(0, number, step):
-            here = slice(first, min(first + step, number))
-            span = slice(int(bounds[here.start]), int(bounds[here.stop]))
-            within = bounds[here.start : here.stop + 1] - span.start
-            given = packed(span)
-            rows = np.zeros((len(given), -(-haplotypes // 64), 8), dtype=np.uint8)
-            rows.reshape(len(given), -1)[:, : given.shape[1]] = given
-            dosage_numba.number_sequences(
-                rows.view("<u8")[..., 0], haplotypes, within, sequence[here], words[here], count[here], carrying[span]
-            )
-        return cls(bounds, sequence, words, count, carrying)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,17 @@ which takes as long as the access itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
 import numba
 import numpy as np
 
 from embrag_ds.ops.threads import ParallelLoop
+
+_WORD_BITS = 64
+_PACKED_BYTES = 1 << 23
 
 
 @ParallelLoop
@@ -262,3 +269,43 @@ def mix_sequences_adjoint(gradient, ids, sequence, count, bounds, start, who, le
                     first[k] += before[n]
                     second[k] += after[n]
                 begin = end
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """The first four fields of :class:`embrag_ds.ops.dosage.Blocks`, and more.
+
+    ``carrying`` uint64 [L] are the sequences with ALT at each site.
+    """
+
+    bounds: np.ndarray
+    sequence: np.ndarray
+    words: np.ndarray
+    count: np.ndarray
+    carrying: np.ndarray
+
+    @classmethod
+    def made(cls, packed: Callable[[slice], np.ndarray], sites: int, haplotypes: int, cuts: np.ndarray) -> Numbered:
+        """Cut ``sites`` at the sites ``cuts``, as :meth:`embrag_ds.ops.dosage.Blocks.made` does.
+
+        ``packed`` gives the alleles of some consecutive sites, uint8 [n, ceil(H / 8)] with the first haplotype lowest,
+        at most 8 MiB or one block at a time.
+        """
+        runs = np.unique(np.concatenate([[0], cuts, [sites]]))
+        bounds = np.concatenate([*(np.arange(*run, _WORD_BITS) for run in pairwise(runs)), [sites]])
+        number = len(bounds) - 1
+        sequence = np.empty((number, haplotypes), dtype=np.uint32)
+        words = np.empty((number, haplotypes), dtype=np.uint64)
+        count, carrying = np.empty(number, dtype=np.int64), np.empty(sites, dtype=np.uint64)
+        step = max(1, _PACKED_BYTES // (8 * haplotypes))
+        for first in range(0, number, step):
+            here = slice(first, min(first + step, number))
+            span = slice(int(bounds[here.start]), int(bounds[here.stop]))
+            within = bounds[here.start : here.stop + 1] - span.start
+            given = packed(span)
+            rows = np.zeros((len(given), -(-haplotypes // 64), 8), dtype=np.uint8)
+            rows.reshape(len(given), -1)[:, : given.shape[1]] = given
+            number_sequences(
+                rows.view("<u8")[..., 0], haplotypes, within, sequence[here], words[here], count[here], carrying[span]
+            )
+        return cls(bounds, sequence, words, count, carrying)

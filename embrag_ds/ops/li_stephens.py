@@ -26,11 +26,7 @@ from torch import Tensor
 
 from embrag_ds.ops import cuda, li_stephens_numba
 from embrag_ds.ops.li_stephens_cuda import CudaPosterior, cuda_match_lengths
-
-# Bounds that keep every sum over neighbours above the smallest float32. Without them the sum could be 0 where all
-# neighbours differ from the query, or where each differs somewhere and the genetic map is flat.
-_MOST_MISMATCH_NATS = 60.0
-_LEAST_RECOMBINATION = 1e-8
+from embrag_ds.ops.li_stephens_numba import LEAST_RECOMBINATION, MOST_MISMATCH_NATS
 
 
 @dataclass(frozen=True)
@@ -169,7 +165,7 @@ def _one_place(mismatch: Tensor) -> Tensor:
 
 def bounded(mismatch_nats: Tensor, recombination: Tensor) -> tuple[Tensor, Tensor]:
     """Arguments of the copying model within bounds that keep every sum above the smallest float32."""
-    return mismatch_nats.clamp_max(_MOST_MISMATCH_NATS), recombination.clamp_min(_LEAST_RECOMBINATION)
+    return mismatch_nats.clamp_max(MOST_MISMATCH_NATS), recombination.clamp_min(LEAST_RECOMBINATION)
 
 
 def _arguments(

@@ -13,6 +13,14 @@ import numpy as np
 
 from embrag_ds.ops.threads import ParallelLoop
 
+MOST_MISMATCH_NATS = 60.0
+LEAST_RECOMBINATION = 1e-8
+"""Bounds that keep every sum over neighbours above the smallest float32.
+
+Without them the sum could be 0 where all neighbours differ from the query, or where each differs somewhere and the
+genetic map is flat.
+"""
+
 
 @ParallelLoop
 def mismatches(alleles, place, ids, tokens, count, out):

@@ -1,4 +1,4 @@
-"""Numba loops on as many threads as torch was given, which may be called from several Python threads.
+"""Numba loops on as many threads as torch uses or would, which may be called from several Python threads.
 
 A loop that is not on the disk yet is compiled by a process of its own, and loaded from there as later processes do. A
 process that compiles a parallel loop runs other machine code than those that load it. Numba compiles the loop's body by
@@ -27,7 +27,6 @@ from threading import Lock, local
 from typing import Any
 
 import numba
-import torch
 from numba.core import event
 
 logger = logging.getLogger(__name__)
@@ -62,9 +61,9 @@ class _Loop:
 
 
 class ParallelLoop(_Loop):
-    """Decorator that compiles a loop over ``numba.prange`` and runs it with as many threads as torch uses.
+    """Decorator that compiles a loop over ``numba.prange`` and runs it with :func:`thread_count` threads.
 
-    Ranks on one machine share its cores by torch's setting (``OMP_NUM_THREADS``), which numba ignores.
+    Ranks on one machine share its cores by that number, where numba would take them all.
     """
 
     def __init__(self, loop: Callable[..., None]):
@@ -72,7 +71,7 @@ class ParallelLoop(_Loop):
 
     def __call__(self, *arguments: Any) -> None:
         with _exclusive():
-            numba.set_num_threads(min(_MOST_THREADS, getattr(_of_thread, "loops", torch.get_num_threads())))
+            numba.set_num_threads(min(_MOST_THREADS, getattr(_of_thread, "loops", thread_count())))
             self._run(*arguments)
 
 
@@ -93,6 +92,18 @@ class WorkerLoop(_Loop):
         with ThreadPoolExecutor(workers) as threads:
             for done in [threads.submit(self._run, workers, worker, *arguments) for worker in range(workers)]:
                 done.result()
+
+
+def thread_count() -> int:
+    """Threads that torch uses, if it is imported; else those that it would, by ``OMP_NUM_THREADS`` or the cores.
+
+    Imputation on a CPU does without torch, whose import takes as long as many a run.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        return int(torch.get_num_threads())
+    told = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(told) if told.isdigit() and int(told) else len(os.sched_getaffinity(0))
 
 
 def _cached(loop: Callable[..., None], options: dict[str, bool]) -> Any:
@@ -234,6 +245,8 @@ def undivided() -> Iterator[None]:
     Torch divides an operation among its threads, and rounds differently at the edges of their parts. Without that, the
     numbers are the same for any number of threads.
     """
+    import torch
+
     threads = torch.get_num_threads()
     _of_thread.loops = threads
     torch.set_num_threads(1)
@@ -258,10 +271,11 @@ def _exclusive() -> AbstractContextManager[Any]:
 @cache
 def _layer_lock() -> AbstractContextManager[Any]:
     """Start numba's threads, and return a lock unless their threading layer is safe for several callers."""
-    threads = torch.get_num_threads()
+    threads, torch = thread_count(), sys.modules.get("torch")
     numba.set_num_threads(1)
-    # Numba's start sets OpenMP's number of threads to that of all cores, and torch uses the same OpenMP.
-    torch.set_num_threads(threads)
+    if torch is not None:
+        # Numba's start sets OpenMP's number of threads to that of all cores, and torch uses the same OpenMP.
+        torch.set_num_threads(threads)
     layer = numba.threading_layer()
     if layer in _THREAD_SAFE:
         return nullcontext()

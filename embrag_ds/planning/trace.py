@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from embrag_ds.config import EmbragConfig
 from embrag_ds.model import recompute
 from embrag_ds.model.imputer import Imputer
-from embrag_ds.model.poolings import POOLINGS
+from embrag_ds.model.poolings import fusions, pooling_class
 from embrag_ds.ops.dosage import Carriers, DenseAlleles, FlankingSites, Neighbours
 from embrag_ds.ops.li_stephens import Near
 from embrag_ds.retrieval.batch import Batch
@@ -248,7 +248,7 @@ def _stand_ins(on_gpu: bool) -> Iterator[None]:
         "count_by_place": counts,
     }
     with ExitStack() as stack:
-        for module in {sys.modules[each.__module__] for each in POOLINGS.values()}:
+        for module in {sys.modules[pooling_class(each).__module__] for each in fusions()}:
             for name in stand_ins.keys() & vars(module).keys():
                 stack.enter_context(mock.patch.object(module, name, stand_ins[name]))
         yield

@@ -17,9 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
-
-import torch.distributed
+from typing import TYPE_CHECKING, TypeVar
 
 from embrag_ds.data.cache import require_cache
 from embrag_ds.data.inputs import PanelFiles, PanelInputs, cache_directory, open_inputs
@@ -27,6 +25,9 @@ from embrag_ds.data.windows import DataConfig
 from embrag_ds.errors import SaidByMain, UserError
 from embrag_ds.files import make_folder
 from embrag_ds.runs import alive
+
+if TYPE_CHECKING:
+    import torch.distributed
 
 Made = TypeVar("Made")
 _LONGEST_NAP_S = 0.5
@@ -319,6 +320,8 @@ def meet(limit: timedelta) -> Iterator[Meeting]:
 
 def _store(rank: int, ranks: int, limit: timedelta) -> torch.distributed.Store:
     """Connection to the store of keys, which rank 0 keeps, or torchrun for it."""
+    import torch.distributed
+
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from dataclasses import dataclass
-
-import torch
 
 _NO_DEVICES = ("", "-1", "NoDevFiles")
 """Values of CUDA_VISIBLE_DEVICES that hide every GPU on purpose; SLURM sets the last one."""
@@ -20,6 +19,16 @@ class _Driver:
     gpus: int
 
 
+def may_have_gpus() -> bool:
+    """Whether torch might find a GPU: CUDA's driver can be loaded, or NVML lists one."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        driver = _driver()
+        return driver is not None and driver.gpus > 0
+    return True
+
+
 def unused_gpus() -> str | None:
     """Say in one line why torch uses no GPU although the driver lists one, and how to mend it; None otherwise.
 
@@ -27,6 +36,8 @@ def unused_gpus() -> str | None:
     and where NVML cannot be asked, because driver or nvidia-ml-py is missing. The ``deepspeed`` launcher overwrites an
     empty ``CUDA_VISIBLE_DEVICES`` for its ranks, but passes ``DS_ACCELERATOR`` on.
     """
+    import torch
+
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if os.environ.get("DS_ACCELERATOR") == "cpu" or visible in _NO_DEVICES or torch.cuda.is_available():
         return None

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
-
-import torch
 
 from embrag_ds.errors import UserError
 
+_THREADS = "OMP_NUM_THREADS"
 _RANKS_HERE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
 
 
 def cpu_has_bf16() -> bool:
     """Whether this processor multiplies bf16; without the instructions it is some 20 times slower than fp32."""
+    import torch
+
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def use_threads(number: int) -> None:
-    """Let torch, and the compiled loops with it, use ``number`` threads; raises :class:`UserError` below 1."""
+    """Let torch and the compiled loops use ``number`` threads; raises :class:`UserError` below 1."""
     if number < 1:
         raise UserError(f"--threads {number}: give at least 1")
-    torch.set_num_threads(number)
+    torch = sys.modules.get("torch")
+    if torch is None:  # which reads this when it is imported; until then, the loops do
+        os.environ[_THREADS] = str(number)
+    else:
+        torch.set_num_threads(number)
 
 
 def ranks_here() -> int:
@@ -48,12 +54,13 @@ def share_of_cores() -> int:
 
 
 def share_threads() -> None:
-    """Let torch use this rank's share of the cores, where several ranks are here and ``OMP_NUM_THREADS`` is not set.
+    """Use this rank's share of the cores, where several ranks are here and ``OMP_NUM_THREADS`` is not set.
 
     One rank keeps the number that torch has chosen for the machine.
     """
-    if "OMP_NUM_THREADS" not in os.environ and ranks_here() > 1:
-        torch.set_num_threads(min(torch.get_num_threads(), share_of_cores()))
+    if _THREADS not in os.environ and ranks_here() > 1:
+        torch = sys.modules.get("torch")
+        use_threads(share_of_cores() if torch is None else min(torch.get_num_threads(), share_of_cores()))
 
 
 def peak_resident_bytes(process: int | str = "self") -> int | None:

@@ -17,8 +17,8 @@ import torch
 
 from embrag_ds.config import EmbragConfig
 from embrag_ds.data.sampler import TrainingSampler
-from embrag_ds.model.embedding import FREQUENCY_FEATURES
-from embrag_ds.model.imputer import ModelConfig
+from embrag_ds.model.numbers import FREQUENCY_FEATURES
+from embrag_ds.model.settings import ModelConfig
 from embrag_ds.runtime.processor import peak_resident_bytes
 
 BACKWARD = 2

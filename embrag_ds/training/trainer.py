@@ -23,7 +23,7 @@ from embrag_ds.engine.distributed import DistributedContext, adapt_to_machine, c
 from embrag_ds.engine.masters import gathered_state
 from embrag_ds.engine.saving import NotFinite, first_not_finite
 from embrag_ds.errors import UserError
-from embrag_ds.export import MODEL_FILE, write_export
+from embrag_ds.export import MODEL_FILE, ExportedModel, write_export
 from embrag_ds.model.losses import Losses
 from embrag_ds.ops.cuda import require_kernels
 from embrag_ds.retrieval.batch import Batch
@@ -377,7 +377,7 @@ class Trainer:
         weights = gathered_state(self.engine)
         snapshot = self.reference.snapshot_weights(self.state.step)
         if self.distributed.is_main:
-            write_export(self.run_dir / MODEL_FILE, weights, snapshot, self.embrag)
+            write_export(self.run_dir / MODEL_FILE, ExportedModel.of(self.embrag, weights, snapshot))
 
     def _out_of_patience(self) -> bool:
         patience = self.embrag.train.patience

@@ -30,7 +30,7 @@ def make_model(make_config: MakeConfig) -> MakeModel:
         config = make_config("embrag.data.flank_sites=64", *overrides)
         found = untrained(config, head=0.05)
         encodes = config.embrag.retrieval.mode == "embedding" and config.embrag.retrieval.encoding != "live"
-        return found if encodes else replace(found, snapshot=None)
+        return found if encodes else ExportedModel.of(found.config, found.weights, None)
 
     return make
 

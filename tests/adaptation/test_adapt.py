@@ -267,8 +267,8 @@ def test_the_entry_of_the_cache_tells_apart_all_that_matters(
     assert model.snapshot is not None
     snapshot = {name: value + 1e-6 if name == "token.weight" else value for name, value in model.snapshot.items()}
     models = {
-        "weights": replace(model, weights=weights),
-        "snapshot": replace(model, snapshot=snapshot),
+        "weights": ExportedModel.of(model.config, weights, model.snapshot),
+        "snapshot": ExportedModel.of(model.config, model.weights, snapshot),
         "settings": replace(model, config=make_model("embrag.loss.kind=brier").config),
         "scale": replace(model, config=make_model("embrag.data.map_scale=2.0").config),
     }
@@ -367,7 +367,7 @@ def test_models_of_every_kind_adapt(
     assert all(torch.isfinite(value).all() for value in found.model.weights.values())
     # It is a model like any other.
     path = tmp_path / "model.safetensors"
-    write_export(path, found.model.weights, found.model.snapshot, found.model.config)
+    write_export(path, found.model)
     assert same(read_export(path), found.model)
 
 

@@ -55,7 +55,7 @@ def model_file(make_model: MakeModel, tmp_path: Path) -> Path:
 
 
 def saved(model: ExportedModel, path: Path) -> Path:
-    write_export(path, model.weights, model.snapshot, model.config)
+    write_export(path, model)
     return path
 
 
@@ -119,7 +119,7 @@ def test_off_gives_the_records_of_the_model_as_it_is(
     off = run("off", transformer=transformer)
     assert off.adaptation == {"adapt": "off"}
     monkeypatch.setattr(
-        "embrag_ds.imputation.preparation.adapt_model", lambda source, model, how, cache: adapt.Adapted(model, {})
+        "embrag_ds.adaptation.adapt.adapt_model", lambda source, model, how, cache: adapt.Adapted(model, {})
     )
     assert run("auto", transformer=transformer).records == off.records
 

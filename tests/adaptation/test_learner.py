@@ -53,7 +53,7 @@ def test_loss_masks_and_batches_are_the_trainers(
     manifest, start = tmp_path / "manifest", tmp_path / "start.safetensors"
     sites = source.inputs.panel.sites
     manifest.write_text("".join(f"1 {pos}\n" for pos in sites.pos[source.typed]))
-    write_export(start, model.weights, model.snapshot, model.config)
+    write_export(start, model)
     # The trainer holds out as many samples as its settings say, and the adaptation as suits small panels.
     monkeypatch.setattr("embrag_ds.training.trainer.split_samples", lambda *given: source.split)
     config = make_config(
@@ -111,7 +111,7 @@ def test_without_the_transformer_its_residual_is_left_out(make_source: MakeSourc
     silent = {
         name: torch.zeros_like(each) if name.startswith("head.") else each for name, each in model.weights.items()
     }
-    headless = replace(model, weights=silent)
+    headless = ExportedModel.of(model.config, silent, model.snapshot)
     for measure in (Learner.loss, lambda each: each.scores()[0]):
         without = measure(learner(False))
         assert without == measure(learner(True, headless)) == measure(learner(False, headless))
@@ -177,7 +177,7 @@ def drawn_source(lengths: list[int], typed: np.ndarray, seed: int, samples: int 
 
 def model_with(data: DataConfig) -> ExportedModel:
     """A model of which only the windows matter."""
-    return ExportedModel(EmbragConfig(data=data), {}, None)
+    return ExportedModel(EmbragConfig(data=data), {})
 
 
 @st.composite

@@ -11,7 +11,7 @@ import pytest
 from embrag_ds.adaptation.settings import StepSize, least_minutes, parse_adapt, steps_within
 from embrag_ds.cli.main import main
 from embrag_ds.errors import UserError
-from embrag_ds.model.imputer import ModelConfig
+from embrag_ds.model.settings import ModelConfig
 
 SIZE = StepSize(rows=32, haplotypes=4_000, typed=500.0, neighbours=1536, core=768.0)
 MANY = 1_000_000

@@ -52,7 +52,7 @@ def genome(tmp_path_factory: pytest.TempPathFactory) -> GenomeFiles:
 def whole(genome: GenomeFiles, make_config: MakeConfig, tmp_path: Path, cache_dir: Path) -> list[str]:
     """Options of the genome in one file of each kind, with a model without Good-Turing correction."""
     model = untrained(make_config("embrag.model.good_turing=false"), head=0.3)
-    write_export(tmp_path / "m.safetensors", model.weights, model.snapshot, model.config)
+    write_export(tmp_path / "m.safetensors", model)
     return [*options(genome, tmp_path, cache_dir), *files(genome, 2)]
 
 

@@ -219,7 +219,7 @@ def model() -> bytes:
     import torch
 
     from embrag_ds.config import parse_embrag
-    from embrag_ds.export import write_export
+    from embrag_ds.export import ExportedModel, write_export
     from embrag_ds.model.imputer import Imputer
 
     config = parse_embrag(TINY, "seed")
@@ -229,7 +229,7 @@ def model() -> bytes:
     snapshot = {name: value.clone() for name, value in network.embedding.state_dict().items()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.safetensors")
-        write_export(path, network.state_dict(), snapshot, config)
+        write_export(path, ExportedModel.of(config, network.state_dict(), snapshot))
         return path.read_bytes()
 
 

@@ -274,7 +274,6 @@ def configuration(folder: Path) -> None:
 
 def model(folder: Path) -> None:
     """An exported model, applied to a panel."""
-    import torch
 
     from embrag_ds.data.inputs import PanelInputs
     from embrag_ds.export import read_export
@@ -287,7 +286,7 @@ def model(folder: Path) -> None:
     (folder / "target.vcf").write_bytes(seeds.imputation()["target.vcf"])
     target = open_panel(folder / "target.vcf", folder / "cache", progress=False, reading=TARGET)
     targets = open_targets(target, match_targets(target, panel, "report", allow_overlap=False), panel)
-    Imputation(export, inputs, targets, torch.device("cpu"), block=4)
+    Imputation(export, inputs, targets, "cpu", block=4)
 
 
 def checkpoint(folder: Path) -> None:

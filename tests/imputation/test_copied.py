@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from embrag_ds.config import RunConfig
 from embrag_ds.data.inputs import PanelFiles, PanelInputs
@@ -45,9 +44,9 @@ class Files:
 def slow_alone(make_config: Callable[..., RunConfig], path: Path, *overrides: str) -> None:
     """Write a model in which the slow copying model has all the weight."""
     model = untrained(make_config(*overrides), head=0.0)
-    if "pooling.slow" in model.weights:
-        model.weights["pooling.slow"] = torch.tensor([10.0, 0.0])
-    write_export(path, model.weights, model.snapshot, model.config)
+    if "pooling.slow" in model.arrays:
+        model.arrays["pooling.slow"] = np.array([10, 0], dtype=np.float32)
+    write_export(path, model)
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def run(genome: GenomeFiles, make_config: MakeConfig, tmp_path: Path, cache_dir:
     The model has no Good-Turing correction, which depends on all sites of a panel file.
     """
     model = untrained(make_config("embrag.model.good_turing=false"), head=0.3)
-    write_export(tmp_path / "m.safetensors", model.weights, model.snapshot, model.config)
+    write_export(tmp_path / "m.safetensors", model)
 
     def run(name: str, panels: tuple[int, ...], targets: tuple[int, ...] | tuple[Path, ...], **given: Any) -> Path:
         files = [PanelFiles(genome.panels[each], genome.maps[each]) for each in panels]
@@ -135,7 +135,7 @@ def test_one_model_adapts_to_the_file_with_the_most_typed_sites(
         seen.append(source.inputs.panel.path.name)
         return type("Adapted", (), {"model": model, "report": {"adapt": how}})
 
-    monkeypatch.setattr("embrag_ds.imputation.preparation.adapt_model", adapt)
+    monkeypatch.setattr("embrag_ds.adaptation.adapt.adapt_model", adapt)
     run("out.vcf.gz", (0, 1), (2,), adapt="auto")
     assert seen == ["1-panel.vcf"]
     assert f"it adapts to the one with the most typed sites, {genome.panels[1]}" in caplog.text
@@ -222,14 +222,10 @@ def test_a_rank_takes_the_gpu_with_its_number_on_its_machine(monkeypatch: pytest
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     ranks = Ranks(Meeting(3, 8, torch.distributed.HashStore()))
-    assert _of_rank(torch.device("cuda"), ranks) == torch.device("cuda", 3)
-    assert [_of_rank(torch.device(each), ranks) for each in ("cpu", "cuda:1")] == [
-        torch.device("cpu"),
-        torch.device("cuda", 1),
-    ]
-    assert _of_rank(torch.device("cuda"), Ranks(Meeting(0, 1, None))) == torch.device("cuda")
+    assert [_of_rank(each, ranks) for each in ("cuda", "cpu", "cuda:1")] == ["cuda:3", "cpu", "cuda:1"]
+    assert _of_rank("cuda", Ranks(Meeting(0, 1, None))) == "cuda"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # srun --gpus-per-task 1
-    assert _of_rank(torch.device("cuda"), ranks) == torch.device("cuda", 0)
+    assert _of_rank("cuda", ranks) == "cuda:0"
 
 
 def test_one_panel_file_is_open_at_a_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

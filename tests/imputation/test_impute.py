@@ -26,8 +26,8 @@ from embrag_ds.engine.distributed import DistributedContext
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation.metrics import AggregateR2
 from embrag_ds.export import MODEL_FILE, ExportedModel, read_export
-from embrag_ds.imputation import blending, engine
 from embrag_ds.imputation import impute as imputation_module
+from embrag_ds.imputation.computing import blending, windows
 from embrag_ds.imputation.engine import Imputation, impute_to_vcf
 from embrag_ds.imputation.impute import impute
 from embrag_ds.ops import cuda
@@ -42,7 +42,7 @@ from tests.untrained import untrained
 from tests.whole_files import PhasedData, read_dosages, read_phased
 
 MakeConfig = Callable[..., RunConfig]
-CPU = torch.device("cpu")
+CPU = "cpu"
 
 
 @pytest.fixture
@@ -195,14 +195,14 @@ def test_a_target_in_the_panel_is_refused_and_with_the_flag_never_copies_itself(
 
     targets = matched(own, Path("target.vcf.gz"), inputs, True)
     imputation = Imputation(retrieval_alone, inputs, targets, CPU, 2)
-    collate, copied = imputation._collate, []
+    collate, copied = imputation._computing._collate, []
 
     def record(queries: Any, step: int) -> Any:
         batch = collate(queries, step)
         copied.append(batch.retrieved.ids // 2)
         return batch
 
-    monkeypatch.setattr(imputation, "_collate", record)
+    monkeypatch.setattr(imputation._computing, "_collate", record)
     list(imputation.windows())
     assert len(copied) == len(imputation.data.windows)
     for each in copied:
@@ -331,7 +331,7 @@ def test_retrieval_runs_ahead_raises_its_failures_and_ends_with_its_reader(
     def broken(queries: Any, step: int) -> Any:
         raise RuntimeError(f"window {queries.window}")
 
-    monkeypatch.setattr(imputation, "_collate", broken)
+    monkeypatch.setattr(imputation._computing, "_collate", broken)
     with pytest.raises(RuntimeError, match="window 0"):
         list(imputation.windows())
     assert ahead() == []
@@ -445,16 +445,20 @@ def test_search_backends_are_timed_only_on_a_gpu_with_many_batches(
     targets = matched(target, Path("target.vcf.gz"), inputs, False)
     imputation = Imputation(with_backend(model, "auto"), inputs, targets, CPU, 4)
     expected = {window.index: values for window, values in imputation.windows()}
-    assert timed == [] and imputation._collate.backend == "torch"
+    assert timed == [] and imputation._computing._collate.backend == "torch"
     asked: list[int] = []
-    monkeypatch.setattr(engine, "_worth_timing", lambda batches, device: asked.append(batches) or True)
+    monkeypatch.setattr(windows, "_worth_timing", lambda batches, device: asked.append(batches) or True)
     found = {window.index: values for window, values in imputation.windows()}
-    assert timed == [8] and imputation._collate.backend == "faiss-cpu" and asked == [3 * len(imputation.data.windows)]
+    assert (
+        timed == [8]
+        and imputation._computing._collate.backend == "faiss-cpu"
+        and asked == [3 * len(imputation.data.windows)]
+    )
     # The backends may differ in ties.
     assert np.mean(np.abs(np.concatenate(list(found.values()), 1) - np.concatenate(list(expected.values()), 1))) < 0.02
     monkeypatch.undo()
     cuda = torch.device("cuda", 0)
-    worth = [engine._worth_timing(*each) for each in ((1000, cuda), (999, cuda), (10**6, CPU))]
+    worth = [windows._worth_timing(*each) for each in ((1000, cuda), (999, cuda), (10**6, torch.device("cpu")))]
     assert worth == [True, False, False]
 
 
@@ -463,7 +467,7 @@ def test_a_model_trained_with_a_gpu_search_is_used_without_one(
 ) -> None:
     targets = matched(target, Path("target.vcf.gz"), inputs, False)
     for trained, here in (("faiss-gpu", "torch"), ("faiss-cpu", "faiss-cpu")):
-        assert Imputation(with_backend(model, trained), inputs, targets, CPU, 4)._collate.backend == here
+        assert Imputation(with_backend(model, trained), inputs, targets, CPU, 4)._computing._collate.backend == here
 
 
 @pytest.mark.real

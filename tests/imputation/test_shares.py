@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import embrag_ds
 from embrag_ds.config import RunConfig
@@ -17,7 +16,7 @@ from embrag_ds.data.panel import Panel
 from embrag_ds.data.simulate import DefaultData
 from embrag_ds.data.targets import Targets, match_targets, open_targets
 from embrag_ds.data.windows import Window, make_windows
-from embrag_ds.imputation.blending import write_blended
+from embrag_ds.imputation.computing.blending import write_blended
 from embrag_ds.imputation.engine import Imputation, impute_to_vcf
 from embrag_ds.imputation.extent import Extent
 from embrag_ds.imputation.parts import Parts
@@ -29,7 +28,7 @@ from tests.untrained import untrained
 from tests.whole_files import read_phased
 
 MakeConfig = Callable[..., RunConfig]
-CPU = torch.device("cpu")
+CPU = "cpu"
 JOINED = OutputOptions(join_multiallelic=True)
 
 

@@ -22,14 +22,17 @@ from embrag_ds.errors import UserError
 from embrag_ds.export import ExportedModel, write_export
 from embrag_ds.imputation import engine
 from embrag_ds.imputation import impute as imputation_module
-from embrag_ds.imputation.engine import Imputation, Precision, impute_to_vcf
+from embrag_ds.imputation.computing import stretches
+from embrag_ds.imputation.computing.stretches import Precision
+from embrag_ds.imputation.engine import Imputation, impute_to_vcf
 from embrag_ds.imputation.impute import impute
+from embrag_ds.ops import li_stephens
 from embrag_ds.retrieval.prefetch import Prefetcher
 from tests.untrained import untrained
 from tests.whole_files import PhasedData, read_dosages, read_phased
 
 MakeConfig = Callable[..., RunConfig]
-CPU = torch.device("cpu")
+CPU = "cpu"
 SAID = "imputing without the transformer, which takes long on a CPU; --transformer on adds it"
 
 
@@ -72,7 +75,7 @@ def test_with_all_haplotypes_as_neighbours_stretches_and_windows_give_the_same(
     make_config: MakeConfig, inputs: PanelInputs, own: Targets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Targets in the panel copy all samples but themselves either way; the simulated panel has several populations."""
-    monkeypatch.setattr(engine, "_MOST_STRETCH_SITES", 1)  # stretches are the windows then
+    monkeypatch.setattr(stretches, "_MOST_STRETCH_SITES", 1)  # stretches are the windows then
     haplotypes = 2 * len(inputs.panel.samples)
     model = untrained(make_config(f"embrag.retrieval.k={haplotypes - 2}", "embrag.model.good_turing=true"), head=0.0)
     assert len(inputs.populations.names) > 1
@@ -100,7 +103,7 @@ def test_a_model_that_does_not_copy_stretches_loses_its_residual_alone(
     weights = {
         name: torch.zeros_like(each) if name.startswith("head.") else each for name, each in model.weights.items()
     }
-    headless = dataclasses.replace(model, weights=weights)
+    headless = ExportedModel.of(model.config, weights, model.snapshot)
     everything = (
         found(model, inputs, targets),
         found(headless, inputs, targets, transformer=True),
@@ -120,7 +123,7 @@ def test_the_way_follows_from_model_and_device(make_config: MakeConfig, monkeypa
     gpu = torch.device("cuda", 0)
     assert [engine._way(copying, each, CPU, 100) for each in (False, True)] == ["loop", "windows"]
     assert engine._way(copying, False, gpu, 100) == "windows"  # there is no CuPy here, or it has no device
-    monkeypatch.setattr(engine, "copying_backend", lambda device: "cuda kernel")
+    monkeypatch.setattr(li_stephens, "copying_backend", lambda device: "cuda kernel")
     for transformer in (False, True):
         assert engine._way(copying, transformer, gpu, 16384) == "whole"
         assert engine._way(copying, transformer, gpu, 16386) == "windows"
@@ -154,17 +157,17 @@ def test_stretches_are_as_long_as_memory_allows(
     assert longest() == sites > 2 * shortest
     # Twelve bytes for each haplotype in a block, which ends after 64 sites or with a typed one.
     of_a_site = 12 * haplotypes * (1 / 64 + targets.typed.mean())
-    monkeypatch.setattr(engine, "_MOST_STRETCH_BYTES", 2 * shortest * of_a_site)
+    monkeypatch.setattr(stretches, "_MOST_STRETCH_BYTES", 2 * shortest * of_a_site)
     assert shortest < longest() <= 2 * shortest
     fewer = dataclasses.replace(targets, typed=np.arange(sites) % 100 == 0)
     assert longest() < longest(fewer) <= 2 * shortest * of_a_site / haplotypes
     # Eight bytes for each target's dosages: so many of these take twice the memory.
     many = dataclasses.replace(targets, samples=tuple(map(str, range(int(of_a_site / 4)))))
     assert longest(many) <= shortest + 1 < longest()
-    monkeypatch.setattr(engine, "_MOST_STRETCH_BYTES", haplotypes)
+    monkeypatch.setattr(stretches, "_MOST_STRETCH_BYTES", haplotypes)
     assert windows(targets) == windows(targets, transformer=True)
-    monkeypatch.setattr(engine, "_MOST_STRETCH_BYTES", 1 << 28)
-    monkeypatch.setattr(engine, "_MOST_STRETCH_SITES", 2 * shortest)
+    monkeypatch.setattr(stretches, "_MOST_STRETCH_BYTES", 1 << 28)
+    monkeypatch.setattr(stretches, "_MOST_STRETCH_SITES", 2 * shortest)
     assert shortest < longest() <= 2 * shortest
 
 
@@ -187,7 +190,7 @@ def test_two_stretches_are_blended_and_give_nearly_the_dosages_of_the_whole(
         model = untrained(make_config(f"embrag.data.flank_sites={flank}"), head=0.0)
         with monkeypatch.context() as patch:
             whole = written(model, inputs, targets, tmp_path / "whole.vcf.gz")
-            patch.setattr(engine, "_MOST_STRETCH_SITES", half)
+            patch.setattr(stretches, "_MOST_STRETCH_SITES", half)
             both = found(model, inputs, targets)
             assert len(both) == 2
             blended = written(model, inputs, targets, tmp_path / "two.vcf.gz")
@@ -224,7 +227,7 @@ def test_where_nothing_is_typed_the_frequency_is_given(
     make_config: MakeConfig, inputs: PanelInputs, target: PhasedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a stretch without typed sites, and for a haplotype that misses all its calls in one."""
-    monkeypatch.setattr(engine, "_MOST_STRETCH_SITES", 1)
+    monkeypatch.setattr(stretches, "_MOST_STRETCH_SITES", 1)
     model = untrained(make_config(), head=0.0)
     first = target.sites.take(np.arange(3))
     few = matched(dataclasses.replace(target, sites=first, alleles=target.alleles[:3]), inputs)
@@ -278,7 +281,7 @@ def run(
 ) -> Callable[..., tuple[bytes, np.ndarray]]:
     """Function that runs the command with these options; returns the file and its dosages."""
     model = untrained(make_config(), head=0.3)
-    write_export(tmp_path / "model.safetensors", model.weights, model.snapshot, model.config)
+    write_export(tmp_path / "model.safetensors", model)
     files = [f"--{name}={getattr(simulated, name)}" for name in ("panel", "target", "samples")]
     given = [*files, f"--map={simulated.genetic_map}", f"--model={tmp_path / 'model.safetensors'}", "--adapt=off"]
     out = tmp_path / "out.vcf.gz"
@@ -339,11 +342,10 @@ def test_the_transformer_is_on_on_a_gpu_unless_asked_not_to_be(
         raise Reached
 
     caplog.set_level("INFO")
-    monkeypatch.setattr(imputation_module, "_device", lambda name: torch.device("cuda", 0))
-    monkeypatch.setattr(imputation_module, "require_kernels", lambda device: None)
+    monkeypatch.setattr(imputation_module, "_device", lambda name: "cuda:0")
     monkeypatch.setattr(imputation_module, "Imputation", begin)
     model = untrained(make_config(), head=0.3)
-    write_export(tmp_path / "model.safetensors", model.weights, model.snapshot, model.config)
+    write_export(tmp_path / "model.safetensors", model)
     files = PanelFiles(simulated.panel, simulated.genetic_map, simulated.samples)
     with pytest.raises(Reached):
         impute(

@@ -24,7 +24,7 @@ from tests.untrained import untrained
 from tests.whole_files import read_phased
 
 MakeConfig = Callable[..., RunConfig]
-CPU = torch.device("cpu")
+CPU = "cpu"
 
 
 @pytest.fixture
@@ -125,9 +125,9 @@ def test_a_batch_has_the_samples_whose_posteriors_fit() -> None:
     windows = [Window(0, 0, 60, 0, 50), Window(1, 40, 100, 50, 100)]
     typed = np.arange(100) % 10 == 0  # six in each window
     of_a_sample = 2 * 64 * 6 * 1000
-    assert engine._samples_at_once(32, windows, typed, 1000, 2 * 5 * of_a_sample) == 5
-    assert engine._samples_at_once(4, windows, typed, 1000, 2 * 5 * of_a_sample) == 4
-    assert engine._samples_at_once(4, windows, typed, 1000, 10) == 1
+    assert _samples_at_once(32, windows, typed, 1000, 2 * 5 * of_a_sample) == 5
+    assert _samples_at_once(4, windows, typed, 1000, 2 * 5 * of_a_sample) == 4
+    assert _samples_at_once(4, windows, typed, 1000, 10) == 1
 
 
 def test_a_stretch_is_as_long_as_a_samples_posteriors_fit(
@@ -142,7 +142,7 @@ def test_a_stretch_is_as_long_as_a_samples_posteriors_fit(
         """Longest core and samples of a batch, where a sample's posteriors at so many sites fill half of the memory."""
         monkeypatch.setattr(engine, "_memory", lambda device: 2 * of_a_site * sites)
         imputation = Imputation(model, inputs, targets, CPU, 4, transformer=False)
-        return max(each.core_stop - each.core_start for each in imputation.data.windows), imputation._block
+        return max(each.core_stop - each.core_start for each in imputation.data.windows), imputation._computing._block
 
     whole = len(inputs.panel.sites)
     longest, block = made(2 * shortest + 100)  # a flank of 50 sites on either side
@@ -163,7 +163,7 @@ def test_on_a_gpu_they_are_those_of_the_cpu(
     gpu = torch.device("cuda", 0)
     assert copying_backend(gpu) == "cuda kernel"
     model = untrained(make_config("embrag.model.good_turing=true"), head=0.3)
-    there = Imputation(model, inputs, targets, gpu, 3, transformer)
+    there = Imputation(model, inputs, targets, str(gpu), 3, transformer)
     assert there._network.site_tiles is not None
     found = probabilities(there)
     as_on_gpu("whole")

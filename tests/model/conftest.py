@@ -15,7 +15,8 @@ from embrag_ds.data.panel import Panel, PanelSubset, Populations
 from embrag_ds.data.sampler import QueryBatch, exclusion_table
 from embrag_ds.data.windows import WindowedPanel, make_windows
 from embrag_ds.model.embedding import HaplotypeEmbedding
-from embrag_ds.model.imputer import Imputer, ModelConfig
+from embrag_ds.model.imputer import Imputer
+from embrag_ds.model.settings import ModelConfig
 from embrag_ds.retrieval.batch import Batch
 from embrag_ds.retrieval.reference import Reference
 from embrag_ds.retrieval.settings import RetrievalConfig

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
@@ -27,6 +28,7 @@ from embrag_ds.copying import (
     workspace,
 )
 from embrag_ds.copying.along import CopyAlong
+from embrag_ds.copying.model import CopyingModel
 from embrag_ds.data.panel import PanelSubset
 from embrag_ds.data.ploidy import Ploidy
 from embrag_ds.data.sampler import QueryBatch, exclusion_table
@@ -46,6 +48,18 @@ def disturbed(network: torch.nn.Module, seed: int) -> torch.nn.Module:
     return network
 
 
+def without_head(network: torch.nn.Module) -> None:
+    """Give the network a confidence head that corrects nothing."""
+    for parameter in network.confidence.layers[-1].parameters():
+        torch.nn.init.zeros_(parameter)
+
+
+def along_stretches(network: torch.nn.Module, *given: Any, **options: Any) -> CopyAlong:
+    """What copies along stretches with the weights of a network."""
+    weights = {name: value.numpy() for name, value in network.state_dict().items()}
+    return CopyAlong(CopyingModel(weights, network.good_turing), *given, **options)
+
+
 @settings(max_examples=30)
 @given(
     seed=st.integers(0, 2**20),
@@ -62,7 +76,7 @@ def test_dosages_are_those_of_the_network_with_all_haplotypes_as_neighbours(
     world = build(seed, samples=12, cm_per_site=cm, populations=3)
     network = disturbed(build.imputer(seed, fusion="copying", good_turing=turing), seed)
     if not head:
-        network.confidence = None
+        without_head(network)
     samples = [1, 4, 5, 9]
     masked = world.masked(window, 1, seed, rate)
     masked[:, seed % masked.shape[1]] = False  # at least one site is typed
@@ -74,7 +88,7 @@ def test_dosages_are_those_of_the_network_with_all_haplotypes_as_neighbours(
     assert batch.retrieved.ids.shape[1] == len(world.data.reference) - 2  # all but a sample's own
     with torch.no_grad():
         expected = network(batch, transformer=False).logits.sigmoid().numpy()
-    copy = CopyAlong(network, world.data, exclusion_table(world.samples, None))
+    copy = along_stretches(network, world.data, exclusion_table(world.samples, None))
     typed = ~masked[0]
     alleles = np.where(missing, MASK, queries.alleles)[:, typed].astype(np.uint8)
     found = copy.probability(copy.stretch(window, typed), np.ascontiguousarray(alleles), np.array(samples))
@@ -106,7 +120,7 @@ def test_haploid_samples_count_once_in_frequencies_and_are_copied_as_by_the_netw
     as_if_diploid = PanelSubset(replace(panel, packed=packed), of, everyone)
     network = disturbed(build.imputer(6, fusion="copying", good_turing=turing), 6)
     network.background.data.fill_(0.0)  # expected frequencies make half of the prior
-    network.confidence = None
+    without_head(network)
     samples = [0, 2, 4, 12]
     found = []
     for reference in (of_males, as_if_diploid):
@@ -118,7 +132,7 @@ def test_haploid_samples_count_once_in_frequencies_and_are_copied_as_by_the_netw
             batch = here.collator(network.embedding, k=10**6)(queries)
             with torch.no_grad():
                 expected = network(batch, transformer=False).logits.sigmoid().numpy()
-            copy = CopyAlong(network, data, exclusion_table(world.samples, None))
+            copy = along_stretches(network, data, exclusion_table(world.samples, None))
             typed = np.ascontiguousarray(queries.alleles[:, ~masked[0]])
             copied = copy.probability(copy.stretch(window, ~masked[0]), typed.astype(np.uint8), np.array(samples))
             np.testing.assert_allclose(copied, expected, atol=2e-5)
@@ -138,7 +152,7 @@ def beside_the_network(network, world, alleles: np.ndarray, typed: np.ndarray) -
     whole = world.collator(network.embedding, whole=True)(queries)
     with torch.no_grad():
         np.testing.assert_allclose(network(whole, transformer=False).logits.sigmoid().numpy(), expected, atol=1e-4)
-    copy = CopyAlong(network, world.data, exclusion_table(world.samples, None))
+    copy = along_stretches(network, world.data, exclusion_table(world.samples, None))
     return copy.probability(copy.stretch(0, typed), np.ascontiguousarray(alleles[:, typed]), samples), expected
 
 
@@ -147,7 +161,7 @@ def test_a_long_stretch_of_targets_in_the_panel_stays_finite(build, cm: float) -
     """Their own haplotypes match them everywhere and have no prior, so nothing else bounds their backward states."""
     world = build(8, sites=2500, samples=8, window_sites=2500, overlap=0, flank=0, cm_per_site=cm)
     network = disturbed(build.imputer(8, fusion="copying"), 8)
-    network.confidence = None
+    without_head(network)
     typed = ~world.masked(0, 1, 8, 0.4)[0]
     found, expected = beside_the_network(network, world, world.data.samples_alleles(0, np.arange(3)), typed)
     assert np.isfinite(found).all()
@@ -159,7 +173,7 @@ def test_typed_alleles_that_no_haplotype_has_change_nothing_elsewhere(build, nat
     """At such a site all states fall alike, to exp(-60) at most, and their squares below the smallest float32."""
     world = build(9, samples=12)
     network = build.imputer(9, fusion="copying")
-    network.confidence = None
+    without_head(network)
     network.pooling.penalty.data[:2] = float(np.log(nats)) / 10
     panel = world.data.reference.panel
     alleles = panel.alleles_at(np.arange(len(panel.sites)))
@@ -185,7 +199,7 @@ def test_what_is_left_out_of_a_piece_is_negligible_there(build, samples: int, cm
     """Over many pieces, in each of which some of the haplotypes are computed, and with hundreds of them kept."""
     world = build(11, sites=500, samples=samples, window_sites=500, overlap=0, flank=0, cm_per_site=cm)
     network = disturbed(build.imputer(11, fusion="copying"), 11)
-    network.confidence = None
+    without_head(network)
     typed = ~world.masked(0, 1, 11, rate)[0]
     # Mosaics of two others, so that some haplotypes match over long, and mismatches.
     alleles = world.data.samples_alleles(0, np.array([20, 30]))
@@ -204,14 +218,14 @@ def test_forward_states_that_were_not_saved_are_computed_again(build, most_saved
     alleles = np.ascontiguousarray(world.data.samples_alleles(0, np.arange(3))[:, typed])
     found = []
     for limit in ({}, {"most_saved": most_saved}):
-        copy = CopyAlong(network, world.data, exclusion_table(world.samples, None), **limit)
+        copy = along_stretches(network, world.data, exclusion_table(world.samples, None), **limit)
         found.append(copy.probability(copy.stretch(0, typed), alleles, np.arange(3)))
     assert np.array_equal(*found)
 
 
 def test_more_typed_sites_than_the_loop_can_number_are_refused(build, monkeypatch: pytest.MonkeyPatch) -> None:
     world = build(13, samples=8)
-    copy = CopyAlong(build.imputer(13, fusion="copying"), world.data, exclusion_table(world.samples, None))
+    copy = along_stretches(build.imputer(13, fusion="copying"), world.data, exclusion_table(world.samples, None))
     typed = ~world.masked(1, 1, 13)[0]
     monkeypatch.setattr(along, "MOST_TYPED", int(typed.sum()))
     copy.stretch(1, typed)
@@ -224,7 +238,7 @@ def test_targets_outside_the_panel_copy_all_haplotypes(build) -> None:
     """Beside the same samples with a twin of theirs that nobody may copy: the panel is the same then."""
     world = build(3, samples=10, outside=2)
     network = disturbed(build.imputer(3, fusion="copying"), 3)
-    copy = CopyAlong(network, world.data, exclusion_table(world.samples, None))
+    copy = along_stretches(network, world.data, exclusion_table(world.samples, None))
     masked = world.masked(1, 1, 3)
     stretch = copy.stretch(1, ~masked[0])
     alleles = np.ascontiguousarray(world.data.samples_alleles(1, np.array([0, 1]))[:, ~masked[0]])
@@ -241,7 +255,7 @@ def test_threads_and_blocks_of_samples_do_not_change_a_byte(build, threads: int)
     alleles = np.ascontiguousarray(world.data.samples_alleles(0, samples)[:, typed])
 
     def copied(number: int) -> np.ndarray:
-        copy = CopyAlong(network, world.data, exclusion_table(world.samples, None))
+        copy = along_stretches(network, world.data, exclusion_table(world.samples, None))
         stretch = copy.stretch(0, typed)
         parts = [slice(start, min(start + number, 7)) for start in range(0, 7, number)]
         return np.concatenate(

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from embrag_ds.model.compiled import padding_multiple
 from embrag_ds.model.imputer import Imputer
-from embrag_ds.model.losses import LossConfig
-from embrag_ds.model.poolings import POOLINGS
+from embrag_ds.model.poolings import fusions
+from embrag_ds.model.settings import LossConfig
 from embrag_ds.retrieval.batch import Batch
 
 LOSS = LossConfig(rarity=0.5)
@@ -46,7 +46,7 @@ def assert_same(one: tuple[list[Tensor], dict[str, Tensor]], other: tuple[list[T
         torch.testing.assert_close(one[1][name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-8)
 
 
-@pytest.mark.parametrize("fusion", POOLINGS)
+@pytest.mark.parametrize("fusion", fusions())
 @pytest.mark.parametrize("mode", ["none", "token", "factored", "dense", "live"])
 def test_padding_changes_neither_losses_nor_gradients(build, without_compiler, mode: str, fusion: str) -> None:
     network = build.imputer(fusion=fusion, layers=2, good_turing=True).train()

@@ -10,15 +10,16 @@ import torch
 
 from embrag_ds.errors import UserError
 from embrag_ds.model.embedding import HaplotypeEmbedding, gather_embeddings
-from embrag_ds.model.imputer import Imputer, ModelConfig
-from embrag_ds.model.losses import LossConfig, Losses, imputation_loss
-from embrag_ds.model.poolings import POOLINGS, copying
+from embrag_ds.model.imputer import Imputer
+from embrag_ds.model.losses import Losses, imputation_loss
+from embrag_ds.model.poolings import copying, fusions
+from embrag_ds.model.settings import LossConfig, ModelConfig
 from embrag_ds.ops.dosage import Carriers, DenseAlleles, Sequences, dense_alleles
 from embrag_ds.retrieval.batch import Batch
 from embrag_ds.retrieval.codebooks import site_weights
 from embrag_ds.retrieval.collate import site_tensors
 
-FUSIONS = pytest.mark.parametrize("fusion", POOLINGS)
+FUSIONS = pytest.mark.parametrize("fusion", fusions())
 MODES = pytest.mark.parametrize("mode", ["none", "token", "factored", "dense", "live"])
 
 

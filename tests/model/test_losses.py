@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from embrag_ds.errors import UserError
 from embrag_ds.model.losses import (
-    LossConfig,
     allele_log_probabilities,
     genotype_log_probabilities,
     imputation_loss,
 )
+from embrag_ds.model.settings import LossConfig
 
 
 def random_case(seed: int, samples: int, sites: int, rate: float = 0.5):

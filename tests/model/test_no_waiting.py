@@ -9,8 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from embrag_ds.model.losses import LossConfig, imputation_loss
-from embrag_ds.model.poolings import POOLINGS
+from embrag_ds.model.losses import imputation_loss
+from embrag_ds.model.poolings import fusions
+from embrag_ds.model.settings import LossConfig
 from embrag_ds.ops import li_stephens
 
 # Operations that copy a value, or the size of a result, to the host.
@@ -35,7 +36,7 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch"])
-@pytest.mark.parametrize("fusion", POOLINGS)
+@pytest.mark.parametrize("fusion", fusions())
 @pytest.mark.parametrize("mode", ["none", "token", "factored", "live"])
 def test_forward_loss_and_backward_never_synchronise(
     build, monkeypatch, mode: str, fusion: str, compiled: bool

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from embrag_ds.data.sampler import exclusion_table
-from embrag_ds.model.losses import LossConfig, imputation_loss
+from embrag_ds.model.losses import imputation_loss
+from embrag_ds.model.settings import LossConfig
 from embrag_ds.retrieval.collate import receive
 from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.reference import Reference

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from embrag_ds.data.tokens import MASK
-from embrag_ds.model.poolings import POOLINGS
+from embrag_ds.model.poolings import fusions
 from embrag_ds.retrieval.reference import Reference
 from embrag_ds.retrieval.settings import RetrievalConfig
 
@@ -43,7 +43,7 @@ def test_neighbours_are_nearest_by_plain_hamming_distance(build, token_k: int) -
     assert found.retrieved.codebook is None and found.retrieved.embeddings is None
 
 
-@pytest.mark.parametrize("fusion", POOLINGS)
+@pytest.mark.parametrize("fusion", fusions())
 @pytest.mark.parametrize("token_k", [1, 3])
 def test_every_haplotype_goes_through_the_transformer_alone_and_is_fused_after_it(build, fusion, token_k: int) -> None:
     world = build(3, outside=1)
@@ -108,7 +108,7 @@ def largest(network, batch) -> int:
     return seen.numbers
 
 
-@pytest.mark.parametrize("fusion", POOLINGS)
+@pytest.mark.parametrize("fusion", fusions())
 def test_neighbours_add_no_tensor_of_their_number_times_width_to_v18(build, fusion: str) -> None:
     """A tensor [B, K, L, D] would be by far the largest; V17 has one, which shows that it is counted."""
     world = build(1, sites=30, samples=20, window_sites=24, overlap=4, flank=3)

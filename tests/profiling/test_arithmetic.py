@@ -10,7 +10,7 @@ import arithmetic
 import pytest
 
 from embrag_ds.config import load_config
-from embrag_ds.model.imputer import ModelConfig
+from embrag_ds.model.settings import ModelConfig
 
 
 def test_a_part_takes_as_long_as_what_limits_it() -> None:

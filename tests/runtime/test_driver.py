@@ -130,7 +130,7 @@ def test_training_does_not_fall_back_to_the_cpu(monkeypatch: pytest.MonkeyPatch)
 
 def test_imputation_warns_and_goes_on(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     machine(monkeypatch)
-    assert impute._device("cpu") == torch.device("cpu") and not caplog.records
-    assert impute._device(None) == torch.device("cpu")
+    assert impute._device("cpu") == "cpu" and not caplog.records
+    assert impute._device(None) == "cpu"
     (record,) = caplog.records
     assert record.levelno == logging.WARNING and "EXTRAS=gpu-cu12" in record.getMessage()

@@ -108,7 +108,7 @@ def test_an_export_that_fails_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: BaseException, raised: type[BaseException]
 ) -> None:
     path = tmp_path / MODEL_FILE
-    write_export(path, {"weight": torch.zeros(2)}, None, EmbragConfig())
+    write_export(path, ExportedModel.of(EmbragConfig(), {"weight": torch.zeros(2)}, None))
     before = path.read_bytes()
 
     def half(tensors: dict[str, Tensor], file: Path, header: dict[str, str]) -> None:
@@ -117,7 +117,7 @@ def test_an_export_that_fails_leaves_the_one_before(
 
     monkeypatch.setattr(export, "save_file", half)
     with pytest.raises(raised):
-        write_export(path, {"weight": torch.ones(2)}, None, EmbragConfig())
+        write_export(path, ExportedModel.of(EmbragConfig(), {"weight": torch.ones(2)}, None))
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
@@ -156,7 +156,7 @@ def test_a_model_carries_no_path_of_its_training(tmp_path: Path, caplog: pytest.
     config, weights, snapshot = a_model(*named, "retrieval.relatives./secret/r")
     assert json.dumps(asdict(config)).count("/secret/") == 4
     path = tmp_path / MODEL_FILE
-    write_export(path, weights, snapshot, config)
+    write_export(path, ExportedModel.of(config, weights, snapshot))
     assert b"secret" not in path.read_bytes()
     found = read_export(path).config
     assert caplog.messages == []

@@ -26,7 +26,8 @@ from embrag_ds.engine.deepspeed_settings import (
 )
 from embrag_ds.engine.distributed import adapt_to_machine, initialize_engine
 from embrag_ds.errors import UserError
-from embrag_ds.model.imputer import Imputer, ModelConfig
+from embrag_ds.model.imputer import Imputer
+from embrag_ds.model.settings import ModelConfig
 
 MINIMAL: dict[str, Any] = {"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "AdamW"}}
 

@@ -17,7 +17,8 @@ from deepspeed.runtime.zero import stage_1_and_2
 from embrag_ds.engine import distributed
 from embrag_ds.engine.distributed import DistributedContext, adapt_to_machine, compute_type, initialize_engine
 from embrag_ds.errors import UserError
-from embrag_ds.model.imputer import Imputer, ModelConfig
+from embrag_ds.model.imputer import Imputer
+from embrag_ds.model.settings import ModelConfig
 from embrag_ds.training.trainer import Trainer
 
 PRODUCTION: dict[str, Any] = {

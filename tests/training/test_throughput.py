@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from embrag_ds.model.fusion import GatedFusion
-from embrag_ds.model.imputer import ModelConfig
+from embrag_ds.model.settings import ModelConfig
 from embrag_ds.model.transformer import Transformer
 from embrag_ds.runtime.processor import peak_resident_bytes
 from embrag_ds.training.throughput import matrix_rate, measured_rate, step_flops

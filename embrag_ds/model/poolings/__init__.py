@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import pkgutil
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-
-def found() -> dict[str, type[nn.Module]]:
-    """The class of every module of this folder, by the module's name."""
-    return {each.name: _class_of(f"{__name__}.{each.name}") for each in pkgutil.iter_modules(__path__)}
+if TYPE_CHECKING:
+    from torch import nn
 
 
-def _class_of(name: str) -> type[nn.Module]:
+def fusions() -> tuple[str, ...]:
+    """Values of the setting ``model.fusion``: the names of the modules of this folder."""
+    return tuple(each.name for each in pkgutil.iter_modules(__path__))
+
+
+def pooling_class(fusion: str) -> type[nn.Module]:
+    """The class of the module with this name, which is imported now."""
+    name = f"{__name__}.{fusion}"
     classes = [each for each in vars(import_module(name)).values() if isinstance(each, type)]
     (kind,) = (each for each in classes if each.__module__ == name and each.__name__.endswith("Pooling"))
     return kind
-
-
-POOLINGS = found()
-"""Pooling modules by the setting ``model.fusion``."""

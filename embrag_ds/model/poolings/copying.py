@@ -7,15 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from embrag_ds.model.numbers import COPYING_GAIN, LEAST_TYPED_NEAR, NEGLIGIBLE, TYPICAL_DENSITY
 from embrag_ds.model.pooling import Evidence, Pooled, at_typed, flanking_sites, membership, present_columns
 from embrag_ds.ops.dosage import FlankingSites, expected_allele, interpolated
 from embrag_ds.ops.li_stephens import copying_posterior, count_by_place, match_lengths
 from embrag_ds.retrieval.batch import Batch, Retrieved
-
-NEGLIGIBLE = 3e-3
-"""Copying probabilities below this part of their mean count as zero."""
-LEAST_TYPED_NEAR = 1e-30
-"""Least weight of typed sites near a place, so that a place without any has no prior rather than none at all."""
 
 
 class CopyingPooling(nn.Module):
@@ -44,21 +40,18 @@ class CopyingPooling(nn.Module):
     _INITIAL_MISMATCH = 5.0
     _INITIAL_CLOSENESS = (0.15, 0.05)  # per percent; far, near
     _INITIAL_REACH = (4.0, 0.5)  # cM; far, near
-    TYPICAL_DENSITY = 100.0  # typed sites per cM
-    # These few parameters are stored divided by 10, so that an optimiser step changes them ten times as much.
-    _GAIN = 10.0
 
     def __init__(self) -> None:
         super().__init__()
         # For the slow and the fast copying model: logarithms at the typical density, then exponents of the density.
         # They have one dimension, because ZeRO-3 supports gradients of two dimensions for Linear layers only.
-        rates = [math.log(rate) / self._GAIN for rate in self._INITIAL_RECOMBINATION]
+        rates = [math.log(rate) / COPYING_GAIN for rate in self._INITIAL_RECOMBINATION]
         self.rate = nn.Parameter(torch.tensor([*rates, 0.0, 0.0]))
-        self.penalty = nn.Parameter(torch.tensor([math.log(self._INITIAL_MISMATCH) / self._GAIN] * 2 + [0.0, 0.0]))
-        self.closeness = nn.Parameter(torch.tensor(self._INITIAL_CLOSENESS) / self._GAIN)
-        self.reach = nn.Parameter(torch.tensor(self._INITIAL_REACH).log() / self._GAIN)
+        self.penalty = nn.Parameter(torch.tensor([math.log(self._INITIAL_MISMATCH) / COPYING_GAIN] * 2 + [0.0, 0.0]))
+        self.closeness = nn.Parameter(torch.tensor(self._INITIAL_CLOSENESS) / COPYING_GAIN)
+        self.reach = nn.Parameter(torch.tensor(self._INITIAL_REACH).log() / COPYING_GAIN)
         # Log-odds of the slow model's weight at a frequency of 0.1 %, and their change per factor of ten.
-        self.slow = nn.Parameter(torch.tensor([0.0, -2.0]) / self._GAIN)
+        self.slow = nn.Parameter(torch.tensor([0.0, -2.0]) / COPYING_GAIN)
 
     def forward(self, batch: Batch, retrieved: Retrieved, site_weight: Tensor) -> Pooled:
         """Pool the neighbours ``retrieved``; ``site_weight`` float32 [L], of mean 1, is the weight of a mismatch."""
@@ -111,12 +104,12 @@ class CopyingPooling(nn.Module):
 
     def prior_terms(self, place_cm: float) -> tuple[Tensor, Tensor]:
         """Strength per percent, and weight of a place ``place_cm`` away, of each term of the prior: float32 [2]."""
-        reach = torch.exp(self.reach.float() * self._GAIN)
-        return self.closeness.float() * self._GAIN, torch.exp(-place_cm / reach)
+        reach = torch.exp(self.reach.float() * COPYING_GAIN)
+        return self.closeness.float() * COPYING_GAIN, torch.exp(-place_cm / reach)
 
     def _power(self, parameter: Tensor, density: Tensor) -> Tensor:
         """Constant times a power of ``density`` [B], for each copying model, float32 [B, 2]."""
-        logarithm, exponent = (parameter.float() * self._GAIN).unflatten(0, (2, 2))
+        logarithm, exponent = (parameter.float() * COPYING_GAIN).unflatten(0, (2, 2))
         return torch.exp(logarithm + exponent * density.log()[:, None])
 
     def _recombination_prior(self, batch: Batch, retrieved: Retrieved, present: Tensor) -> Tensor:
@@ -137,7 +130,7 @@ class CopyingPooling(nn.Module):
     def share_of_slow(self, frequency: Tensor) -> Tensor:
         """Weight of the slow copying model at ALT ``frequency`` [B, L], float32 [B, L]."""
         maf = torch.minimum(frequency, 1 - frequency).clamp_min(1e-5)
-        level, per_decade = self.slow.float() * self._GAIN
+        level, per_decade = self.slow.float() * COPYING_GAIN
         return torch.sigmoid(level + per_decade * torch.log10(maf / 1e-3))
 
 
@@ -189,4 +182,4 @@ def _density(batch: Batch) -> Tensor:
     """Typed sites per cM over the whole window, float32 [B], in units of the typical density."""
     position = batch.window.sites.position
     length = (position[-1] - position[0]).clamp_min(1e-6)
-    return batch.window.typed_count.clamp_min(1) / (length * CopyingPooling.TYPICAL_DENSITY)
+    return batch.window.typed_count.clamp_min(1) / (length * TYPICAL_DENSITY)
