@@ -183,6 +183,11 @@ def columns_of(names: tuple[str, ...], samples: tuple[str, ...], path: Path, tru
 def refuse_overlap(truth: DosageFile, panel: Panel) -> None:
     """Raise :class:`UserError` for truth samples that are in the panel: their haplotypes are copied, not imputed."""
     both = sorted(set(truth.samples) & set(panel.samples))
+    if len(both) == len(panel.samples) == len(truth.samples):
+        raise UserError(
+            f"{panel.path}: its samples are also in the truth {truth.path}, all {len(both)} of both, so it is no "
+            "reference panel; give the panel to --panel, and the file of typed sites to --target"
+        )
     if both:
         raise UserError(
             f"{truth.path}: {len(both)} samples are also in {panel.path} ({_some(both)}); "

@@ -311,6 +311,19 @@ def test_faults_of_the_user_name_the_file(study: dict, tmp_path: Path) -> None:
         score(study, imputed={NEAREST_HAPLOTYPE: path})
 
 
+def test_exchanged_panel_and_target(study: dict) -> None:
+    def exchanged(truth: Path, panel: Path, target: Path) -> str:
+        with pytest.raises(UserError) as caught:
+            evaluate(truth, {}, panel, target, baselines=True, cache_dir=study["folder"] / "cache")
+        return str(caught.value)
+
+    said = exchanged(study["truth"], study["target"], study["panel"])
+    assert said.startswith(f"{study['target']}: its samples are also in the truth {study['truth']}, all 10 of both")
+    assert said.endswith("give the panel to --panel, and the file of typed sites to --target")
+    said = exchanged(study["truth"], study["truth"], study["target"])
+    assert said.startswith(f"{study['truth']}: its samples are also in the truth")
+
+
 def test_command_line(
     study: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
