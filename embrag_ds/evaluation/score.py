@@ -32,7 +32,6 @@ from embrag_ds.data.packing import PANEL, TARGET, Reading
 from embrag_ds.data.panel import Panel, open_panel, read_populations
 from embrag_ds.data.targets import Targets, match_targets, open_targets
 from embrag_ds.errors import UserError
-from embrag_ds.evaluation import metrics
 from embrag_ds.evaluation.alignment import AlignedFile, aligned, columns_of, refuse_overlap
 from embrag_ds.evaluation.baselines import NearestHaplotype, allele_frequency_dosage
 from embrag_ds.evaluation.report import Report
@@ -178,11 +177,6 @@ def _baselines(panel: Panel, panel_af: np.ndarray, targets: Targets, columns: np
         panel, targets.sites, lambda typed: targets.typed_alleles(typed, all_samples)[:, haplotypes]
     )
     return {
-        ALLELE_FREQUENCY: Tool(
-            lambda rows: allele_frequency_dosage(panel_af[rows], len(columns)),
-            of_haplotypes=lambda rows, dosage: metrics.independent(0.5 * dosage, 0.5 * dosage),
-        ),
-        NEAREST_HAPLOTYPE: Tool(
-            nearest.dosage, of_haplotypes=lambda rows, dosage: metrics.one_hot(dosage.astype(np.int64))
-        ),
+        ALLELE_FREQUENCY: Tool(lambda rows: allele_frequency_dosage(panel_af[rows], len(columns))),
+        NEAREST_HAPLOTYPE: Tool(nearest.dosage),
     }

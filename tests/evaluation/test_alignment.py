@@ -293,18 +293,13 @@ def test_iqs_is_of_the_file_alone(study: Study) -> None:
         assert scores.iqs is not None and scores.iqs_from == kind
         assert scores.iqs["all"] == pytest.approx(expected, abs=1e-5), name
     assert report.tools["ds"].iqs is report.tools["ds"].iqs_from is None
-    line = (
-        "IQS from GP: gp, both; from haplotype probabilities: hds, swapped, ap, allele frequency, nearest haplotype; "
-    )
-    assert f"\n{line}none without GP and HDS: ds\n" in report.summary()
+    line = "IQS from GP: gp, both; from haplotype probabilities: hds, swapped, ap; "
+    assert f"\n{line}none without GP and HDS: ds, {ALLELE_FREQUENCY}, {NEAREST_HAPLOTYPE}\n" in report.summary()
     for name, path in files.items():
         alone = study.score({name: path}).to_json()["tools"][name]
         assert alone["iqs"] == report.to_json()["tools"][name]["iqs"]
     homozygous = study.write("iqs-truth", "GT", lambda r, s: study.gt(r, s, both=True))
     assert study.score({"a": files["hds"]}, homozygous).tools["a"].iqs["all"] == pytest.approx(expected, abs=1e-5)
-    nearest, frequency = (report.tools[name].iqs for name in (NEAREST_HAPLOTYPE, ALLELE_FREQUENCY))
-    assert nearest is not None and frequency is not None
-    assert -0.5 < nearest["all"] < 1 and abs(frequency["all"]) < 0.1
 
 
 def test_iqs_where_hds_is_left_out(study: Study) -> None:
