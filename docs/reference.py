@@ -53,13 +53,14 @@ This page is written by `python docs/reference.py` from the parsers.
 
 def settings_page() -> str:
     """The page of all settings."""
-    tables: dict[str, list[str]] = {name: [] for name in SECTIONS}
+    # No table: on a narrow page its first column would break the keys within words.
+    lists: dict[str, list[str]] = {name: [] for name in SECTIONS}
     for key, default, unit, effect in settings(EmbragConfig()):
         section = key.split(".")[0] if "." in key else ""
-        tables[section].append(f"| `{key}` | `{json.dumps(default)}` | {unit} | {effect} |")
+        lists[section].append(f"- `{key}` (default `{json.dumps(default)}`{unit and f', {unit}'}). {effect}")
     parts = [SETTINGS]
-    for name, rows in tables.items():
-        parts.append(f"## {SECTIONS[name]}\n\n| key | default | unit | effect |\n|---|---|---|---|\n" + "\n".join(rows))
+    for name, items in lists.items():
+        parts.append(f"## {SECTIONS[name]}\n\n" + "\n".join(items))
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -77,7 +78,7 @@ def settings(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, str, st
             continue
         found = re.fullmatch(r"(?:\[(.+?)\] )?(.+)", described[field.name])
         assert found is not None
-        yield key, json.loads(json.dumps(value)), found[1] or "", found[2].replace("``", "`").replace("|", "\\|")
+        yield key, json.loads(json.dumps(value)), found[1] or "", found[2].replace("``", "`")
 
 
 def field_docstrings(kind: type) -> dict[str, str]:

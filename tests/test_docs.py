@@ -56,6 +56,16 @@ def test_every_setting_has_its_default_and_effect() -> None:
     assert all((len(effect.split()) > 1 and effect[0].isupper()) or effect[0] == "`" for _, effect in found.values())
 
 
+def test_every_setting_is_an_item_of_its_page(root: Path) -> None:
+    """A table would squeeze the keys on a narrow page, and break them within words."""
+    page = read(root, "docs/settings.md")
+    items = re.findall(r"^- `([\w.]+)` \(default `(.+?)`(?:, ([^`]+))?\)\. (.+)$", page, flags=re.MULTILINE)
+    expected = [
+        (key, json.dumps(default), unit, effect) for key, default, unit, effect in reference.settings(EmbragConfig())
+    ]
+    assert items == expected and "|---" not in page
+
+
 def test_every_shipped_configuration_is_named(root: Path) -> None:
     section = read(root, "docs/configuration.md").split("## Which file")[1].split("\n## ")[0]
     assert sorted(re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE)) == list(shipped_configurations())

@@ -9,12 +9,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
-)
+FOLDERS = ("docs", "ds_configs", "embrag_ds", "examples", "launch", "profiling", "tests")
+WRITTEN = "profiling/results/"
+"""Folder of what scripts write: records of measurements, which stay as they are."""
+
+
+def documents() -> list[str]:
+    """Every Markdown file of the repository that people write, by its path."""
+    found = [*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))]
+    names = sorted({path.relative_to(ROOT).as_posix() for path in found})
+    return [name for name in names if not name.startswith(WRITTEN)]
+
+
+DOCUMENTS = documents()
 MOST_WORDS = 25
 ITEM = re.compile(r"(?:[-*+]|\d+\.)\s+")
 ABBREVIATIONS = ("e.g.", "i.e.", "et al.", "Fig.", "No.", "vs.", "cf.", "approx.", "Am.", "J.", "Hum.", "Genet.")
@@ -80,6 +87,14 @@ def long_sentences(text: str) -> list[tuple[int, str]]:
 def test_sentences_are_short(document: str) -> None:
     found = long_sentences((ROOT / document).read_text(encoding="utf-8"))
     assert not found, "\n".join(f"{document}: {words} words: {sentence}" for words, sentence in found)
+
+
+def test_all_documents_are_read() -> None:
+    names = {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md", "examples/1000genomes/README.md"}
+    assert names <= set(DOCUMENTS)
+    tracked = {path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    unread = [path for path in tracked if path.name not in (*FOLDERS, "runs", "build", "site", "dist")]
+    assert not [name for path in unread for name in path.rglob("*.md")]
 
 
 def words(count: int) -> str:

@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--panel", type=Path, metavar="VCF", help="reference panel; decides the minor allele")
     files.add_argument("--target", type=Path, metavar="VCF", help="the typed sites, which are not scored")
     files.add_argument("--imputed", action="append", default=[], metavar="[NAME=]FILE", help="may be repeated")
-    files.add_argument("--samples", type=Path, metavar="TSV", help="sample and population; adds scores by population")
+    files.add_argument(
+        "--samples", type=Path, metavar="TSV", help="sample and population; adds scores by population to --details"
+    )
     files.add_argument("--cache-dir", type=Path, metavar="DIR", help="packed panels and scratch (~/.cache/embrag_ds)")
     add_reading(files)
     others = parser.add_argument_group("methods to compare with")
@@ -53,9 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="draws of the samples, with replacement, for the 95 %% intervals (200)",
     )
     intervals.add_argument("--seed", type=int, metavar="N", default=0, help="of the bootstrap")
-    output = parser.add_argument_group("output (the tables always go to stdout)")
+    output = parser.add_argument_group("output (the first tables always go to stdout)")
+    output.add_argument(
+        "--details",
+        action="store_true",
+        help="print all tables: also by allele count, intervals, called carriers, DR2 and populations",
+    )
     output.add_argument("--json", type=Path, metavar="OUT", help="write every number here")
-    output.add_argument("--markdown", type=Path, metavar="OUT", help="write the tables here")
+    output.add_argument("--markdown", type=Path, metavar="OUT", help="write all tables here")
     output.add_argument("--excluded", type=Path, metavar="TSV", help="write the sites left out here, with the reason")
     output.add_argument("--plots", type=Path, metavar="DIR", help="write r2.png and calibration.png here")
 
@@ -150,7 +157,7 @@ def run(options: argparse.Namespace) -> None:
     )
     if options.run_tools:
         report = replace(report, tools_not_run=not_run(options.map))
-    show(report.table())
+    show(report.table() if options.details else report.summary())
     if options.json:
         write_json(options.json, report.to_json())
     if options.markdown:

@@ -12,7 +12,7 @@ from typing import Any
 from embrag_ds import __version__
 from embrag_ds.cli import evaluate, impute, report, simulate, train
 from embrag_ds.cli.command import run_command
-from embrag_ds.cli.help import CommandParser
+from embrag_ds.cli.help import CommandParser, Parser
 from embrag_ds.errors import UserError
 from embrag_ds.runs.launchers import take_place
 
@@ -24,7 +24,7 @@ Run = Callable[[argparse.Namespace], None]
 
 def make_parser() -> argparse.ArgumentParser:
     """Parser of ``embrag`` with all its commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="embrag",
         description="Genotype imputation with retrieval from a reference panel.",
         epilog="embrag COMMAND --help describes a command, with examples.",

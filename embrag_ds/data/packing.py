@@ -160,7 +160,8 @@ def _incomplete(vcf: VariantReader, site: Site, calls: Calls) -> UserError:
         vcf.where(site),
         f"the genotype {vcf.genotypes(site)[sample].decode()} of sample {vcf.samples[sample]} is {problem}",
         "phase the panel with a tool that fills in missing calls (Beagle, SHAPEIT, Eagle), or leave such sites out "
-        "(--panel-missing drop) or take their major allele (--panel-missing major)",
+        "(--panel-missing drop) or take their major allele (--panel-missing major); "
+        "if it is the file to impute, it belongs to --target",
     )
 
 

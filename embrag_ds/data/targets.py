@@ -113,6 +113,11 @@ def match_targets(target: Panel, panel: Panel, strand: Strand, allow_overlap: bo
         lambda rows: allele_counts(target, rows),
         lambda rows: allele_counts(panel, rows),
     )
+    if len(match.panel_index) == len(panel.sites) and len(target.sites) > 2 * len(panel.sites):
+        raise UserError(
+            f"{target.path}: it has all {len(panel.sites)} sites of the panel {panel.path} among its "
+            f"{len(target.sites)}, so that none is left to impute; exchange --panel and --target"
+        )
     logger.info("target %s: %d samples; %s", target.path, len(target.samples), match.report())
     if reconciled := match.reconciled():
         logger.info("target %s: %s", target.path, reconciled)

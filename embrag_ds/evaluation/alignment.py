@@ -18,6 +18,7 @@ import numpy as np
 from embrag_ds.data.left_out import NO_TABLE, LeftOutTable
 from embrag_ds.data.panel import Panel, skipped_records
 from embrag_ds.errors import UserError
+from embrag_ds.evaluation import metrics
 from embrag_ds.variants.dosages import DosageFile, spool_dosages
 from embrag_ds.variants.genotypes import HAPLOID, UNKNOWN
 from embrag_ds.variants.harmonise import Harmonised, harmonise
@@ -94,6 +95,23 @@ class AlignedFile:
         gp[swapped] = gp[swapped][..., ::-1]
         return gp
 
+    def of_haplotypes(self, rows: np.ndarray, dosage: np.ndarray) -> np.ndarray:
+        """Genotype probabilities of a file with haplotype dosages, as products of these: float32 [n, N, 3].
+
+        They are those at panel rows int64 [n], whose :meth:`dosage` [n, N] is given, on the diploid scale.
+        """
+        at = self._at(rows)
+        in_file = self.match.target_index[at]
+        pair = self.file.haplotype_dosage(in_file, self.samples).reshape(*dosage.shape, 2)
+        swapped = self.match.swapped[at]
+        pair[swapped] = 1.0 - pair[swapped]
+        # A file may leave out those of haplotypes that are alike.
+        pair = np.where(np.isnan(pair), 0.5 * dosage[..., None], pair)
+        gp = metrics.independent(pair[..., 0], pair[..., 1])
+        if HAPLOID in self.file.ploidies:
+            gp = metrics.without_heterozygotes(gp, self.file.ploidy(in_file, self.samples) == HAPLOID)
+        return gp
+
     def dr2(self, rows: np.ndarray) -> np.ndarray | None:
         """The file's own estimate of r2 at panel rows int64 [n], float32 [n]; None if no record has one."""
         # A header may define DR2 though no record gives it.
@@ -165,6 +183,11 @@ def columns_of(names: tuple[str, ...], samples: tuple[str, ...], path: Path, tru
 def refuse_overlap(truth: DosageFile, panel: Panel) -> None:
     """Raise :class:`UserError` for truth samples that are in the panel: their haplotypes are copied, not imputed."""
     both = sorted(set(truth.samples) & set(panel.samples))
+    if len(both) == len(panel.samples) == len(truth.samples):
+        raise UserError(
+            f"{panel.path}: its samples are also in the truth {truth.path}, all {len(both)} of both, so it is no "
+            "reference panel; give the panel to --panel, and the file of typed sites to --target"
+        )
     if both:
         raise UserError(
             f"{truth.path}: {len(both)} samples are also in {panel.path} ({_some(both)}); "

@@ -284,13 +284,18 @@ def one_hot(called: np.ndarray) -> np.ndarray:
     return np.eye(3)[called]
 
 
+def independent(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Genotype probabilities [n, N, 3] of two independent haplotypes with these ALT probabilities [n, N]."""
+    one = first * (1 - second) + second * (1 - first)
+    return np.stack([(1 - first) * (1 - second), one, first * second], axis=-1)
+
+
 def iqs(truth: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """Imputation quality score of each site, float64 [n] (Lin et al. 2010, PLoS ONE 5:e9697).
 
     It is the chance-corrected agreement ``(Po - Pc) / (1 - Pc)`` of the truth with ``probabilities`` [n, N, 3]. Po is
-    the mean probability of the true genotype, and Pc the agreement expected from the margins. With :func:`one_hot` of
-    best guesses, this is Cohen's kappa. NaN where Pc is 1: truth and imputation then hold one and the same genotype
-    only.
+    the mean probability of the true genotype, and Pc the agreement expected from the margins. NaN where Pc is 1: truth
+    and imputation then hold one and the same genotype only.
     """
     known = np.isfinite(truth)
     true_class = one_hot(np.where(known, truth, 0).astype(np.int64)) * known[..., None]

@@ -9,6 +9,9 @@ from typing import Any
 from embrag_ds.evaluation import metrics
 from embrag_ds.evaluation.carriers import FEWEST_CARRIERS, CarrierCalibration, Gap
 
+GENOTYPES, HAPLOTYPES = "GP", "haplotype probabilities"
+"""Probabilities that the IQS is computed from."""
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -20,8 +23,9 @@ class Scores:
     the calibration of called carriers (:class:`~embrag_ds.evaluation.carriers.CalledCarriers`), and
     ``largest_carrier_gap`` the bin where it is worst (:func:`~embrag_ds.evaluation.carriers.largest_gap`). These are
     None for a tool without genotype probabilities. A curve is (mean probability, fraction called correctly, genotypes)
-    per bin of the probability. ``dr2_correlation`` compares the tool's DR2 with the true per-site r2; None without DR2.
-    ``populations`` has the aggregate r2 of each population.
+    per bin of the probability. ``iqs_from`` names the probabilities that ``iqs`` is computed from, ``GENOTYPES`` or
+    ``HAPLOTYPES``; both are None for a tool without either. ``dr2_correlation`` compares the tool's DR2 with the true
+    per-site r2; None without DR2. ``populations`` has the aggregate r2 of each population.
     """
 
     aggregate_r2: dict[str, float]
@@ -31,7 +35,8 @@ class Scores:
     site_r2: dict[str, float]
     concordance: dict[str, float]
     non_reference_concordance: dict[str, float]
-    iqs: dict[str, float]
+    iqs: dict[str, float] | None
+    iqs_from: str | None
     calibration_error: float | None
     rare_calibration_error: float | None
     calibration_curve: list[tuple[float, float, int]]
@@ -60,11 +65,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Section:
-    """One table of a report, with cells of text."""
+    """One table of a report, with cells of text, and a line below it unless ``remark`` is empty."""
 
     title: str
     header: list[str]
     rows: list[list[str]]
+    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,10 +79,10 @@ class Report:
 
     ``sites`` counts the scored sites by bin, ``sites_by_count`` by bin of the minor-allele count. The latter leaves out
     ``sites_monomorphic_in_panel``. ``sites_without_truth_variance`` counts those without a per-site r2.
-    ``missing_truth_genotypes`` counts genotypes at scored sites that the truth lacks; they are not scored. ``iqs_from``
-    names the values that every tool's IQS was computed from. ``populations`` has the number of samples of each.
-    ``harmonisation`` has the numbers of every file's sites and of those matched to the panel's and dropped.
-    ``tools_not_run`` names the tools that were to be run and could not, each with the reason.
+    ``missing_truth_genotypes`` counts genotypes at scored sites that the truth lacks; they are not scored.
+    ``populations`` has the number of samples of each. ``harmonisation`` has the numbers of every file's sites and of
+    those matched to the panel's and dropped. ``tools_not_run`` names the tools that were to be run and could not, each
+    with the reason.
     """
 
     files: dict[str, str]
@@ -86,7 +92,6 @@ class Report:
     sites_monomorphic_in_panel: int
     sites_without_truth_variance: dict[str, int]
     missing_truth_genotypes: int
-    iqs_from: str
     typed_sites: int
     bootstrap: int
     seed: int
@@ -97,17 +102,9 @@ class Report:
     tools_not_run: dict[str, str] = field(default_factory=dict)
 
     def sections(self) -> list[Section]:
-        """The report's tables."""
+        """The report's tables, those of :meth:`summary` first."""
         header = ["", *metrics.BIN_NAMES]
-        counts = ["sites", *(str(self.sites[name]) for name in metrics.BIN_NAMES)]
-        sections = [
-            Section(
-                f"Aggregate dosage r2 by panel minor-allele frequency, {self.samples} samples{self._missing()}",
-                header,
-                [counts, *([tool, *_row(scores.aggregate_r2)] for tool, scores in self.tools.items())],
-            ),
-            self._by_count(),
-        ]
+        sections = [*self._first_sections(), self._by_count()]
         if self.bootstrap:
             resampled = f"over {self.bootstrap} bootstrap draws of the samples"
             intervals = [[tool, *_interval_row(s.aggregate_r2_interval)] for tool, s in self.tools.items()]
@@ -122,6 +119,38 @@ class Report:
             rows = [[tool, *_row(scores.populations[population])] for tool, scores in self.tools.items()]
             sections.append(Section(f"Aggregate dosage r2, {population}, {samples} samples", header, rows))
         return sections
+
+    def _first_sections(self) -> list[Section]:
+        counts = ["sites", *(str(self.sites[name]) for name in metrics.BIN_NAMES)]
+        r2 = Section(
+            f"Aggregate dosage r2 by panel minor-allele frequency, {self.samples} samples{self._missing()}",
+            ["", *metrics.BIN_NAMES],
+            [counts, *([tool, *_row(scores.aggregate_r2)] for tool, scores in self.tools.items())],
+        )
+        return [r2, self._calls()]
+
+    def _calls(self) -> Section:
+        rows = []
+        for tool, scores in self.tools.items():
+            measures = (scores.concordance, scores.non_reference_concordance, scores.iqs or {})
+            errors = (scores.calibration_error, scores.rare_calibration_error)
+            rows.append([tool, *(_number(measure.get("all")) for measure in measures), *map(_number, errors)])
+        return Section(
+            f"Calls at all {self.sites['all']} sites; ECE is the calibration error of their probabilities, 0 at best",
+            ["", "concordance", "non-ref concordance", "IQS", "ECE", "ECE of rare carriers"],
+            rows,
+            self._iqs_from(),
+        )
+
+    def _iqs_from(self) -> str:
+        """Which tools have their IQS from what."""
+        tools: dict[str | None, list[str]] = {}
+        for tool, scores in self.tools.items():
+            tools.setdefault(scores.iqs_from, []).append(tool)
+        said = [f"from {kind}: {', '.join(tools[kind])}" for kind in (GENOTYPES, HAPLOTYPES) if kind in tools]
+        if None in tools:
+            said.append(f"none without GP and HDS: {', '.join(tools[None])}")
+        return f"IQS {'; '.join(said)}"
 
     def _by_count(self) -> Section:
         names = metrics.COUNT_NAMES
@@ -164,48 +193,45 @@ class Report:
         return f"; {self.missing_truth_genotypes} of {genotypes} truth genotypes are missing and not scored"
 
     def _other_measures(self) -> Section:
-        header = [
-            "",
-            "mean site r2",
-            "concordance",
-            "non-ref concordance",
-            "IQS",
-            "ECE",
-            "ECE of rare carriers",
-            "largest |said - right|",
-            "DR2 correlation",
-            "DR2 correlation, <1 %",
-        ]
+        header = ["", "mean site r2", "largest |said - right|", "DR2 correlation", "DR2 correlation, <1 %"]
         rows = []
         for tool, scores in self.tools.items():
-            measures = (scores.site_r2, scores.concordance, scores.non_reference_concordance, scores.iqs)
             estimated = scores.dr2_correlation or {}
-            rows.append(
-                [
-                    tool,
-                    *(_number(measure["all"]) for measure in measures),
-                    _number(scores.calibration_error),
-                    _number(scores.rare_calibration_error),
-                    _gap(scores.largest_carrier_gap),
-                    *(_number(estimated.get(each)) for each in ("all", "all <1 %")),
-                ]
-            )
+            correlations = (_number(estimated.get(each)) for each in ("all", "all <1 %"))
+            rows.append([tool, _number(scores.site_r2["all"]), _gap(scores.largest_carrier_gap), *correlations])
         left_out = self.sites_without_truth_variance["all"]
         return Section(
-            f"Other measures, all sites (site r2 without {left_out} where the truth is constant; IQS from "
-            f"{self.iqs_from}; rare carriers: called carriers of an allele below 1 % MAF; |said - right| of the bins "
-            f"with {FEWEST_CARRIERS} called carriers)",
+            f"Other measures, all sites (site r2 without {left_out} where the truth is constant; |said - right| of the "
+            f"bins with {FEWEST_CARRIERS} called carriers)",
             header,
             rows,
         )
 
+    def summary(self) -> str:
+        """The first tables as plain text, and where the others are."""
+        tables = map(_text_table, self._first_sections())
+        return "\n\n".join([*tables, *self._not_run(), self._where_the_rest_is()]) + "\n"
+
     def table(self) -> str:
-        """The tables as plain text with aligned columns."""
+        """All tables as plain text with aligned columns."""
         return "\n\n".join([*map(_text_table, self.sections()), *self._not_run()]) + "\n"
 
     def markdown(self) -> str:
-        """The tables in Markdown."""
+        """All tables in Markdown."""
         return "\n\n".join([*map(_markdown_table, self.sections()), *self._not_run()]) + "\n"
+
+    def _where_the_rest_is(self) -> str:
+        """What :meth:`table` has beyond :meth:`summary`."""
+        carriers = any(scores.called_carriers is not None for scores in self.tools.values())
+        others = {
+            "by allele count": True,
+            "95 % intervals": self.bootstrap > 0,
+            "called carriers": carriers,
+            "DR2": True,
+            "populations": bool(self.populations),
+        }
+        tables = ", ".join(each for each, is_there in others.items() if is_there)
+        return f"More tables ({tables}): --details. Every number: --json FILE."
 
     def _not_run(self) -> list[str]:
         reasons = [f"{name} ({why})" for name, why in self.tools_not_run.items()]
@@ -244,14 +270,15 @@ def _text_table(section: Section) -> str:
         cells = [line[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
         text.append("  ".join(cells).rstrip())
-    return "\n".join(text)
+    return "\n".join([*text, *filter(None, [section.remark])])
 
 
 def _markdown_table(section: Section) -> str:
     ruler = ["---", *("---:" for _ in section.header[1:])]
     rows = [[cell.replace("|", r"\|") for cell in row] for row in (section.header, ruler, *section.rows)]
     lines = ["| " + " | ".join(cells) + " |" for cells in rows]
-    return "\n".join([f"**{section.title}**", "", *lines])
+    remark = ["", section.remark] if section.remark else []
+    return "\n".join([f"**{section.title}**", "", *lines, *remark])
 
 
 def _plain(value: object) -> object:

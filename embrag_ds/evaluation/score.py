@@ -101,7 +101,12 @@ def evaluate(
         panel_af = panel.alt_count / panel.allele_count
         minor_count = np.minimum(panel.alt_count, panel.allele_count - panel.alt_count)
         scored = {
-            name: Tool(tool.dosage, tool.gp if tool.has_gp(sites) else None, tool.dr2(sites))
+            name: Tool(
+                tool.dosage,
+                tool.gp if tool.has_gp(sites) else None,
+                tool.dr2(sites),
+                tool.of_haplotypes if tool.file.has_haplotypes else None,
+            )
             for name, tool in tools.items()
         }
         if baselines:

@@ -11,7 +11,7 @@ import numpy as np
 
 from embrag_ds.evaluation import metrics
 from embrag_ds.evaluation.carriers import CalledCarriers, largest_gap
-from embrag_ds.evaluation.report import Difference, Report, Scores
+from embrag_ds.evaluation.report import GENOTYPES, HAPLOTYPES, Difference, Report, Scores
 from embrag_ds.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -27,13 +27,16 @@ class Tool:
     """Imputed values of one tool, for the truth's samples.
 
     ``dosage`` and, where the tool has genotype probabilities, ``gp`` are functions of panel rows int64 [n]. They return
-    float32 [n, N] and [n, N, 3], on the diploid scale (:mod:`embrag_ds.evaluation.alignment`). ``dr2`` float32 [S] is
-    the tool's own estimate of r2 at all scored sites, or None.
+    float32 [n, N] and [n, N, 3], on the diploid scale (:mod:`embrag_ds.evaluation.alignment`). ``of_haplotypes``, where
+    the tool has probabilities of haplotypes, takes panel rows and their ``dosage`` and returns the genotype
+    probabilities [n, N, 3] that follow. ``dr2`` float32 [S] is the tool's own estimate of r2 at all scored sites, or
+    None.
     """
 
     dosage: Callable[[np.ndarray], np.ndarray]
     gp: Callable[[np.ndarray], np.ndarray] | None = None
     dr2: np.ndarray | None = None
+    of_haplotypes: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,8 @@ def score(
 
     ``files`` and ``typed_sites`` only go into the report. Memory: see :mod:`embrag_ds.evaluation.score`.
     """
-    # The same input for all tools: IQS of probabilities and of best guesses do not compare.
-    from_probabilities = all(tool.gp is not None for tool in tools.values())
     members = metrics.every_member(scored.panel_af, scored.minor_count)
-    sums = {name: _Sums(scored, members, tool, from_probabilities) for name, tool in tools.items()}
+    sums = {name: _Sums(scored, members, tool) for name, tool in tools.items()}
     missing, haploids = 0, 0
     at_once = max(1, min(BLOCK_SITES, BLOCK_GENOTYPES // scored.samples))
     with Progress("scoring", len(scored.sites), "sites") as progress:
@@ -100,7 +101,6 @@ def score(
         sites_monomorphic_in_panel=int((scored.minor_count == 0).sum()),
         sites_without_truth_variance=_parted(_by_name((members & constant).sum(axis=1)))[0],
         missing_truth_genotypes=missing,
-        iqs_from="genotype probabilities" if from_probabilities else "best guesses",
         typed_sites=typed_sites,
         bootstrap=bootstrap,
         seed=seed,
@@ -141,11 +141,10 @@ class _Sums:
     ``members`` bool [G, S] are the scored sites of every bin.
     """
 
-    def __init__(self, scored: Scored, members: np.ndarray, tool: Tool, iqs_from_probabilities: bool) -> None:
+    def __init__(self, scored: Scored, members: np.ndarray, tool: Tool) -> None:
         self._scored = scored
         self._members = members
         self._tool = tool
-        self._iqs_from_probabilities = iqs_from_probabilities
         self.aggregate = metrics.AggregateR2(scored.samples, metrics.EVERY_NAME)
         self._concordance = metrics.Concordance()
         self._calibration, self._rare_calls = metrics.Calibration(), metrics.Calibration()
@@ -168,9 +167,13 @@ class _Sums:
         if not self._scored.is_called:
             truth = np.rint(truth)
         self._concordance.add(truth, called, panel_af)
-        self._quality[block] = metrics.iqs(
-            truth, gp if gp is not None and self._iqs_from_probabilities else metrics.one_hot(called)
-        )
+        probabilities = gp
+        if gp is None and self._tool.of_haplotypes is not None:
+            probabilities = self._tool.of_haplotypes(rows, dosage)
+            if haploid is not None:
+                probabilities = metrics.without_heterozygotes(probabilities, haploid)
+        if probabilities is not None:
+            self._quality[block] = metrics.iqs(truth, probabilities)
         if gp is not None:
             self._calibration.add(truth, gp)
             carried = metrics.polarise(called, panel_af) > 0
@@ -182,6 +185,7 @@ class _Sums:
         overall, non_reference = self._concordance.result()
         panel_af, dr2 = self._scored.panel_af, self._tool.dr2
         has_gp = self._tool.gp is not None
+        iqs_from = GENOTYPES if has_gp else HAPLOTYPES if self._tool.of_haplotypes is not None else None
         r2, r2_by_count = _parted(self.aggregate.result())
         limits = _parted(metrics.interval(self.aggregate.resample(weights), metrics.EVERY_NAME))
         calibrated = self._carriers.result(weights)
@@ -194,7 +198,8 @@ class _Sums:
             site_r2=metrics.by_bin(self.true_r2, panel_af),
             concordance=overall,
             non_reference_concordance=non_reference,
-            iqs=metrics.by_bin(self._quality, panel_af),
+            iqs=None if iqs_from is None else metrics.by_bin(self._quality, panel_af),
+            iqs_from=iqs_from,
             calibration_error=self._calibration.result() if has_gp else None,
             rare_calibration_error=self._rare_calls.result() if has_gp else None,
             calibration_curve=self._calibration.curve(),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import math
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import numpy as np
 
 from embrag_ds.errors import UserError
 from embrag_ds.files import read_lines
+from embrag_ds.variants.header import A_MAP, foreign
 
 ANY_CONTIG = ""
 """Contig of the points of a map without a column for it."""
@@ -19,6 +23,9 @@ LEAST_RATE, MOST_RATE = 1e-3, 1e3
 _MOST_BP = 2**31 - 1
 _MOST_CM = 1e5
 _LONGEST_NAME = 60  # characters of a contig in errors
+_GIVE_A_MAP = "give --map a PLINK, HapMap or SHAPEIT genetic map, or leave it out"
+_VCF = ("##fileformat=VCF", "#CHROM\tPOS\tID\tREF")
+_FIRST_BYTES = 64
 _NO_POINTS = "it has no points; give a PLINK, HapMap or SHAPEIT genetic map"
 
 Points = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -86,7 +93,7 @@ def read_map_file(path: Path) -> MapFile:
     Raises :class:`UserError` for columns that cannot be told, values that are no whole bp or finite cM, bp that do not
     increase and cM that decrease, and if no contig has a plausible map.
     """
-    lines = read_lines(path, "genetic map")
+    lines = _lines(path)
     first = next(_rows(lines), None)
     if first is None:
         raise UserError(f"{path}: {_NO_POINTS}")
@@ -97,6 +104,34 @@ def read_map_file(path: Path) -> MapFile:
     if named is not None:
         return _read(path, lines, named, fields)
     return _told_by_values(path, lines, number, fields)
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines of the map; raises :class:`UserError` for another kind of file, by its name where it is known."""
+    try:
+        lines = read_lines(path, "genetic map")
+    except UserError:
+        if (kind := _binary_kind(path)) is None:
+            raise
+        raise UserError(f"{path}: it is {kind}, not a genetic map; {_GIVE_A_MAP}") from None
+    first = next((line for line in lines if line.strip()), "")
+    if first.startswith(_VCF):
+        raise UserError(f"{path}: it is a VCF, not a genetic map; {_GIVE_A_MAP}")
+    return lines
+
+
+def _binary_kind(path: Path) -> str | None:
+    """What a file is that is no text, None where it is not known or cannot be read a second time."""
+    if not path.is_file():
+        return None
+    for opened in (gzip.open, open):
+        with suppress(OSError, EOFError, zlib.error), opened(path, "rb") as stream:
+            start = stream.read(_FIRST_BYTES)
+            if start.startswith(b"BCF"):
+                return "a BCF"
+            found = foreign(start, path)
+            return None if found is None or found[0] == A_MAP else found[0]
+    return None
 
 
 def subject(contig: str) -> str:

@@ -22,7 +22,7 @@ from embrag_ds.reports.charts import (
 )
 from embrag_ds.reports.text import escaped, number, table
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 16, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 72, 12, 16, 40
 _ROW, _LABELS = 22, 150
 _UNITS = (("Mb", 1e6), ("kb", 1e3), ("bp", 1.0))
 _TRACK, _TRACK_WIDTH, _TRACK_LEFT, _TRACK_RIGHT = 34, 900, 110, 150

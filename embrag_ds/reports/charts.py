@@ -17,7 +17,7 @@ COLOURS = ("c0", "c1", "c2", "c3", "c4", "c5")
 RAMP = ("r0", "r1", "r2", "r3", "r4")
 """Style classes of series in order, such as bins."""
 WIDTH, HEIGHT = 440, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 72, 12, 12, 40
 _MOST_DRAWN = 600
 _MOST_MARKERS = 80
 _TICKS = 5
@@ -148,9 +148,9 @@ def frame(x_axis: Axis, y_axis: Axis, axes: tuple[str, str], x_ticks: bool = Tru
     for value in x_axis.ticks() if x_ticks else ():
         place = x_axis.place(value)
         parts.append(line("axis", place, bottom, place, bottom + 4))
-        parts.append(text(min(place, right - 6), bottom + 16, tick(value), "middle"))
+        parts.append(text(min(place, right - 6), bottom + 18, tick(value), "middle"))
     parts.append(line("axis", left, bottom, right, bottom))
-    parts.append(text((left + right) / 2, bottom + 33, axes[0], "middle", "name"))
+    parts.append(text((left + right) / 2, bottom + 34, axes[0], "middle", "name"))
     turned = f'transform="translate(11 {(bottom + y_axis.stop) / 2:.1f}) rotate(-90)"'
     parts.append(f'<text class="name" text-anchor="middle" {turned}>{escaped(axes[1])}</text>')
     return "\n".join(parts)
@@ -176,7 +176,10 @@ def tick(value: float) -> str:
     for least, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= least:
             return f"{value / (1e3 if letter == 'k' else least):.4g}{letter}"
-    return f"{value:.4g}" if size >= 1e-3 else f"{value:.3g}"
+    if size >= 1e-3:
+        return f"{value:.4g}"
+    digits, _, power = f"{value:.2e}".partition("e")
+    return f"{float(digits):g}e{int(power)}"
 
 
 def _line(series: Series, x_axis: Axis, y_axis: Axis) -> list[str]:

@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from embrag_ds.progress import spoken
+
 MOST_ROWS = 200
 """Rows of a table at most; a longer one is thinned or cut off, and says so."""
 NOTHING = "\N{EN DASH}"
@@ -66,14 +68,10 @@ def date(seconds: Any) -> str:
 
 
 def duration(seconds: Any) -> str:
-    """A duration as 1 h 02 min, 3 min 04 s or 5 s; a dash for anything but a number."""
+    """A duration in words (:func:`embrag_ds.progress.spoken`); a dash for anything but a number."""
     if not isinstance(seconds, int | float) or not 0 <= seconds < 1e12:
         return NOTHING
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours:,} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return spoken(seconds)
 
 
 def thinned(rows: Sequence[Any], most: int = MOST_ROWS) -> list[Any]:

@@ -13,13 +13,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from embrag_ds.config import RunConfig
 from embrag_ds.errors import UserError
 from embrag_ds.files import make_folder, write_json
+
+if TYPE_CHECKING:  # a run's report reads these files without torch
+    import torch
+
+    from embrag_ds.config import RunConfig
 
 CONFIG, VERSIONS, METRICS = "config.json", "versions.json", "metrics.jsonl"
 RUN_LOG, PROFILE = "run.log", "profile.json"
@@ -210,6 +212,8 @@ def _git_revision() -> str | None:
 
 def device_name(device: torch.device) -> str:
     """Name of a device, for reports: the GPU's, or the CPU's with the number of threads."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"

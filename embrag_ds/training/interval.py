@@ -76,9 +76,3 @@ class Interval:
         began = time.monotonic()
         yield
         self.started += time.monotonic() - began
-
-
-def clock(seconds: float) -> str:
-    """A duration as minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"

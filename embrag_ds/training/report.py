@@ -13,10 +13,11 @@ import torch.distributed
 from embrag_ds.config import EmbragConfig
 from embrag_ds.data.sampler import TrainingSampler
 from embrag_ds.engine.distributed import DistributedContext
+from embrag_ds.progress import spoken
 from embrag_ds.retrieval.reference import Reference
 from embrag_ds.runs.record import RunRecord
 from embrag_ds.training.finite import described
-from embrag_ds.training.interval import Interval, clock
+from embrag_ds.training.interval import Interval
 from embrag_ds.training.monitors import Monitors
 from embrag_ds.training.throughput import Throughput
 
@@ -98,7 +99,7 @@ class Report:
         loss = "not finite" if losses.total is None else f"{losses.total:.4f}"
         logger.info(
             f"step {step}/{self._last_step}  loss {loss}  {values['samples_per_second']:.0f} samples/s  "
-            f"retrieval wait {100 * values['retrieval_wait_share']:.0f} %  {age}{clock(left)} left"
+            f"retrieval wait {100 * values['retrieval_wait_share']:.0f} %  {age}{spoken(left)} left"
         )
 
     def record(self, kind: str, step: int, values: dict[str, Any]) -> None:

@@ -140,6 +140,7 @@ class Trainer:
         if found is not None:
             self.reference.backend = found.backend
             self.checkpoints.load(found, self.engine, self.reference)
+            logger.info(f"going on from step {self.state.step} of {self.embrag.train.max_steps}")
         else:
             self.reference.begin_refresh(0)
             self._choose_backend()

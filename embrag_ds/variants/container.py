@@ -28,6 +28,7 @@ import pysam.bcftools
 
 from embrag_ds.errors import UserError
 from embrag_ds.files import source_of
+from embrag_ds.variants.header import foreign
 
 # Our errors name file, record and remedy; htslib's messages on stderr would only repeat them.
 pysam.set_verbosity(0)
@@ -43,21 +44,8 @@ _JOB_BYTES = 16 * BGZF_TEXT
 _MOST_THREADS = 4
 _BOM = b"\xef\xbb\xbf"
 _BLOCK_BYTES = 1 << 16
+_FIRST_BYTES = 1 << 12
 _LONGEST_LINE = 1 << 28
-_FOREIGN = {
-    b"\x28\xb5\x2f\xfd": ("zstd", "decompress it (zstd -d)"),
-    b"\xfd7zXZ": ("xz", "decompress it (xz -d)"),
-    b"BZh": ("bzip2", "decompress it (bzip2 -d)"),
-    b"PK\x03\x04": ("zip", "decompress it (unzip)"),
-    b"\xff\xfe": ("UTF-16 text", "convert it (iconv -f UTF-16 -t UTF-8)"),
-    b"\xfe\xff": ("UTF-16 text", "convert it (iconv -f UTF-16 -t UTF-8)"),
-    b"CRAM": ("CRAM, which holds reads", "call variants first (bcftools mpileup, bcftools call)"),
-    b"BAM\1": ("BAM, which holds reads", "call variants first (bcftools mpileup, bcftools call)"),
-    b"\x89HDF": ("HDF5", "give the VCF or BCF that it was made from"),
-    b"SAV": ("SAV", "convert it (sav export)"),
-    b"\x6c\x1b": ("PLINK's .bed", "convert it (plink2 --bfile PREFIX --export vcf bgz)"),
-}
-"""Files that are no VCF or BCF by their first bytes: what they are, and a remedy."""
 # The last one comes from pysam, for a BCF whose blocks htslib takes for plain gzip.
 _Damage = (OSError, EOFError, zlib.error, ValueError, NotImplementedError)
 
@@ -203,9 +191,8 @@ def _copied(pipe: Path, name: Path) -> Iterator[Path]:
 
 
 def _refuse_foreign(name: Path, start: bytes) -> None:
-    for magic, (kind, remedy) in _FOREIGN.items():
-        if start.startswith(magic):
-            raise UserError(f"{name}: it is {kind}, not a VCF or BCF; {remedy}")
+    if (found := foreign(start, name)) is not None:
+        raise UserError(f"{name}: it is {found[0]}, not a VCF or BCF; {found[1]}")
 
 
 class VariantText:
@@ -242,7 +229,7 @@ class VariantText:
         """Whether the file is a BCF (else text). Raises :class:`UserError` if it is neither."""
         try:
             with self._path.open("rb") as raw:
-                start = raw.read(18)
+                start = raw.read(_FIRST_BYTES)
                 raw.seek(max(0, os.fstat(raw.fileno()).st_size - len(BGZF_EOF)))
                 end = raw.read()
         except OSError as error:
@@ -257,11 +244,11 @@ class VariantText:
                 self._remark("it has no end-of-file block; if it was cut short, copy or write it again")
         try:
             with self._opened() as file:
-                magic = file.read(18).removeprefix(_BOM)
+                magic = file.read(_FIRST_BYTES).removeprefix(_BOM)
         except _Damage as error:
             raise UserError(f"{self.name}: its first block is damaged; write or copy the file again") from error
+        _refuse_foreign(self.name, magic)
         if not magic.startswith((b"BCF\2", b"##", b"#CHROM", b"\n", b"\r")):
-            _refuse_foreign(self.name, magic)
             raise UserError(f"{self.name}: it is not a VCF or BCF; give one")
         if magic.startswith(b"BCF") and self._is_gzip:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Header of a variant file: its samples, contigs and INFO keys."""
+"""Header of a variant file: its samples, contigs and INFO keys; and what a file is that is no variant file."""
 
 from __future__ import annotations
 
@@ -14,6 +14,67 @@ FIXED_COLUMNS = 9
 """Columns of a record before those of the samples."""
 _MOST_SHOWN = 60
 _NAMES = ["#CHROM", "POS", "ID", "REF", "ALT", "QUAL", "FILTER", "INFO", "FORMAT"]
+_INDEX = "an index of a variant file"
+_PLINK = "convert it (plink2 --bfile PREFIX --export vcf bgz), and give that VCF"
+_FOREIGN = {
+    b"\x28\xb5\x2f\xfd": ("zstd", "decompress it (zstd -d)"),
+    b"\xfd7zXZ": ("xz", "decompress it (xz -d)"),
+    b"BZh": ("bzip2", "decompress it (bzip2 -d)"),
+    b"PK\x03\x04": ("zip", "decompress it (unzip)"),
+    b"\xff\xfe": ("UTF-16 text", "convert it (iconv -f UTF-16 -t UTF-8)"),
+    b"\xfe\xff": ("UTF-16 text", "convert it (iconv -f UTF-16 -t UTF-8)"),
+    b"CRAM": ("CRAM, which holds reads", "call variants first (bcftools mpileup, bcftools call)"),
+    b"BAM\1": ("BAM, which holds reads", "call variants first (bcftools mpileup, bcftools call)"),
+    b"\x89HDF": ("HDF5", "give the VCF or BCF that it was made from"),
+    b"SAV": ("SAV", "convert it (sav export)"),
+    b"##fileformat=M3VCF": ("minimac3's M3VCF", "give the VCF or BCF that it was made from"),
+    b"\x7a\x88\x74\xf4": ("Beagle's bref3", "convert it (java -jar unbref3.jar), and give that VCF"),
+    b"\x6c\x1b\x01": ("PLINK's .bed", _PLINK),
+    b"\x6c\x1b\x00": ("PLINK's .bed", _PLINK),
+    b"\x6c\x1b": ("PLINK's .pgen", "convert it (plink2 --pfile PREFIX --export vcf bgz), and give that VCF"),
+}
+"""Files that are no VCF or BCF by their first bytes: what they are, and a remedy. The first that fits counts."""
+_INDEXES = (b"TBI\1", b"CSI\1")
+_BGEN = slice(16, 20)
+_MAP_NAMES = {"cm", "map", "genetic_map", "gposition"}
+A_MAP = "a genetic map"
+_REMEDY_OF_A_MAP = "give it to --map, and a VCF or BCF here"
+
+
+def foreign(start: bytes, name: Path) -> tuple[str, str] | None:
+    """What a file with these first bytes is, and a remedy, where it is a known kind but no VCF or BCF; else None.
+
+    Compressed files are known by their decompressed bytes, too. Of a text, ``start`` should hold whole lines.
+    """
+    if start.startswith(_INDEXES):
+        indexed = name.name.removesuffix(".tbi").removesuffix(".csi")
+        return _INDEX, f"give the file that it is of{'' if indexed == name.name else f', {indexed}'}"
+    if start[_BGEN] == b"bgen":
+        return "BGEN", "convert it (plink2 --bgen FILE ref-first --sample FILE --export vcf bgz), and give that VCF"
+    known = next((found for magic, found in _FOREIGN.items() if start.startswith(magic)), None)
+    return known or _foreign_text(start)
+
+
+def _foreign_text(start: bytes) -> tuple[str, str] | None:
+    """The same for a text without the ``##`` lines of a VCF, by its first line with fields."""
+    lines = (line.split() for line in as_text(start).splitlines())
+    first = next((fields for fields in lines if fields and not fields[0].startswith("##")), [])
+    if start.startswith(b"##") or first[:2] == _NAMES[:2]:
+        return None
+    names = {field.lower().strip('"#').partition("(")[0] for field in first}
+    if names & _MAP_NAMES and not any(map(_is_number, first)):
+        return A_MAP, _REMEDY_OF_A_MAP
+    if len(first) == 6 and all(map(_is_number, first[2:4])) and not any(map(_is_number, first[4:])):
+        return "PLINK's .bim", _PLINK
+    if len(first) == 6 and all(map(_is_number, first[4:])) and first[4] in ("0", "1", "2"):
+        return "PLINK's .fam", _PLINK
+    if 3 <= len(first) <= 5 and sum(map(_is_number, first)) >= len(first) - 2 and _is_number(first[-1]):
+        return A_MAP, _REMEDY_OF_A_MAP
+    return None
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"-?[0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?", text) is not None
 
 
 def as_text(content: bytes) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from embrag_ds.cli.train import OF_EXTRA
 from embrag_ds.data.simulate import DefaultData
+from tests.reports.runs import write_run
 from tests.whole_files import read_dosages, read_phased
 
 Embrag = Callable[..., subprocess.CompletedProcess[str]]
@@ -87,3 +88,16 @@ print("imported", sorted(set({slow}) & set(sys.modules)), "searched for garbage"
     done = embrag("impute", *files, "--adapt", "off", "--out", tmp_path / "imputed.vcf.gz", code=code)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "imported [] searched for garbage False\n"
+
+
+def test_a_runs_report_imports_no_torch(embrag: Embrag, tmp_path: Path) -> None:
+    slow = ("torch", "numba", "deepspeed", "matplotlib", "msprime")
+    code = f"""
+import sys
+from embrag_ds.cli.main import main
+main()
+print("imported", sorted(set({slow}) & set(sys.modules)))
+"""
+    done = embrag("report", write_run(tmp_path / "run"), code=code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "imported []\n"

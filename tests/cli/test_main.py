@@ -117,6 +117,45 @@ def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "COMMAND" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            "evaluate --bootstrp=10",
+            "unknown option --bootstrp (--bootstrap?); embrag evaluate --help lists the options",
+        ),
+        ("evaluate --boot 10", "unknown option --boot (--bootstrap?); embrag evaluate --help lists the options"),
+        ("impute --panell A", "unknown option --panell (--panel?); embrag impute --help-all lists the options"),
+        (
+            "train --deepspeed-config v18",
+            "unknown option --deepspeed-config (--deepspeed_config?); embrag train --help",
+        ),
+        ("evaluate --ex", "unknown option --ex (--excluded?); embrag evaluate --help lists the options"),
+        ("evaluate --zzzz", "unknown option --zzzz; embrag evaluate --help lists the options"),
+        ("evaluate -z 3", "unknown option -z; embrag evaluate --help lists the options"),
+        ("evaluate -- A", "unknown argument A; embrag evaluate --help lists the options"),
+        ("report A B", "unknown argument B; embrag report --help lists the options"),
+        ("--zzzz evaluate", "unknown option --zzzz; embrag --help lists the commands"),
+        ("--vers", "unknown option --vers (--version?); embrag --help lists the commands"),
+        ("evaluate --bootstrap=many", "argument --bootstrap: invalid int value: 'many'; embrag evaluate --help lists"),
+        ("report", "the following arguments are required: INPUT; embrag report --help lists the options"),
+    ],
+)
+def test_a_faulty_command_line_is_one_line(given: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(*given.split()) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1
+    assert shown.err.startswith(f"error: {said}")
+
+
+def test_no_argument_is_passed_over(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended("evaluate", "two words") == 2
+    assert capsys.readouterr().err.startswith("error: unknown argument two words; ")
+    given = make_parser().parse_args(["evaluate", "--imputed", "--a b"])
+    assert given.imputed == ["--a b"]
+    assert str(make_parser().parse_args(["report", "--", "--odd"]).input) == "--odd"
+
+
 def test_verbose_says_more(simulated: DefaultData, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [f"--panel={simulated.panel}", f"--target={simulated.target}", f"--map={simulated.genetic_map}"]
     said = []

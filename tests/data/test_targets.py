@@ -210,6 +210,21 @@ def test_samples_that_are_in_the_panel() -> None:
     assert opened(target, panel, allow_overlap=True).samples == ("P0",)
 
 
+def test_exchanged_panel_and_target() -> None:
+    few, many = np.arange(4), np.arange(9)
+    target = packed("target", few, np.zeros((4, 4), dtype=np.uint8), np.zeros(4, dtype=bool), "T")
+    panel = packed("panel", many, np.zeros((9, 6), dtype=np.uint8), np.zeros(9, dtype=bool), "P")
+    assert len(match_targets(target, panel, "report", False).panel_index) == 4
+    with pytest.raises(UserError) as caught:
+        match_targets(panel, target, "report", False)
+    assert str(caught.value) == (
+        "panel: it has all 4 sites of the panel target among its 9, so that none is left to impute; "
+        "exchange --panel and --target"
+    )
+    other = packed("other", np.arange(1, 10), np.zeros((9, 6), dtype=np.uint8), np.zeros(9, dtype=bool), "P")
+    assert len(match_targets(other, target, "report", False).panel_index) == 3
+
+
 def test_few_matched_sites_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     for number, matched in ((32, 2), (4, 2), (5, 2)):
         caplog.clear()

@@ -249,6 +249,79 @@ def test_probabilities_may_lack_where_targets_are_typed(study: Study) -> None:
     assert scores["gp-nowhere"]["calibration_error"] is None
 
 
+def iqs_by_hand(study: Study) -> float:
+    """Mean IQS of the untyped sites, from the products of haplotype probabilities; a haploid genotype has one."""
+    found = []
+    for row in UNTYPED:
+        table = np.zeros((3, 3))  # imputed genotype by true genotype
+        for sample in range(SAMPLES):
+            a, b = study.hds[row, sample].tolist()
+            gp = [1 - a, 0, a] if HAPLOID[row, sample] else [(1 - a) * (1 - b), a * (1 - b) + b * (1 - a), a * b]
+            table[:, study.alleles[row, sample].sum()] += gp
+        observed = np.trace(table) / SAMPLES
+        chance = float(table.sum(axis=0) @ table.sum(axis=1)) / SAMPLES**2
+        found.append((observed - chance) / (1 - chance))
+    return float(np.mean(found))
+
+
+def test_iqs_is_of_the_file_alone(study: Study) -> None:
+    """From GP, or else from haplotypes: the same number, whatever the file is compared with."""
+
+    def haplotypes(row: int, sample: int, swapped: bool = False) -> str:
+        return ":".join(study.ours(row, sample, swapped).split(":")[:3])
+
+    def other_hds(row: int, sample: int) -> str:
+        genotype, dosage, hds, gp = study.ours(row, sample).split(":")
+        return f"{genotype}:{dosage}:{'0.5,0.5' if ',' in hds else '0.5'}:{gp}"
+
+    files = {
+        "gp": study.write("iqs-gp", "GT:DS:HDS:GP", study.ours),
+        "both": study.write("iqs-both", "GT:DS:HDS:GP", other_hds),
+        "hds": study.write("iqs-hds", "GT:DS:HDS", haplotypes),
+        "swapped": study.write("iqs-swapped", "GT:DS:HDS", lambda r, s: haplotypes(r, s, swapped=True), swapped=True),
+        "ap": study.write("iqs-ap", "GT:DS:AP1:AP2", lambda r, s: study.beagle(r, s).rpartition(":")[0]),
+        "ds": study.write("iqs-ds", "DS", study.dosage_only),
+    }
+    report = study.score(files, baselines=True)
+    expected = iqs_by_hand(study)
+    for name, kind in (
+        ("gp", "GP"),
+        ("both", "GP"),
+        *((each, "haplotype probabilities") for each in ("hds", "swapped", "ap")),
+    ):
+        scores = report.tools[name]
+        assert scores.iqs is not None and scores.iqs_from == kind
+        assert scores.iqs["all"] == pytest.approx(expected, abs=1e-5), name
+    assert report.tools["ds"].iqs is report.tools["ds"].iqs_from is None
+    line = "IQS from GP: gp, both; from haplotype probabilities: hds, swapped, ap; "
+    assert f"\n{line}none without GP and HDS: ds, {ALLELE_FREQUENCY}, {NEAREST_HAPLOTYPE}\n" in report.summary()
+    for name, path in files.items():
+        alone = study.score({name: path}).to_json()["tools"][name]
+        assert alone["iqs"] == report.to_json()["tools"][name]["iqs"]
+    homozygous = study.write("iqs-truth", "GT", lambda r, s: study.gt(r, s, both=True))
+    assert study.score({"a": files["hds"]}, homozygous).tools["a"].iqs["all"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_iqs_where_hds_is_left_out(study: Study) -> None:
+    """PLINK 2 leaves out HDS where both haplotypes have half of DS."""
+
+    def cell(row: int, sample: int) -> str:
+        a, b = study.hds[row, sample].tolist()
+        alleles, ds = study.gt(row, sample), a if HAPLOID[row, sample] else a + b
+        if sample % 3:
+            both = f"{a:.3f}" if HAPLOID[row, sample] else f"{a:.3f},{b:.3f}"
+            return f"{alleles}:{ds:.3f}:{both}"
+        half = f"{ds:.4f}" if HAPLOID[row, sample] else f"{ds / 2:.4f},{ds / 2:.4f}"
+        return f"{alleles}:{ds:.3f}:{'.' if left_out else half}"
+
+    left_out = False
+    whole = study.score({"a": study.write("hds-whole", "GT:DS:HDS", cell)}).tools["a"].iqs
+    left_out = True
+    found = study.score({"a": study.write("hds-left-out", "GT:DS:HDS", cell)}).tools["a"].iqs
+    assert whole is not None and found is not None
+    assert found["all"] == pytest.approx(whole["all"], abs=1e-6)
+
+
 @pytest.mark.parametrize("joined", ["T{0}_T{0}", "0_T{0}"])
 def test_names_that_plink_joined(study: Study, joined: str) -> None:
     """The error's command, followed literally, gives a file that is scored."""

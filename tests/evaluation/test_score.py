@@ -183,12 +183,12 @@ def test_other_measures_use_what_the_file_has(study: dict, tmp_path: Path) -> No
     write_dosages(tmp_path / "bare.vcf.gz", study["samples"], range(SITES), noise)
     report = score(study, imputed={"full": tmp_path / "full.vcf.gz", "bare": tmp_path / "bare.vcf.gz"})
     full, bare = report.tools["full"], report.tools["bare"]
-    assert report.iqs_from == "best guesses"  # what both have
+    assert (full.iqs_from, bare.iqs_from, bare.iqs) == ("GP", None, None)
     assert full.calibration_error == 0.0 and bare.calibration_error is None and bare.dr2_correlation is None
     assert full.rare_calibration_error == 0.0 and full.calibration_curve[-1][:2] == (1.0, 1.0)
     assert full.iqs["all"] == pytest.approx(1.0)
     alone = score(study, imputed={"full": tmp_path / "full.vcf.gz"})
-    assert alone.iqs_from == "genotype probabilities"
+    assert alone.tools["full"].iqs["all"] == full.iqs["all"]
     called = np.rint(noise)
     assert bare.concordance["all"] == pytest.approx((called == counts)[UNTYPED].mean())
     undefined = int((np.ptp(counts[UNTYPED], axis=1) == 0).sum())
@@ -251,6 +251,43 @@ def test_table_is_aligned_and_json_is_plain(study: dict) -> None:
     assert "| sites |" in report.markdown() and "nan" not in report.markdown()
 
 
+def test_the_summary_is_short_and_says_where_the_rest_is(study: dict, tmp_path: Path) -> None:
+    counts = study["counts"]
+    sure = np.where(np.arange(SITES) % 3, 0.9, 0.6)[:, None, None]
+    gp = sure * metrics.one_hot(counts.astype(int)) + (1 - sure) / 3
+    files = {name: tmp_path / f"{name}.vcf.gz" for name in ("one", "two")}
+    write_dosages(files["one"], study["samples"], range(SITES), counts, gp=gp)
+    write_dosages(files["two"], study["samples"], range(SITES), noisy(study, 9, 0.3))
+    report = score(study, imputed=files)
+    summary = report.summary()
+    assert len(summary.splitlines()) <= 20 and max(map(len, summary.splitlines())) <= 120
+    r2, calls, rest = summary.split("\n\n")
+    assert report.table().startswith(f"{r2}\n\n{calls}\n\n")
+    assert [line.split()[0] for line in r2.splitlines()[2:]] == ["sites", "one", "two"]
+    one, two = (report.tools[name] for name in files)
+    measures = (one.concordance, one.non_reference_concordance, one.iqs)
+    numbers = [
+        *(f"{each['all']:.4f}" for each in measures),
+        f"{one.calibration_error:.4f}",
+        f"{one.rare_calibration_error:.4f}",
+    ]
+    assert len(set(numbers)) == 4  # both concordances are 1
+    assert calls.splitlines()[2].split() == ["one", *numbers]
+    assert calls.splitlines()[3].split() == [
+        "two",
+        *(f"{each['all']:.4f}" for each in (two.concordance, two.non_reference_concordance)),
+        "-",
+        "-",
+        "-",
+    ]
+    assert calls.splitlines()[4] == "IQS from GP: one; none without GP and HDS: two"
+    assert rest == (
+        "More tables (by allele count, 95 % intervals, called carriers, DR2): --details. Every number: --json FILE.\n"
+    )
+    fewer = score(study, imputed={"two": files["two"]}, bootstrap=0).summary()
+    assert fewer.splitlines()[-1].startswith("More tables (by allele count, DR2):")
+
+
 def test_without_bootstrap_no_interval_is_reported(study: dict) -> None:
     assert "95 %" not in score(study, baselines=True, bootstrap=0).table()
 
@@ -274,6 +311,19 @@ def test_faults_of_the_user_name_the_file(study: dict, tmp_path: Path) -> None:
         score(study, imputed={NEAREST_HAPLOTYPE: path})
 
 
+def test_exchanged_panel_and_target(study: dict) -> None:
+    def exchanged(truth: Path, panel: Path, target: Path) -> str:
+        with pytest.raises(UserError) as caught:
+            evaluate(truth, {}, panel, target, baselines=True, cache_dir=study["folder"] / "cache")
+        return str(caught.value)
+
+    said = exchanged(study["truth"], study["target"], study["panel"])
+    assert said.startswith(f"{study['target']}: its samples are also in the truth {study['truth']}, all 10 of both")
+    assert said.endswith("give the panel to --panel, and the file of typed sites to --target")
+    said = exchanged(study["truth"], study["truth"], study["target"])
+    assert said.startswith(f"{study['truth']}: its samples are also in the truth")
+
+
 def test_command_line(
     study: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,7 +333,12 @@ def test_command_line(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     ours = f"--imputed=ours={tmp_path / 'a.vcf.gz'}"
     main("evaluate", [*arguments, ours, "--baselines", *outputs])
-    assert capsys.readouterr().out.splitlines()[3].startswith("ours")
+    summary = capsys.readouterr().out
+    assert summary.splitlines()[3].startswith("ours") and "--details" in summary.splitlines()[-1]
+    main("evaluate", [*arguments, ours, "--baselines", "--bootstrap=10", "--details"])
+    details = capsys.readouterr().out
+    assert details.startswith(summary.rpartition("\n\n")[0]) and "95 % interval" in details
+    assert "--details" not in details
     assert json.loads((tmp_path / "out.json").read_text())["tools"]["ours"]["aggregate_r2"]["all"] > 0.5
     assert "| ours |" in (tmp_path / "out.md").read_text()
     with pytest.raises(UserError, match=r"none\.vcf\.gz"):

@@ -415,3 +415,38 @@ def test_whole_columns_are_read_at_once() -> None:
     lines = [f"{1 + place // 5} . {place / 7} {place % 5 + 1}" for place in range(10)]
     found = formats._points_at_once(lines, formats.Columns("PLINK", contig=0, cm=2, bp=3), lines[0].split())
     assert found is not None and [len(bp) for bp, _ in found.values()] == [5, 5]
+
+
+VCF = b"##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\tFORMAT\tA\n"
+VCF += b"20\t9\t.\tA\tC\t.\t.\t.\tGT\t0|1\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (VCF, "a VCF"),
+        (gzip.compress(VCF), "a VCF"),
+        (bgzipped(VCF), "a VCF"),
+        (VCF.partition(b"\n")[2], "a VCF"),
+        (bgzipped(b"BCF\2\2" + bytes(40)), "a BCF"),
+        (bgzipped(b"TBI\1" + bytes(40)), "an index of a variant file"),
+        (b"\x6c\x1b\x01\0\0", "PLINK's .bed"),
+    ],
+)
+def test_a_file_of_variants_is_no_map(tmp_path: Path, content: bytes, kind: str) -> None:
+    path = tmp_path / "map"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        GeneticMap.read(path)
+    remedy = "give --map a PLINK, HapMap or SHAPEIT genetic map, or leave it out"
+    assert str(caught.value) == f"{path}: it is {kind}, not a genetic map; {remedy}"
+
+
+def test_what_is_no_known_kind_keeps_its_error(tmp_path: Path) -> None:
+    path = tmp_path / "map"
+    path.write_bytes(b"\x1f\x8b" + bytes(20))
+    with pytest.raises(UserError, match="cannot read the genetic map"):
+        GeneticMap.read(path)
+    path.write_bytes(b"20 1 1\n\0")
+    with pytest.raises(UserError, match="cannot read the genetic map"):
+        GeneticMap.read(path)

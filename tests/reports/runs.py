@@ -58,7 +58,7 @@ def line_of_validation(step: int) -> dict[str, Any]:
             "r2": {name: None if name == "<0.1 %" else rng.random() for name in BIN_NAMES},
             "prior_r2": {name: rng.random() for name in BIN_NAMES},
             "accuracy": rng.random(),
-            "calibration_error": rng.random(),
+            "calibration_error": 0.001 * rng.random(),
         }
         for mask in MASKS
     }

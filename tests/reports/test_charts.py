@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embrag_ds.reports.bars import Dot, Track, columns_chart, dots_chart, histogram, rows_chart, tracks_chart
-from embrag_ds.reports.charts import Axis, Series, lines_chart, spread
+from embrag_ds.reports.charts import Axis, Series, lines_chart, spread, tick
 from embrag_ds.reports.page import Page
 from embrag_ds.reports.text import NOTHING, number
 from tests.reports.pages import Parsed, parsed
@@ -150,3 +150,18 @@ def test_nothing_to_draw_is_said() -> None:
         assert "There is no" in chart and "<svg" not in chart and shown(chart).figures
     one = lines_chart("G", ("x", "y"), [Series("a", [(5.0, 0.0)])])
     assert path_points(one) and "nan" not in one
+
+
+@given(st.floats(1e-9, 1e12), st.floats(1e-6, 10))
+def test_ticks_fit_beside_the_axis(low: float, width: float) -> None:
+    """Beside the axis there is room for eight characters, and the axis's name comes next."""
+    for value in Axis(low, low * (1 + width), 0, 100).ticks():
+        assert len(tick(value)) <= 8, value
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.000125, "1.25e-4"), (7.5e-5, "7.5e-5"), (0.0005, "5e-4"), (0.001, "0.001"), (-2.5e-4, "-2.5e-4")],
+)
+def test_small_ticks_have_a_power_of_ten(value: float, shown: str) -> None:
+    assert tick(value) == shown

@@ -39,7 +39,16 @@ addEventListener("load", () => {
         return own.left < all.left - 1 || own.right > all.right + 1 || own.bottom > all.bottom + 1;
       }).map((each) => each.textContent);
     });
-    found.push({width: frame.width, scroll: view.scrollWidth, client: view.clientWidth, wide, texts,
+    // Numbers and names beside the axes; names of dots may cover each other.
+    const overlaps = [...inside.querySelectorAll("figure svg")].flatMap((drawing) => {
+      const beside = [...drawing.querySelectorAll("text")].filter((each) => each.matches(":not(.name), [transform]"));
+      const boxes = beside.map((each) => each.getBoundingClientRect());
+      return beside.flatMap((each, one) => beside.slice(one + 1).filter((_, more) => {
+        const a = boxes[one], b = boxes[one + 1 + more];
+        return a.left < b.right && b.left < a.right && a.top + 1 < b.bottom && b.top + 1 < a.bottom;
+      }).map((other) => each.textContent + " | " + other.textContent));
+    });
+    found.push({width: frame.width, scroll: view.scrollWidth, client: view.clientWidth, wide, texts, overlaps,
       drawings: [...inside.querySelectorAll("figure svg[role=img]")].filter((each) => each.clientHeight > 20).length});
   }
   document.title = JSON.stringify(found);
@@ -102,6 +111,7 @@ def test_no_page_is_wider_than_its_window_and_no_text_leaves_its_drawing(
     drawings = content.count('role="img"')
     for each in found:
         assert each["scroll"] <= each["client"] and each["wide"] == [] and each["texts"] == [], each
+        assert each["overlaps"] == [], each["overlaps"]
         assert each["drawings"] == drawings > 3
 
 

@@ -86,7 +86,7 @@ def test_numbers_for_people(value: float | None, shown: str) -> None:
 def test_shares_dates_and_durations() -> None:
     assert share(1, 8) == "12.5 %" and share(0, 0) == NOTHING
     assert date(0) == "1970-01-01 00:00:00 UTC" and date("soon") == date(1e300) == date(math.nan) == NOTHING
-    assert [duration(each) for each in (4.6, 65, 3725)] == ["5 s", "1 min 05 s", "1 h 02 min"]
+    assert [duration(each) for each in (4.6, 65, 3725)] == ["5 s", "1 min 5 s", "1 h 2 min"]
     assert {duration(each) for each in (-1, None, "x", math.nan)} == {NOTHING}
 
 

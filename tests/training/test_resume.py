@@ -85,6 +85,19 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_whole_one_taken(
     assert losses(metrics_of("run")) == losses(metrics_of("whole"))
 
 
+def test_a_resumed_run_says_from_which_step(
+    finished: Path, make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    caplog.set_level("INFO", logger="embrag_ds")
+    make_trainer("run", *EVERY_STEP, "embrag.train.max_steps=7", resume=True)
+    assert "going on from step 3 of 7" in caplog.messages
+    caplog.clear()
+    make_trainer("new", *EVERY_STEP, "embrag.model.fusion=rare_variant")
+    assert not [each for each in caplog.messages if "going on from" in each or "copying model" in each]
+    assert [each for each in caplog.messages if each.startswith("retrieval: ")]
+
+
 def test_two_damaged_ones_and_one_without_end_are_passed_over(
     finished: Path, make_trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

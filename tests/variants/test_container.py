@@ -148,6 +148,17 @@ def zipped(content: bytes) -> bytes:
         (b"CRAM\3", "CRAM, which holds reads", "bcftools call"),
         (bgzipped(b"BAM\1\0\0"), "BAM, which holds reads", "bcftools call"),
         (b"\x6c\x1b\x01\0\0", "PLINK's .bed", "plink2 --bfile PREFIX --export vcf bgz"),
+        (b"\x6c\x1b\x10\0\0", "PLINK's .pgen", "plink2 --pfile PREFIX --export vcf bgz"),
+        (b"20\trs1\t0\t1000\tA\tG\n20\trs2\t0.5\t2000\tT\tC\n", "PLINK's .bim", "plink2 --bfile PREFIX"),
+        (b"F1 S1 0 0 1 -9\nF2 S2 0 0 2 -9\n", "PLINK's .fam", "plink2 --bfile PREFIX"),
+        (b"\x1a\0\0\0\x14\0\0\0\1\0\0\0\2\0\0\0bgen\0", "BGEN", "plink2 --bgen FILE"),
+        (bgzipped(b"TBI\1" + bytes(40)), "an index of a variant file", "give the file that it is of"),
+        (bgzipped(b"CSI\1" + bytes(40)), "an index of a variant file", "give the file that it is of"),
+        (b"##fileformat=M3VCF\n##version=2.0\n", "minimac3's M3VCF", "give the VCF"),
+        (b"\x7a\x88\x74\xf4\0\0", "Beagle's bref3", "unbref3"),
+        (b"20 . 1.0 1000\n20 . 1.5 2000\n", "a genetic map", "give it to --map"),
+        (gzip.compress(b"pos chr cM\n1000 20 1.0\n"), "a genetic map", "give it to --map"),
+        (b"position COMBINED_rate(cM/Mb) Genetic_Map(cM)\n1 2 3\n", "a genetic map", "give it to --map"),
     ],
 )
 def test_other_formats_are_refused_by_name(tmp_path: Path, content: bytes, name: str, remedy: str) -> None:
@@ -155,9 +166,19 @@ def test_other_formats_are_refused_by_name(tmp_path: Path, content: bytes, name:
     assert f"it is {name}, not a VCF or BCF; " in said and remedy in said
 
 
+def test_an_index_names_its_file(tmp_path: Path) -> None:
+    for suffix in (".tbi", ".csi"):
+        path = tmp_path / f"panel.vcf.gz{suffix}"
+        path.write_bytes(bgzipped(suffix[1:].upper().encode() + bytes([1]) + bytes(40)))
+        assert message(path).endswith("; give the file that it is of, panel.vcf.gz")
+
+
 @pytest.mark.parametrize(
     "content",
     [
+        b"sample group role score x y\n",
+        b"1 2\n3 4\n",
+        b"a b c d\n",
         b"hello world\n" * 10,
         b"\0",
         b"sample\tpop\n",
