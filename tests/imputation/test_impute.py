@@ -209,8 +209,10 @@ def test_a_target_in_the_panel_is_refused_and_with_the_flag_never_copies_itself(
         assert not (each[:2] == 5).any() and not (each[2:] == 30).any()
     # Under another name nothing is excluded, and a sample retrieves itself (among identical haplotypes).
     copied.clear()
-    monkeypatch.setattr(imputation, "targets", dataclasses.replace(targets, samples=("X", "Y")))
-    list(imputation.windows())
+    renamed = Imputation(retrieval_alone, inputs, dataclasses.replace(targets, samples=("X", "Y")), CPU, 2)
+    collate = renamed._computing._collate
+    monkeypatch.setattr(renamed._computing, "_collate", record)
+    list(renamed.windows())
     assert all((each[:2] == 5).any() and (each[2:] == 30).any() for each in copied)
 
 

@@ -16,6 +16,7 @@ from embrag_ds.data.simulate import DefaultData
 from embrag_ds.data.targets import Targets
 from embrag_ds.data.windows import Window, make_windows
 from embrag_ds.imputation import engine
+from embrag_ds.imputation.computing.windows import _samples_at_once
 from embrag_ds.imputation.engine import Imputation
 from embrag_ds.model.site_tiles import SiteTiles
 from embrag_ds.ops.li_stephens import copying_backend
@@ -164,7 +165,7 @@ def test_on_a_gpu_they_are_those_of_the_cpu(
     assert copying_backend(gpu) == "cuda kernel"
     model = untrained(make_config("embrag.model.good_turing=true"), head=0.3)
     there = Imputation(model, inputs, targets, str(gpu), 3, transformer)
-    assert there._network.site_tiles is not None
+    assert there._computing._network.site_tiles is not None
     found = probabilities(there)
     as_on_gpu("whole")
     expected = probabilities(Imputation(model, inputs, targets, CPU, 4, transformer))
