@@ -42,7 +42,7 @@ def host_library(tmp_path_factory: pytest.TempPathFactory) -> Library:
             names = re.findall(r"__global__ void (?:__launch_bounds__\(\w+\) )?(\w+)\(", source)
             lines = [f'#include "{HARNESS}"', source, *(f"RUNNER({name})" for name in names)]
             (folder / "kernel.cpp").write_text("\n".join(lines), encoding="utf-8")
-            how = ["-std=c++20", "-O1", "-shared", "-fPIC", "-w", *options]
+            how = ["-std=c++20", "-O1", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE", *options]
             subprocess.run([compiler, *how, "-o", folder / "kernel.so", folder / "kernel.cpp"], check=True)
             loaded[key] = ctypes.CDLL(str(folder / "kernel.so"))
         return loaded[key]

@@ -12,12 +12,13 @@ import pytest
 from embrag_ds.config import RunConfig, load_config
 from embrag_ds.data.inputs import PanelInputs
 from embrag_ds.engine.distributed import DistributedContext
-from embrag_ds.runs.record import read_metrics as read_metrics_file
 from embrag_ds.training.trainer import Trainer
 from tests.conftest import TINY
+from tests.training.runs import read_metrics
 
 MakeConfig = Callable[..., RunConfig]
 MakeTrainer = Callable[..., Trainer]
+Trained = Callable[..., Path]
 
 
 @pytest.fixture
@@ -30,11 +31,6 @@ def make_trainer(
         return Trainer(make_config(*overrides), inputs, tmp_path / name, distributed, resume, init_from)
 
     return make
-
-
-def read_metrics(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    """Lines of one kind in a run's metrics."""
-    return [line for line in read_metrics_file(run_dir / "metrics.jsonl") if line["kind"] == kind]
 
 
 @pytest.fixture
@@ -62,3 +58,18 @@ def make_module_trainer(
         return Trainer(config, inputs, module_folder / name, distributed, False)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def trained(make_module_trainer: MakeTrainer, module_folder: Path) -> Trained:
+    """Function that trains a run, once for all tests of a module, and returns its folder, which tests only read."""
+    folders: dict[tuple[str, ...], Path] = {}
+
+    def folder_of(*overrides: str) -> Path:
+        if overrides not in folders:
+            name = f"trained{len(folders)}"
+            make_module_trainer(name, *overrides).run()
+            folders[overrides] = module_folder / name
+        return folders[overrides]
+
+    return folder_of

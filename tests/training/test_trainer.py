@@ -1,13 +1,10 @@
-"""Training: resumed runs equal uninterrupted ones, logs are right, and the loss falls."""
+"""Training: the loss falls, the best model is exported, and memory is saved without another result."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-import subprocess
-import sys
-import threading
 import warnings
 from collections.abc import Callable
 from multiprocessing import active_children
@@ -18,103 +15,22 @@ import numpy as np
 import pytest
 import torch
 
-from embrag_ds.config import RunConfig, load_config
-from embrag_ds.data.inputs import PanelFiles, PanelInputs, open_inputs
-from embrag_ds.data.sampler import QueryBatch
+from embrag_ds.config import RunConfig
+from embrag_ds.data.inputs import PanelInputs
 from embrag_ds.engine.distributed import DistributedContext
 from embrag_ds.errors import UserError
 from embrag_ds.export import MODEL_FILE, read_export
 from embrag_ds.model.losses import imputation_loss
-from embrag_ds.retrieval.batch import Batch, SiteTensors
-from embrag_ds.retrieval.collate import site_tensors
+from embrag_ds.retrieval.batch import Batch
 from embrag_ds.training.trainer import Trainer
-from tests.ranks import LAUNCHER, free_port
+from tests.training.runs import NO_DROPOUT, STRONG, losses
 
 Metrics = Callable[..., list[dict[str, Any]]]
-KeptBytes = Callable[[Callable[[], torch.Tensor]], int]
 MakeTrainer = Callable[..., Trainer]
 MakeConfig = Callable[..., RunConfig]
-TIMES = (
-    "retrieval_wait_ms",
-    "time",
-    "seconds",
-    "total_seconds",
-    "samples_per_second",
-    "step_ms",
-    "retrieval_wait_share",
-    "flops_per_second",
-    "mfu",
-    "host_peak_bytes",
-    "device_peak_bytes",
-)
-NO_DROPOUT = "embrag.model.dropout=0"
+KeptBytes = Callable[[Callable[[], torch.Tensor]], int]
+
 LEAN = "embrag.train.recompute_projections=true"
-STRONG = "optimizer.params.lr=0.02"
-
-
-def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
-
-
-def losses(lines: list[dict[str, Any]]) -> list[float]:
-    return [line["loss"] for line in lines]
-
-
-ENCODINGS = {
-    "fixed": ["embrag.retrieval.encoding=fixed"],
-    "refresh": ["embrag.retrieval.encoding=refresh", 'embrag.retrieval.refresh={"every_steps": 3, "lag_steps": 0}'],
-    "lagging": ["embrag.retrieval.encoding=refresh", 'embrag.retrieval.refresh={"every_steps": 3, "lag_steps": 2}'],
-    "live": ["embrag.retrieval.encoding=live"],
-    "token": ["embrag.retrieval.mode=token", "embrag.retrieval.token_k=2"],
-}
-
-
-@pytest.mark.parametrize(
-    ("encoding", "cut"),
-    # Snapshots are taken before steps 3 and 6. The cut lies between two of them, or at one. With "lagging" it lies
-    # between snapshot and publication, at publication, and at the next snapshot.
-    [
-        ("fixed", 4),
-        ("refresh", 4),
-        ("refresh", 6),
-        ("live", 4),
-        ("token", 4),
-        ("lagging", 4),
-        ("lagging", 5),
-        ("lagging", 6),
-    ],
-)
-def test_a_resumed_run_is_the_uninterrupted_one(
-    make_trainer: MakeTrainer, metrics_of: Metrics, encoding: str, cut: int
-) -> None:
-    overrides = [*ENCODINGS[encoding], "gradient_accumulation_steps=2", "embrag.model.dropout=0.1", STRONG]
-    overrides.append("embrag.train.eval_every=4")
-    make_trainer("whole", *overrides, "embrag.train.max_steps=8").run()
-    make_trainer("cut", *overrides, f"embrag.train.max_steps={cut}").run()
-    torch.manual_seed(99)  # another process has other random numbers
-    np.random.seed(99)
-    make_trainer("cut", *overrides, "embrag.train.max_steps=8", resume=True).run()
-
-    whole = timeless(metrics_of("whole"))
-    assert [line["step"] for line in whole] == list(range(1, 9))
-    assert len(set(losses(whole))) == 8
-    assert timeless(metrics_of("cut")) == whole
-    assert timeless(metrics_of("cut", "validation"))[-1] == timeless(metrics_of("whole", "validation"))[-1]
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # more workers than cores
-@pytest.mark.parametrize("workers", [1, 3])
-def test_any_number_of_workers_draws_the_same_run_and_goes_on_with_it(
-    make_trainer: MakeTrainer, metrics_of: Metrics, workers: int
-) -> None:
-    overrides = ["gradient_accumulation_steps=2", "embrag.augmentation.typing_error=0.01", STRONG]
-    drawing = f"embrag.train.workers={workers}"
-    make_trainer("whole", *overrides, "embrag.train.max_steps=5").run()
-    make_trainer("cut", *overrides, drawing, "embrag.train.max_steps=3").run()
-    assert not active_children()
-    make_trainer("cut", *overrides, drawing, "embrag.train.max_steps=5", resume=True).run()
-    assert len(set(losses(metrics_of("whole")))) == 5
-    assert timeless(metrics_of("cut")) == timeless(metrics_of("whole"))
 
 
 def test_no_worker_is_left_when_a_run_fails(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,14 +39,6 @@ def test_no_worker_is_left_when_a_run_fails(make_trainer: MakeTrainer, monkeypat
     with pytest.raises(ZeroDivisionError):
         trainer.run()
     assert not active_children()
-
-
-@pytest.mark.gpu
-def test_workers_draw_the_same_run_on_a_gpu(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
-    for name, workers in {"none": "0", "chosen": "null", "two": "2"}.items():
-        make_trainer(name, NO_DROPOUT, f"embrag.train.workers={workers}", "embrag.train.max_steps=5").run()
-    for name in ("chosen", "two"):
-        np.testing.assert_allclose(losses(metrics_of(name)), losses(metrics_of("none")), rtol=1e-3)
 
 
 @pytest.mark.parametrize("seed", [281_469_838, 2**63, 2**64 - 1])
@@ -152,72 +60,6 @@ def test_initial_weights_depend_on_all_of_the_seed(make_trainer: MakeTrainer) ->
     assert sum(not torch.equal(value, other[name]) for name, value in first.items()) > 3
 
 
-def test_a_run_killed_between_checkpoints_logs_every_step_once(
-    make_trainer: MakeTrainer, metrics_of: Metrics, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    overrides = ["embrag.train.checkpoint_every=2", "embrag.train.max_steps=6"]
-    make_trainer("whole", *overrides).run()
-    trainer = make_trainer("killed", *overrides)
-    step = trainer.step
-
-    def dies(*given: Any) -> None:
-        if trainer.state.step == 5:
-            raise KeyboardInterrupt
-        step(*given)
-
-    monkeypatch.setattr(trainer, "step", dies)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run()
-    make_trainer("killed", *overrides, resume=True).run()
-    assert timeless(metrics_of("killed")) == timeless(metrics_of("whole"))
-
-
-def test_resuming_a_finished_run_changes_nothing(
-    make_trainer: MakeTrainer, metrics_of: Metrics, tmp_path: Path
-) -> None:
-    make_trainer("run", "embrag.train.max_steps=2").run()
-    lines, model = metrics_of("run"), (tmp_path / "run" / MODEL_FILE).read_bytes()
-    make_trainer("run", "embrag.train.max_steps=2", resume=True).run()
-    assert metrics_of("run") == lines and (tmp_path / "run" / MODEL_FILE).read_bytes() == model
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "embrag.seed=6",
-        "embrag.data.window_sites=60",
-        "embrag.masking.scope=window",
-        "embrag.retrieval.k=8",
-        "embrag.loss.genotype_weight=0",
-        "embrag.augmentation.typing_error=0.01",
-        "embrag.validation.samples=3",
-        'embrag.train.frozen=["embedding"]',
-        "optimizer.type=Adam",
-        "optimizer.params.weight_decay=0.5",
-        "scheduler.type=WarmupLR",
-        "train_micro_batch_size_per_gpu=3",
-        "gradient_accumulation_steps=2",
-    ],
-)
-def test_a_run_with_other_settings_is_not_a_continuation(make_trainer: MakeTrainer, override: str) -> None:
-    make_trainer("run", "embrag.train.max_steps=1").run()
-    with pytest.raises(UserError, match=r"checkpoints: .*(differs|set it to that|micro-batches a step)"):
-        make_trainer("run", override, resume=True)
-
-
-def test_another_network_is_not_a_continuation(make_trainer: MakeTrainer) -> None:
-    make_trainer("run", "embrag.train.max_steps=1").run()
-    with pytest.raises(UserError, match=r"embrag\.model\.layers differs"):
-        make_trainer("run", "embrag.model.layers=2", resume=True)
-
-
-def test_settings_of_the_loop_and_of_speed_may_change_on_resume(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
-    make_trainer("run", "embrag.train.max_steps=1").run()
-    overrides = ["embrag.train.eval_every=1", "embrag.retrieval.prefetch=0", "embrag.retrieval.device_budget_gb=1"]
-    make_trainer("run", "embrag.train.max_steps=2", *overrides, resume=True).run()
-    assert [line["step"] for line in metrics_of("run")] == [1, 2]
-
-
 def test_without_the_kernels_a_gpu_is_refused(
     make_config: MakeConfig,
     inputs: PanelInputs,
@@ -229,172 +71,6 @@ def test_without_the_kernels_a_gpu_is_refused(
     on_gpu = dataclasses.replace(distributed, device=torch.device("cuda", 0))
     with pytest.raises(UserError, match=r"cuda:0: .* CuPy, .* \(ImportError: no CuPy\); install the extra 'gpu'"):
         Trainer(make_config(), inputs, tmp_path, on_gpu, False)
-
-
-def test_there_must_be_something_to_resume(make_trainer: MakeTrainer) -> None:
-    with pytest.raises(UserError, match="no checkpoint to resume from"):
-        make_trainer("empty", resume=True)
-
-
-@pytest.mark.parametrize("offloaded", [False, True])
-@pytest.mark.parametrize("encoding", ENCODINGS)
-def test_zero_3_with_every_parameter_partitioned_trains_as_stage_1(
-    make_trainer: MakeTrainer, metrics_of: Metrics, root: Path, encoding: str, offloaded: bool
-) -> None:
-    overrides = [*ENCODINGS[encoding], STRONG]
-    make_trainer("one", *overrides).run()
-    zero3 = ["zero_optimization.stage=3", "zero_optimization.stage3_param_persistence_threshold=0"]
-    if offloaded:
-        shipped = load_config(root / "ds_configs" / "v18_zero3_offload.json").deepspeed
-        keys = ("zero_optimization", "zero_force_ds_cpu_optimizer")
-        zero3 = [*(f"{key}={json.dumps(shipped[key])}" for key in keys), zero3[1]]
-    make_trainer("three", *overrides, *zero3).run()
-    np.testing.assert_allclose(losses(metrics_of("three")), losses(metrics_of("one")), rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "generation", "age"),
-    [
-        (["embrag.retrieval.encoding=fixed"], lambda index: 0, lambda index: index),
-        (ENCODINGS["refresh"], lambda index: index // 3, lambda index: index % 3),
-        (
-            ["embrag.retrieval.encoding=refresh", 'embrag.retrieval.refresh={"every_epochs": 1, "lag_steps": 0}'],
-            lambda index: index // 4,
-            lambda index: index % 4,
-        ),
-        (["embrag.retrieval.encoding=live"], lambda index: index, lambda index: 0),
-    ],
-    ids=["fixed", "every 3 steps", "every epoch", "live"],
-)
-def test_generation_and_staleness_are_those_of_the_batches(
-    make_trainer: MakeTrainer,
-    metrics_of: Metrics,
-    monkeypatch: pytest.MonkeyPatch,
-    overrides: list[str],
-    generation: Callable[[int], int],
-    age: Callable[[int], int],
-) -> None:
-    """Log and batch agree, and the codebook is that of the embedding layer at the snapshot's step."""
-    size = "train_micro_batch_size_per_gpu=12"  # 54 samples: 4 groups, 5 windows
-    trainer = make_trainer("run", *overrides, size, "gradient_accumulation_steps=5", "embrag.train.max_steps=9", STRONG)
-    assert trainer.sampler.steps_per_epoch == 4
-    collate, step = trainer.collate, trainer.step
-    seen: list[tuple[int, Batch]] = []
-    codebooks: dict[tuple[int, int], torch.Tensor] = {}
-
-    def record(samples: QueryBatch, step: int) -> Batch:
-        batch = collate(samples, step)
-        seen.append((step, batch))
-        return batch
-
-    def note(*given: Any) -> None:
-        with torch.no_grad():
-            for window in range(len(trainer.sampler.data)):
-                codebook = trainer.engine.module.embedding.codebook(window_sites(trainer, window))
-                codebooks[trainer.state.step, window] = codebook
-        step(*given)
-
-    monkeypatch.setattr(trainer, "collate", record)
-    monkeypatch.setattr(trainer, "step", note)
-    monkeypatch.setattr(trainer, "_validate_if_due", lambda: None)
-    trainer.run()
-    lines = metrics_of("run")
-    assert [line["staleness"] for line in lines] == [age(index) for index in range(9)]
-    assert [line["generation"] for line in lines] == [generation(index) for index in range(9)]
-    for step, batch in seen:
-        assert batch.retrieved is not None
-        if batch.retrieved.codebook is None:
-            continue  # live: the codebook is the model's own
-        assert (batch.retrieved.generation, step - batch.retrieved.snapshot_step) == (generation(step), age(step))
-        expected = codebooks[step - age(step), batch.window.number][batch.window.core, :2]
-        torch.testing.assert_close(batch.retrieved.codebook, expected, rtol=0, atol=0)
-    assert not torch.equal(codebooks[0, 0], codebooks[8, 0])
-
-
-def window_sites(trainer: Trainer, window: int) -> SiteTensors:
-    return site_tensors(trainer.sampler.data, window, trainer.distributed.device)
-
-
-def test_staleness_matters_to_the_loss(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
-    """Without this, the tests of the encodings above would pass on a cache that is never read."""
-    for name, overrides in ENCODINGS.items():
-        make_trainer(name, *overrides, STRONG, NO_DROPOUT).run()
-    by_encoding = {name: losses(metrics_of(name)) for name in ENCODINGS}
-    assert by_encoding["refresh"][:5] != by_encoding["lagging"][:5] == by_encoding["fixed"][:5]
-    assert by_encoding["lagging"][5:] != by_encoding["fixed"][5:]
-    assert by_encoding["fixed"][:3] == by_encoding["refresh"][:3]
-    assert by_encoding["fixed"][3:] != by_encoding["refresh"][3:] != by_encoding["live"][3:]
-
-
-@pytest.mark.parametrize("lag", [0, 2])
-def test_prefetching_and_asynchronous_refreshes_change_no_loss(
-    make_trainer: MakeTrainer, metrics_of: Metrics, lag: int
-) -> None:
-    """Both are off in the first run, with which the others are compared."""
-    by_run = []
-    for prefetch, asynchronous in ((0, "false"), (4, "false"), (0, "true"), (1, "true"), (4, "true")):
-        name = f"{prefetch}-{asynchronous}"
-        refresh = f'{{"every_steps": 1, "lag_steps": {lag}, "asynchronous": {asynchronous}}}'
-        overrides = [f"embrag.retrieval.refresh={refresh}", f"embrag.retrieval.prefetch={prefetch}"]
-        accumulation = "gradient_accumulation_steps=2"
-        make_trainer(name, "embrag.retrieval.encoding=refresh", *overrides, accumulation, STRONG).run()
-        by_run.append(timeless(metrics_of(name)))
-    assert len(set(losses(by_run[0]))) == len(by_run[0]) == 6
-    assert all(each == by_run[0] for each in by_run)
-
-
-@pytest.mark.parametrize("prefetch", [0, 2])
-def test_a_refresh_that_dies_ends_training_within_a_step(
-    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, prefetch: int
-) -> None:
-    refresh = 'embrag.retrieval.refresh={"every_steps": 3, "lag_steps": 3}'
-    trainer = make_trainer("run", "embrag.retrieval.encoding=refresh", refresh, f"embrag.retrieval.prefetch={prefetch}")
-    cache = trainer.reference.cache
-    assert cache is not None
-    cache.code(0, 0)
-    died = threading.Event()
-
-    def dies(*given: Any) -> None:
-        died.set()
-        raise MemoryError("no room for the codebooks")
-
-    monkeypatch.setattr(cache, "_encode", dies)
-    step = trainer.step
-
-    def waits(*given: Any) -> None:
-        step(*given)
-        assert trainer.state.step < 4 or died.wait(10)
-
-    monkeypatch.setattr(trainer, "step", waits)
-    with pytest.raises(MemoryError, match="no room for the codebooks"):
-        trainer.run()
-    assert trainer.state.step in (3, 4)
-    assert not [each.name for each in threading.enumerate() if each.name.startswith(("retrieval", "reference"))]
-
-
-def test_the_log_has_the_cost_of_retrieval(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
-    refresh = 'embrag.retrieval.refresh={"every_steps": 1, "lag_steps": 2}'
-    make_trainer("run", "embrag.retrieval.encoding=refresh", refresh).run()
-    lines = metrics_of("run")
-    # Snapshots before steps 0, 1, 3 and 5; those due at 2 and 4 were skipped.
-    assert [line["generation"] for line in lines] == [0, 0, 0, 1, 1, 2]
-    assert [line["staleness"] for line in lines] == [0, 1, 2, 2, 3, 2]
-    assert [line["refreshes_skipped"] for line in lines] == [0, 0, 1, 1, 2, 2]
-    for line in lines:
-        assert 0 <= line["retrieval_wait_share"] <= 1 and line["retrieval_wait_ms"] <= line["step_ms"]
-        assert line["bytes_moved"] > 1000
-
-
-def test_the_dense_store_trains_as_the_factored_one(make_trainer: MakeTrainer, metrics_of: Metrics) -> None:
-    """Both find the same neighbours and embeddings: by FAISS over [H, L x D] rows, and by weighted alleles."""
-    all_haplotypes = "embrag.retrieval.k=106"  # all that every sample may retrieve: ties change nothing
-    for store in ("factored", "dense"):
-        overrides = [*ENCODINGS["refresh"], all_haplotypes, NO_DROPOUT, STRONG, f"embrag.retrieval.store={store}"]
-        trainer = make_trainer(store, *overrides)
-        retrieved = trainer.validation_batch(trainer.sampler.queries(0)).retrieved
-        assert retrieved is not None and (retrieved.embeddings is None) == (store == "factored")
-        trainer.run()
-    np.testing.assert_allclose(losses(metrics_of("dense")), losses(metrics_of("factored")), rtol=1e-3)
 
 
 def predicted(trainer: Trainer, batch: Batch) -> Any:
@@ -499,101 +175,6 @@ def test_only_the_newest_checkpoints_are_kept(make_trainer: MakeTrainer, tmp_pat
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step11"
 
 
-TWO_RANKS = """
-import json, sys
-from pathlib import Path
-from embrag_ds.config import load_config
-from embrag_ds.engine.distributed import start_distributed
-from embrag_ds.data.inputs import PanelFiles, open_inputs
-from embrag_ds.training.trainer import Trainer
-
-config, panel, out = (Path(each) for each in sys.argv[-3:])
-distributed = start_distributed()
-
-def train(name, steps, resume, *overrides):
-    run = load_config(config, [f"embrag.train.max_steps={steps}", *overrides])
-    trainer = Trainer(run, open_inputs(PanelFiles(panel), run.embrag.data, False), out / name, distributed, resume)
-    collate, seen, generations = trainer.collate, [], []
-    def record(samples, step):
-        batch = collate(samples, step)
-        seen.append([samples.window, *samples.samples.tolist()])
-        generations.append([step, batch.retrieved.generation])
-        return batch
-    trainer.collate = record
-    trainer.run()
-    return seen, generations
-
-zero3 = ["zero_optimization.stage=3", "zero_optimization.stage3_param_persistence_threshold=0"]
-seen, generations = train("whole", 4, False)
-train("cut", 2, False)
-train("cut", 4, True)
-train("three", 4, False, *zero3)
-(out / f"seen{distributed.rank}.json").write_text(json.dumps([seen, generations]))
-distributed.close()
-"""
-
-
-def test_two_ranks_are_one_run(
-    make_config: MakeConfig,
-    metrics_of: Metrics,
-    inputs: PanelInputs,
-    distributed: DistributedContext,
-    tmp_path: Path,
-    root: Path,
-) -> None:
-    """Two ranks launched by ``deepspeed`` equal one rank with two micro-batches a step, and can be resumed."""
-    refresh = 'embrag.retrieval.refresh={"every_steps": 1, "lag_steps": 1}'
-    encoding = ["embrag.retrieval.encoding=refresh", refresh]
-    config = make_config(*encoding, NO_DROPOUT, STRONG, "embrag.train.eval_every=4")
-    (tmp_path / "shared.json").write_text(json.dumps(config.as_dict()))
-    (tmp_path / "two_ranks.py").write_text(TWO_RANKS)
-    script = [tmp_path / "two_ranks.py", tmp_path / "shared.json", inputs.panel.path, tmp_path]
-    launched = run_deepspeed(root, "--num_accelerators", "2", *script)
-    assert launched.returncode == 0, launched.stdout + launched.stderr
-
-    recorded = [json.loads((tmp_path / f"seen{rank}.json").read_text()) for rank in (0, 1)]
-    seen = [each for each, _ in recorded]
-    # Both ranks publish generation 1 at step 2 and generation 2 at step 3, without communication.
-    assert [generations for _, generations in recorded] == [[[0, 0], [1, 0], [2, 1], [3, 2]]] * 2
-    micro_batches = [tuple(each) for rank in seen for each in rank]
-    assert len(set(micro_batches)) == len(micro_batches) == 8
-    assert any(a[0] != b[0] for a, b in zip(*seen, strict=True))
-
-    whole = timeless(metrics_of("whole"))
-    assert [line["step"] for line in whole] == [1, 2, 3, 4]
-    assert timeless(metrics_of("cut")) == whole
-    np.testing.assert_allclose(losses(metrics_of("three")), losses(whole), rtol=1e-4)
-    versions = json.loads((tmp_path / "whole" / "versions.json").read_text())
-    assert (versions["ranks"], versions["global_batch_samples"]) == (2, 12)
-
-    # The script gives neither map nor samples.
-    plain = open_inputs(PanelFiles(inputs.panel.path), config.embrag.data, progress=False)
-    deepspeeds = {**config.deepspeed, "gradient_accumulation_steps": 2}
-    train = dataclasses.replace(config.embrag.train, max_steps=4)
-    one = RunConfig(dataclasses.replace(config.embrag, train=train), deepspeeds)
-    Trainer(one, plain, tmp_path / "single", distributed, resume=False).run()
-    single = timeless(metrics_of("single"))
-    scores = [metrics_of(name, "validation")[-1]["score"] for name in ("whole", "single")]
-    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
-    for key in ("gradient_norm", "loss"):
-        of_both = [[line[key] for line in lines] for lines in (whole, single)]
-        np.testing.assert_allclose(*of_both, rtol=1e-3, err_msg=key)
-
-
-def run_deepspeed(root: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Call ``deepspeed`` as a user would, on a port of its own."""
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
-    environment |= {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [str(Path(sys.executable).with_name("deepspeed")), f"--master_port={free_port()}", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-        timeout=120,
-    )
-
-
 def test_a_run_may_start_from_an_exported_model(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     make_trainer("first", STRONG).run()
     path = tmp_path / "first" / MODEL_FILE
@@ -627,12 +208,6 @@ def test_switching_the_mode_goes_on_from_the_others_model(
     assert read_export(tmp_path / "after" / MODEL_FILE).config.retrieval.mode == second
     assert len(metrics_of("after")) == 6
     assert ("generation" in metrics_of("after")[0]) == (second == "embedding")
-
-
-def test_a_run_does_not_resume_in_the_other_mode(make_trainer: MakeTrainer) -> None:
-    make_trainer("run", "embrag.train.max_steps=2").run()
-    with pytest.raises(UserError, match=r"embrag\.retrieval\.mode differs"):
-        make_trainer("run", "embrag.retrieval.mode=token", resume=True)
 
 
 @pytest.mark.parametrize("mode", ["embedding", "token"])
