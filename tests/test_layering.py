@@ -24,8 +24,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "model": ("ops", "data", "retrieval"),
     "config_files": (),
     "config": ("config_files", "data", "retrieval", "model"),
-    "export": ("runtime", "config", "model"),
-    "copying": ("ops", "data", "retrieval", "model"),
+    "export": ("config", "model"),
+    "copying": ("ops", "data", "model"),
     "adaptation": ("ops", "runtime", "data", "evaluation", "retrieval", "model", "config", "export"),
     "runs": ("data", "config"),
     "imputation": (
@@ -73,7 +73,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "launch": ("cli",),
 }
 """What each room, or module of the top level, may import of ours beside itself and SHARED."""
-NARROW = {"model": {"retrieval": ("retrieval.batch",)}}
+NARROW = {"model": {"retrieval": ("retrieval.batch",)}, "copying": {"model": ("model.numbers",)}}
 """Rooms of which another room may import only some modules: the network sees only the records of a batch."""
 HOMES = {
     "pysam": ("variants/",),

@@ -1,4 +1,4 @@
-"""Packing a panel in a process of its own, while the process that imputes still imports torch."""
+"""Packing a panel in a process of its own, while the process that imputes still imports packages."""
 
 from __future__ import annotations
 
