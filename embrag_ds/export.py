@@ -27,7 +27,6 @@ from embrag_ds.files import written
 from embrag_ds.model.numbers import embedding_shapes, network_shapes
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
     from torch import Tensor, nn
 
     from embrag_ds.model.imputer import Imputer
@@ -53,12 +52,10 @@ class ExportedModel:
     arrays: dict[str, np.ndarray]
 
     @classmethod
-    def of(
-        cls, config: EmbragConfig, weights: Mapping[str, ArrayLike], snapshot: Mapping[str, ArrayLike] | None
-    ) -> ExportedModel:
-        """The model with these :attr:`weights` and :attr:`snapshot`, arrays or tensors on the CPU."""
-        arrays = {name: np.asarray(value) for name, value in weights.items()}
-        arrays |= {_SNAPSHOT + name: np.asarray(value) for name, value in (snapshot or {}).items()}
+    def of(cls, config: EmbragConfig, weights: Mapping[str, Any], snapshot: Mapping[str, Any] | None) -> ExportedModel:
+        """The model with these :attr:`weights` and :attr:`snapshot`, arrays or tensors of any precision on the CPU."""
+        arrays = {name: _float32(value) for name, value in weights.items()}
+        arrays |= {_SNAPSHOT + name: _float32(value) for name, value in (snapshot or {}).items()}
         return cls(config, arrays)
 
     @property
@@ -91,6 +88,11 @@ def write_export(path: Path, model: ExportedModel) -> None:
             save_file(arrays, temporary, {_HEADER: json.dumps(header)})
         except SafetensorError as fault:
             raise UserError(f"{path}: cannot write the model ({fault}); free some space in {path.parent}") from fault
+
+
+def _float32(value: Any) -> np.ndarray:
+    """An array of the value; a run's snapshot is in bf16 or fp16 where its network is."""
+    return np.asarray(value if isinstance(value, np.ndarray) else value.float(), dtype=np.float32)
 
 
 def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:

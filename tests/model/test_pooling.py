@@ -23,7 +23,7 @@ from embrag_ds.model.poolings.rare_variant import DistancePooling
 from embrag_ds.ops.dosage import dense_alleles
 from tests.oracles import slow_posterior
 
-POOLINGS = pytest.mark.parametrize("kind", map(poolings.pooling_class, poolings.fusions()))
+POOLINGS = pytest.mark.parametrize("kind", [poolings.pooling_class(each) for each in poolings.fusions()])
 
 
 def disturb(module: torch.nn.Module) -> None:
