@@ -76,13 +76,13 @@ print("imported", sorted(set({slow}) & set(sys.modules)))
 def test_imputation_imports_nothing_that_it_does_not_need(
     embrag: Embrag, simulated: DefaultData, tmp_path: Path
 ) -> None:
-    """Torch's compiler alone takes a second to import, and half as long to forget when the process ends."""
-    slow = ("torch._dynamo", "sympy", "deepspeed", "matplotlib", "msprime", "pandas", "scipy", "faiss", "wandb")
+    """Torch alone takes two seconds to import, and half as long to forget when the process ends."""
+    slow = ("torch", "sympy", "deepspeed", "matplotlib", "msprime", "pandas", "scipy", "faiss", "wandb")
     code = f"""
 import gc, sys
 from embrag_ds.cli.main import main
 main()
-print("imported", sorted(set({slow}) & set(sys.modules)), "searched for garbage", gc.get_freeze_count() < 100_000)
+print("imported", sorted(set({slow}) & set(sys.modules)), "searched for garbage", not gc.get_freeze_count())
 """
     files = [f"--panel={simulated.panel}", f"--target={simulated.target}", f"--map={simulated.genetic_map}"]
     done = embrag("impute", *files, "--adapt", "off", "--out", tmp_path / "imputed.vcf.gz", code=code)
