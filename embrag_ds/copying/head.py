@@ -11,12 +11,12 @@ import math
 import numpy as np
 
 from embrag_ds.copying.parts import compiled_part
+from embrag_ds.model.numbers import CONFIDENCE_FEATURES, SHORTEST_CM
 
-FEATURES = 10
 AT_ONCE = 64
 """Sites that are corrected together."""
 _LEAST = np.float32(1e-4)
-_SHORTEST_CM = np.float32(1e-3)
+_SHORTEST_CM = np.float32(SHORTEST_CM)
 
 
 @compiled_part
@@ -76,7 +76,7 @@ def correct(head, waiting, probability):
     for n in range(width):
         row = first[n]
         row[:] = head.first_bias[n]
-        for i in range(FEATURES):
+        for i in range(CONFIDENCE_FEATURES):
             weight, values = head.first[i, n], known[i]
             for c in range(AT_ONCE):
                 row[c] += weight * values[c]

@@ -23,7 +23,7 @@ from embrag_ds.copying.recursions import PIECE, run_backward, run_forward
 from embrag_ds.copying.workspace import new_chosen, new_kept, new_scratch, new_states, new_waiting
 from embrag_ds.ops.threads import WorkerLoop
 
-PARTS = "70282159c304"
+PARTS = "86096f0fb5df"
 """Digest of the loop's other files: numba looks for a change in this file alone, and would use what it has kept of the
 loop. A test compares it.
 """

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from embrag_ds.copying.head import AT_ONCE, FEATURES
+from embrag_ds.copying.head import AT_ONCE
 from embrag_ds.copying.parts import making_part
 from embrag_ds.copying.records import Chosen, Kept, Scratch, States, Waiting
 from embrag_ds.copying.recursions import PIECE
+from embrag_ds.model.numbers import CONFIDENCE_FEATURES
 
 _SITES = 64
 
@@ -103,7 +104,7 @@ def new_waiting(width):
         sites=np.zeros(AT_ONCE, dtype=np.int64),
         to_ref=np.zeros(AT_ONCE, dtype=np.bool_),
         odds=np.ones(AT_ONCE, dtype=np.float32),
-        features=np.ones((FEATURES, AT_ONCE), dtype=np.float32),
+        features=np.ones((CONFIDENCE_FEATURES, AT_ONCE), dtype=np.float32),
         first=np.zeros((width, AT_ONCE), dtype=np.float32),
         second=np.ones(AT_ONCE, dtype=np.float32),
         total=np.ones(AT_ONCE, dtype=np.float32),

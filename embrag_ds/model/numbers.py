@@ -28,6 +28,8 @@ COPYING_GAIN = 10.0
 
 CONFIDENCE_FEATURES = 10
 CONFIDENCE_WIDTH = 32
+CONFIDENCE_LAYERS = ("confidence.layers.0", "confidence.layers.2", "confidence.layers.4")
+"""Linear layers of the confidence head, by the names of their weights."""
 LEAST_PROBABILITY = 1e-3
 """Probability of the minor allele below which the confidence head corrects nothing."""
 RAREST = 1e-5
@@ -65,10 +67,6 @@ def network_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         for layer, name in enumerate(CONFIDENCE_LAYERS):
             shapes |= _linear(name, widths[layer], widths[layer + 1])
     return shapes | _linear("head", dims, 1)
-
-
-CONFIDENCE_LAYERS = ("confidence.layers.0", "confidence.layers.2", "confidence.layers.4")
-"""Linear layers of the confidence head, by the names of their weights."""
 
 
 def embedding_shapes(dims: int) -> dict[str, tuple[int, ...]]:

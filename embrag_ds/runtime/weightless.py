@@ -1,4 +1,4 @@
-"""Layers without memory, made only for their shapes or to be given the weights of others."""
+"""Layers without memory, made only to be given the weights of others."""
 
 from __future__ import annotations
 

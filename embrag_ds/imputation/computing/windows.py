@@ -63,9 +63,9 @@ class Windows:
     """A network's dosages, one window of ``data`` and ``block`` samples of the ``targets`` at a time.
 
     ``numbers`` int64 [N] are those of the targets in the panel, -1 for those outside. Without ``transformer`` its
-    residual is left out. Windows are copied whole from all haplotypes on a device
-    with so much ``memory`` in bytes, or, where it is None, from the nearest. With ``precision`` bf16
-    the matrix products of the network are in bf16; search, copying model and dosage are always in fp32.
+    residual is left out. Windows are copied whole from all haplotypes on a device with so much ``memory`` in bytes, or,
+    where it is None, from the nearest. With ``precision`` bf16 the matrix products of the network are in bf16; search,
+    copying model and dosage are always in fp32.
     """
 
     def __init__(
