@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -400,6 +400,7 @@ SCALARS = st.one_of(
 )
 
 
+@example(("embrag.model.fusion", str), "array")
 @given(st.sampled_from(KEYS), SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.just("array"), SCALARS))
 def test_types_are_as_strict_as_their_annotations(key: tuple[str, Any], value: Any) -> None:
     (dotted, hint), complaint = key, ""
@@ -409,6 +410,7 @@ def test_types_are_as_strict_as_their_annotations(key: tuple[str, Any], value: A
         complaint = str(fault)
         assert "\n" not in complaint and complaint.startswith("run.json: ")
     wrong = f"run.json: {dotted}" in complaint and " must be " in complaint and ", not " in complaint
+    wrong &= f"{dotted}: " not in complaint  # of the right type, but a value that breaks a rule
     assert wrong == (not fits(hint, value)), complaint
 
 
