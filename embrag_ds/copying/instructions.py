@@ -10,8 +10,12 @@ from numba.extending import intrinsic
 ir: Any = cgutils.ir  # that of llvmlite, which numba depends on
 _intrinsic: Any = intrinsic  # whose types do not say that it hides the first parameter
 _EIGHT = ir.VectorType(ir.FloatType(), 8)
+_FOUR = ir.VectorType(ir.FloatType(), 4)
+_TWICE = ir.Constant(ir.VectorType(ir.IntType(32), 8), [0, 1, 2, 3] * 2)
 BYTES = 32
 """Bytes that :func:`note_first` and :func:`note_last` look at at once."""
+LANES = 4
+"""Target haplotypes that are copied at once. A row of states has those of the slow model and then of the fast one."""
 
 
 @_intrinsic
@@ -35,16 +39,114 @@ def add_row(typing_context: Any, into: Any, row: Any, values: Any, place: Any) -
     """Add row ``place`` of ``values`` to row ``row`` of ``into``, both contiguous float32 [n, 8], as one vector."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        zero = ir.Constant(ir.IntType(64), 0)
-        vectors = []
-        for array, given, number in ((into, *arguments[:2]), (values, *arguments[2:])):
-            address = _address(context, builder, array, given, [_wide(builder, number), zero])
-            vectors.append(builder.bitcast(address, _EIGHT.as_pointer()))
-        loaded = [builder.load(vector, align=4) for vector in vectors]
-        builder.store(builder.fadd(*loaded), vectors[0], align=4)
+        to, number, given, other = arguments
+        sums, _ = _load(context, builder, given=(values, given, other))
+        _add(context, builder, (into, to, number), sums)
         return context.get_dummy_value()
 
     return types.none(into, row, values, place), generate
+
+
+@_intrinsic
+def add_to_four(typing_context: Any, into: Any, row: Any, values: Any, place: Any) -> Any:
+    """Add row ``place`` of ``values`` to row ``row`` of ``into``, both contiguous float32 [n, 4], as one vector."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        to, number, given, other = arguments
+        sums, _ = _load(context, builder, (values, given, other), _FOUR)
+        _add(context, builder, (into, to, number), sums, _FOUR)
+        return context.get_dummy_value()
+
+    return types.none(into, row, values, place), generate
+
+
+@_intrinsic
+def add_product(typing_context: Any, into: Any, row: Any, states: Any, place: Any, prior: Any) -> Any:
+    """Add row ``place`` of ``states`` times that of ``prior`` to row ``row`` of ``into``.
+
+    ``states`` and ``into`` are contiguous float32 [n, 8]; ``prior`` float32 [n, 4] is that of both models.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        to, number, given, other, priors = arguments
+        state, _ = _load(context, builder, (states, given, other))
+        of_both = _both(context, builder, (prior, priors, other))
+        _add(context, builder, (into, to, number), builder.fmul(state, of_both, flags=_FUSED))
+        return context.get_dummy_value()
+
+    return types.none(into, row, states, place, prior), generate
+
+
+@_intrinsic
+def forward_row(typing_context: Any, into: Any, states: Any, place: Any, factors: Any, row: Any, prior: Any) -> Any:
+    """Set row ``place`` of ``into`` to that of ``states`` times factors, plus that of ``prior`` times others.
+
+    ``into`` and ``states`` are contiguous float32 [n, 8], and ``prior`` float32 [n, 4] is that of both models. Row
+    ``row`` of ``factors`` float32 [m, 16] has the 8 of the states and those of the prior.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        to, given, number, by_row, of, priors = arguments
+        state, _ = _load(context, builder, (states, given, number))
+        gain, _ = _load(context, builder, (factors, by_row, of))
+        added, _ = _load(context, builder, (factors, by_row, of), first=8)
+        of_both = _both(context, builder, (prior, priors, number))
+        _, address = _load(context, builder, (into, to, number))
+        come = builder.fmul(added, of_both, flags=_FUSED)
+        new = builder.fadd(builder.fmul(gain, state, flags=_FUSED), come, flags=_FUSED)
+        builder.store(new, address, align=4)
+        return context.get_dummy_value()
+
+    return types.none(into, states, place, factors, row, prior), generate
+
+
+@_intrinsic
+def return_row(typing_context: Any, into: Any, states: Any, place: Any, factors: Any, row: Any) -> Any:
+    """Set row ``place`` of ``into`` to that of ``states`` times factors, plus others, as :func:`forward_row` does."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        to, given, number, by_row, of = arguments
+        state, _ = _load(context, builder, (states, given, number))
+        gain, _ = _load(context, builder, (factors, by_row, of))
+        added, _ = _load(context, builder, (factors, by_row, of), first=8)
+        _, address = _load(context, builder, (into, to, number))
+        new = builder.fadd(builder.fmul(gain, state, flags=_FUSED), added, flags=_FUSED)
+        builder.store(new, address, align=4)
+        return context.get_dummy_value()
+
+    return types.none(into, states, place, factors, row), generate
+
+
+@_intrinsic
+def flag_row(typing_context: Any, flags: Any, place: Any, saved: Any, beta: Any, prior: Any, factors: Any) -> Any:
+    """Set element ``place`` of ``flags`` uint8 to the lanes, as bits, where a bound is above its least.
+
+    With a row a of ``saved`` and b of ``beta``, contiguous float32 [n, 8], and p of ``prior`` float32 [n, 4], it is
+    a (b f0 + f1) + p (b f2 + f3) in the slow or the fast model. ``factors`` float32 [5, 8] are those f, and the least.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        to, number, given, other, priors, bound = arguments
+        state, _ = _load(context, builder, (saved, given, number))
+        behind, _ = _load(context, builder, (beta, other, number))
+        of_both = _both(context, builder, (prior, priors, number))
+        f = []
+        for n in range(5):
+            row, _ = _load(context, builder, (factors, bound, ir.Constant(ir.IntType(64), n)))
+            f.append(row)
+
+        def line(product: Any, summand: Any) -> Any:
+            return builder.fadd(builder.fmul(product, behind, flags=_FUSED), summand, flags=_FUSED)
+
+        come = builder.fmul(of_both, line(f[2], f[3]), flags=_FUSED)
+        found = builder.fadd(builder.fmul(state, line(f[0], f[1]), flags=_FUSED), come, flags=_FUSED)
+        above = builder.bitcast(builder.fcmp_ordered(">", found, f[4]), ir.IntType(8))
+        both = builder.or_(above, builder.lshr(above, ir.Constant(ir.IntType(8), LANES)))
+        lanes = builder.and_(both, ir.Constant(ir.IntType(8), (1 << LANES) - 1))
+        builder.store(lanes, _address(context, builder, flags, to, [_wide(builder, number)]))
+        return context.get_dummy_value()
+
+    return types.none(flags, place, saved, beta, prior, factors), generate
 
 
 @_intrinsic
@@ -83,6 +185,29 @@ def note_last(typing_context: Any, flags: Any, start: Any, others: Any, into: An
         return context.get_dummy_value()
 
     return types.none(flags, start, others, into, place), generate
+
+
+_FUSED = ("contract",)
+
+
+def _load(context: Any, builder: Any, given: Any, kind: Any = _EIGHT, first: int = 0) -> tuple[Any, Any]:
+    """A vector of an array's row, from element ``first`` on, and its address; ``given`` are type, array and row."""
+    array, value, row = given
+    places = [_wide(builder, row), ir.Constant(ir.IntType(64), first)]
+    address = builder.bitcast(_address(context, builder, array, value, places), kind.as_pointer())
+    return builder.load(address, align=4), address
+
+
+def _add(context: Any, builder: Any, into: Any, vector: Any, kind: Any = _EIGHT) -> None:
+    """Add a vector to an array's row."""
+    before, address = _load(context, builder, into, kind)
+    builder.store(builder.fadd(before, vector), address, align=4)
+
+
+def _both(context: Any, builder: Any, given: Any) -> Any:
+    """The four numbers of an array's row, twice."""
+    row, _ = _load(context, builder, given, _FOUR)
+    return builder.shuffle_vector(row, ir.Constant(_FOUR, ir.Undefined), _TWICE)
 
 
 def _bytes_at(context: Any, builder: Any, array: Any, value: Any, place: Any) -> Any:

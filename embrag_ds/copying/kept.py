@@ -16,20 +16,17 @@ _PLACES = np.array([sorted(range(8), key=lambda bit: ~value >> bit & 1) for valu
 
 
 @compiled_part
-def compare(packed, query, differs, before):
+def compare(packed, own, known, differs, before):
     """Fill ``differs`` uint8 [ceil(T / 8), H]: where haplotypes differ from the target, packed as they are.
 
-    Fills ``before`` uint16 [ceil(T / 8), H] with the last typed site before those of a row that differs, 0 if none.
+    ``own`` and ``known`` uint8 [ceil(T / 8)] are of :func:`embrag_ds.copying.recursions.note_masks`. Fills ``before``
+    uint16 [ceil(T / 8), H] with the last typed site before those of a row that differs, 0 if none.
     """
     for block in range(len(packed)):
-        own, known = np.uint8(0), np.uint8(0)
-        for t in range(8 * block, min(8 * block + 8, len(query))):
-            bit = np.uint8(1 << (t & 7))
-            own |= bit if query[t] == 1 else np.uint8(0)
-            known |= bit if query[t] < 2 else np.uint8(0)
+        ours, typed = own[block], known[block]
         of_panel, into, last = packed[block], differs[block], before[block]
         for k in range(len(into)):
-            into[k] = (of_panel[k] ^ own) & known
+            into[k] = (of_panel[k] ^ ours) & typed
         if block == 0:
             last[:] = np.uint16(0)
             continue
@@ -46,19 +43,21 @@ def compare(packed, query, differs, before):
 
 
 @compiled_part
-def list_flagged(flags, who):
-    """List the places where ``flags`` uint8 [a multiple of 64] are 1 in ``who``; returns how many.
+def list_flagged(flags, lane, who):
+    """List the places where bit ``lane`` of ``flags`` uint8 [a multiple of 64] is set in ``who``; returns how many.
 
     Without a branch for each, which would be mispredicted: the bits of eight flags name a row of a table.
     """
     count, words = np.uint64(0), flags.view(np.uint64)
+    lane, ones = np.uint64(lane), np.uint64(0x0101010101010101)
     for first in range(0, len(words), 8):
         some = np.uint64(0)
         for n in range(8):
             some |= words[first + n]
+        some = some >> lane & ones
         if some:
             for n in range(first, first + 8):
-                bits = (words[n] * np.uint64(0x0102040810204080)) >> np.uint64(56)
+                bits = ((words[n] >> lane & ones) * np.uint64(0x0102040810204080)) >> np.uint64(56)
                 base = np.int32(8 * n)
                 for i in range(8):
                     who[count + np.uint64(i)] = base + _PLACES[bits, i]
@@ -71,7 +70,7 @@ def leave_piece(kept, chosen, count, half):
     """Note by haplotype what is kept at the first typed site of a piece, in ``half``."""
     half, moved, rows, who = np.uint64(half), kept.moved, kept.moved_rows, chosen.who
     shares, fasts, lengths = kept.shares[half], kept.fasts[half], kept.lengths[half]
-    number = list_flagged(kept.flags[half, : (count + 63) // 64 * 64], moved)
+    number = list_flagged(kept.flags[half, : (count + 63) // 64 * 64], 0, moved)
     for n in range(number):
         place = np.uint64(moved[n])
         moved[n], rows[n, 0], rows[n, 1], rows[n, 2] = who[place], shares[place], fasts[place], lengths[place]
@@ -165,7 +164,7 @@ def keep(panel, rates, t, start, count, chosen, kept, half):
     kept.length[half], kept.uncertainty[half] = length, -np.float32(math.log(squares)) / np.float32(7)
     some, either, who = kept.some, kept.either, chosen.who
     _merge(flags, other, some, padded)
-    number = list_flagged(some[:padded], either)
+    number = list_flagged(some[:padded], 0, either)
     shares_behind, fasts_behind, lengths_behind = kept.shares[behind], kept.fasts[behind], kept.lengths[behind]
     both = kept.both
     for n in range(number):

@@ -12,18 +12,26 @@ import math
 
 import numpy as np
 
-from embrag_ds.copying.chosen import copy_piece, pass_piece, start_haplotype
+from embrag_ds.copying.chosen import copy_piece, flag_piece, pass_piece, start_haplotypes
 from embrag_ds.copying.head import AT_ONCE, add_site, correct
-from embrag_ds.copying.instructions import add_row, fetch
+from embrag_ds.copying.instructions import LANES, add_row, fetch
 from embrag_ds.copying.kept import compare, enter_piece, keep, leave_piece
-from embrag_ds.copying.parts import assign, compiled_part
+from embrag_ds.copying.parts import compiled_part, making_part
 from embrag_ds.copying.priors import fill_priors
 from embrag_ds.copying.records import Frequencies, Head, PanelPart, Rates
-from embrag_ds.copying.recursions import PIECE, run_backward, run_forward
-from embrag_ds.copying.workspace import new_chosen, new_kept, new_scratch, new_states, new_waiting
+from embrag_ds.copying.recursions import PIECE, copy_rows, note_masks, run_backward, run_forward, start_backward
+from embrag_ds.copying.workspace import (
+    kept_of,
+    new_chosen,
+    new_kept,
+    new_scratch,
+    new_states,
+    new_waiting,
+    waiting_of,
+)
 from embrag_ds.ops.threads import WorkerLoop
 
-PARTS = "86096f0fb5df"
+PARTS = "4b9a428ac08a"
 """Digest of the loop's other files: numba looks for a change in this file alone, and would use what it has kept of the
 loop. A test compares it.
 """
@@ -156,60 +164,124 @@ def _fetch_sequences(panel, interval, either, count):
 
 
 @compiled_part
-def _copy_haplotype(panel, rates, own, query, row, excluded, states, chosen, kept, scratch, waiting, head, probability):
-    """Copy one target haplotype."""
-    typed, intervals, section = len(query), panel.intervals, PIECE * len(states.saved)
-    # Typed sites next to a site of the core: nothing is asked of a forward state behind, or a backward state before.
+def _run_pieces(panel, rates, states, runs, run_of, section, begin, stop):
+    """Run both forward recursions over pieces ``begin`` to ``stop``, from what was noted of their ``section``."""
+    copy_rows(states.saved[0], states.sections[section])
+    run_forward(panel, rates, states, runs, run_of[begin], run_of[stop])
+
+
+@compiled_part
+def _copy_haplotypes(
+    panel, rates, own, query, row, excluded, runs, run_of, states, chosen, kept, scratch, waiting, head, probability
+):
+    """Copy at most four target haplotypes."""
+    typed, intervals, lanes, several = len(panel.position), panel.intervals, len(query), len(states.saved) - 1
+    first, last = core_of(intervals, typed)
+    states.known[:] = np.uint8(0)  # a lane without a target differs from no haplotype
+    for lane in range(lanes):
+        note_masks(query[lane], states.own[lane], states.known[lane])
+        compare(panel.packed, states.own[lane], states.known[lane], states.differs, states.before[lane])
+        fill_priors(panel.place, rates, excluded[lane], states, lane)
+    pieces = last // PIECE + 1
+    states.came[0] = np.float32(0)
+    states.saved[0, :] = np.float32(0)
+    for begin in range(0, pieces, several):
+        stop = min(begin + several, pieces)
+        copy_rows(states.sections[begin // several], states.saved[0 if begin == 0 else several])
+        _run_pieces(panel, rates, states, runs, run_of, begin // several, begin, stop)
+        if stop == pieces:
+            copy_rows(states.joint[0], states.saved[stop - begin])
+    start_backward(panel, states, runs)
+    now, other = states.behind[0], states.behind[1]
+    if run_of[pieces] < len(runs) - 1:
+        run_backward(panel, rates, states, excluded, runs, run_of[pieces], len(runs) - 1, last, now, now)
+    start_haplotypes(panel, states, chosen, last)
+    kept.number_moved[:] = 0
+    half, begin = 0, (pieces - 1) // several * several
+    for piece in range(pieces - 1, first // PIECE - 1, -1):
+        start, stop = PIECE * piece, min(PIECE * piece + PIECE, last + 1)
+        if piece < begin:
+            begin -= several
+            _run_pieces(panel, rates, states, runs, run_of, begin // several, begin, begin + several)
+        run_backward(panel, rates, states, excluded, runs, run_of[piece], run_of[piece + 1], last, now, other)
+        saved = states.saved[piece - begin]
+        flag_piece(panel, rates, states, chosen, start, stop, saved, now)
+        after = half
+        for lane in range(lanes):
+            half, ours, waits = after, kept_of(kept, lane), waiting_of(waiting, lane)
+            count = copy_piece(panel, rates, states, chosen, ours, start, stop, saved, now, lane)
+            enter_piece(ours, chosen, count, half)
+            for t in range(stop - 1, max(start, first) - 1, -1):
+                half = 1 - half
+                either = keep(panel, rates, t, start, count, chosen, ours, half)
+                beyond = half if t == typed - 1 else 1 - half
+                if t > first:
+                    _fetch_sequences(panel, t, ours.either, either)
+                for interval in range(t + 1, t if t > 0 else -1, -1):
+                    _copy_sites(
+                        panel,
+                        rates,
+                        own,
+                        row[lane],
+                        interval,
+                        half,
+                        beyond if interval > 0 else half,
+                        either,
+                        ours,
+                        scratch,
+                        waits,
+                        head,
+                        probability[lane],
+                    )
+            leave_piece(ours, chosen, count, half)
+            pass_piece(panel, states, piece, np.uint8(0xFF), lane, chosen)
+        now, other = other, now
+    for lane in range(lanes):
+        correct(head, waiting_of(waiting, lane), probability[lane])
+
+
+@compiled_part
+def core_of(intervals, typed):
+    """The outermost typed sites next to a site of the core.
+
+    Nothing is asked of forward states behind them, or of backward states before them.
+    """
     first, last = 0, typed - 1
     while first < typed - 1 and intervals[first + 2] == intervals[first]:
         first += 1
     while last > first and intervals[last + 2] == intervals[last]:
         last -= 1
-    compare(panel.packed, query, states.differs, states.before)
-    fill_priors(panel.place, rates, excluded, states)
-    states.joint[:] = np.float32(0)
-    states.came[0] = np.float32(0)
-    for begin in range(0, last + 1, section):
-        for model in range(2):
-            assign(states.sections[begin // section, model], states.joint[model])
-        run_forward(panel, rates, states, begin, min(begin + section, last + 1))
-    beta, other = states.beta, states.other
-    if last + 1 < typed:
-        run_backward(panel, rates, states, excluded, last + 1, typed, last, other, beta)
-    start_haplotype(panel, states, chosen, last)
-    kept.number_moved[0] = 0
-    half, begin = 0, last // section * section
-    for piece in range(last // PIECE, first // PIECE - 1, -1):
-        start, stop = PIECE * piece, min(PIECE * piece + PIECE, last + 1)
-        if start < begin:
-            begin -= section
-            for model in range(2):
-                assign(states.joint[model], states.sections[begin // section, model])
-            run_forward(panel, rates, states, begin, begin + section)
-        run_backward(panel, rates, states, excluded, start, stop, last, beta, other)
-        saved = states.saved[(start - begin) // PIECE]
-        count = copy_piece(panel, rates, states, chosen, kept, start, stop, saved, beta)
-        enter_piece(kept, chosen, count, half)
-        for t in range(stop - 1, max(start, first) - 1, -1):
-            half = 1 - half
-            either = keep(panel, rates, t, start, count, chosen, kept, half)
-            beyond = half if t == typed - 1 else 1 - half
-            if t > first:
-                _fetch_sequences(panel, t, kept.either, either)
-            _copy_sites(panel, rates, own, row, t + 1, half, beyond, either, kept, scratch, waiting, head, probability)
-            if t == 0:
-                _copy_sites(panel, rates, own, row, 0, half, half, either, kept, scratch, waiting, head, probability)
-        leave_piece(kept, chosen, count, half)
-        pass_piece(states.differs[piece], np.uint8(0xFF), start, chosen)
-        beta, other = other, beta
-    correct(head, waiting, probability)
+    return first, last
+
+
+@making_part
+def _list_runs(panel):
+    """First typed sites of runs, which lie within a piece and a place, and the first run of every piece.
+
+    They are int64 [runs + 1] and [pieces + 2]: behind its last typed site next to the core, a piece begins anew.
+    """
+    typed, place = len(panel.position), panel.place
+    _, last = core_of(panel.intervals, typed)
+    runs, run_of = np.empty(typed + 1, dtype=np.int64), np.empty(typed // PIECE + 3, dtype=np.int64)
+    count = pieces = 0
+    for t in range(typed):
+        begins = t == last + 1 or (t % PIECE == 0 and t <= last)
+        if begins:
+            run_of[pieces] = count
+            pieces += 1
+        if begins or t % PIECE == 0 or place[t] != place[t - 1]:
+            runs[count] = t
+            count += 1
+    runs[count] = typed
+    run_of[pieces:] = count
+    return runs[: count + 1], run_of
 
 
 @WorkerLoop
 def copy_along(workers, worker, of_panel, of_model, of_rows, of_head, query, row_of, excluded, most_saved, probability):
     """Copy target haplotypes along a stretch: fill ``probability`` float32 [B, L] with that of ALT in its core.
 
-    A worker copies each ``workers``-th haplotype. ``of_panel``, ``of_model``, ``of_rows`` and ``of_head`` have the
+    A worker copies each ``workers``-th group of haplotypes, of four where there are enough for all workers. ``of_panel``, ``of_model``, ``of_rows`` and ``of_head`` have the
     fields of :class:`PanelPart`, :class:`Rates`, :class:`Frequencies` and :class:`Head`. They are plain tuples, because
     numba's index of what it keeps on the disk names the classes of arguments, and could not be read after one is
     renamed. ``query`` uint8 [B, T] are typed alleles, 2 where missing; ``row_of`` int64 [B] are rows of ``of_rows``;
@@ -221,26 +293,30 @@ def copy_along(workers, worker, of_panel, of_model, of_rows, of_head, query, row
     places, populations = rates.typed_at.shape[1], own.by_population.shape[1]
     pieces = (typed + PIECE - 1) // PIECE
     # Of long stretches and large panels, forward states are kept twice, of few pieces and of few sections.
-    several = pieces if 8 * haplotypes * pieces <= most_saved else int(math.sqrt(pieces)) + 1
+    several = pieces if 8 * LANES * haplotypes * pieces <= most_saved else int(math.sqrt(pieces)) + 1
     states = new_states(typed, haplotypes, places, several)
     chosen = new_chosen(haplotypes)
     kept = new_kept(haplotypes, populations)
     scratch = new_scratch(panel.most_sequences)
     waiting = new_waiting(len(head.last))
-    waiting.features[8] = head.density
-    for b in range(worker, len(query), workers):
-        _copy_haplotype(
+    waiting.features[:, 8] = head.density
+    runs, run_of = _list_runs(panel)
+    lanes = min(LANES, (len(query) + workers - 1) // workers)
+    for b in range(lanes * worker, len(query), lanes * workers):
+        _copy_haplotypes(
             panel,
             rates,
             own,
-            query[b],
-            row_of[b],
-            excluded[b],
+            query[b : b + lanes],
+            row_of[b : b + lanes],
+            excluded[b : b + lanes],
+            runs,
+            run_of,
             states,
             chosen,
             kept,
             scratch,
             waiting,
             head,
-            probability[b],
+            probability[b : b + lanes],
         )

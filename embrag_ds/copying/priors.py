@@ -11,17 +11,16 @@ from embrag_ds.copying.parts import making_part
 
 
 @making_part
-def fill_priors(place, rates, excluded, states):
-    """Fill ``states.prior`` with the probability of every haplotype after a recombination at each place.
+def fill_priors(place, rates, excluded, states, lane):
+    """Fill a ``lane`` of ``states.prior`` with the probability of every haplotype after a recombination at each place.
 
     Its logarithm falls by ``strength[j]`` per percent of typed sites that differ, weighed by ``exp(-d / s_j)`` at a
     distance of d. ``reach[j]`` is that weight from one place to the next, and ``typed_at[j]`` the weight of all typed
     sites.
     """
-    prior, running, bits = states.prior, states.running, states.bits
+    prior, running, bits = np.zeros(states.prior.shape[:2], dtype=np.float32), states.running, states.bits
     reach, strength, typed_at = rates.reach, rates.strength, rates.typed_at
     places, haplotypes = prior.shape
-    prior[:] = np.float32(0)
     differing = np.zeros((places, haplotypes), dtype=np.float32)
     first = 0
     while first < len(place):
@@ -81,7 +80,7 @@ def fill_priors(place, rates, excluded, states):
             total += row[k]
         scale = np.float32(1) / total
         for k in range(haplotypes):
-            row[k] *= scale
+            states.prior[g, k, lane] = row[k] * scale
     return
 
 

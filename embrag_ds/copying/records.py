@@ -29,6 +29,8 @@ class PanelPart(NamedTuple):
     """
 
     packed: np.ndarray
+    patterns: np.ndarray
+    pattern_count: np.ndarray
     position: np.ndarray
     place: np.ndarray
     population: np.ndarray
@@ -179,13 +181,16 @@ class States(NamedTuple):
     """
 
     prior: np.ndarray
+    highest: np.ndarray
     running: np.ndarray
     bits: np.ndarray
-    joint: np.ndarray
     sections: np.ndarray
     saved: np.ndarray
-    beta: np.ndarray
-    other: np.ndarray
+    between: np.ndarray
+    joint: np.ndarray
+    behind: np.ndarray
+    own: np.ndarray
+    known: np.ndarray
     differs: np.ndarray
     before: np.ndarray
     came: np.ndarray
@@ -195,7 +200,16 @@ class States(NamedTuple):
     left: np.ndarray
     next: np.ndarray
     paths: np.ndarray
-    jump: np.ndarray
+    forward_sums: np.ndarray
+    forward_priors: np.ndarray
+    backward_sums: np.ndarray
+    backward_priors: np.ndarray
+    factors: np.ndarray
+    by_state: np.ndarray
+    by_prior: np.ndarray
+    gain: np.ndarray
+    added: np.ndarray
+    mask: np.ndarray
 
 
 class Chosen(NamedTuple):

@@ -48,6 +48,12 @@ def panel_part(
     start = start.cumsum()
     minor = np.empty(start[-1], dtype=np.uint8)
     _list_minor(blocks.words, blocks.count, turned, blocks.bounds, sequences, start, minor)
+    packed = np.ascontiguousarray(np.packbits(typed, axis=0, bitorder="little"))  # or the loop is compiled twice
+    patterns = np.zeros((len(packed), 256), dtype=np.uint8)
+    pattern_count = np.zeros(len(packed), dtype=np.int64)
+    for row, alleles in enumerate(packed):
+        present = np.flatnonzero(np.bincount(alleles, minlength=256))
+        patterns[row, : len(present)], pattern_count[row] = present, len(present)
     left, right = flanking(rows, first, sites)
     here, before = position[first : first + sites], position[rows[left]]
     after = position[rows[right]]
@@ -55,7 +61,9 @@ def panel_part(
     nearest = np.minimum(np.abs(here - before), np.abs(after - here))
     share = np.where(gap > 0, (here - before) / np.maximum(gap, 1e-12), 0).clip(0, 1).astype(np.float32)
     return PanelPart(
-        packed=np.ascontiguousarray(np.packbits(typed, axis=0, bitorder="little")),  # or the loop is compiled twice
+        packed=packed,
+        patterns=patterns,
+        pattern_count=pattern_count,
         position=position[rows],
         place=places(position, most_places(haplotypes))[0][rows],
         population=population,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from embrag_ds.copying.head import AT_ONCE
-from embrag_ds.copying.parts import making_part
+from embrag_ds.copying.instructions import LANES
+from embrag_ds.copying.parts import compiled_part, making_part
 from embrag_ds.copying.records import Chosen, Kept, Scratch, States, Waiting
-from embrag_ds.copying.recursions import PIECE
+from embrag_ds.copying.recursions import PATTERNS, PIECE
 from embrag_ds.model.numbers import CONFIDENCE_FEATURES
 
 _SITES = 64
@@ -18,24 +19,36 @@ def new_states(typed, haplotypes, places, several):
     """States for so many typed sites, haplotypes and places; ``several`` pieces make a section."""
     pieces = (typed + PIECE - 1) // PIECE
     return States(
-        prior=np.empty((places, haplotypes), dtype=np.float32),
+        prior=np.full((places, haplotypes, LANES), np.float32(1 / haplotypes)),
+        highest=np.empty((haplotypes, LANES), dtype=np.float32),
         running=np.empty(haplotypes, dtype=np.float32),
         bits=np.empty(haplotypes, dtype=np.int32),
-        joint=np.empty((2, haplotypes), dtype=np.float32),
-        sections=np.empty(((pieces + several - 1) // several, 2, haplotypes), dtype=np.float32),
-        saved=np.empty((several, 2, haplotypes), dtype=np.float32),
-        beta=np.zeros((2, haplotypes), dtype=np.float32),
-        other=np.zeros((2, haplotypes), dtype=np.float32),
+        sections=np.empty(((pieces + several - 1) // several, haplotypes, 2 * LANES), dtype=np.float32),
+        saved=np.empty((several + 1, haplotypes, 2 * LANES), dtype=np.float32),
+        between=np.empty((haplotypes, 2 * LANES), dtype=np.float32),
+        joint=np.empty((1, haplotypes, 2 * LANES), dtype=np.float32),
+        behind=np.empty((2, haplotypes, 2 * LANES), dtype=np.float32),
+        own=np.zeros((LANES, pieces), dtype=np.uint8),
+        known=np.zeros((LANES, pieces), dtype=np.uint8),
         differs=np.empty((pieces, haplotypes), dtype=np.uint8),
-        before=np.empty((pieces, haplotypes), dtype=np.uint16),
-        came=np.zeros((typed, 2), dtype=np.float32),
-        scale=np.zeros((typed, 2), dtype=np.float32),
-        total=np.zeros((typed, 2), dtype=np.float32),
-        went=np.zeros((typed, 2), dtype=np.float32),
-        left=np.zeros((typed, 2), dtype=np.float32),
-        next=np.ones((typed, 2), dtype=np.float32),
-        paths=np.zeros((typed, 2), dtype=np.float32),
-        jump=np.empty(2, dtype=np.float32),
+        before=np.empty((LANES, pieces, haplotypes), dtype=np.uint16),
+        came=np.zeros((typed, 2 * LANES), dtype=np.float32),
+        scale=np.zeros((typed, 2 * LANES), dtype=np.float32),
+        total=np.zeros((typed, 2 * LANES), dtype=np.float32),
+        went=np.zeros((typed, 2 * LANES), dtype=np.float32),
+        left=np.zeros((typed, 2 * LANES), dtype=np.float32),
+        next=np.ones((typed, 2 * LANES), dtype=np.float32),
+        paths=np.zeros((typed, 2 * LANES), dtype=np.float32),
+        forward_sums=np.zeros((2 * PATTERNS, 2 * LANES), dtype=np.float32),
+        forward_priors=np.zeros((2 * PATTERNS, LANES), dtype=np.float32),
+        backward_sums=np.zeros((2 * PATTERNS, 2 * LANES), dtype=np.float32),
+        backward_priors=np.zeros((2 * PATTERNS, LANES), dtype=np.float32),
+        factors=np.zeros((PATTERNS, 4 * LANES), dtype=np.float32),
+        by_state=np.zeros((2 * LANES, PATTERNS), dtype=np.float32),
+        by_prior=np.zeros((LANES, PATTERNS), dtype=np.float32),
+        gain=np.zeros((2 * LANES, PATTERNS), dtype=np.float32),
+        added=np.zeros((2 * LANES, PATTERNS), dtype=np.float32),
+        mask=np.zeros((LANES, PATTERNS), dtype=np.uint8),
     )
 
 
@@ -45,8 +58,8 @@ def new_chosen(haplotypes):
     return Chosen(
         flags=np.zeros((haplotypes + 63) // 64 * 64, dtype=np.uint8),
         who=np.empty(haplotypes + 8, dtype=np.int32),
-        least=np.empty(2, dtype=np.float32),
-        bound=np.empty((2, 4), dtype=np.float32),
+        least=np.empty((LANES, 2), dtype=np.float32),
+        bound=np.empty((5, 2 * LANES), dtype=np.float32),
         steps=np.empty((2, PIECE)),
         came=np.empty((2, haplotypes), dtype=np.float32),
         behind=np.empty((2, haplotypes), dtype=np.float32),
@@ -55,7 +68,7 @@ def new_chosen(haplotypes):
         row=np.empty(PIECE, dtype=np.int64),
         begin=np.empty((PIECE + 1, haplotypes), dtype=np.float32),
         end=np.empty(haplotypes, dtype=np.float32),
-        next=np.empty(haplotypes, dtype=np.uint16),
+        next=np.empty((LANES, haplotypes), dtype=np.uint16),
         joint=np.empty((PIECE, 2, haplotypes), dtype=np.float32),
         squares=np.empty((PIECE, 2), dtype=np.float32),
     )
@@ -70,16 +83,37 @@ def new_kept(haplotypes, populations):
         shares=np.zeros((2, haplotypes), dtype=np.float32),
         fasts=np.zeros((2, haplotypes), dtype=np.float32),
         lengths=np.zeros((2, haplotypes), dtype=np.float32),
-        length=np.zeros(2, dtype=np.float32),
-        uncertainty=np.zeros(2, dtype=np.float32),
-        ancestry=np.zeros((2, populations), dtype=np.float32),
+        length=np.zeros((LANES, 2), dtype=np.float32),
+        uncertainty=np.zeros((LANES, 2), dtype=np.float32),
+        ancestry=np.zeros((LANES, 2, populations), dtype=np.float32),
         some=np.zeros(padded, dtype=np.uint8),
         either=np.empty(haplotypes + 8, dtype=np.int32),
         both=np.zeros((haplotypes, 8), dtype=np.float32),
-        moved=np.empty(haplotypes + 8, dtype=np.int32),
-        moved_rows=np.zeros((haplotypes, 3), dtype=np.float32),
+        moved=np.empty((LANES, haplotypes + 8), dtype=np.int32),
+        moved_rows=np.zeros((LANES, haplotypes, 3), dtype=np.float32),
         where=np.empty(haplotypes, dtype=np.int32),
-        number_moved=np.zeros(1, dtype=np.int64),
+        number_moved=np.zeros((LANES, 1), dtype=np.int64),
+    )
+
+
+@compiled_part
+def kept_of(kept, lane):
+    """What is kept of one target: the arrays with lanes are its own, and scratch is shared."""
+    return Kept(
+        flags=kept.flags,
+        shares=kept.shares,
+        fasts=kept.fasts,
+        lengths=kept.lengths,
+        length=kept.length[lane],
+        uncertainty=kept.uncertainty[lane],
+        ancestry=kept.ancestry[lane],
+        some=kept.some,
+        either=kept.either,
+        both=kept.both,
+        moved=kept.moved[lane],
+        moved_rows=kept.moved_rows[lane],
+        where=kept.where,
+        number_moved=kept.number_moved[lane],
     )
 
 
@@ -100,12 +134,27 @@ def new_scratch(sequences):
 def new_waiting(width):
     """Arrays of the sites that wait for a confidence head of this width."""
     return Waiting(
-        number=np.zeros(1, dtype=np.int64),
-        sites=np.zeros(AT_ONCE, dtype=np.int64),
-        to_ref=np.zeros(AT_ONCE, dtype=np.bool_),
-        odds=np.ones(AT_ONCE, dtype=np.float32),
-        features=np.ones((CONFIDENCE_FEATURES, AT_ONCE), dtype=np.float32),
+        number=np.zeros((LANES, 1), dtype=np.int64),
+        sites=np.zeros((LANES, AT_ONCE), dtype=np.int64),
+        to_ref=np.zeros((LANES, AT_ONCE), dtype=np.bool_),
+        odds=np.ones((LANES, AT_ONCE), dtype=np.float32),
+        features=np.ones((LANES, CONFIDENCE_FEATURES, AT_ONCE), dtype=np.float32),
         first=np.zeros((width, AT_ONCE), dtype=np.float32),
         second=np.ones(AT_ONCE, dtype=np.float32),
         total=np.ones(AT_ONCE, dtype=np.float32),
+    )
+
+
+@compiled_part
+def waiting_of(waiting, lane):
+    """Sites of one target that wait: the arrays with lanes are its own, and scratch is shared."""
+    return Waiting(
+        number=waiting.number[lane],
+        sites=waiting.sites[lane],
+        to_ref=waiting.to_ref[lane],
+        odds=waiting.odds[lane],
+        features=waiting.features[lane],
+        first=waiting.first,
+        second=waiting.second,
+        total=waiting.total,
     )

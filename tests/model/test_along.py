@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -272,18 +272,28 @@ def test_threads_and_blocks_of_samples_do_not_change_a_byte(build, threads: int)
 
 
 @numba.njit
-def passed(differs, sites, start, before):
-    """What is noted of the next mismatches behind a piece; Python itself cannot call a part of the loop."""
-    found = workspace.new_chosen(len(before))
-    found.next[:] = before
-    chosen.pass_piece(differs, sites, start, found)
-    return found.next
+def passed(panel, sites, own, known, before):
+    """What is noted of the next mismatches behind piece 1; Python itself cannot call a part of the loop."""
+    found, lane = workspace.new_chosen(len(before)), 2
+    states = workspace.new_states(8 * len(panel.packed), len(before), 1, 1)
+    states.own[lane, 1], states.known[lane, 1] = own, known
+    found.next[lane] = before
+    chosen.pass_piece(panel, states, 1, sites, lane, found)
+    return found.next[lane]
 
 
 @numba.njit
 def compared(packed, query, differs, before):
     """Call :func:`embrag_ds.copying.kept.compare`."""
-    kept.compare(packed, query, differs, before)
+    own, known = np.empty(len(packed), dtype=np.uint8), np.empty(len(packed), dtype=np.uint8)
+    recursions.note_masks(query, own, known)
+    kept.compare(packed, own, known, differs, before)
+
+
+class Packed(NamedTuple):
+    """The part of a panel that mismatches depend on."""
+
+    packed: np.ndarray
 
 
 @pytest.mark.parametrize("haplotypes", [1, 31, 32, 70, 128])
@@ -291,20 +301,21 @@ def compared(packed, query, differs, before):
 def test_mismatches_beside_a_piece_are_the_first_and_the_last_of_each_byte(haplotypes: int, sites: int) -> None:
     """In whole vectors of 32 haplotypes, and in the rest of a row."""
     rng = np.random.default_rng(haplotypes)
-    differs = rng.integers(0, 256, (3, haplotypes), dtype=np.uint8) & rng.integers(0, 256, haplotypes, dtype=np.uint8)
-    differs[:, ::3] &= rng.integers(0, 2, differs[:, ::3].shape, dtype=np.uint8) * 0x81
+    panel = rng.integers(0, 256, (3, haplotypes), dtype=np.uint8) & rng.integers(0, 256, haplotypes, dtype=np.uint8)
+    panel[:, ::3] &= rng.integers(0, 2, panel[:, ::3].shape, dtype=np.uint8) * 0x81
     before = rng.integers(0, 65_536, haplotypes, dtype=np.uint16)
-    after = passed(differs[0], np.uint8(sites), 65_528, before)
+    # REF at all sites but the second, and the third is missing.
+    after = passed(Packed(panel), np.uint8(sites), np.uint8(0x02), np.uint8(0xFB), before)
     for haplotype in range(haplotypes):
-        bits = [bit for bit in range(8) if differs[0, haplotype] & sites & 1 << bit]
-        assert after[haplotype] == (65_528 + bits[0] if bits else before[haplotype])
+        bits = [bit for bit in range(8) if (panel[1, haplotype] ^ 0x02) & 0xFB & sites & 1 << bit]
+        assert after[haplotype] == (8 + bits[0] if bits else before[haplotype])
     # A target with REF at every site but one, which is missing, differs from haplotypes with ALT.
     query = np.zeros(24, dtype=np.uint8)
     query[10] = 2
-    into, last = np.empty_like(differs), np.empty(differs.shape, dtype=np.uint16)
-    compared(differs, query, into, last)
+    into, last = np.empty_like(panel), np.empty(panel.shape, dtype=np.uint16)
+    compared(panel, query, into, last)
     for haplotype in range(haplotypes):
-        sites_of = [t for t in range(24) if t != 10 and differs[t // 8, haplotype] >> t % 8 & 1]
+        sites_of = [t for t in range(24) if t != 10 and panel[t // 8, haplotype] >> t % 8 & 1]
         for row in range(3):
             assert last[row, haplotype] == max((t for t in sites_of if t < 8 * row), default=0)
             packed = sum(1 << t % 8 for t in sites_of if t // 8 == row)
