@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from embrag_ds.copying.instructions import BYTES, LANES, flag_row, note_first
+from embrag_ds.copying.instructions import LANES, flag_row, zeros_above, zeros_below
 from embrag_ds.copying.kept import list_flagged
 from embrag_ds.copying.parts import compiled_part
 from embrag_ds.copying.recursions import PIECE
@@ -19,15 +19,12 @@ _SAFETY = np.float32(0.5)
 
 
 @compiled_part
-def start_haplotypes(panel, states, chosen, last):
-    """Begin target haplotypes: nothing is known of their sums of squares, and of their mismatches those after ``last``.
-    """
+def start_haplotypes(panel, chosen):
+    """Begin target haplotypes: nothing is known of their sums of squares, and of their mismatches."""
     chosen.least[:] = _FIRST_GUESS
-    chosen.next[:] = np.uint16(len(panel.position) - 1)
-    for lane in range(LANES):
-        for piece in range(len(panel.packed) - 1, last // PIECE, -1):
-            pass_piece(panel, states, piece, np.uint8(0xFF), lane, chosen)
-        pass_piece(panel, states, last // PIECE, np.uint8(0xFE << last % PIECE & 0xFF), lane, chosen)
+    chosen.before[:] = np.uint16(0xFFFF)
+    chosen.after[:] = np.uint16(len(panel.position) - 1)
+    chosen.seen[:] = np.uint16(len(panel.position) - 1)
 
 
 @compiled_part
@@ -146,7 +143,8 @@ def _gather(panel, states, chosen, count, start, stop, saved, beta, lane):
 @compiled_part
 def _match(panel, states, chosen, count, start, stop, lane):
     """Fill in where the matches of the chosen haplotypes begin, for each typed site of a piece, and end behind it."""
-    before, after, position = states.before[lane, start >> 3], chosen.next[lane], panel.position
+    find_mismatches(panel, states, chosen, count, start, stop, lane)
+    before, after, position = chosen.before[lane], chosen.after[lane], panel.position
     begin, end, who = chosen.begin[PIECE], chosen.end, chosen.who
     for n in range(count):
         k = np.uint64(who[n])
@@ -158,6 +156,42 @@ def _match(panel, states, chosen, count, start, stop, lane):
 
 
 @compiled_part
+def find_mismatches(panel, states, chosen, count, start, stop, lane):
+    """Find the mismatches of the chosen haplotypes with a target that are nearest to a piece, on either side.
+
+    Fills ``chosen.before`` with the last typed site before ``start``, 0 if there is none, and ``chosen.after`` with the
+    first one from ``stop`` on, the last typed site if there is none. Pieces are asked for from the last to the first.
+    So what was found for a haplotype then, behind typed site ``chosen.seen``, holds on, and only what lies before it is
+    searched, 64 typed sites at once.
+    """
+    before, after, seen, who = chosen.before[lane], chosen.after[lane], chosen.seen[lane], chosen.who
+    own, known, all_bits = states.own[lane].view(np.uint64), states.known[lane].view(np.uint64), ~np.uint64(0)
+    first, last = (start - 1) >> 6, stop >> 6
+    up_to, from_on = all_bits >> np.uint64(-start & 63), all_bits << np.uint64(stop & 63)
+    for n in range(count):
+        k = np.uint64(who[n])
+        alleles = panel.turned[k]
+        if before[k] >= start:
+            found, mask = np.uint16(0), up_to
+            for word in range(first, -1, -1):
+                differs = (alleles[word] ^ own[word]) & known[word] & mask
+                mask = all_bits
+                if differs:
+                    found = np.uint16((word << 6) + 63 - zeros_above(differs))
+                    break
+            before[k] = found
+        if seen[k] > stop:
+            mask = from_on
+            for word in range(last, (np.int64(seen[k]) + 63) >> 6):
+                differs = (alleles[word] ^ own[word]) & known[word] & mask
+                mask = all_bits
+                if differs:
+                    after[k] = np.uint16((word << 6) + zeros_below(differs))
+                    break
+            seen[k] = np.uint16(stop)
+
+
+@compiled_part
 def _carry(before, differs, bit, here, into, count):
     """Fill ``into`` with what was ``before``, or with ``here`` where the ``bit`` of ``differs`` is set.
 
@@ -165,22 +199,6 @@ def _carry(before, differs, bit, here, into, count):
     """
     for n in range(count):
         into[n] = here if np.uint8(differs[n] & bit) != 0 else before[n]
-
-
-@compiled_part
-def pass_piece(panel, states, piece, sites, lane, chosen):
-    """Note in ``chosen.next`` the first mismatch of every haplotype at those ``sites`` of a piece that are set."""
-    after, first, differs = chosen.next[lane], np.uint16(PIECE * piece), states.differs[piece]
-    patterns, own, known = panel.packed[piece], states.own[lane, piece], states.known[lane, piece]
-    for k in range(len(differs)):
-        differs[k] = (patterns[k] ^ own) & known
-    whole = len(after) // BYTES * BYTES
-    for k in range(0, whole, BYTES):
-        note_first(differs, sites, first, after, k)
-    for k in range(whole, len(after)):
-        for place in range(PIECE - 1, -1, -1):
-            if differs[k] & sites & np.uint8(1 << place) != 0:
-                after[k] = first + np.uint16(place)
 
 
 @compiled_part

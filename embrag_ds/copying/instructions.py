@@ -12,8 +12,7 @@ _intrinsic: Any = intrinsic  # whose types do not say that it hides the first pa
 _EIGHT = ir.VectorType(ir.FloatType(), 8)
 _FOUR = ir.VectorType(ir.FloatType(), 4)
 _TWICE = ir.Constant(ir.VectorType(ir.IntType(32), 8), [0, 1, 2, 3] * 2)
-BYTES = 32
-"""Bytes that :func:`note_first` and :func:`note_last` look at at once."""
+_FUSED = ("contract",)
 LANES = 4
 """Target haplotypes that are copied at once. A row of states has those of the slow model and then of the fast one."""
 
@@ -150,44 +149,23 @@ def flag_row(typing_context: Any, flags: Any, place: Any, saved: Any, beta: Any,
 
 
 @_intrinsic
-def note_first(typing_context: Any, flags: Any, of: Any, start: Any, into: Any, place: Any) -> Any:
-    """Set 32 elements of ``into`` uint16 [n], from ``place`` on, to ``start`` uint16 and the number of the lowest bit.
-
-    It is that of ``flags`` uint8 [n] among those that are set in ``of`` uint8. Elements without one stay as they are.
-    """
+def zeros_below(typing_context: Any, word: Any) -> Any:
+    """How many bits of a uint64, not 0, lie below the lowest that is set."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        given, mask, first, noted, number = arguments
-        bytes_ = builder.and_(_bytes_at(context, builder, flags, given, number), _splat(builder, mask))
-        numbers = _counted(builder, "llvm.cttz", bytes_)
-        address = _numbers_at(context, builder, into, noted, number)
-        _choose(builder, bytes_, builder.add(numbers, _splat(builder, first)), builder.load(address, align=2), address)
-        return context.get_dummy_value()
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
 
-    return types.none(flags, of, start, into, place), generate
+    return types.int64(types.uint64), generate
 
 
 @_intrinsic
-def note_last(typing_context: Any, flags: Any, start: Any, others: Any, into: Any, place: Any) -> Any:
-    """Set 32 elements of ``into`` uint16 [n], from ``place`` on, to ``start`` uint16 and the number of the highest bit.
-
-    It is that of ``flags`` uint8 [n]. Elements without one are those of ``others`` uint16 [n].
-    """
+def zeros_above(typing_context: Any, word: Any) -> Any:
+    """How many bits of a uint64, not 0, lie above the highest that is set."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        given, first, other, noted, number = arguments
-        bytes_ = _bytes_at(context, builder, flags, given, number)
-        above = _counted(builder, "llvm.ctlz", bytes_)
-        last = builder.add(first, ir.Constant(ir.IntType(16), 7))
-        beside = builder.load(_numbers_at(context, builder, others, other, number), align=2)
-        address = _numbers_at(context, builder, into, noted, number)
-        _choose(builder, bytes_, builder.sub(_splat(builder, last), above), beside, address)
-        return context.get_dummy_value()
+        return builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 1))
 
-    return types.none(flags, start, others, into, place), generate
-
-
-_FUSED = ("contract",)
+    return types.int64(types.uint64), generate
 
 
 def _load(context: Any, builder: Any, given: Any, kind: Any = _EIGHT, first: int = 0) -> tuple[Any, Any]:
@@ -208,41 +186,6 @@ def _both(context: Any, builder: Any, given: Any) -> Any:
     """The four numbers of an array's row, twice."""
     row, _ = _load(context, builder, given, _FOUR)
     return builder.shuffle_vector(row, ir.Constant(_FOUR, ir.Undefined), _TWICE)
-
-
-def _bytes_at(context: Any, builder: Any, array: Any, value: Any, place: Any) -> Any:
-    """A vector of the 32 bytes of an array from ``place`` on."""
-    address = _address(context, builder, array, value, [_wide(builder, place)])
-    kind = ir.VectorType(ir.IntType(8), BYTES)
-    return builder.load(builder.bitcast(address, kind.as_pointer()), align=1)
-
-
-def _numbers_at(context: Any, builder: Any, array: Any, value: Any, place: Any) -> Any:
-    """The address of 32 numbers of 16 bits of an array from ``place`` on."""
-    address = _address(context, builder, array, value, [_wide(builder, place)])
-    return builder.bitcast(address, ir.VectorType(ir.IntType(16), BYTES).as_pointer())
-
-
-def _splat(builder: Any, value: Any) -> Any:
-    """A vector of 32 times a number."""
-    kind = ir.VectorType(value.type, BYTES)
-    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
-    zeros = ir.Constant(ir.VectorType(ir.IntType(32), BYTES), [0] * BYTES)
-    return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), zeros)
-
-
-def _counted(builder: Any, name: str, bytes_: Any) -> Any:
-    """How many zeros 32 bytes have at one end, in 16 bits; 8 where a byte is 0."""
-    kind = ir.FunctionType(bytes_.type, [bytes_.type, ir.IntType(1)])
-    function = cgutils.get_or_insert_function(builder.module, kind, f"{name}.v{BYTES}i8")
-    found = builder.call(function, [bytes_, ir.Constant(ir.IntType(1), 0)])
-    return builder.zext(found, ir.VectorType(ir.IntType(16), BYTES))
-
-
-def _choose(builder: Any, bytes_: Any, numbers: Any, others: Any, address: Any) -> None:
-    """Store ``numbers`` where a byte is not 0, and ``others`` elsewhere."""
-    is_set = builder.icmp_unsigned("!=", bytes_, ir.Constant(bytes_.type, [0] * BYTES))
-    builder.store(builder.select(is_set, numbers, others), address, align=2)
 
 
 def _wide(builder: Any, number: Any) -> Any:

@@ -6,40 +6,12 @@ import math
 
 import numpy as np
 
-from embrag_ds.copying.instructions import BYTES, note_last
 from embrag_ds.copying.parts import compiled_part
 
 SLOW, FAST = 0, 1
 # Of each byte, how many ones it has, and their places, the lowest first.
 _ONES = np.array([value.bit_count() for value in range(256)], dtype=np.uint8)
 _PLACES = np.array([sorted(range(8), key=lambda bit: ~value >> bit & 1) for value in range(256)], dtype=np.int32)
-
-
-@compiled_part
-def compare(packed, own, known, differs, before):
-    """Fill ``differs`` uint8 [ceil(T / 8), H]: where haplotypes differ from the target, packed as they are.
-
-    ``own`` and ``known`` uint8 [ceil(T / 8)] are of :func:`embrag_ds.copying.recursions.note_masks`. Fills ``before``
-    uint16 [ceil(T / 8), H] with the last typed site before those of a row that differs, 0 if none.
-    """
-    for block in range(len(packed)):
-        ours, typed = own[block], known[block]
-        of_panel, into, last = packed[block], differs[block], before[block]
-        for k in range(len(into)):
-            into[k] = (of_panel[k] ^ ours) & typed
-        if block == 0:
-            last[:] = np.uint16(0)
-            continue
-        behind, earlier = differs[block - 1], before[block - 1]
-        first = np.uint16(8 * block - 8)
-        whole = len(last) // BYTES * BYTES
-        for k in range(0, whole, BYTES):
-            note_last(behind, first, earlier, last, k)
-        for k in range(whole, len(last)):
-            last[k] = earlier[k]
-            for place in range(8):
-                if behind[k] & np.uint8(1 << place) != 0:
-                    last[k] = first + np.uint16(place)
 
 
 @compiled_part

@@ -12,10 +12,10 @@ import math
 
 import numpy as np
 
-from embrag_ds.copying.chosen import copy_piece, flag_piece, pass_piece, start_haplotypes
+from embrag_ds.copying.chosen import copy_piece, flag_piece, start_haplotypes
 from embrag_ds.copying.head import AT_ONCE, add_site, correct
 from embrag_ds.copying.instructions import LANES, add_row, fetch
-from embrag_ds.copying.kept import compare, enter_piece, keep, leave_piece
+from embrag_ds.copying.kept import enter_piece, keep, leave_piece
 from embrag_ds.copying.parts import compiled_part, making_part
 from embrag_ds.copying.priors import fill_priors
 from embrag_ds.copying.records import Frequencies, Head, PanelPart, Rates
@@ -31,7 +31,7 @@ from embrag_ds.copying.workspace import (
 )
 from embrag_ds.ops.threads import WorkerLoop
 
-PARTS = "4b9a428ac08a"
+PARTS = "4f4f0d4fbbdf"
 """Digest of the loop's other files: numba looks for a change in this file alone, and would use what it has kept of the
 loop. A test compares it.
 """
@@ -180,8 +180,7 @@ def _copy_haplotypes(
     states.known[:] = np.uint8(0)  # a lane without a target differs from no haplotype
     for lane in range(lanes):
         note_masks(query[lane], states.own[lane], states.known[lane])
-        compare(panel.packed, states.own[lane], states.known[lane], states.differs, states.before[lane])
-        fill_priors(panel.place, rates, excluded[lane], states, lane)
+        fill_priors(panel.packed, panel.place, rates, excluded[lane], states, lane)
     pieces = last // PIECE + 1
     states.came[0] = np.float32(0)
     states.saved[0, :] = np.float32(0)
@@ -195,7 +194,7 @@ def _copy_haplotypes(
     now, other = states.behind[0], states.behind[1]
     if run_of[pieces] < len(runs) - 1:
         run_backward(panel, rates, states, excluded, runs, run_of[pieces], len(runs) - 1, last, now, now)
-    start_haplotypes(panel, states, chosen, last)
+    start_haplotypes(panel, chosen)
     kept.number_moved[:] = 0
     half, begin = 0, (pieces - 1) // several * several
     for piece in range(pieces - 1, first // PIECE - 1, -1):
@@ -234,7 +233,6 @@ def _copy_haplotypes(
                         probability[lane],
                     )
             leave_piece(ours, chosen, count, half)
-            pass_piece(panel, states, piece, np.uint8(0xFF), lane, chosen)
         now, other = other, now
     for lane in range(lanes):
         correct(head, waiting_of(waiting, lane), probability[lane])

@@ -11,7 +11,7 @@ from embrag_ds.copying.parts import making_part
 
 
 @making_part
-def fill_priors(place, rates, excluded, states, lane):
+def fill_priors(packed, place, rates, excluded, states, lane):
     """Fill a ``lane`` of ``states.prior`` with the probability of every haplotype after a recombination at each place.
 
     Its logarithm falls by ``strength[j]`` per percent of typed sites that differ, weighed by ``exp(-d / s_j)`` at a
@@ -27,10 +27,10 @@ def fill_priors(place, rates, excluded, states, lane):
         stop = first + 1
         while stop < len(place) and stop & 7 and place[stop] == place[first]:
             stop += 1
-        row, here = states.differs[first >> 3], differing[place[first]]
-        mask = np.uint8(((1 << (stop - first)) - 1) << (first & 7) & 0xFF)
+        row, here, own = packed[first >> 3], differing[place[first]], states.own[lane, first >> 3]
+        mask = np.uint8(((1 << (stop - first)) - 1) << (first & 7) & 0xFF) & states.known[lane, first >> 3]
         for k in range(haplotypes):  # adds how many bits are set
-            bits_set = np.uint8(row[k] & mask)
+            bits_set = np.uint8((row[k] ^ own) & mask)
             bits_set = np.uint8(bits_set - (bits_set >> np.uint8(1) & np.uint8(0x55)))
             bits_set = np.uint8((bits_set & np.uint8(0x33)) + (bits_set >> np.uint8(2) & np.uint8(0x33)))
             here[k] += np.float32(np.uint8((bits_set + (bits_set >> np.uint8(4))) & np.uint8(0x0F)))

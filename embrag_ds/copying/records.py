@@ -29,6 +29,7 @@ class PanelPart(NamedTuple):
     """
 
     packed: np.ndarray
+    turned: np.ndarray
     patterns: np.ndarray
     pattern_count: np.ndarray
     position: np.ndarray
@@ -191,8 +192,6 @@ class States(NamedTuple):
     behind: np.ndarray
     own: np.ndarray
     known: np.ndarray
-    differs: np.ndarray
-    before: np.ndarray
     came: np.ndarray
     scale: np.ndarray
     total: np.ndarray
@@ -239,6 +238,8 @@ class Chosen(NamedTuple):
     row: np.ndarray
     begin: np.ndarray
     end: np.ndarray
-    next: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+    seen: np.ndarray
     joint: np.ndarray
     squares: np.ndarray

@@ -236,9 +236,7 @@ def run_backward(panel, rates, states, excluded, runs, begin, stop, last, beta, 
                     states.paths[t, n] = states.paths[t + 1, n] * states.total[t, n] / left
         _give_factors(panel, states, row, count)
         before = runs[r - 1] if r > 0 else start
-        _go_backward(
-            panel, states.factors, sums, row, before >> 3, source, into, states.prior[panel.place[before]]
-        )
+        _go_backward(panel, states.factors, sums, row, before >> 3, source, into, states.prior[panel.place[before]])
         for lane in range(len(excluded)):  # without a prior, nothing would bound what their matches add up to
             for k in excluded[lane]:
                 if k < len(into):

@@ -62,6 +62,7 @@ def panel_part(
     share = np.where(gap > 0, (here - before) / np.maximum(gap, 1e-12), 0).clip(0, 1).astype(np.float32)
     return PanelPart(
         packed=packed,
+        turned=turned_words(packed),
         patterns=patterns,
         pattern_count=pattern_count,
         position=position[rows],
@@ -80,6 +81,13 @@ def panel_part(
         nearest=log_cm(nearest),
         gap=log_cm(np.abs(gap)),
     )
+
+
+def turned_words(packed: np.ndarray) -> np.ndarray:
+    """Typed alleles by haplotype, uint64 [H, ceil(T / 64)], that of site t in bit t % 64, from uint8 [ceil(T / 8), H]."""
+    padded = np.zeros((packed.shape[1], (len(packed) + 7) // 8 * 8), dtype=np.uint8)
+    padded[:, : len(packed)] = packed.T
+    return padded.view(np.uint64)
 
 
 def flanking(rows: np.ndarray, first: int, sites: int) -> tuple[np.ndarray, np.ndarray]:

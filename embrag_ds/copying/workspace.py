@@ -28,10 +28,8 @@ def new_states(typed, haplotypes, places, several):
         between=np.empty((haplotypes, 2 * LANES), dtype=np.float32),
         joint=np.empty((1, haplotypes, 2 * LANES), dtype=np.float32),
         behind=np.empty((2, haplotypes, 2 * LANES), dtype=np.float32),
-        own=np.zeros((LANES, pieces), dtype=np.uint8),
-        known=np.zeros((LANES, pieces), dtype=np.uint8),
-        differs=np.empty((pieces, haplotypes), dtype=np.uint8),
-        before=np.empty((LANES, pieces, haplotypes), dtype=np.uint16),
+        own=np.zeros((LANES, (pieces + 7) // 8 * 8), dtype=np.uint8),  # whole words
+        known=np.zeros((LANES, (pieces + 7) // 8 * 8), dtype=np.uint8),  # whole words
         came=np.zeros((typed, 2 * LANES), dtype=np.float32),
         scale=np.zeros((typed, 2 * LANES), dtype=np.float32),
         total=np.zeros((typed, 2 * LANES), dtype=np.float32),
@@ -68,7 +66,9 @@ def new_chosen(haplotypes):
         row=np.empty(PIECE, dtype=np.int64),
         begin=np.empty((PIECE + 1, haplotypes), dtype=np.float32),
         end=np.empty(haplotypes, dtype=np.float32),
-        next=np.empty((LANES, haplotypes), dtype=np.uint16),
+        before=np.empty((LANES, haplotypes), dtype=np.uint16),
+        after=np.empty((LANES, haplotypes), dtype=np.uint16),
+        seen=np.empty((LANES, haplotypes), dtype=np.uint16),
         joint=np.empty((PIECE, 2, haplotypes), dtype=np.float32),
         squares=np.empty((PIECE, 2), dtype=np.float32),
     )

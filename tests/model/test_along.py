@@ -25,6 +25,7 @@ from embrag_ds.copying import (
     priors,
     records,
     recursions,
+    stretch,
     workspace,
 )
 from embrag_ds.copying.along import CopyAlong
@@ -271,55 +272,55 @@ def test_threads_and_blocks_of_samples_do_not_change_a_byte(build, threads: int)
         torch.set_num_threads(1)
 
 
-@numba.njit
-def passed(panel, sites, own, known, before):
-    """What is noted of the next mismatches behind piece 1; Python itself cannot call a part of the loop."""
-    found, lane = workspace.new_chosen(len(before)), 2
-    states = workspace.new_states(8 * len(panel.packed), len(before), 1, 1)
-    states.own[lane, 1], states.known[lane, 1] = own, known
-    found.next[lane] = before
-    chosen.pass_piece(panel, states, 1, sites, lane, found)
-    return found.next[lane]
-
-
-@numba.njit
-def compared(packed, query, differs, before):
-    """Call :func:`embrag_ds.copying.kept.compare`."""
-    own, known = np.empty(len(packed), dtype=np.uint8), np.empty(len(packed), dtype=np.uint8)
-    recursions.note_masks(query, own, known)
-    kept.compare(packed, own, known, differs, before)
-
-
 class Packed(NamedTuple):
     """The part of a panel that mismatches depend on."""
 
     packed: np.ndarray
+    turned: np.ndarray
+    position: np.ndarray
 
 
-@pytest.mark.parametrize("haplotypes", [1, 31, 32, 70, 128])
-@pytest.mark.parametrize("sites", [0x00, 0x01, 0xF0, 0xFF])
-def test_mismatches_beside_a_piece_are_the_first_and_the_last_of_each_byte(haplotypes: int, sites: int) -> None:
-    """In whole vectors of 32 haplotypes, and in the rest of a row."""
-    rng = np.random.default_rng(haplotypes)
-    panel = rng.integers(0, 256, (3, haplotypes), dtype=np.uint8) & rng.integers(0, 256, haplotypes, dtype=np.uint8)
-    panel[:, ::3] &= rng.integers(0, 2, panel[:, ::3].shape, dtype=np.uint8) * 0x81
-    before = rng.integers(0, 65_536, haplotypes, dtype=np.uint16)
-    # REF at all sites but the second, and the third is missing.
-    after = passed(Packed(panel), np.uint8(sites), np.uint8(0x02), np.uint8(0xFB), before)
-    for haplotype in range(haplotypes):
-        bits = [bit for bit in range(8) if (panel[1, haplotype] ^ 0x02) & 0xFB & sites & 1 << bit]
-        assert after[haplotype] == (8 + bits[0] if bits else before[haplotype])
-    # A target with REF at every site but one, which is missing, differs from haplotypes with ALT.
-    query = np.zeros(24, dtype=np.uint8)
-    query[10] = 2
-    into, last = np.empty_like(panel), np.empty(panel.shape, dtype=np.uint16)
-    compared(panel, query, into, last)
-    for haplotype in range(haplotypes):
-        sites_of = [t for t in range(24) if t != 10 and panel[t // 8, haplotype] >> t % 8 & 1]
-        for row in range(3):
-            assert last[row, haplotype] == max((t for t in sites_of if t < 8 * row), default=0)
-            packed = sum(1 << t % 8 for t in sites_of if t // 8 == row)
-            assert into[row, haplotype] == packed
+@numba.njit
+def mismatches(panel, query, pieces, asked, last):
+    """Mismatches found before and behind each of ``pieces``; Python itself cannot call a part of the loop."""
+    haplotypes, lane = panel.packed.shape[1], 2
+    found, states = workspace.new_chosen(haplotypes), workspace.new_states(len(query), haplotypes, 1, 1)
+    recursions.note_masks(query, states.own[lane], states.known[lane])
+    chosen.start_haplotypes(panel, found)
+    before, after = np.zeros(asked.shape, dtype=np.int64), np.zeros(asked.shape, dtype=np.int64)
+    for n in range(len(pieces)):
+        count = 0
+        for k in range(haplotypes):
+            if asked[n, k]:
+                found.who[count] = k
+                count += 1
+        start = 8 * pieces[n]
+        chosen.find_mismatches(panel, states, found, count, start, min(start + 8, last + 1), lane)
+        before[n], after[n] = found.before[lane], found.after[lane]
+    return before, after
+
+
+@given(
+    st.integers(0, 2**32 - 1), st.integers(1, 200), st.sampled_from([0.01, 0.2, 0.7]), st.sampled_from([0.1, 0.6, 1])
+)
+@settings(max_examples=60, deadline=None)
+def test_mismatches_beside_a_piece_are_the_nearest(seed: int, typed: int, rate: float, share: float) -> None:
+    """However haplotypes come to be chosen in some pieces and not in others, and with missing alleles."""
+    rng = np.random.default_rng(seed)
+    haplotypes, last = 7, int(rng.integers(typed))
+    query = rng.choice(3, typed, p=[0.45, 0.45, 0.1]).astype(np.uint8)
+    differs = rng.random((typed, haplotypes)) < rate
+    alleles = np.where(differs, 1 - query[:, None] % 2, query[:, None] % 2).astype(np.uint8)
+    packed = np.packbits(alleles, axis=0, bitorder="little")
+    panel = Packed(packed, stretch.turned_words(packed), np.arange(typed, dtype=np.float32))
+    pieces = np.arange(last // 8, -1, -1)
+    asked = rng.random((len(pieces), haplotypes)) < share
+    before, after = mismatches(panel, query, pieces, asked, last)
+    for n, k in zip(*np.nonzero(asked), strict=True):
+        sites = [t for t in range(typed) if differs[t, k] and query[t] < 2]
+        start = 8 * pieces[n]
+        assert before[n, k] == max((t for t in sites if t < start), default=0)
+        assert after[n, k] == min((t for t in sites if t >= min(start + 8, last + 1)), default=typed - 1)
 
 
 def test_the_loop_changes_with_its_parts() -> None:
