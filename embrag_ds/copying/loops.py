@@ -1,9 +1,9 @@
 """CPU loop of the copying model along a stretch, from targets' typed alleles to dosages at every site of its core.
 
 One call does what training does in many: recombination prior by place, forward-backward algorithm of both copying
-models, probabilities summed by distinct sequence, dosages, and the evidence behind them. A worker takes one target
-haplotype at a time, so that its states stay in the processor's caches, and the numbers are the same for any number of
-threads. Letters beside those of :mod:`embrag_ds.data.tokens`: G places, W workers.
+models, probabilities summed by distinct sequence, dosages, and the evidence behind them. A worker takes four target
+haplotypes at a time, each in a lane of the states. No lane depends on another, so the numbers are the same for any
+number of threads. Letters beside those of :mod:`embrag_ds.data.tokens`: G places, W workers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from embrag_ds.copying.workspace import (
 )
 from embrag_ds.ops.threads import WorkerLoop
 
-PARTS = "4f4f0d4fbbdf"
+PARTS = "d5d3551e22fe"
 """Digest of the loop's other files: numba looks for a change in this file alone, and would use what it has kept of the
 loop. A test compares it.
 """
@@ -279,12 +279,13 @@ def _list_runs(panel):
 def copy_along(workers, worker, of_panel, of_model, of_rows, of_head, query, row_of, excluded, most_saved, probability):
     """Copy target haplotypes along a stretch: fill ``probability`` float32 [B, L] with that of ALT in its core.
 
-    A worker copies each ``workers``-th group of haplotypes, of four where there are enough for all workers. ``of_panel``, ``of_model``, ``of_rows`` and ``of_head`` have the
-    fields of :class:`PanelPart`, :class:`Rates`, :class:`Frequencies` and :class:`Head`. They are plain tuples, because
-    numba's index of what it keeps on the disk names the classes of arguments, and could not be read after one is
-    renamed. ``query`` uint8 [B, T] are typed alleles, 2 where missing; ``row_of`` int64 [B] are rows of ``of_rows``;
-    ``excluded`` int64 [B, E] haplotypes not to copy, padded with H. Each worker saves the forward states of all pieces
-    where they take at most ``most_saved`` bytes, and those of fewer otherwise.
+    A worker copies each ``workers``-th group of haplotypes, of four where there are enough for all workers.
+    ``of_panel``, ``of_model``, ``of_rows`` and ``of_head`` have the fields of :class:`PanelPart`, :class:`Rates`,
+    :class:`Frequencies` and :class:`Head`. They are plain tuples, because numba's index of what it keeps on the disk
+    names the classes of arguments, and could not be read after one is renamed. ``query`` uint8 [B, T] are typed
+    alleles, 2 where missing; ``row_of`` int64 [B] are rows of ``of_rows``; ``excluded`` int64 [B, E] haplotypes not to
+    copy, padded with H. Each worker saves the forward states of all pieces where they take at most ``most_saved``
+    bytes, and those of fewer otherwise.
     """
     panel, rates, own, head = PanelPart(*of_panel), Rates(*of_model), Frequencies(*of_rows), Head(*of_head)
     typed, haplotypes = len(panel.position), panel.packed.shape[1]

@@ -16,7 +16,10 @@ class PanelPart(NamedTuple):
     Typed sites are those of the whole stretch. Sites and their blocks are those of its core. Interval i lies between
     typed sites i - 1 and i; a typed site belongs to the interval that it ends.
 
-    * ``packed`` uint8 [ceil(T / 8), H]: alleles at typed sites, that of site t in bit t % 8 of row t // 8.
+    * ``packed`` uint8 [ceil(T / 8), H]: alleles at typed sites, that of site t in bit t % 8 of row t // 8. ``turned``
+      uint64 [H, ceil(T / 64)] are the same by haplotype, that of site t in bit t % 64 of word t // 64.
+    * ``patterns`` uint8 [ceil(T / 8), 256]: the distinct values of each row of ``packed``; ``pattern_count`` int64
+      [ceil(T / 8)] says how many there are.
     * ``position`` float32 [T] in cM; ``place`` int64 [T] of each typed site; ``population`` int64 [H].
     * ``intervals`` int64 [T + 2]: blocks of interval i are ``intervals[i]`` to ``intervals[i + 1]``.
     * ``bounds`` int64 [G + 1], ``sequence`` uint16 or uint32 [G, H]: sites and sequences of blocks, as in
@@ -102,8 +105,10 @@ class Head(NamedTuple):
 class Kept(NamedTuple):
     """A worker's arrays of what is kept at two typed sites, a half each, by place in the list of chosen haplotypes.
 
-    * ``least`` float32 [2]: below it a probability, is negligible. ``flags`` uint8 [2, H, or the next
-      multiple of 64]: whether a haplotype is not.
+    What a target takes to its next piece has a lane for each of four: ``length``, ``uncertainty``, ``ancestry``,
+    ``moved``, ``moved_rows`` and ``number_moved`` have four rows of these shapes.
+
+    * ``flags`` uint8 [2, H, or the next multiple of 64]: whether a haplotype is not negligible.
     * ``shares``, ``fasts``, ``lengths`` float32 [2, H]: their probability by the slow model, by the fast one, and match
       length times the first.
     * ``length``, ``uncertainty`` float32 [2]: mean match length, and minus the logarithm of the sum of squares of the
@@ -149,7 +154,7 @@ class Scratch(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """Sites of a haplotype that wait for the confidence head, at most 64.
+    """Sites of a haplotype that wait for the confidence head, at most 64; all but the layers have a lane for each of four.
 
     * ``number`` int64 [1]: how many; ``sites`` int64 [64], ``to_ref`` bool [64]: which, and whether their minor allele
       is REF; ``odds`` float32 [64]: its log-odds.
@@ -167,18 +172,24 @@ class Waiting(NamedTuple):
 
 
 class States(NamedTuple):
-    """A worker's arrays of all H haplotypes, as states of both models.
+    """A worker's arrays of all H haplotypes, as states of both models for four targets, a lane each.
 
-    * ``prior`` float32 [G, H]; ``running`` float32 [H] and ``bits`` int32 [H] are scratch for it.
-    * ``joint`` float32 [2, H]: forward states. ``sections`` float32 [sections, 2, H] keeps those before the first site
-      of every section, and ``saved`` float32 [pieces of a section, 2, H] those before every piece of one section.
-    * ``beta``, ``other`` float32 [2, H]: backward states behind a piece and at its first site.
-    * ``differs`` uint8 [ceil(T / 8), H]: typed sites where a haplotype differs from the target, packed as the panel's.
-      ``before`` uint16 [ceil(T / 8), H] is the last of them before a row's, 0 if none.
-    * Of the steps to every typed site, float32 [T, 2]. Forward states are multiplied by ``came``, later by ``scale``,
+    A row of states has 8 columns: four lanes of the slow model, then those of the fast one.
+
+    * ``prior`` float32 [G, H, 4]; ``highest`` float32 [H, 4] is the highest of those of a piece. ``running`` float32
+      [H] and ``bits`` int32 [H] are scratch for them.
+    * Forward states, float32 [.., H, 8]: ``sections`` before the first site of every section, ``saved`` before every
+      piece of one section and behind the last, ``between`` two runs of a piece, ``joint`` behind the last typed site
+      next to the core. ``behind`` are backward states, at a piece's first site and behind it.
+    * ``own``, ``known`` uint8 [4, ceil(T / 64) * 8]: ALT and typed alleles of each target, packed as the panel's.
+    * Of the steps to every typed site, float32 [T, 8]. Forward states are multiplied by ``came``, later by ``scale``,
       and then sum to ``total``. Backward states are multiplied by ``went``, to which ``left`` is added, and sum to
-      ``next`` with priors and emissions. ``paths`` is what the products of both states sum to. ``jump`` float32 [2] is
-      scratch.
+      ``next`` with priors and emissions. ``paths`` is what the products of both states sum to.
+    * Sums by pattern, float32 [512, 8] of states and [512, 4] of priors, twice 256 rows of which one in turn is added
+      to: ``forward_sums``, ``forward_priors``, ``backward_sums``, ``backward_priors``.
+    * Of the patterns of a piece: ``by_state``, ``gain``, ``added`` float32 [8, 256], ``by_prior`` float32 [4, 256],
+      ``mask`` uint8 [4, 256], where each differs from the target, and ``factors`` float32 [256, 16], ``gain`` and
+      ``added`` once more.
     """
 
     prior: np.ndarray
@@ -214,14 +225,16 @@ class States(NamedTuple):
 class Chosen(NamedTuple):
     """A worker's arrays of the haplotypes that can matter in a piece of eight typed sites.
 
-    * ``flags`` uint8 [H, or the next multiple of 64]; ``who`` int32 [H + 8]: the haplotypes, increasing.
-    * ``least`` float32 [2]: sum of squares of the probabilities, at least. ``bound`` float32 [2, 4] are factors of a
-      bound on the probabilities, and ``steps`` float64 [2, 8] is scratch for them.
+    * ``flags`` uint8 [H, or the next multiple of 64]: a bit for each of four targets; ``who`` int32 [H + 8]: the
+      haplotypes of one of them, increasing.
+    * ``least`` float32 [4, 2]: sum of squares of the probabilities, at least. ``bound`` float32 [5, 8] are factors of a
+      bound on the probabilities, and what is negligible; ``steps`` float64 [2, 8] is scratch for them.
     * ``came``, ``behind`` float32 [2, H]: their forward states before the piece and their backward states behind it;
       ``differs`` uint8 [H]; ``prior`` float32 [8, H], and ``row`` int64 [8] of it for every typed site.
     * ``begin`` float32 [9, H], ``end`` float32 [H], in cM: the last mismatch up to each typed site, the last row before
-      the piece, and the first mismatch from a typed site on. ``next`` uint16 [H] is the first typed site behind the
-      piece where a haplotype differs, of all haplotypes.
+      the piece, and the first mismatch from a typed site on.
+    * ``before``, ``after``, ``seen`` uint16 [4, H]: of the haplotypes chosen so far, the typed sites of the last
+      mismatch before a piece and of the first one from ``seen`` on.
     * ``joint`` float32 [8, 2, H]: probabilities; ``squares`` float32 [8, 2]: sums of squares of the
       probabilities.
     """

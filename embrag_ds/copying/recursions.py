@@ -5,7 +5,7 @@ between is computed for the haplotypes that can matter there (:mod:`embrag_ds.co
 
 Haplotypes with equal alleles at a piece's typed sites, a pattern, have equal emissions there. With equal priors, too, a
 step changes their states alike, and the sum of their states as well. So the steps of a piece are taken by pattern, as
-minimac does (Howie et al. 2012, Nature Genetics 44:955). What they come to for one haplotype is a product and a sum:
+minimac3 does (Das et al. 2016, Nat. Genet. 48:1284). What they come to for one haplotype is a product and a sum:
 state times ``gain`` plus prior times ``added``. That is computed for four targets at once, because all of them have the
 panel's patterns.
 """

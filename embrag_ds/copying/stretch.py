@@ -84,7 +84,10 @@ def panel_part(
 
 
 def turned_words(packed: np.ndarray) -> np.ndarray:
-    """Typed alleles by haplotype, uint64 [H, ceil(T / 64)], that of site t in bit t % 64, from uint8 [ceil(T / 8), H]."""
+    """Typed alleles by haplotype, uint64 [H, ceil(T / 64)], from ``packed`` uint8 [ceil(T / 8), H].
+
+    That of site t is bit t % 64 of word t // 64.
+    """
     padded = np.zeros((packed.shape[1], (len(packed) + 7) // 8 * 8), dtype=np.uint8)
     padded[:, : len(packed)] = packed.T
     return padded.view(np.uint64)
