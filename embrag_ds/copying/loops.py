@@ -31,7 +31,7 @@ from embrag_ds.copying.workspace import (
 )
 from embrag_ds.ops.threads import WorkerLoop
 
-PARTS = "d5d3551e22fe"
+PARTS = "7c4fd9ee8f62"
 """Digest of the loop's other files: numba looks for a change in this file alone, and would use what it has kept of the
 loop. A test compares it.
 """

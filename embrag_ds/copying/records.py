@@ -154,7 +154,9 @@ class Scratch(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """Sites of a haplotype that wait for the confidence head, at most 64; all but the layers have a lane for each of four.
+    """Sites of a haplotype that wait for the confidence head, at most 64.
+
+    All but the layers have a lane for each of four targets, before these shapes.
 
     * ``number`` int64 [1]: how many; ``sites`` int64 [64], ``to_ref`` bool [64]: which, and whether their minor allele
       is REF; ``odds`` float32 [64]: its log-odds.
