@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from embrag_ds.config import EmbragConfig, parse_embrag, without_paths
+from embrag_ds.dependence import INDEPENDENT, Dependence
 from embrag_ds.errors import UserError
 from embrag_ds.files import written
 from embrag_ds.model.numbers import embedding_shapes, network_shapes
@@ -46,10 +47,14 @@ _WEIGHTLESS: dict[str, Any] = {"dropout": 0.0, "good_turing": False}
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """Contents of an exported model: its ``config``, and float32 ``arrays`` by the names that they have in the file."""
+    """Contents of an exported model: its ``config``, and float32 ``arrays`` by the names that they have in the file.
+
+    ``dependence`` is that of a sample's two haplotypes, of a model that was adapted.
+    """
 
     config: EmbragConfig
     arrays: dict[str, np.ndarray]
+    dependence: Dependence = INDEPENDENT
 
     @classmethod
     def of(cls, config: EmbragConfig, weights: Mapping[str, Any], snapshot: Mapping[str, Any] | None) -> ExportedModel:
@@ -82,6 +87,8 @@ def write_export(path: Path, model: ExportedModel) -> None:
     """Write an exported model; the file appears only when complete."""
     # One entry: safetensors writes several in random order, and equal models should be equal files.
     header = {"format": EXPORT_FORMAT, "embrag": asdict(without_paths(model.config)[0])}
+    if model.dependence != INDEPENDENT:
+        header["dependence"] = asdict(model.dependence)
     arrays = {name: np.ascontiguousarray(value) for name, value in model.arrays.items()}
     with written(path) as temporary:
         try:
@@ -116,6 +123,7 @@ def read_export(path: Path) -> ExportedModel:
             if header is None or header.get("format") != EXPORT_FORMAT or "embrag" not in header:
                 raise UserError(f"{path}: not a model written by launch/train.py (or by another version of it)")
             config, dropped = without_paths(parse_embrag(header["embrag"], str(path)))
+            dependence = _dependence(header.get("dependence", {}), path)
             names = list(stored.keys())
             # Before any tensor is read: a file may name large ones that are all holes.
             fault_found = _fault_of_tensors(names, stored.get_slice, config)
@@ -129,7 +137,7 @@ def read_export(path: Path) -> ExportedModel:
         logger.info("%s: paths of its training are ignored (%s)", path, ", ".join(dropped))
     if fault_found := fault_found or _fault_of_values(arrays):
         raise UserError(f"{path}: the model is damaged: {fault_found}; copy or train it again")
-    return ExportedModel(config, arrays)
+    return ExportedModel(config, arrays, dependence)
 
 
 def _header(metadata: dict[str, str] | None) -> dict[str, Any] | None:
@@ -139,6 +147,13 @@ def _header(metadata: dict[str, str] | None) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return header if isinstance(header, dict) else None
+
+
+def _dependence(given: Any, path: Path) -> Dependence:
+    try:
+        return Dependence(**given)
+    except (TypeError, ValueError) as fault:
+        raise UserError(f"{path}: the model is damaged: its dependence is {given}; copy or adapt it again") from fault
 
 
 def _fault_of_tensors(names: list[str], slice_of: Callable[[str], Any], config: EmbragConfig) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-SHARED = ("errors", "settings", "files", "preflight", "seals", "seeds", "logs", "progress")
+SHARED = ("dependence", "errors", "settings", "files", "preflight", "seals", "seeds", "logs", "progress")
 """Modules of the package's top level that every room may use."""
 ROOMS: dict[str, tuple[str, ...]] = {
     "ops": (),

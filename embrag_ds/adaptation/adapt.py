@@ -11,23 +11,24 @@ import json
 import logging
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from embrag_ds.adaptation.held_out import MaskScores
-from embrag_ds.adaptation.learner import LEAST_TYPED, Learner, Source
+from embrag_ds.adaptation.learner import LEAST_TYPED, HeldOutScores, Learner, Source
+from embrag_ds.adaptation.pairs import fit_dependence
 from embrag_ds.adaptation.settings import LEAST_STEPS, Adapt, least_minutes, steps_within
 from embrag_ds.data.cache import building
 from embrag_ds.data.windows import Window
+from embrag_ds.dependence import INDEPENDENT
 from embrag_ds.export import MODEL_FILE, ExportedModel, read_export, write_export
 from embrag_ds.files import write_json
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 """Raised whenever the same inputs come to mean another adapted model, so that cached ones are made again."""
 LEAST_SAMPLES = 12
 """Fewest panel samples to adapt to. With fewer there is too little to learn from, and to judge the result by."""
@@ -103,18 +104,19 @@ def _adapted(source: Source, model: ExportedModel, learner: Learner, windows: li
         held_out,
     )
     began = time.monotonic()
-    loss_before, before = learner.scores()
+    before = learner.scores()
     scale, learner = _scaled(source, model, learner, windows)
     learner.learn(steps)
-    loss_after, after = learner.scores()
+    after = learner.scores()
+    fitted = fit_dependence(after.pairs)
     # The loss weighs rare alleles up, and r2 over all sites is mostly that of common ones: neither may get worse.
-    better = loss_after < loss_before and not after.r2["all"] < before.r2["all"]
+    better = after.loss < before.loss and not after.scores.r2["all"] < before.scores.r2["all"]
     logger.info(
         "adapted in %.0f s; on the samples held out: loss %.5f -> %.5f, r2 %s -> %s (below 1 %% MAF %s -> %s); %s",
         time.monotonic() - began,
-        loss_before,
-        loss_after,
-        *(_shown(each.r2[name]) for name in ("all", "all <1 %") for each in (before, after)),
+        before.loss,
+        after.loss,
+        *(_shown(each.scores.r2[name]) for name in ("all", "all <1 %") for each in (before, after)),
         "the adapted model imputes" if better else "that is no better, so the model imputes as it was",
     )
     report = {
@@ -124,11 +126,21 @@ def _adapted(source: Source, model: ExportedModel, learner: Learner, windows: li
         "samples": learning,
         "held_out_samples": held_out,
         "map_scale": scale,
-        "before": _numbers(loss_before, before),
-        "after": _numbers(loss_after, after),
+        "before": _numbers(before),
+        "after": _numbers(after),
+        "dependence": asdict(fitted),
     }
+    if better and fitted.dependence != INDEPENDENT:
+        logger.info(
+            "a sample's two haplotypes depend on each other (opposite %.2f, alike %.2f): genotypes gain %.2f nats per "
+            "1,000 (standard error %.2f)",
+            *astuple(fitted.dependence),
+            fitted.gain,
+            fitted.error,
+        )
     config = replace(model.config, data=replace(model.config.data, map_scale=scale))
-    return Adapted(ExportedModel.of(config, learner.weights(), model.snapshot), report)
+    adapted = ExportedModel.of(config, learner.weights(), model.snapshot)
+    return Adapted(replace(adapted, dependence=fitted.dependence), report)
 
 
 def _scaled(source: Source, model: ExportedModel, learner: Learner, windows: list[Window]) -> tuple[float, Learner]:
@@ -185,10 +197,10 @@ def _identity(source: Source, model: ExportedModel, windows: list[Window], steps
     return digest.hexdigest()[:20]
 
 
-def _numbers(loss: float, scores: MaskScores) -> dict[str, Any]:
+def _numbers(found: HeldOutScores) -> dict[str, Any]:
     """Scores for JSON, where what has no value is null, as the r2 of a bin without sites."""
-    values = {"loss": loss, "calibration_error": scores.calibration_error}
-    return {**_finite(values), "r2": _finite(scores.r2)}
+    values = {"loss": found.loss, "calibration_error": found.scores.calibration_error}
+    return {**_finite(values), "r2": _finite(found.scores.r2)}
 
 
 def _finite(values: dict[str, float]) -> dict[str, float | None]:

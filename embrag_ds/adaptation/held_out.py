@@ -45,12 +45,15 @@ def mean_r2(scores: Iterable[MaskScores]) -> float:
 class Measured:
     """Masked genotypes of a window.
 
-    ``truth`` [n, N] are ALT counts and ``probabilities`` [n, N, 3] those of the model. ``prior`` [n, N] is the dosage
-    of retrieval alone, ``frequency`` [n] the ALT frequency.
+    ``truth`` [n, N] are ALT counts and ``probabilities`` [n, N, 3] those of the model, ``haplotypes`` [n, N, 2] its
+    probabilities of ALT on each haplotype. ``prior`` [n, N] is the dosage of retrieval alone, ``frequency`` [n] the ALT
+    frequency. ``diploid`` bool [n, N] marks samples with two haplotypes there.
     """
 
     truth: np.ndarray
     probabilities: np.ndarray
+    haplotypes: np.ndarray
+    diploid: np.ndarray
     prior: np.ndarray
     frequency: np.ndarray
 
@@ -71,6 +74,7 @@ class HeldOut:
         alleles = self._data.samples_alleles(window, self.samples)
         probabilities: list[np.ndarray] = []
         dosages: list[np.ndarray] = []
+        haplotypes: list[np.ndarray] = []
         for start in range(0, len(self.samples), self._block):
             samples = self.samples[start : start + self._block]
             rows = slice(2 * start, 2 * (start + len(samples)))
@@ -78,11 +82,14 @@ class HeldOut:
             with torch.no_grad():
                 prediction = predict(collate(QueryBatch(window, samples, alleles[rows], masks)))
             probabilities.append(genotype_log_probabilities(prediction.logits).exp().cpu().numpy())
+            haplotypes.append(prediction.logits.sigmoid().unflatten(0, (-1, 2)).cpu().numpy())
             dosages.append(prediction.prior.sigmoid().unflatten(0, (-1, 2)).sum(1).cpu().numpy())
         scored = self.scored(window, masked)
         return Measured(
             truth=self._truth(alleles, window)[scored],
             probabilities=np.concatenate(probabilities).transpose(1, 0, 2)[scored],
+            haplotypes=np.concatenate(haplotypes).transpose(2, 0, 1)[scored],
+            diploid=self._diploid(window)[scored],
             prior=np.concatenate(dosages).T[scored],
             frequency=self._frequency(window)[scored],
         )
@@ -102,6 +109,13 @@ class HeldOut:
     def _truth(self, alleles: np.ndarray, window: int) -> np.ndarray:
         """ALT counts in a window's core, uint8 [core, N], from alleles uint8 [2N, L]."""
         return (alleles[0::2] + alleles[1::2]).T[self._data.windows[window].core]
+
+    def _diploid(self, window: int) -> np.ndarray:
+        """Samples with two haplotypes in a window's core, bool [core, N]."""
+        ploidy, place = self._data.reference.panel.ploidy, self._data.windows[window]
+        if ploidy is None:
+            return np.ones((place.core_stop - place.core_start, len(self.samples)), dtype=bool)
+        return ~ploidy.at(np.arange(place.core_start, place.core_stop))[:, self.samples]
 
     def _frequency(self, window: int) -> np.ndarray:
         """ALT frequency of the sites of a window's core in the reference set, float32 [core]."""

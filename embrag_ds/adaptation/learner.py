@@ -13,6 +13,7 @@ from torch import Tensor
 
 from embrag_ds.adaptation.fitting import FROZEN, FROZEN_AMONG_FEW, fit
 from embrag_ds.adaptation.held_out import HeldOut, MaskScores, Tally
+from embrag_ds.adaptation.pairs import Pairs
 from embrag_ds.adaptation.settings import StepSize
 from embrag_ds.data.inputs import PanelInputs
 from embrag_ds.data.masking import MaskingConfig
@@ -90,6 +91,15 @@ class Source:
         return [replace(found[place], index=number) for number, place in enumerate(chosen)]
 
 
+@dataclass(frozen=True)
+class HeldOutScores:
+    """Training ``loss`` and other ``scores`` of the samples held out, and their genotypes, a window each."""
+
+    loss: float
+    scores: MaskScores
+    pairs: list[Pairs]
+
+
 class Learner:
     """A network that learns from most samples of a panel, and is scored on those held out.
 
@@ -150,9 +160,9 @@ class Learner:
             frozen = (*FROZEN, *FROZEN_AMONG_FEW) if few else FROZEN
             fit(self.network, batches, steps, self._loss, self._source.transformer, SEED, frozen)
 
-    def scores(self) -> tuple[float, MaskScores]:
-        """Training loss, and other scores, on the samples held out, over a few windows."""
-        tally, losses = Tally(), []
+    def scores(self) -> HeldOutScores:
+        """Scores of the samples held out, over a few windows."""
+        tally, losses, pairs = Tally(), [], []
 
         def predict(batch: Batch) -> Prediction:
             found: Prediction = self.network(batch, self._source.transformer)
@@ -166,8 +176,10 @@ class Learner:
         with self._computing():
             for window in chosen:
                 masked = ~self._source.typed[data.windows[window].sites]
-                tally.add(self._held_out.measure(window, masked, predict, self._batch))
-        return float(torch.stack(losses).sum()) / len(chosen), tally.scores()
+                measured = self._held_out.measure(window, masked, predict, self._batch)
+                tally.add(measured)
+                pairs.append(Pairs(measured.haplotypes, measured.truth, measured.diploid))
+        return HeldOutScores(float(torch.stack(losses).sum()) / len(chosen), tally.scores(), pairs)
 
     def weights(self) -> dict[str, Tensor]:
         """The network's weights, fp32 on the CPU."""

@@ -36,7 +36,7 @@ def impute_files(job: Job, scratch: Path) -> int:
     with room_for(job.out, scratch.parent):
         plan, model = prepare_all(job, panels, scratch, scratch)
     with published(job.out, plan.last) as publication:
-        publication.write(_header(job, plan))
+        publication.write(_header(job, plan, model))
         counts = _write_share(job, panels, plan, model, scratch, publication, None)
     log_left_out(job.out, job.output, *counts)
     return len(plan.samples)
@@ -65,7 +65,7 @@ def impute_by_ranks(job: Job, ranks: Ranks, scratch: Path) -> int:
         parts = Parts(job.out, folder)
         with parts.written(ranks.rank) as (publication, text):
             if ranks.is_main:
-                publication.write(_header(job, plan))
+                publication.write(_header(job, plan, model))
             counts = _write_share(job, panels, plan, model, folder, publication, ranks)
         lines = [json.loads(each) for each in ranks.gather(json.dumps([text.text_bytes, *counts]))]
         lengths = [length for length, *_ in lines]
@@ -84,9 +84,9 @@ def impute_by_ranks(job: Job, ranks: Ranks, scratch: Path) -> int:
     return len(plan.samples)
 
 
-def _header(job: Job, plan: Plan) -> bytes:
+def _header(job: Job, plan: Plan, model: ExportedModel) -> bytes:
     source = f"embrag_ds {embrag_ds.__version__}"
-    return imputed_header(plan.contents, plan.samples, source, job.output.written_fields)
+    return imputed_header(plan.contents, plan.samples, source, job.output.written_fields, model.dependence)
 
 
 def _write_share(
@@ -138,7 +138,8 @@ def _write_piece(
     if share.windows[0] is windows[0]:
         warn_of_few_typed(windows, sites, targets.typed)
     bounds = int(wanted[share.begin]), int(wanted[share.end])
-    with ImputedRecords(publication, where.table(sites), len(plan.samples), job.output, *bounds) as writer:
+    given = publication, where.table(sites), len(plan.samples), job.output, *bounds, model.dependence
+    with ImputedRecords(*given) as writer:
         exchange = None if ranks is None else ranks.exchange(job.out, kept, piece.number)
         write_blended(imputation, writer, where, share, exchange)
     return writer.below, writer.imputed

@@ -63,6 +63,7 @@ class Imputation:
                 f"{config.data.windows_file}: {left_out} panel sites lie in no window; imputation needs all"
             )
         self.targets = targets
+        self.dependence = model.dependence
         code_of = {sample: code for code, sample in enumerate(samples)}
         numbers = np.array([code_of.get(sample, -1) for sample in targets.samples], dtype=np.int64)
         given = model, self.data, targets, numbers, block
@@ -132,5 +133,6 @@ def impute_to_vcf(
     sites, targets = imputation.data.reference.panel.sites, imputation.targets
     where = Extent(sites.contig_runs()) if where is None else where
     source = f"embrag_ds {embrag_ds.__version__}"
-    with ImputedVcfWriter(out, where.table(sites), targets.samples, source, output) as writer:
+    given = out, where.table(sites), targets.samples, source, output
+    with ImputedVcfWriter(*given, dependence=imputation.dependence) as writer:
         write_blended(imputation, writer, where)

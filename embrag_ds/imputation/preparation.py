@@ -23,7 +23,7 @@ from embrag_ds.imputation.computing.stretches import Precision
 from embrag_ds.imputation.extent import Extent, UntypedContigs, extent
 from embrag_ds.imputation.genome import Genome, OpenPanels, Piece, Unit, keep_targets, kept_targets, report_of
 from embrag_ds.imputation.report import describe, describe_targets, table, write_left_out
-from embrag_ds.imputation.sample_checks import check_samples
+from embrag_ds.imputation.sample_checks import check_samples, inbreeding
 from embrag_ds.ops.threads import thread_count
 from embrag_ds.preflight import require_space
 from embrag_ds.variants.harmonise import Strand
@@ -34,6 +34,8 @@ from embrag_ds.variants.records import Duplicates
 
 logger = logging.getLogger(__name__)
 
+_MOST_APART = 0.1
+"""Difference of the inbreeding coefficients of targets and panel up to which their genotypes are alike."""
 _LEAST_BYTES, _LIKELY_BYTES = 0.04, 3.2
 """Bytes of output for a genotype: of 40 bytes of text DEFLATE leaves 0.04 at best (1 of 1032), and 3.2 is what 250
 samples of 1000 Genomes take on chromosome 20.
@@ -246,7 +248,22 @@ def _adapted(job: Job, inputs: PanelInputs, targets: Targets, found: dict[str, A
         write_export(job.save_model, model)
     if job.options.report is not None:
         write_json(job.options.report, {**found, "adaptation": report})
-    return model
+    return for_targets(model, inputs.panel, targets)
+
+
+def for_targets(model: ExportedModel, panel: Panel, targets: Targets) -> ExportedModel:
+    """The model, whose samples' haplotypes are not alike where the targets are not as inbred as its panel."""
+    if not model.dependence.alike:
+        return model
+    own, usual = inbreeding(targets, panel)
+    if abs(own - usual) <= _MOST_APART:
+        return model
+    logger.info(
+        "the targets' inbreeding coefficient is %.2f and the panel's %.2f: GP does not take their haplotypes for alike",
+        own,
+        usual,
+    )
+    return replace(model, dependence=replace(model.dependence, alike=0.0))
 
 
 def _adapt(job: Job, inputs: PanelInputs, targets: Targets) -> tuple[ExportedModel, dict[str, Any]]:

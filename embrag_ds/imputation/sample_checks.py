@@ -26,6 +26,7 @@ _MOST_HAPLOTYPES = 1 << 14
 _PANEL_SAMPLES = 32
 _FEWEST = 20
 _SITES_AT_ONCE = 4096
+_MOST_SITES = 1024
 
 
 def check_samples(targets: Targets, panel: Panel) -> list[dict[str, Any]]:
@@ -65,6 +66,34 @@ def call_rates(targets: Targets) -> np.ndarray:
         bits = unpack_host(targets.missing[targets.rows[start : start + _SITES_AT_ONCE]], 0, 2 * samples)
         lacking += bits.sum(0, dtype=np.int64).reshape(samples, 2).sum(1)
     return 1 - lacking / (2 * len(targets.rows))
+
+
+def inbreeding(targets: Targets, panel: Panel) -> tuple[float, float]:
+    """Inbreeding coefficients of targets and panel at typed sites (Wright 1922, Am. Nat. 56:330); NaN if there is none.
+
+    That is 1 minus the heterozygous genotypes over those expected at the panel's allele frequencies. Missing and
+    haploid genotypes do not count.
+    """
+    samples = len(targets.samples)
+    chosen = slice(0, None, max(1, len(targets.sites) // _MOST_SITES))
+    sites = targets.sites[chosen]
+    alleles = panel.alleles_at(sites)
+    frequency = alleles.mean(axis=1)
+    lacking = np.zeros((len(sites), 2 * samples), dtype=np.uint8)
+    if targets.missing is not None:
+        lacking = unpack_host(targets.missing[targets.rows[chosen]], 0, 2 * samples)
+    found = []
+    for values, ploidy, missing in (
+        (targets.typed_alleles(chosen, slice(0, samples)), targets.ploidy, lacking),
+        (alleles, panel.ploidy, np.zeros_like(alleles)),
+    ):
+        counted = (missing[:, 0::2] | missing[:, 1::2]) == 0
+        if ploidy is not None:
+            counted &= ~ploidy.at(sites)
+        heterozygous = ((values[:, 0::2] != values[:, 1::2]) & counted).sum()
+        expected = (2 * frequency * (1 - frequency) * counted.sum(axis=1)).sum()
+        found.append(float(1 - heterozygous / expected) if expected else float("nan"))
+    return found[0], found[1]
 
 
 def _distances(targets: Targets, panel: Panel) -> tuple[np.ndarray | None, float]:

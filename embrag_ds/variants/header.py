@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from embrag_ds.dependence import INDEPENDENT, Dependence
 from embrag_ds.errors import UserError
 from embrag_ds.variants.sites import SiteTable
 
@@ -174,10 +175,24 @@ def header_text(contents: Contents, definitions: Sequence[str], samples: Sequenc
     return as_bytes("\n".join([*lines, *extents, *definitions, "\t".join(columns), ""]))
 
 
-def imputed_header(contents: Contents, samples: Sequence[str], source: str, fields: Sequence[str]) -> bytes:
-    """Header of an imputed file with these FORMAT ``fields``, without samples if none; ``source`` names the program."""
-    formats = [f"##FORMAT=<ID={name},{_IMPUTED[name]}>" for name in fields]
+def imputed_header(
+    contents: Contents, samples: Sequence[str], source: str, fields: Sequence[str], dependence: Dependence = INDEPENDENT
+) -> bytes:
+    """Header of an imputed file with these FORMAT ``fields``, without samples if none; ``source`` names the program.
+
+    GP is described by the ``dependence`` of a sample's two haplotypes.
+    """
+    described = _IMPUTED if dependence == INDEPENDENT else {**_IMPUTED, "GP": _dependent_gp(dependence)}
+    formats = [f"##FORMAT=<ID={name},{described[name]}>" for name in fields]
     return header_text(contents, [f"##source={source}", *_IMPUTED_INFO, *formats], samples if fields else None)
+
+
+def _dependent_gp(dependence: Dependence) -> str:
+    return (
+        'Number=G,Type=Float,Description="Genotype probabilities: of HDS a and b, both homozygotes have less than their'
+        f" products by {dependence.opposite:g} min(ab, (1-a)(1-b)) - {dependence.alike:g} min(a(1-b), b(1-a)), and the"
+        ' heterozygote twice that more; products of HDS where several ALTs are joined"'
+    )
 
 
 _EXTENTS = {

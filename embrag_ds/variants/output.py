@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from embrag_ds.dependence import INDEPENDENT, Dependence
 from embrag_ds.errors import UserError
 from embrag_ds.variants.header import Contents, as_bytes, imputed_header
 from embrag_ds.variants.published import Publication, check_output, last_positions, published
@@ -115,7 +116,7 @@ class ImputedRecords:
 
     ``FORMAT`` is ``GT:DS:HDS:GP`` to three decimals, or those of them that ``options`` choose. HDS is rounded, and GT,
     DS and GP follow from the rounded HDS. So a sample's columns agree exactly, and GP sums to 1. A haploid sample has
-    one allele in GT, one value in HDS, two in GP, and DS in [0, 1].
+    one allele in GT, one value in HDS, two in GP, and DS in [0, 1]. GP of joined sites are products of HDS.
 
     ``INFO`` has ``AF``, ``DR2``, and the flag ``IMP`` at imputed sites. DR2 is minimac's Rsq (Das et al. 2016, Nat.
     Genet. 48:1284): the variance of HDS over p(1-p). It is at most 1, and 0 where p is 0 or 1; typed sites have 1. A
@@ -137,8 +138,12 @@ class ImputedRecords:
         options: OutputOptions = EVERYTHING,
         first: int = 0,
         stop: int | None = None,
+        dependence: Dependence = INDEPENDENT,
     ) -> None:
-        """The range of sites is ``first`` to ``stop``, all by default; ``out`` may come later."""
+        """The range of sites is ``first`` to ``stop``, all by default; ``out`` may come later.
+
+        GP follows from HDS by the ``dependence`` of a sample's two haplotypes.
+        """
         if out is not None:
             self._out = out
         self._sites = sites
@@ -147,7 +152,7 @@ class ImputedRecords:
         self._options = options
         fields = self._fields = options.written_fields
         self._format = f"\t{':'.join(fields)}\t" if fields else ""
-        self._sample_texts = SampleTexts(fields) if fields else None
+        self._sample_texts = SampleTexts(fields, dependence) if fields else None
         self._next = first
         self._stop = len(sites) if stop is None else stop
         self.imputed = 0
@@ -357,12 +362,13 @@ class ImputedVcfWriter(ImputedRecords):
         options: OutputOptions = EVERYTHING,
         first: int = 0,
         stop: int | None = None,
+        dependence: Dependence = INDEPENDENT,
     ) -> None:
         """The range of sites is ``first`` to ``stop``, all by default; ``source`` names the program in the header."""
-        super().__init__(None, sites, len(samples), options, first, stop)
+        super().__init__(None, sites, len(samples), options, first, stop, dependence)
         self._path = Path(path)
         check_output(self._path)
-        self._header = imputed_header(Contents.of(sites), samples, source, self._fields)
+        self._header = imputed_header(Contents.of(sites), samples, source, self._fields, dependence)
 
     def __enter__(self) -> ImputedVcfWriter:
         with ExitStack() as stack:

@@ -12,6 +12,8 @@ from functools import cache, lru_cache
 
 import numpy as np
 
+from embrag_ds.dependence import INDEPENDENT, Dependence
+
 FORMATS = ("GT", "DS", "HDS", "GP")
 """FORMAT fields that can be written, in their order in a record."""
 _VALUES = 1001
@@ -21,11 +23,13 @@ _DIPLOID = _VALUES * _VALUES
 class SampleTexts:
     """Texts of samples by their HDS, of the ``fields`` of :data:`FORMATS`, or AP1 and AP2 in place of HDS.
 
-    The texts are made as they are first asked for: of a million pairs of HDS a file has some ten thousand.
+    The texts are made as they are first asked for: of a million pairs of HDS a file has some ten thousand. GP of
+    diploid samples follows by the ``dependence`` of their haplotypes.
     """
 
-    def __init__(self, fields: tuple[str, ...]) -> None:
+    def __init__(self, fields: tuple[str, ...], dependence: Dependence = INDEPENDENT) -> None:
         self._fields = fields
+        self._dependence = dependence
         width = self._made(np.zeros(1, dtype=np.int64)).shape[1]
         # Zeros take no memory before they are written to.
         self._table = np.zeros((_DIPLOID + _VALUES, width), dtype=np.uint8)
@@ -54,7 +58,7 @@ class SampleTexts:
         diploid = rows < _DIPLOID
         columns = []
         for field in self._fields:
-            both = _diploid(field, a[diploid], b[diploid])
+            both = _diploid(field, a[diploid], b[diploid], self._dependence)
             text = np.empty((len(rows), both.shape[1]), dtype=np.uint8)
             text[diploid] = both
             text[~diploid] = _haploid(field, b[~diploid])
@@ -76,7 +80,7 @@ def rows_of(thousandths: np.ndarray, haploid: np.ndarray | None) -> np.ndarray:
     return rows.astype(np.int64)
 
 
-def _diploid(field: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _diploid(field: str, a: np.ndarray, b: np.ndarray, dependence: Dependence = INDEPENDENT) -> np.ndarray:
     """Text of one field, uint8 [rows, width]."""
     if field == "GT":
         text = np.empty((len(a), 3), dtype=np.uint8)
@@ -85,7 +89,7 @@ def _diploid(field: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         text[:, 2] += b > 500
         return text
     if field == "GP":
-        return _listed(_gp(a, b))
+        return _listed(_gp(a, b, dependence))
     return _listed({"DS": [a + b], "HDS": [a, b], "AP1": [a], "AP2": [b]}[field])
 
 
@@ -102,9 +106,11 @@ def _haploid(field: str, a: np.ndarray) -> np.ndarray:
     return text
 
 
-def _gp(a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
+def _gp(a: np.ndarray, b: np.ndarray, dependence: Dependence) -> list[np.ndarray]:
     """Probabilities of 0, 1 and 2 ALT copies, in thousandths."""
-    millionths = np.stack([(1000 - a) * (1000 - b), a * (1000 - b) + (1000 - a) * b, a * b], axis=1)
+    less = np.rint(dependence.less(a, b, 1000)).astype(np.int64)
+    one = a * (1000 - b) + (1000 - a) * b + 2 * less
+    millionths = np.stack([(1000 - a) * (1000 - b) - less, one, a * b - less], axis=1)
     gp = (millionths + 500) // 1000
     # The largest probability absorbs the rounding errors, so that the written values sum to 1.
     gp[np.arange(len(gp)), gp.argmax(axis=1)] += 1000 - gp.sum(axis=1)

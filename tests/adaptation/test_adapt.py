@@ -17,9 +17,11 @@ from embrag_ds.adaptation import adapt
 from embrag_ds.adaptation import learner as learner_module
 from embrag_ds.adaptation.adapt import Adapted, adapt_model
 from embrag_ds.adaptation.held_out import MaskScores
-from embrag_ds.adaptation.learner import Learner, Source
+from embrag_ds.adaptation.learner import HeldOutScores, Learner, Source
+from embrag_ds.adaptation.pairs import Fitted
 from embrag_ds.data.ploidy import Ploidy
 from embrag_ds.data.windows import Window
+from embrag_ds.dependence import INDEPENDENT, Dependence
 from embrag_ds.export import MODEL_FILE, PRETRAINED, ExportedModel, read_export, write_export
 
 MakeModel = Callable[..., ExportedModel]
@@ -51,7 +53,7 @@ def same(one: ExportedModel, other: ExportedModel) -> bool:
     for first, second in ((one.weights, other.weights), (one.snapshot or {}, other.snapshot or {})):
         if first.keys() != second.keys() or not all(torch.equal(value, second[name]) for name, value in first.items()):
             return False
-    return asdict(one.config) == asdict(other.config)
+    return asdict(one.config) == asdict(other.config) and one.dependence == other.dependence
 
 
 def entries(cache: Path) -> list[str]:
@@ -59,10 +61,10 @@ def entries(cache: Path) -> list[str]:
     return sorted(path.name for path in cache.iterdir() if path.name.startswith("adapted-"))
 
 
-def scored(loss: float, r2: float = 0.8) -> tuple[float, MaskScores]:
+def scored(loss: float, r2: float = 0.8) -> HeldOutScores:
     """What a learner says of the samples held out, with this loss and r2 over all sites."""
     values = {name: float("nan") for name in ("<0.1 %", "0.1-0.5 %", "0.5-1 %", "1-5 %", "all <1 %")}
-    return loss, MaskScores({**values, "5-50 %": r2, "all": r2}, {}, 0.9, float("nan"))
+    return HeldOutScores(loss, MaskScores({**values, "5-50 %": r2, "all": r2}, {}, 0.9, float("nan")), [])
 
 
 @pytest.mark.parametrize(
@@ -82,7 +84,12 @@ def test_the_samples_held_out_decide(
 ) -> None:
     left = iter([before, after])
     monkeypatch.setattr(Learner, "scores", lambda self: scored(next(left)))
+    fitted = Fitted(Dependence(0.3, 0.1), gain=0.24, error=0.05)
+    monkeypatch.setattr(adapt, "fit_dependence", lambda pairs: fitted)
     found = adapt_model(source, model, 5.0, tmp_path)
+    assert found.model.dependence == (fitted.dependence if kept else INDEPENDENT)
+    assert found.report["dependence"] == asdict(fitted)
+    assert ("(opposite 0.30, alike 0.10): genotypes gain 0.24 nats" in said()) is kept
     assert found.report["kept"] is kept and found.report["adapt"] == 5.0 and found.report["steps"] == 4
     assert found.report["samples"] + found.report["held_out_samples"] == 60 and found.report["windows"] == 5
     assert (found.model is model) is not kept and same(found.model, model) is not kept

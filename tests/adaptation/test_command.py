@@ -19,8 +19,7 @@ import pytest
 import torch
 
 from embrag_ds.adaptation import adapt
-from embrag_ds.adaptation.held_out import MaskScores
-from embrag_ds.adaptation.learner import Learner
+from embrag_ds.adaptation.learner import HeldOutScores, Learner
 from embrag_ds.adaptation.settings import Adapt
 from embrag_ds.cli.main import main
 from embrag_ds.data.inputs import PanelFiles
@@ -136,7 +135,8 @@ def test_a_model_that_adapted_imputes_better(
     assert after["all"] > before["all"] - 0.0005 and after["mean"] > before["mean"] + 0.003, (before, after)
     assert adapted.adaptation["before"]["loss"] > adapted.adaptation["after"]["loss"]
     assert set(adapted.adaptation) == {
-        *("adapt", "kept", "steps", "windows", "samples", "held_out_samples", "map_scale", "before", "after")
+        *("adapt", "kept", "steps", "windows", "samples", "held_out_samples", "map_scale", "dependence"),
+        *("before", "after"),
     }
 
 
@@ -159,9 +159,9 @@ def test_a_wrong_map_costs_the_shipped_model_nothing(run: RunImpute, simulated: 
 def test_a_model_that_got_no_better_imputes_as_it_was(run: RunImpute, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = Learner.scores, iter(range(9))
 
-    def worse(self: Learner) -> tuple[float, MaskScores]:
-        loss, found = real(self)
-        return loss + next(calls) % 2, found
+    def worse(self: Learner) -> HeldOutScores:
+        found = real(self)
+        return replace(found, loss=found.loss + next(calls) % 2)
 
     monkeypatch.setattr(Learner, "scores", worse)
     found = run(SOME)

@@ -17,6 +17,7 @@ from embrag_ds.adaptation.learner import Learner, Source
 from embrag_ds.config import EmbragConfig, RunConfig
 from embrag_ds.data.inputs import PanelInputs
 from embrag_ds.data.panel import Panel, Populations
+from embrag_ds.data.ploidy import Ploidy
 from embrag_ds.data.sampler import QueryBatch
 from embrag_ds.data.windows import DataConfig, make_windows
 from embrag_ds.engine.distributed import DistributedContext
@@ -112,7 +113,7 @@ def test_without_the_transformer_its_residual_is_left_out(make_source: MakeSourc
         name: torch.zeros_like(each) if name.startswith("head.") else each for name, each in model.weights.items()
     }
     headless = ExportedModel.of(model.config, silent, model.snapshot)
-    for measure in (Learner.loss, lambda each: each.scores()[0]):
+    for measure in (Learner.loss, lambda each: each.scores().loss):
         without = measure(learner(False))
         assert without == measure(learner(True, headless)) == measure(learner(False, headless))
         assert without != measure(learner(True))
@@ -244,6 +245,23 @@ def test_a_network_of_another_size_fits_its_own_weights(source: Source, make_mod
     assert size.core == pytest.approx(np.mean([each.core_stop - each.core_start for each in learner._data.windows]))
 
 
+def test_haploid_samples_held_out_are_no_pairs(make_source: MakeSource, model: ExportedModel) -> None:
+    """Two samples are haploid from the middle of the panel on, and a window lies on both sides of it."""
+    whole = make_source()
+    panel, males = whole.inputs.panel, whole.split[1][[1, 4]]
+    haploid, first = np.zeros((2, len(panel.samples)), dtype=bool), len(panel.sites) // 2
+    haploid[1, males] = True
+    of_males = replace(panel, ploidy=Ploidy(np.array([0, first]), haploid))
+    source = make_source(inputs=replace(whole.inputs, panel=of_males))
+    learner = Learner(source, model, source.windows(model), 1.0)
+    for window, pairs in zip(learner._data.windows, learner.scores().pairs, strict=True):
+        scored = np.arange(window.core_start, window.core_stop)[
+            learner._held_out.scored(window.index, ~source.typed[window.sites])
+        ]
+        expected = ~(np.isin(source.split[1], males) & (scored[:, None] >= first))
+        np.testing.assert_array_equal(pairs.diploid, expected)
+
+
 @pytest.mark.parametrize("block", [12, 5])
 def test_the_loss_of_samples_held_out_is_the_trainings_whatever_the_block(
     source: Source, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, block: int
@@ -259,4 +277,16 @@ def test_the_loss_of_samples_held_out_is_the_trainings_whatever_the_block(
             batch = learner._batch(QueryBatch(number, held_out, alleles, masks))
             expected.append(float(learner.network(batch, loss=learner._loss).total))
     monkeypatch.setattr(learner._held_out, "_block", block)
-    assert learner.scores()[0] == pytest.approx(np.mean(expected), rel=1e-5)
+    found = learner.scores()
+    assert found.loss == pytest.approx(np.mean(expected), rel=1e-5)
+    for number, window in enumerate(learner._data.windows):
+        pairs, of_core = found.pairs[number], learner._held_out.scored(number, ~source.typed[window.sites])
+        alleles = learner._data.samples_alleles(number, held_out)
+        masks = np.repeat(~source.typed[window.sites][None], len(held_out), axis=0)
+        with torch.no_grad():
+            logits = learner.network(learner._batch(QueryBatch(number, held_out, alleles, masks))).logits
+        assert pairs.diploid.all() and pairs.truth.shape == (of_core.sum(), len(held_out))
+        for sample in range(len(held_out)):
+            here = slice(2 * sample, 2 * sample + 2)
+            np.testing.assert_allclose(pairs.probability[:, sample], logits[here, of_core].sigmoid().T, atol=1e-5)
+            np.testing.assert_array_equal(pairs.truth[:, sample], alleles[here, window.core].sum(0)[of_core])

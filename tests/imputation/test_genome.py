@@ -21,6 +21,7 @@ from embrag_ds.config import RunConfig
 from embrag_ds.data.inputs import PanelFiles, PanelInputs
 from embrag_ds.data.ploidy import Ploidy
 from embrag_ds.data.targets import Targets
+from embrag_ds.dependence import Dependence
 from embrag_ds.errors import UserError
 from embrag_ds.export import write_export
 from embrag_ds.imputation import genome as genome_module
@@ -50,7 +51,7 @@ def run(genome: GenomeFiles, make_config: MakeConfig, tmp_path: Path, cache_dir:
     The model has no Good-Turing correction, which depends on all sites of a panel file.
     """
     model = untrained(make_config("embrag.model.good_turing=false"), head=0.3)
-    write_export(tmp_path / "m.safetensors", model)
+    write_export(tmp_path / "m.safetensors", replace(model, dependence=Dependence(0.3, 0.0)))
 
     def run(name: str, panels: tuple[int, ...], targets: tuple[int, ...] | tuple[Path, ...], **given: Any) -> Path:
         files = [PanelFiles(genome.panels[each], genome.maps[each]) for each in panels]

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import embrag_ds.imputation.sample_checks as module
+from embrag_ds.config import EmbragConfig
 from embrag_ds.data.panel import Panel
+from embrag_ds.data.ploidy import Ploidy
 from embrag_ds.data.targets import Targets, match_targets, open_targets
-from embrag_ds.imputation.sample_checks import call_rates, check_samples
+from embrag_ds.dependence import Dependence
+from embrag_ds.export import ExportedModel
+from embrag_ds.imputation.preparation import for_targets
+from embrag_ds.imputation.sample_checks import call_rates, check_samples, inbreeding
 from embrag_ds.ops.bits import pack_host
 from embrag_ds.variants.sites import SiteTable
 
@@ -74,6 +80,44 @@ def test_call_rates_and_distances_equal_loops() -> None:
         assert found[number]["distance"] == pytest.approx(expected)
     assert found[0]["distance"] == 0
     assert found[2] == {"sample": "t2", "call_rate": 0.0, "distance": None}
+
+
+def test_inbreeding_counts_heterozygous_genotypes() -> None:
+    """By hand: frequencies .5 and .25 expect .5 and .375 heterozygous genotypes a sample."""
+    panel = packed("p", np.array([[0, 1, 1, 0, 0, 1, 1, 0], [0, 0, 1, 0, 0, 0, 1, 0]], dtype=np.uint8))
+    alleles = np.array([[0, 1, 1, 1], [1, 0, 0, 1]], dtype=np.uint8)
+    missing = np.array([[0, 0, 0, 0], [0, 0, 0, 1]], dtype=np.uint8)
+    own, usual = inbreeding(opened(panel, alleles, missing), panel)
+    assert own == pytest.approx(1 - 2 / (0.5 + 0.375 + 0.5))
+    assert usual == pytest.approx(1 - 6 / (4 * 0.875))
+
+
+def test_haploid_genotypes_are_not_inbred() -> None:
+    """Half of the samples are haploid, with the same allele on both haplotypes."""
+    rng = np.random.default_rng(5)
+    alleles = rng.integers(0, 2, (2000, 80), dtype=np.uint8)
+    alleles[:, 1:40:2] = alleles[:, 0:40:2]
+    haploid = Ploidy(np.array([0]), (np.arange(40) < 20)[None])
+    panel, target = (packed(name, alleles) for name in "pt")
+    for ploidy, least in ((None, 0.45), (haploid, -0.03)):
+        of_panel, of_target = replace(panel, ploidy=ploidy), replace(target, ploidy=ploidy)
+        found = open_targets(of_target, match_targets(of_target, of_panel, "report", allow_overlap=True), of_panel)
+        assert inbreeding(found, of_panel) == pytest.approx((least + 0.03,) * 2, abs=0.04)
+
+
+@pytest.mark.parametrize(("selfed", "alike"), [(False, 0.0), (True, 0.7)])
+def test_haplotypes_are_alike_only_where_targets_are_as_inbred_as_the_panel(
+    selfed: bool, alike: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    rng = np.random.default_rng(6)
+    lines = rng.integers(0, 2, (300, 60), dtype=np.uint8).repeat(2, axis=1)
+    targets = lines[:, :20] if selfed else rng.integers(0, 2, (300, 20), dtype=np.uint8)
+    panel = packed("p", lines)
+    model = ExportedModel(EmbragConfig(), {}, Dependence(0.1, 0.7))
+    found = for_targets(model, panel, opened(panel, targets))
+    assert found.dependence == Dependence(0.1, alike)
+    assert ("for alike" in caplog.text) is not selfed
 
 
 def test_samples_that_look_wrong_are_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,6 +12,7 @@ import typing
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from embrag_ds import export
 from embrag_ds.config import PATHS, EmbragConfig, parse_config, without_paths
+from embrag_ds.dependence import Dependence
 from embrag_ds.engine.distributed import DistributedContext
 from embrag_ds.engine.masters import gathered_state
 from embrag_ds.errors import UserError
@@ -200,6 +202,20 @@ DAMAGES: dict[str, Callable[[dict[str, Tensor]], object]] = {
     "background has values that are not finite": with_tensor("background", [torch.inf]),
     "extra is no tensor of its network": with_tensor("extra", [0]),
 }
+
+
+@pytest.mark.parametrize("given", [{"opposite": 0.8, "alike": 0.3}, {"opposite": "much"}, {"other": 0.1}, [1], None])
+def test_a_dependence_that_cannot_be_is_refused(tmp_path: Path, given: Any) -> None:
+    config, weights, snapshot = a_model()
+    path, dependence = tmp_path / MODEL_FILE, Dependence(0.4, 0.1)
+    write_export(path, dataclasses.replace(ExportedModel.of(config, weights, snapshot), dependence=dependence))
+    assert read_export(path).dependence == dependence
+    tensors = dict(weights) | {f"snapshot.{name}": value for name, value in snapshot.items()}
+    header = json.dumps({"format": export.EXPORT_FORMAT, "embrag": asdict(config), "dependence": given})
+    save_file(tensors, path, {"embrag_ds": header})
+    with pytest.raises(UserError, match="the model is damaged: its dependence is") as raised:
+        read_export(path)
+    assert str(path) in str(raised.value) and "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
