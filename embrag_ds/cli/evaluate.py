@@ -108,7 +108,11 @@ def run(options: argparse.Namespace) -> None:
         options.samples = options.samples or default.samples
         options.map = options.map or default.genetic_map
     if not all(given):
-        raise UserError("--truth, --panel and --target go together")
+        lacking = [f"--{name}" for name, path in zip(("truth", "panel", "target"), given, strict=True) if not path]
+        raise UserError(
+            f"--truth, --panel and --target go together: add {' and '.join(lacking)}, or give none of them for the "
+            "simulated data"
+        )
     for result in filter(None, (options.json, options.markdown, options.excluded)):
         require_writable(result)
     truth, panel, target = given

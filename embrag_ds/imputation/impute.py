@@ -102,7 +102,8 @@ def impute(
                 import torch  # noqa: F401
         logger.info("model %s", model)
         if (panels[0].panel is None) != (not targets):
-            raise UserError("--panel and --target go together")
+            other = "--panel" if panels[0].panel is None else "--target"
+            raise UserError(f"--panel and --target go together: add {other}, or give neither for the simulated data")
         targets = targets or [default_data(settings).target]
         panels = [with_default(each, settings) for each in panels]
         log = Path(f"{out}.beagle.log")

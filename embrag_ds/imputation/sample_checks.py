@@ -26,7 +26,7 @@ _MOST_HAPLOTYPES = 1 << 14
 _PANEL_SAMPLES = 32
 _FEWEST = 20
 _SITES_AT_ONCE = 4096
-_MOST_SITES = 1024
+_MOST_SITES = 256
 
 
 def check_samples(targets: Targets, panel: Panel) -> list[dict[str, Any]]:

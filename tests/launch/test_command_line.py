@@ -286,7 +286,7 @@ def test_targets_that_are_in_the_panel(
         (["--out=out.vcf"], "out.vcf: the output is a bgzipped VCF or a BCF"),
         (["--out=none/out.vcf.gz"], "none does not exist"),
         (["--samples-per-batch=0"], "--samples-per-batch must be at least 1"),
-        (["--panel=p.vcf.gz"], "--panel and --target go together"),
+        (["--panel=p.vcf.gz"], "--panel and --target go together: add --target, or give neither"),
         (["--device=qpu"], "qpu"),
     ],
 )
@@ -309,7 +309,7 @@ def test_errors_of_impute(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--truth=t.vcf.gz"], "--truth, --panel and --target go together"),
+        (["--truth=t.vcf.gz"], "--truth, --panel and --target go together: add --panel and --target, or give none"),
         (["--truth=t", "--panel=p", "--target=t", "--imputed=a=x", "--imputed=a=y"], "'a' is given twice"),
         (["--truth=t.vcf.gz", "--panel=p.vcf.gz", "--target=u.vcf.gz"], "nothing to score"),
         (["--bootstrap=-1"], "--bootstrap must lie between 0 and"),
