@@ -12,7 +12,7 @@ import numpy as np
 from embrag_ds.copying.instructions import LANES, flag_row, zeros_above, zeros_below
 from embrag_ds.copying.kept import list_flagged
 from embrag_ds.copying.parts import compiled_part
-from embrag_ds.copying.recursions import PIECE
+from embrag_ds.copying.recursions import PIECE, copy_rows
 
 _FIRST_GUESS = np.float32(0.02)
 _SAFETY = np.float32(0.5)
@@ -36,27 +36,25 @@ def flag_piece(panel, rates, states, chosen, start, stop, saved, beta):
     from the piece behind.
     """
     _bounds(rates, states, chosen, start, stop)
-    prior, highest = states.prior[panel.place[start]], states.highest
     if panel.place[start] != panel.place[stop - 1]:
-        for k in range(len(highest)):
-            for lane in range(LANES):
-                highest[k, lane] = prior[k, lane]
+        highest = states.highest
+        copy_rows(highest, states.prior[panel.place[start]])
         for t in range(start + 1, stop):
             if panel.place[t] != panel.place[t - 1]:
                 row = states.prior[np.uint64(panel.place[t])]
                 for k in range(len(highest)):
                     for lane in range(LANES):
                         highest[k, lane] = max(highest[k, lane], row[k, lane])
-        prior = highest
     for n in range(2 * LANES):
         chosen.bound[4, n] = rates.keep * chosen.least[n % LANES, n // LANES]
-    _flag_haplotypes(chosen, saved, beta, prior)
+    _flag_haplotypes(panel, states, chosen, start, stop, saved, beta)
 
 
 @compiled_part
-def _flag_haplotypes(chosen, saved, beta, prior):
-    """Flag the haplotypes whose bound is not negligible."""
+def _flag_haplotypes(panel, states, chosen, start, stop, saved, beta):
+    """Flag the haplotypes whose bound is not negligible, by the highest of their priors in the piece."""
     flags, bound = chosen.flags, chosen.bound
+    prior = states.prior[panel.place[start]] if panel.place[start] == panel.place[stop - 1] else states.highest
     for k in range(len(prior)):
         flag_row(flags, k, saved, beta, prior, bound)
 
@@ -72,7 +70,6 @@ def copy_piece(panel, rates, states, chosen, kept, start, stop, saved, beta, lan
     haplotypes is no more than that over all, so what is left out is negligible.
     """
     haplotypes, count, flags, bit = len(saved), 0, chosen.flags, np.uint8(1 << lane)
-    prior = states.prior[panel.place[start]] if panel.place[start] == panel.place[stop - 1] else states.highest
     for _ in range(2):
         for n in range(kept.number_moved[0]):
             flags[np.uint64(kept.moved[n])] |= bit
@@ -92,7 +89,7 @@ def copy_piece(panel, rates, states, chosen, kept, start, stop, saved, beta, lan
             break
         for model in range(2):
             chosen.bound[4, lane + LANES * model] = rates.keep * chosen.least[lane, model]
-        _flag_haplotypes(chosen, saved, beta, prior)
+        _flag_haplotypes(panel, states, chosen, start, stop, saved, beta)
     _match(panel, states, chosen, count, start, stop, lane)
     return count
 

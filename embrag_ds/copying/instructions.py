@@ -38,9 +38,7 @@ def add_row(typing_context: Any, into: Any, row: Any, values: Any, place: Any) -
     """Add row ``place`` of ``values`` to row ``row`` of ``into``, both contiguous float32 [n, 8], as one vector."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        to, number, given, other = arguments
-        sums, _ = _load(context, builder, given=(values, given, other))
-        _add(context, builder, (into, to, number), sums)
+        _add_rows(context, builder, (into, row, values, place), arguments, _EIGHT)
         return context.get_dummy_value()
 
     return types.none(into, row, values, place), generate
@@ -51,9 +49,7 @@ def add_to_four(typing_context: Any, into: Any, row: Any, values: Any, place: An
     """Add row ``place`` of ``values`` to row ``row`` of ``into``, both contiguous float32 [n, 4], as one vector."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        to, number, given, other = arguments
-        sums, _ = _load(context, builder, (values, given, other), _FOUR)
-        _add(context, builder, (into, to, number), sums, _FOUR)
+        _add_rows(context, builder, (into, row, values, place), arguments, _FOUR)
         return context.get_dummy_value()
 
     return types.none(into, row, values, place), generate
@@ -68,7 +64,7 @@ def add_product(typing_context: Any, into: Any, row: Any, states: Any, place: An
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         to, number, given, other, priors = arguments
-        state, _ = _load(context, builder, (states, given, other))
+        state = _load(context, builder, (states, given, other))
         of_both = _both(context, builder, (prior, priors, other))
         _add(context, builder, (into, to, number), builder.fmul(state, of_both, flags=_FUSED))
         return context.get_dummy_value()
@@ -86,14 +82,13 @@ def forward_row(typing_context: Any, into: Any, states: Any, place: Any, factors
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         to, given, number, by_row, of, priors = arguments
-        state, _ = _load(context, builder, (states, given, number))
-        gain, _ = _load(context, builder, (factors, by_row, of))
-        added, _ = _load(context, builder, (factors, by_row, of), first=8)
+        state = _load(context, builder, (states, given, number))
+        gain = _load(context, builder, (factors, by_row, of))
+        added = _load(context, builder, (factors, by_row, of), first=8)
         of_both = _both(context, builder, (prior, priors, number))
-        _, address = _load(context, builder, (into, to, number))
         come = builder.fmul(added, of_both, flags=_FUSED)
         new = builder.fadd(builder.fmul(gain, state, flags=_FUSED), come, flags=_FUSED)
-        builder.store(new, address, align=4)
+        builder.store(new, _row(context, builder, (into, to, number)), align=4)
         return context.get_dummy_value()
 
     return types.none(into, states, place, factors, row, prior), generate
@@ -105,12 +100,11 @@ def return_row(typing_context: Any, into: Any, states: Any, place: Any, factors:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         to, given, number, by_row, of = arguments
-        state, _ = _load(context, builder, (states, given, number))
-        gain, _ = _load(context, builder, (factors, by_row, of))
-        added, _ = _load(context, builder, (factors, by_row, of), first=8)
-        _, address = _load(context, builder, (into, to, number))
+        state = _load(context, builder, (states, given, number))
+        gain = _load(context, builder, (factors, by_row, of))
+        added = _load(context, builder, (factors, by_row, of), first=8)
         new = builder.fadd(builder.fmul(gain, state, flags=_FUSED), added, flags=_FUSED)
-        builder.store(new, address, align=4)
+        builder.store(new, _row(context, builder, (into, to, number)), align=4)
         return context.get_dummy_value()
 
     return types.none(into, states, place, factors, row), generate
@@ -126,13 +120,10 @@ def flag_row(typing_context: Any, flags: Any, place: Any, saved: Any, beta: Any,
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         to, number, given, other, priors, bound = arguments
-        state, _ = _load(context, builder, (saved, given, number))
-        behind, _ = _load(context, builder, (beta, other, number))
+        state = _load(context, builder, (saved, given, number))
+        behind = _load(context, builder, (beta, other, number))
         of_both = _both(context, builder, (prior, priors, number))
-        f = []
-        for n in range(5):
-            row, _ = _load(context, builder, (factors, bound, ir.Constant(ir.IntType(64), n)))
-            f.append(row)
+        f = [_load(context, builder, (factors, bound, ir.Constant(ir.IntType(64), n))) for n in range(5)]
 
         def line(product: Any, summand: Any) -> Any:
             return builder.fadd(builder.fmul(product, behind, flags=_FUSED), summand, flags=_FUSED)
@@ -168,23 +159,34 @@ def zeros_above(typing_context: Any, word: Any) -> Any:
     return types.int64(types.uint64), generate
 
 
-def _load(context: Any, builder: Any, given: Any, kind: Any = _EIGHT, first: int = 0) -> tuple[Any, Any]:
-    """A vector of an array's row, from element ``first`` on, and its address; ``given`` are type, array and row."""
+def _row(context: Any, builder: Any, given: Any, kind: Any = _EIGHT, first: int = 0) -> Any:
+    """Address of a vector in an array's row, from element ``first`` on; ``given`` are type, array and row."""
     array, value, row = given
     places = [_wide(builder, row), ir.Constant(ir.IntType(64), first)]
-    address = builder.bitcast(_address(context, builder, array, value, places), kind.as_pointer())
-    return builder.load(address, align=4), address
+    return builder.bitcast(_address(context, builder, array, value, places), kind.as_pointer())
+
+
+def _load(context: Any, builder: Any, given: Any, kind: Any = _EIGHT, first: int = 0) -> Any:
+    """That vector."""
+    return builder.load(_row(context, builder, given, kind, first), align=4)
 
 
 def _add(context: Any, builder: Any, into: Any, vector: Any, kind: Any = _EIGHT) -> None:
     """Add a vector to an array's row."""
-    before, address = _load(context, builder, into, kind)
-    builder.store(builder.fadd(before, vector), address, align=4)
+    address = _row(context, builder, into, kind)
+    builder.store(builder.fadd(builder.load(address, align=4), vector), address, align=4)
+
+
+def _add_rows(context: Any, builder: Any, kinds: Any, arguments: Any, kind: Any) -> None:
+    """Add an array's row to another's; ``kinds`` and ``arguments`` are those of :func:`add_row`."""
+    into, _, values, _ = kinds
+    to, number, given, other = arguments
+    _add(context, builder, (into, to, number), _load(context, builder, (values, given, other), kind), kind)
 
 
 def _both(context: Any, builder: Any, given: Any) -> Any:
     """The four numbers of an array's row, twice."""
-    row, _ = _load(context, builder, given, _FOUR)
+    row = _load(context, builder, given, _FOUR)
     return builder.shuffle_vector(row, ir.Constant(_FOUR, ir.Undefined), _TWICE)
 
 

@@ -31,7 +31,7 @@ from embrag_ds.copying.workspace import (
 )
 from embrag_ds.ops.threads import WorkerLoop
 
-PARTS = "7c4fd9ee8f62"
+PARTS = "6421f0c41289"
 """Digest of the loop's other files: numba looks for a change in this file alone, and would use what it has kept of the
 loop. A test compares it.
 """
@@ -183,13 +183,11 @@ def _copy_haplotypes(
         fill_priors(panel.packed, panel.place, rates, excluded[lane], states, lane)
     pieces = last // PIECE + 1
     states.came[0] = np.float32(0)
-    states.saved[0, :] = np.float32(0)
+    states.sections[0, :] = np.float32(0)
     for begin in range(0, pieces, several):
         stop = min(begin + several, pieces)
-        copy_rows(states.sections[begin // several], states.saved[0 if begin == 0 else several])
         _run_pieces(panel, rates, states, runs, run_of, begin // several, begin, stop)
-        if stop == pieces:
-            copy_rows(states.joint[0], states.saved[stop - begin])
+        copy_rows(states.joint if stop == pieces else states.sections[stop // several], states.saved[stop - begin])
     start_backward(panel, states, runs)
     now, other = states.behind[0], states.behind[1]
     if run_of[pieces] < len(runs) - 1:

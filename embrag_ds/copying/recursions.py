@@ -255,7 +255,7 @@ def _went(rates, states, t, n, typed):
 @compiled_part
 def _sum_paths(rates, states, last, typed, beta):
     """Sum the products of both states at typed site ``last``."""
-    joint = states.joint[0]
+    joint = states.joint
     for n in range(2 * LANES):
         stay, jump = _went(rates, states, last, n, typed)
         total = np.float32(0)
@@ -266,6 +266,6 @@ def _sum_paths(rates, states, last, typed, beta):
 
 @compiled_part
 def copy_rows(into, values):
-    """Copy states float32 [H, 8]."""
+    """Copy rows of states float32 [H, 8], or of priors [H, 4]."""
     for k in range(len(values)):
         assign(into[k], values[k])

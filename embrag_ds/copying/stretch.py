@@ -10,6 +10,7 @@ import numpy as np
 
 from embrag_ds.copying.model import log_cm
 from embrag_ds.copying.records import PanelPart
+from embrag_ds.copying.recursions import PATTERNS
 from embrag_ds.data.windows import most_places, places
 from embrag_ds.ops.dosage_numba import Numbered
 from embrag_ds.ops.threads import ParallelLoop
@@ -49,10 +50,10 @@ def panel_part(
     minor = np.empty(start[-1], dtype=np.uint8)
     _list_minor(blocks.words, blocks.count, turned, blocks.bounds, sequences, start, minor)
     packed = np.ascontiguousarray(np.packbits(typed, axis=0, bitorder="little"))  # or the loop is compiled twice
-    patterns = np.zeros((len(packed), 256), dtype=np.uint8)
+    patterns = np.zeros((len(packed), PATTERNS), dtype=np.uint8)
     pattern_count = np.zeros(len(packed), dtype=np.int64)
     for row, alleles in enumerate(packed):
-        present = np.flatnonzero(np.bincount(alleles, minlength=256))
+        present = np.flatnonzero(np.bincount(alleles, minlength=PATTERNS))
         patterns[row, : len(present)], pattern_count[row] = present, len(present)
     left, right = flanking(rows, first, sites)
     here, before = position[first : first + sites], position[rows[left]]

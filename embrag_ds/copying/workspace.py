@@ -26,7 +26,7 @@ def new_states(typed, haplotypes, places, several):
         sections=np.empty(((pieces + several - 1) // several, haplotypes, 2 * LANES), dtype=np.float32),
         saved=np.empty((several + 1, haplotypes, 2 * LANES), dtype=np.float32),
         between=np.empty((haplotypes, 2 * LANES), dtype=np.float32),
-        joint=np.empty((1, haplotypes, 2 * LANES), dtype=np.float32),
+        joint=np.empty((haplotypes, 2 * LANES), dtype=np.float32),
         behind=np.empty((2, haplotypes, 2 * LANES), dtype=np.float32),
         own=np.zeros((LANES, (pieces + 7) // 8 * 8), dtype=np.uint8),  # whole words
         known=np.zeros((LANES, (pieces + 7) // 8 * 8), dtype=np.uint8),  # whole words
