@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--map", type=Path)
     parser.add_argument("--model", type=Path, default=PRETRAINED)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--samples-per-batch", type=int, default=32, metavar="N")
+    parser.add_argument("--samples-per-batch", type=int, metavar="N")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

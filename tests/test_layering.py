@@ -16,7 +16,7 @@ SHARED = ("dependence", "errors", "settings", "files", "preflight", "seals", "se
 ROOMS: dict[str, tuple[str, ...]] = {
     "ops": (),
     "runtime": (),
-    "variants": (),
+    "variants": ("ops",),
     "maps": ("variants",),
     "data": ("ops", "variants", "maps"),
     "evaluation": ("variants", "maps", "data"),
@@ -73,7 +73,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "launch": ("cli",),
 }
 """What each room, or module of the top level, may import of ours beside itself and SHARED."""
-NARROW = {"model": {"retrieval": ("retrieval.batch",)}, "copying": {"model": ("model.numbers",)}}
+NARROW = {
+    "variants": {"ops": ("ops.sample_texts",)},
+    "model": {"retrieval": ("retrieval.batch",)},
+    "copying": {"model": ("model.numbers",)},
+}
 """Rooms of which another room may import only some modules: the network sees only the records of a batch."""
 HOMES = {
     "pysam": ("variants/",),

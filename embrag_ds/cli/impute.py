@@ -105,7 +105,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--save-model", type=Path, metavar="FILE", help="write the model that imputes, adapted or not, to this file"
     )
     speed = parser.add_argument_group("speed and memory")
-    speed.add_argument("--samples-per-batch", type=int, default=32, metavar="N", help="memory against speed (32)")
+    speed.add_argument(
+        "--samples-per-batch",
+        type=int,
+        metavar="N",
+        help="memory against speed (default: 128 on a CPU without transformer, 32 otherwise)",
+    )
     speed.add_argument(
         "--transformer",
         choices=("on", "off"),

@@ -100,19 +100,23 @@ class CopyAlong:
             counts=np.ascontiguousarray(features.counts[:, window.core]),
         )
 
-    def probability(self, stretch: Stretch, alleles: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    def probability(
+        self, stretch: Stretch, alleles: np.ndarray, samples: np.ndarray, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """ALT probabilities float32 [2N, L] in the core of a stretch.
 
         ``alleles`` uint8 [2N, T] are those of the targets at the stretch's typed sites, 2 where missing. ``samples``
-        int64 [N] are their numbers in the panel, -1 for those outside.
+        int64 [N] are their numbers in the panel, -1 for those outside. The result is ``out``, contiguous, where it is
+        given.
         """
         excluded, row_of = self._excluded(samples)
         own = self._frequencies(stretch, excluded, row_of)
-        found = np.empty((len(alleles), len(stretch.panel.share)), dtype=np.float32)
+        if out is None:
+            out = np.empty((len(alleles), len(stretch.panel.share)), dtype=np.float32)
         # Plain and contiguous, because numba compiles a loop anew for any other kind of array.
         given = (tuple(each) for each in (stretch.panel, stretch.rates, own, stretch.head))
-        loops.copy_along(min(self._workers, len(alleles)), *given, alleles, row_of, excluded, self._most_saved, found)
-        return found
+        loops.copy_along(min(self._workers, len(alleles)), *given, alleles, row_of, excluded, self._most_saved, out)
+        return out
 
     def _excluded(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Haplotypes not to copy, int64 [2N, 2 E], padded with H, and rows of frequencies int64 [2N]."""

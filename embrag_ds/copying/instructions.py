@@ -34,6 +34,18 @@ def fetch(typing_context: Any, array: Any, index: Any) -> Any:
 
 
 @_intrinsic
+def take_next(typing_context: Any, taken: Any) -> Any:
+    """Add 1 to the element of ``taken`` int64 [1], as other threads do; returns what it was before."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        one = ir.Constant(ir.IntType(64), 1)
+        address = _address(context, builder, taken, arguments[0], [ir.Constant(ir.IntType(64), 0)])
+        return builder.atomic_rmw("add", address, one, "monotonic")
+
+    return types.int64(taken), generate
+
+
+@_intrinsic
 def add_row(typing_context: Any, into: Any, row: Any, values: Any, place: Any) -> Any:
     """Add row ``place`` of ``values`` to row ``row`` of ``into``, both contiguous float32 [n, 8], as one vector."""
 
@@ -83,8 +95,8 @@ def forward_row(typing_context: Any, into: Any, states: Any, place: Any, factors
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         to, given, number, by_row, of, priors = arguments
         state = _load(context, builder, (states, given, number))
-        gain = _load(context, builder, (factors, by_row, of))
-        added = _load(context, builder, (factors, by_row, of), first=8)
+        gain = _load(context, builder, (factors, by_row, of), width=16)
+        added = _load(context, builder, (factors, by_row, of), width=16, first=8)
         of_both = _both(context, builder, (prior, priors, number))
         come = builder.fmul(added, of_both, flags=_FUSED)
         new = builder.fadd(builder.fmul(gain, state, flags=_FUSED), come, flags=_FUSED)
@@ -101,8 +113,8 @@ def return_row(typing_context: Any, into: Any, states: Any, place: Any, factors:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         to, given, number, by_row, of = arguments
         state = _load(context, builder, (states, given, number))
-        gain = _load(context, builder, (factors, by_row, of))
-        added = _load(context, builder, (factors, by_row, of), first=8)
+        gain = _load(context, builder, (factors, by_row, of), width=16)
+        added = _load(context, builder, (factors, by_row, of), width=16, first=8)
         new = builder.fadd(builder.fmul(gain, state, flags=_FUSED), added, flags=_FUSED)
         builder.store(new, _row(context, builder, (into, to, number)), align=4)
         return context.get_dummy_value()
@@ -159,16 +171,22 @@ def zeros_above(typing_context: Any, word: Any) -> Any:
     return types.int64(types.uint64), generate
 
 
-def _row(context: Any, builder: Any, given: Any, kind: Any = _EIGHT, first: int = 0) -> Any:
-    """Address of a vector in an array's row, from element ``first`` on; ``given`` are type, array and row."""
+def _row(context: Any, builder: Any, given: Any, kind: Any = _EIGHT, width: int = 0, first: int = 0) -> Any:
+    """Address of a vector in an array's row, from element ``first`` on; ``given`` are type, array and row.
+
+    The array is contiguous, and a row has ``width`` elements, those of the vector by default. An array's own strides
+    would take registers, of which there are too few for all arrays of a loop.
+    """
     array, value, row = given
-    places = [_wide(builder, row), ir.Constant(ir.IntType(64), first)]
-    return builder.bitcast(_address(context, builder, array, value, places), kind.as_pointer())
+    data = context.make_array(array)(context, builder, value).data
+    start = builder.mul(_wide(builder, row), ir.Constant(ir.IntType(64), width or kind.count))
+    element = builder.add(start, ir.Constant(ir.IntType(64), first))
+    return builder.bitcast(builder.gep(data, [element]), kind.as_pointer())
 
 
-def _load(context: Any, builder: Any, given: Any, kind: Any = _EIGHT, first: int = 0) -> Any:
+def _load(context: Any, builder: Any, given: Any, kind: Any = _EIGHT, width: int = 0, first: int = 0) -> Any:
     """That vector."""
-    return builder.load(_row(context, builder, given, kind, first), align=4)
+    return builder.load(_row(context, builder, given, kind, width, first), align=4)
 
 
 def _add(context: Any, builder: Any, into: Any, vector: Any, kind: Any = _EIGHT) -> None:

@@ -47,7 +47,7 @@ def impute(
     *,
     model: Path = PRETRAINED,
     options: TargetOptions = AS_IT_IS,
-    samples_per_batch: int = 32,
+    samples_per_batch: int | None = None,
     transformer: bool | None = None,
     device: str | None = None,
     precision: Precision | None = None,
@@ -66,7 +66,8 @@ def impute(
     then the same, byte for byte, as that of one rank. A rank takes the GPU with its number on its machine.
 
     ``model`` is an exported model; ``options`` say how targets are read, and ``output`` what is written. Without panel
-    and target, those of the default data set are used. More ``samples_per_batch`` take more memory and less time.
+    and target, those of the default data set are used. More ``samples_per_batch`` take more memory and less time;
+    by default they are 128 on a CPU without transformer, and 32 otherwise.
     Without ``transformer`` its residual is left out (:meth:`embrag_ds.model.imputer.Imputer.forward`), which is the
     default on a CPU, where it takes long. ``device`` defaults to CUDA where there is a device; a warning says where
     torch cannot use one that the driver lists.
@@ -84,7 +85,7 @@ def impute(
         panels = [files] if isinstance(files, PanelFiles) else list(files)
         targets = [target] if isinstance(target, Path) else list(target or ())
         settings = settings_for(cache_dir)
-        if samples_per_batch < 1:
+        if samples_per_batch is not None and samples_per_batch < 1:
             raise UserError("--samples-per-batch must be at least 1")
         adapt = parse_adapt(adapt)
         check_output(out)

@@ -82,7 +82,7 @@ class Job:
     device: str
     transformer: bool
     precision: Precision
-    block: int
+    block: int | None
     adapt: Adapt
     save_model: Path | None
     output: OutputOptions

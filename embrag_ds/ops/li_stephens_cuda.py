@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from embrag_ds.errors import UserError
-from embrag_ds.ops import li_stephens_recursions, li_stephens_rows
 from embrag_ds.ops.cuda import Kernel, kernel
+from embrag_ds.ops.sources import li_stephens_recursions, li_stephens_rows
 
 SOURCE = li_stephens_rows.SOURCE + li_stephens_recursions.SOURCE
 LENGTHS_SOURCE = r"""

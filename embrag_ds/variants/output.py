@@ -18,7 +18,7 @@ from embrag_ds.dependence import INDEPENDENT, Dependence
 from embrag_ds.errors import UserError
 from embrag_ds.variants.header import Contents, as_bytes, imputed_header
 from embrag_ds.variants.published import Publication, check_output, last_positions, published
-from embrag_ds.variants.sample_text import FORMATS, SampleTexts, Statistics, joined_text, rows_of
+from embrag_ds.variants.sample_text import FORMATS, SampleTexts, Statistics, joined_text
 from embrag_ds.variants.sites import SiteTable
 
 logger = logging.getLogger(__name__)
@@ -74,13 +74,13 @@ class OutputOptions:
 EVERYTHING = OutputOptions()
 """The defaults."""
 
-_BLOCK_VALUES = 2**20 // 40
-_MOST_WAITING = 8
+_BLOCK_VALUES = 2**24 // 40
+_MOST_WAITING = 2
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Consecutive sites from ``first`` on: HDS float64 [n, 2N], ``typed`` and ``known`` bool [n], ``haploid`` bool [n,
+    """Consecutive sites from ``first`` on: HDS float32 [2N, n], ``typed`` and ``known`` bool [n], ``haploid`` bool [n,
     N] or None. A typed site is known unless some of its alleles are imputed.
     """
 
@@ -93,7 +93,7 @@ class _Block:
     def cut(self, start: int, stop: int) -> _Block:
         haploid = None if self.haploid is None else self.haploid[start:stop]
         rows = slice(start, stop)
-        return _Block(self.first + start, self.hds[rows], self.typed[rows], self.known[rows], haploid)
+        return _Block(self.first + start, self.hds[:, rows], self.typed[rows], self.known[rows], haploid)
 
     def followed_by(self, other: _Block) -> _Block:
         haploid = None
@@ -101,22 +101,23 @@ class _Block:
             haploid = np.concatenate([self._all_haploid(), other._all_haploid()])
         return _Block(
             self.first,
-            np.concatenate([self.hds, other.hds]),
+            np.concatenate([self.hds, other.hds], axis=1),
             np.concatenate([self.typed, other.typed]),
             np.concatenate([self.known, other.known]),
             haploid,
         )
 
     def _all_haploid(self) -> np.ndarray:
-        return np.zeros((len(self.hds), self.hds.shape[1] // 2), bool) if self.haploid is None else self.haploid
+        return np.zeros((self.hds.shape[1], len(self.hds) // 2), bool) if self.haploid is None else self.haploid
 
 
 class ImputedRecords:
     """Writer of imputed records of N samples at ``sites``, or a range of them, block by block in site order.
 
-    ``FORMAT`` is ``GT:DS:HDS:GP`` to three decimals, or those of them that ``options`` choose. HDS is rounded, and GT,
-    DS and GP follow from the rounded HDS. So a sample's columns agree exactly, and GP sums to 1. A haploid sample has
-    one allele in GT, one value in HDS, two in GP, and DS in [0, 1]. GP of joined sites are products of HDS.
+    ``FORMAT`` is ``GT:DS:HDS:GP``, or those of them that ``options`` choose, to three decimals without the zeros
+    behind. HDS is rounded, and GT, DS and GP follow from the rounded HDS. So a sample's columns agree exactly, and GP
+    sums to 1. A haploid sample has one allele in GT, one value in HDS, two in GP, and DS in [0, 1]. GP of joined sites
+    are products of HDS.
 
     ``INFO`` has ``AF``, ``DR2``, and the flag ``IMP`` at imputed sites. DR2 is minimac's Rsq (Das et al. 2016, Nat.
     Genet. 48:1284): the variance of HDS over p(1-p). It is at most 1, and 0 where p is 0 or 1; typed sites have 1. A
@@ -152,7 +153,7 @@ class ImputedRecords:
         self._options = options
         fields = self._fields = options.written_fields
         self._format = f"\t{':'.join(fields)}\t" if fields else ""
-        self._sample_texts = SampleTexts(fields, dependence) if fields else None
+        self._sample_texts = SampleTexts(fields, dependence)
         self._next = first
         self._stop = len(sites) if stop is None else stop
         self.imputed = 0
@@ -228,7 +229,7 @@ class ImputedRecords:
         if missing is not None and (lacking := missing & typed).any():
             known = typed & ~lacking.any(axis=0)
             given = typed & ~missing
-        hds = np.where(given, alleles, dosage).T.astype(np.float64, order="C")
+        hds = np.where(given, alleles, dosage)
         each = haploid.T if haploid is not None and haploid.any() else None
         block = _Block(self._next, hds, typed, known, each)
         self._next += len(typed)
@@ -256,26 +257,21 @@ class ImputedRecords:
         return stop - block.first
 
     def _write_block(self, block: _Block) -> None:
-        thousandths = block.hds * 1000
-        np.rint(thousandths, out=thousandths)
-        assert thousandths.min() >= 0 and thousandths.max() <= 1000, "haplotype dosages outside [0, 1]"
-        statistics = Statistics(block.hds, block.known, block.haploid)
+        rows, sums, squares = self._sample_texts.read(block.hds, block.haploid)
+        number = np.full(len(rows), len(block.hds))
+        if block.haploid is not None:
+            number -= block.haploid.sum(axis=1)
+        statistics = Statistics(number, sums, squares, block.known)
         kept = self._kept(block.typed, statistics.dr2)
         if not self._options.join_multiallelic:
             groups = [[row] for row in kept.tolist()]
         else:
             groups = self._records(block.first, kept)
-        texts = None
-        if self._sample_texts is not None:
-            texts = self._sample_texts.of(rows_of(thousandths, block.haploid))
-            texts[:, -1] = ord("\n")
+        texts = self._sample_texts.joined(rows) if self._fields else None
         for group in groups:
             text: bytes | memoryview = b"\n"
-            if texts is not None and len(group) > 1:
-                text = self._joined(thousandths[group].astype(np.int64), block, group[0])
-            elif texts is not None:
-                text = texts[group[0]].data
-                text = text if block.haploid is None else bytes(text).translate(None, b"\0")
+            if texts is not None:
+                text = texts[group[0]] if len(group) == 1 else self._joined(block, group)
             site = block.first + group[0]
             end = self._ends[site] if len(group) == 1 else max(self._ends[block.first + row] for row in group)
             contig, begin = self._sites.contigs[self._sites.contig[site]], int(self._sites.pos[site]) - 1
@@ -335,10 +331,11 @@ class ImputedRecords:
             entries["SVLEN"] = ",".join(extent.get("SVLEN", ".") for extent in extents)
         return ";".join(f"{key}={value}" if value else key for key, value in entries.items() if value is not None)
 
-    def _joined(self, thousandths: np.ndarray, block: _Block, row: int) -> bytes:
-        """Sample columns of a record of K ALTs, from HDS in thousandths int64 [K, 2N]."""
-        columns = list(map(tuple, thousandths.T.tolist()))
-        haploid = [False] * self._samples if block.haploid is None else block.haploid[row].tolist()
+    def _joined(self, block: _Block, group: list[int]) -> bytes:
+        """Sample columns of a record of several ALTs."""
+        thousandths = np.rint(block.hds[:, group].astype(np.float64) * 1000).astype(np.int64)
+        columns = list(map(tuple, thousandths.tolist()))
+        haploid = [False] * self._samples if block.haploid is None else block.haploid[group[0]].tolist()
         texts = (
             joined_text(self._fields, columns[2 * sample], None if one else columns[2 * sample + 1])
             for sample, one in enumerate(haploid)

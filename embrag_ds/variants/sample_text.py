@@ -1,14 +1,15 @@
 """Text of imputed samples: GT, DS, HDS and GP to three decimals, for haploid and diploid samples.
 
 HDS in thousandths are integers a and b, and all columns follow from them. A table holds the text of the pairs met so
-far, so that a block of records is one gather. Records of several ALTs are rare and have their text made sample by
-sample.
+far, and compiled loops put a block of records together (:mod:`embrag_ds.ops.sample_texts`). Records of several ALTs are
+rare and have their text made sample by sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -16,46 +17,76 @@ from embrag_ds.dependence import INDEPENDENT, Dependence
 
 FORMATS = ("GT", "DS", "HDS", "GP")
 """FORMAT fields that can be written, in their order in a record."""
-_VALUES = 1001
-_DIPLOID = _VALUES * _VALUES
+_MULTIPLE = 16
+"""Of the bytes of a table's row, which the loops copy as vectors."""
 
 
 class SampleTexts:
     """Texts of samples by their HDS, of the ``fields`` of :data:`FORMATS`, or AP1 and AP2 in place of HDS.
 
     The texts are made as they are first asked for: of a million pairs of HDS a file has some ten thousand. GP of
-    diploid samples follows by the ``dependence`` of their haplotypes.
+    diploid samples follows by the ``dependence`` of their haplotypes. Without ``fields`` there is no text.
     """
 
     def __init__(self, fields: tuple[str, ...], dependence: Dependence = INDEPENDENT) -> None:
+        # Imported by those that write: the import takes as long as many a command.
+        from embrag_ds.ops import sample_texts
+
+        self._loops = sample_texts
         self._fields = fields
         self._dependence = dependence
-        width = self._made(np.zeros(1, dtype=np.int64)).shape[1]
+        rows = sample_texts.DIPLOID + sample_texts.VALUES
+        width = self._made(np.zeros(1, dtype=np.int64)).shape[1] if fields else 0
         # Zeros take no memory before they are written to.
-        self._table = np.zeros((_DIPLOID + _VALUES, width), dtype=np.uint8)
-        self._known = np.zeros(len(self._table), dtype=bool)
-        self._texts = np.empty(0, dtype=f"V{width}")
+        self._table = np.zeros((rows, -(-width // _MULTIPLE) * _MULTIPLE), dtype=np.uint8)
+        self._length = np.zeros(rows, dtype=np.uint8)
+        self._known = np.zeros(rows, dtype=np.uint8)
+        self._new = np.empty(rows, dtype=np.int32)
+        self._text = np.empty(0, dtype=np.uint8)
 
-    def of(self, rows: np.ndarray) -> np.ndarray:
-        """Texts of samples with a tab behind each, uint8 [n, N W], for their ``rows`` int64 [n, N] (:func:`rows_of`).
+    def read(self, hds: np.ndarray, haploid: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows of the table int32 [n, N], and the sums of HDS and of its square over each site, float64 [n].
 
-        All are of one width W; those of haploid samples hold NUL where there is nothing. The next call overwrites them.
+        ``hds`` is float32 [2N, n], in [0, 1]. The two values of a sample that is ``haploid``, bool [n, N], are the same
+        and count once.
         """
-        known = self._known.take(rows)
-        if not known.all():
-            new = np.unique(rows[~known])
-            self._table[new] = self._made(new)
-            self._known[new] = True
-        if len(self._texts) < rows.size:  # new memory costs more than the gather
-            self._texts = np.empty(rows.size, dtype=self._texts.dtype)
-        texts = self._texts[: rows.size].reshape(rows.shape)
-        # Any mode but the default makes no second copy.
-        self._table.view(texts.dtype)[:, 0].take(rows, out=texts, mode="clip")
-        return texts.view(np.uint8)
+        sites, samples = hds.shape[1], len(hds) // 2
+        rows, sums = np.empty((sites, samples), dtype=np.int32), np.empty((2, sites))
+        count = np.zeros(1, dtype=np.int64)
+        if haploid is None:
+            haploid = np.zeros((0, 0), dtype=bool)
+        else:
+            assert (hds[0::2] == hds[1::2])[haploid.T].all(), "two values of a haploid sample"
+        # Contiguous, because numba compiles a loop anew for any other kind of array.
+        given = np.ascontiguousarray(hds), np.ascontiguousarray(haploid)
+        self._loops.note_rows(1, *given, self._known, self._new, count, rows, *sums)
+        assert count[0] >= 0, "haplotype dosages outside [0, 1]"
+        if self._fields and count[0]:
+            new = self._new[: count[0]].astype(np.int64)
+            texts = self._made(new)
+            kept = texts != 0
+            to_the_left = np.argsort(~kept, axis=1, kind="stable")
+            self._table[new, : texts.shape[1]] = np.take_along_axis(texts, to_the_left, axis=1)
+            self._length[new] = kept.sum(axis=1)
+        return rows, sums[0], sums[1]
+
+    def joined(self, rows: np.ndarray) -> list[memoryview]:
+        """Text of each site's samples, from their ``rows`` int32 [n, N], with a newline behind.
+
+        The next call overwrites them.
+        """
+        needed = (rows.size + 1) * self._table.shape[1]
+        if len(self._text) < needed:  # new memory costs more than what is done in it
+            self._text = np.empty(needed, dtype=np.uint8)
+        ends = np.empty(len(rows), dtype=np.int64)
+        self._loops.join_texts(1, rows, self._table, self._length, self._text, ends)
+        return [self._text.data[start:stop] for start, stop in pairwise([0, *ends.tolist()])]
 
     def _made(self, rows: np.ndarray) -> np.ndarray:
-        a, b = np.divmod(rows, _VALUES)
-        diploid = rows < _DIPLOID
+        """Texts of some rows of the table with a tab behind each, uint8 [rows, width], with NUL where nothing is."""
+        values, pairs = self._loops.VALUES, self._loops.DIPLOID
+        a, b = np.divmod(rows, values)
+        diploid = rows < pairs
         columns = []
         for field in self._fields:
             both = _diploid(field, a[diploid], b[diploid], self._dependence)
@@ -65,19 +96,6 @@ class SampleTexts:
             columns += [text, np.full((len(rows), 1), ord(":"), dtype=np.uint8)]
         columns[-1][:] = ord("\t")
         return np.concatenate(columns, axis=1)
-
-
-def rows_of(thousandths: np.ndarray, haploid: np.ndarray | None) -> np.ndarray:
-    """Row of the table for each sample, int64 [n, N], from HDS in thousandths [n, 2N], whole numbers of any type.
-
-    It is 1001 a + b for a diploid sample whose HDS are a/1000 and b/1000, and 1001 * 1001 + a for one that is
-    ``haploid``, bool [n, N].
-    """
-    rows = thousandths[:, 0::2] * _VALUES
-    rows += thousandths[:, 1::2]
-    if haploid is not None:
-        rows = np.where(haploid, _DIPLOID + thousandths[:, 0::2], rows)
-    return rows.astype(np.int64)
 
 
 def _diploid(field: str, a: np.ndarray, b: np.ndarray, dependence: Dependence = INDEPENDENT) -> np.ndarray:
@@ -127,8 +145,9 @@ def _listed(values: Sequence[np.ndarray]) -> np.ndarray:
 
 @cache
 def _digits() -> np.ndarray:
-    """Text of the thousandths from 0 to 2000, uint8 [2001, 5]."""
-    return np.array([list(f"{i / 1000:.3f}".encode()) for i in range(2 * _VALUES - 1)], dtype=np.uint8)
+    """Text of the thousandths from 0 to 2000, uint8 [2001, 5], with NUL behind those that are shorter."""
+    texts = [_decimals([number]).encode().ljust(5, b"\0") for number in range(2001)]
+    return np.array([list(text) for text in texts], dtype=np.uint8)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -181,7 +200,8 @@ def _shared_out(parts: list[int], whole: int) -> list[int]:
 
 
 def _decimals(thousandths: Sequence[int]) -> str:
-    return ",".join(f"{value / 1000:.3f}" for value in thousandths)
+    """Text of values without zeros behind, as other programs write them."""
+    return ",".join(f"{value / 1000:g}" for value in thousandths)
 
 
 class Statistics:
@@ -190,18 +210,14 @@ class Statistics:
     ``af`` and ``dr2`` are computed from the sums as they are printed, so that anybody gets the same numbers from them.
     """
 
-    def __init__(self, hds: np.ndarray, known: np.ndarray, haploid: np.ndarray | None) -> None:
-        """``hds`` float64 [n, 2N]; ``known`` bool [n] marks sites that nothing imputed; ``haploid`` bool [n, N]."""
-        samples = hds.shape[1] // 2
-        number = np.full(len(hds), 2 * samples)
-        if haploid is not None:
-            assert (hds[:, 0::2] == hds[:, 1::2])[haploid].all(), "two values of a haploid sample"
-            hds = hds.copy()
-            hds[:, 1::2][haploid] = 0
-            number -= haploid.sum(axis=1)
+    def __init__(self, number: np.ndarray, sums: np.ndarray, squares: np.ndarray, known: np.ndarray) -> None:
+        """Sums of HDS and of its square over ``number`` haplotypes, float64 [n] and int64 [n].
+
+        ``known`` bool [n] marks sites that nothing imputed.
+        """
         self.number: list[int] = number.tolist()
-        self.sum = [f"{value:.12g}" for value in hds.sum(axis=1).tolist()]
-        self.square_sum = [f"{value:.12g}" for value in np.einsum("ij,ij->i", hds, hds).tolist()]
+        self.sum = [f"{value:.12g}" for value in sums.tolist()]
+        self.square_sum = [f"{value:.12g}" for value in squares.tolist()]
         af = np.array(self.sum, dtype=np.float64) / number
         spread = af * (1 - af)
         variance = np.array(self.square_sum, dtype=np.float64) / number - af**2

@@ -54,7 +54,7 @@ def test_a_missing_call_of_a_target_is_imputed_as_if_it_were_not_typed(cases: Ca
 def test_half_of_a_phased_call_is_kept(cases: Cases) -> None:
     found = cases.of("target", at(300, genotype(".|1"))(TARGET))
     first, _ = samples(found, 300)
-    assert re.fullmatch(r"[01]\|1:1\.\d+:0\.\d+,1\.000:.*", first)
+    assert re.fullmatch(r"[01]\|1:1\.\d+:0\.\d+,1:.*", first)
 
 
 def test_a_target_without_any_call(cases: Cases) -> None:
@@ -146,9 +146,10 @@ def _haploid(text: str) -> str:
 def test_haploid_in_haploid_out(cases: Cases, panel: str, contig: str) -> None:
     found = cases.run("impute", {"panel": renamed(contig)(panel), "target": renamed(contig)(_haploid(TARGET))})
     assert found.status == 0 and len(found.records) == 8
+    number = r"(0|1|0\.\d{1,3})"
     for record in found.records:
         for call in record[9:]:
-            assert re.fullmatch(r"[01]:[01]\.\d{3}:[01]\.\d{3}:[01]\.\d{3},[01]\.\d{3}", call)
+            assert re.fullmatch(rf"[01]:{number}:{number}:{number},{number}", call)
     # bcftools +fixploidy writes them so
     doubled = re.sub(r"\t([01])(?=[\t\n])", r"\t\1/\1", _haploid(TARGET).replace("GT\t", "GT\t"))
     assert cases.run("impute", {"panel": panel, "target": doubled}).status == 0
@@ -157,7 +158,7 @@ def test_haploid_in_haploid_out(cases: Cases, panel: str, contig: str) -> None:
 def test_haploid_and_diploid_calls_in_one_sample(cases: Cases) -> None:
     found = cases.of("target", TARGET.replace("7\t600\tf\tG\tT\t.\t.\t.\tGT\t1|1", "7\t600\tf\tG\tT\t.\t.\t.\tGT\t1"))
     assert found.status == 0
-    assert samples(found, 600)[0].startswith("1:1.000:1.000:") and samples(found, 100)[0].startswith("0|1:")
+    assert samples(found, 600)[0].startswith("1:1:1:") and samples(found, 100)[0].startswith("0|1:")
 
 
 def test_a_haploid_truth_is_scored(cases: Cases) -> None:
@@ -233,7 +234,7 @@ def test_several_alts(cases: Cases) -> None:
     panel = at(400, column(4, "C,G,*"))(PANEL)
     found = cases.of("panel", panel)
     assert [each[4] for each in found.records if each[1] == "400"] == ["C", "G", "*"]
-    assert all(each[-1].startswith("0|0:0.0") for each in found.records if each[1] == "400" and each[4] != "C")
+    assert all(re.match(r"0\|0:0(\.0|:)", each[-1]) for each in found.records if each[1] == "400" and each[4] != "C")
     joined = cases.of("panel", panel, "--join-multiallelic")
     assert [each[4] for each in joined.records if each[1] == "400"] == ["C,G,*"]
     assert_base(cases.of("truth", at(400, column(4, "C,G"))(TRUTH)), cases.base("truth"))

@@ -110,16 +110,19 @@ def test_loops_run_where_numba_cannot_keep_them(root: Path, way: str) -> None:
 
 
 WORKERS = """
-import numpy as np
+from embrag_ds.copying.instructions import take_next
 from embrag_ds.ops.threads import WorkerLoop
 
 @WorkerLoop
-def fill(workers, worker, values, bad):
-    \"\"\"Number the values, each worker every so many.\"\"\"
-    for n in range(worker, len(values), workers):
+def fill(workers, taken, started, values, bad):
+    \"\"\"Number the values, each worker those that it takes.\"\"\"
+    take_next(started)
+    n = take_next(taken)
+    while n < len(values):
         if n == bad:
             raise ValueError("bad value")
-        values[n] += n + 100 * worker
+        values[n] += n + workers
+        n = take_next(taken)
 """
 
 
@@ -129,11 +132,11 @@ def test_a_loop_of_workers_runs_once_for_each_and_raises_what_one_raises(root: P
 import numpy as np, threading
 from filling import fill
 for workers in (1, 2, 3, 5):
-    values = np.zeros(11)
-    fill(workers, values, -1)
-    assert values.tolist() == [n + 100 * (n % workers) for n in range(11)], values
+    values, started = np.zeros(500_000), np.zeros(1, dtype=np.int64)
+    fill(workers, started, values, -1)
+    assert (values == np.arange(500_000) + workers).all() and started[0] == workers
     try:
-        fill(workers, values, 7)
+        fill(workers, started, values, 7)
         print("nothing raised")
     except ValueError as fault:
         assert str(fault) == "bad value"
@@ -141,4 +144,4 @@ print(fill.__doc__, threading.active_count())
 """
     path = f"{root}{os.pathsep}{tmp_path}"
     for _ in range(2):  # compiled by another process, and then loaded
-        assert output_of(root, code, PYTHONPATH=path) == "Number the values, each worker every so many. 1"
+        assert output_of(root, code, PYTHONPATH=path) == "Number the values, each worker those that it takes. 1"

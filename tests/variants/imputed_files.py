@@ -232,4 +232,4 @@ def _genotype_probabilities(haplotypes: list[list[int]]) -> list[int]:
 
 
 def _text(thousandths: list[int]) -> str:
-    return ",".join(f"{value / 1000:.3f}" for value in thousandths)
+    return ",".join(f"{value / 1000:.3f}".rstrip("0").rstrip(".") for value in thousandths)

@@ -28,6 +28,7 @@ _SITES_OF_A_BLOCK = 64
 _MOST_TABLE_BYTES = 1 << 31
 _TABLES = 4
 _BYTES_OF_A_STATE = 64
+_SAMPLES_AT_ONCE = 128
 
 Precision = Literal["bf16", "fp32"]
 """Of a network's matrix products."""
@@ -72,14 +73,17 @@ def progress_of(windows: list[Window], samples: int) -> Progress:
 class Stretches:
     """A model's dosages by the loop, one stretch of ``data`` and ``block`` samples of the ``targets`` at a time.
 
-    ``numbers`` int64 [N] are those of the targets in the panel, -1 for those outside.
+    ``numbers`` int64 [N] are those of the targets in the panel, -1 for those outside. By default a block is so large
+    that threads seldom wait for each other.
     """
 
-    def __init__(self, model: ExportedModel, data: WindowedPanel, targets: Targets, numbers: np.ndarray, block: int):
+    def __init__(
+        self, model: ExportedModel, data: WindowedPanel, targets: Targets, numbers: np.ndarray, block: int | None
+    ):
         self._data = data
         self._targets = targets
         self._numbers = numbers
-        self._block = block
+        self._block = block or _SAMPLES_AT_ONCE
         copying = CopyingModel(model.arrays, model.config.model.good_turing)
         self._copy = CopyAlong(copying, data, exclusion_table(data.reference.panel.samples, None))
 
@@ -108,7 +112,7 @@ class Stretches:
             missing = targets.missing_alleles(window.sites, block)
             if missing is not None:
                 alleles[missing[:, typed]] = MASK
-            probability[rows] = self._copy.probability(stretch, alleles, numbers[block])
+            self._copy.probability(stretch, alleles, numbers[block], out=probability[rows])
             if missing is not None:
                 probability[rows][missing[:, typed].all(axis=1)] = frequency
             progress.advance(len(frequency) * (block.stop - block.start))

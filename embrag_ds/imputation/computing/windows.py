@@ -28,6 +28,7 @@ from embrag_ds.runtime.streams import use_device
 logger = logging.getLogger(__name__)
 
 _AHEAD = 1
+_SAMPLES_AT_ONCE = 32
 _WORTH_TIMING = 1000
 
 
@@ -74,7 +75,7 @@ class Windows:
         data: WindowedPanel,
         targets: Targets,
         numbers: np.ndarray,
-        block: int,
+        block: int | None,
         *,
         memory: float | None,
         device: str,
@@ -86,7 +87,7 @@ class Windows:
         self._data = data
         self._targets = targets
         self._numbers = numbers
-        self._block = block
+        self._block = block = block or _SAMPLES_AT_ONCE
         self._transformer = transformer
         self._precision = precision
         self._network = model.network().to(self._device)

@@ -1,6 +1,6 @@
 """CUDA source of the copying model, second part: the recursions along a chain and their adjoints.
 
-The names of the first part, :mod:`embrag_ds.ops.li_stephens_rows`, come before. For what decides the speed see
+The names of the first part, :mod:`embrag_ds.ops.sources.li_stephens_rows`, come before. For what decides the speed see
 :mod:`embrag_ds.ops.li_stephens_cuda`.
 """
 
