@@ -109,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples-per-batch",
         type=int,
         metavar="N",
-        help="memory against speed (default: 128 on a CPU without transformer, 32 otherwise)",
+        help="memory against speed (default: 512 on a CPU without transformer, 32 otherwise)",
     )
     speed.add_argument(
         "--transformer",

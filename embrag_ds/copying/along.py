@@ -7,6 +7,7 @@ equal dosages (tests/model/test_along.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,13 +102,18 @@ class CopyAlong:
         )
 
     def probability(
-        self, stretch: Stretch, alleles: np.ndarray, samples: np.ndarray, out: np.ndarray | None = None
+        self,
+        stretch: Stretch,
+        alleles: np.ndarray,
+        samples: np.ndarray,
+        out: np.ndarray | None = None,
+        watch: Callable[[int], None] | None = None,
     ) -> np.ndarray:
         """ALT probabilities float32 [2N, L] in the core of a stretch.
 
         ``alleles`` uint8 [2N, T] are those of the targets at the stretch's typed sites, 2 where missing. ``samples``
         int64 [N] are their numbers in the panel, -1 for those outside. The result is ``out``, contiguous, where it is
-        given.
+        given. ``watch`` is told several times a second how many target haplotypes are begun.
         """
         excluded, row_of = self._excluded(samples)
         own = self._frequencies(stretch, excluded, row_of)
@@ -115,7 +121,8 @@ class CopyAlong:
             out = np.empty((len(alleles), len(stretch.panel.share)), dtype=np.float32)
         # Plain and contiguous, because numba compiles a loop anew for any other kind of array.
         given = (tuple(each) for each in (stretch.panel, stretch.rates, own, stretch.head))
-        loops.copy_along(min(self._workers, len(alleles)), *given, alleles, row_of, excluded, self._most_saved, out)
+        workers, sizes = min(self._workers, len(alleles)), (alleles, row_of, excluded, self._most_saved)
+        loops.copy_along(workers, *given, *sizes, out, watch=watch)
         return out
 
     def _excluded(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -34,15 +34,14 @@ def fetch(typing_context: Any, array: Any, index: Any) -> Any:
 
 
 @_intrinsic
-def take_next(typing_context: Any, taken: Any) -> Any:
-    """Add 1 to the element of ``taken`` int64 [1], as other threads do; returns what it was before."""
+def take(typing_context: Any, taken: Any, number: Any) -> Any:
+    """Add an int64 to the element of ``taken`` int64 [1], as other threads do; returns what it was before."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        one = ir.Constant(ir.IntType(64), 1)
         address = _address(context, builder, taken, arguments[0], [ir.Constant(ir.IntType(64), 0)])
-        return builder.atomic_rmw("add", address, one, "monotonic")
+        return builder.atomic_rmw("add", address, arguments[1], "monotonic")
 
-    return types.int64(taken), generate
+    return types.int64(taken, types.int64), generate
 
 
 @_intrinsic

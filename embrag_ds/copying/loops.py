@@ -14,7 +14,7 @@ import numpy as np
 
 from embrag_ds.copying.chosen import copy_piece, flag_piece, start_haplotypes
 from embrag_ds.copying.head import AT_ONCE, add_site, correct
-from embrag_ds.copying.instructions import LANES, add_row, fetch, take_next
+from embrag_ds.copying.instructions import LANES, add_row, fetch, take
 from embrag_ds.copying.kept import enter_piece, keep, leave_piece
 from embrag_ds.copying.parts import compiled_part, making_part
 from embrag_ds.copying.priors import fill_priors
@@ -31,7 +31,7 @@ from embrag_ds.copying.workspace import (
 )
 from embrag_ds.ops.threads import WorkerLoop
 
-PARTS = "e00d2705da9b"
+PARTS = "456a8a13bb7a"
 """Digest of the loop's other files: numba looks for a change in this file alone, and would use what it has kept of the
 loop. A test compares it.
 """
@@ -277,8 +277,8 @@ def _list_runs(panel):
 def copy_along(workers, taken, of_panel, of_model, of_rows, of_head, query, row_of, excluded, most_saved, probability):
     """Copy target haplotypes along a stretch: fill ``probability`` float32 [B, L] with that of ALT in its core.
 
-    A worker copies one group of haplotypes after another, the next of those that none has ``taken`` int64 [1]. It is of
-    four where there are enough for all workers.
+    A worker copies some haplotypes after others, four at once where there are enough for all workers: the next ones of
+    those that none has ``taken`` int64 [1], which counts them.
     ``of_panel``, ``of_model``, ``of_rows`` and ``of_head`` have the fields of :class:`PanelPart`, :class:`Rates`,
     :class:`Frequencies` and :class:`Head`. They are plain tuples, because numba's index of what it keeps on the disk
     names the classes of arguments, and could not be read after one is renamed. ``query`` uint8 [B, T] are typed
@@ -300,10 +300,8 @@ def copy_along(workers, taken, of_panel, of_model, of_rows, of_head, query, row_
     waiting.features[:, 8] = head.density
     runs, run_of = _list_runs(panel)
     lanes = min(LANES, (len(query) + workers - 1) // workers)
-    groups = (len(query) + lanes - 1) // lanes
-    group = take_next(taken)
-    while group < groups:
-        b = lanes * group
+    b = take(taken, lanes)
+    while b < len(query):
         _copy_haplotypes(
             panel,
             rates,
@@ -321,4 +319,4 @@ def copy_along(workers, taken, of_panel, of_model, of_rows, of_head, query, row_
             head,
             probability[b : b + lanes],
         )
-        group = take_next(taken)
+        b = take(taken, lanes)

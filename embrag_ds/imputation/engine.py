@@ -45,8 +45,8 @@ class Imputation:
         transformer: bool = True,
         precision: Precision = "fp32",
     ):
-        """``block`` samples of the ``targets`` are computed at a time, 128 of them by a CPU's loop and 32 otherwise by
-        default, on a ``device`` that torch knows by this name.
+        """``block`` samples of the ``targets`` are computed at a time, by default 512 of them by a CPU's loop and 32
+        otherwise, on a ``device`` that torch knows by this name.
 
         Without ``transformer`` its residual is left out (:meth:`embrag_ds.model.imputer.Imputer.forward`). Then each
         stretch of a chromosome is copied once; on a GPU also with it. On a CPU this does without torch. With

@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 
 _MOST_APART = 0.1
 """Difference of the inbreeding coefficients of targets and panel up to which their genotypes are alike."""
-_LEAST_BYTES, _LIKELY_BYTES = 0.04, 3.2
-"""Bytes of output for a genotype: of 40 bytes of text DEFLATE leaves 0.04 at best (1 of 1032), and 3.2 is what 250
+_LEAST_BYTES, _LIKELY_BYTES = 0.015, 3.0
+"""Bytes of output for a genotype: of 16 bytes of text DEFLATE leaves 0.015 at best (1 of 1032), and 3.0 is what 250
 samples of 1000 Genomes take on chromosome 20.
 """
 

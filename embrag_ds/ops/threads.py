@@ -19,7 +19,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache, partial
 from pathlib import Path
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 _MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 _THREAD_SAFE = ("omp", "tbb")
+_SECONDS_BETWEEN_LOOKS = 0.2
+_ALL_TAKEN = 1 << 62
 _COMMAND = "from embrag_ds.ops.threads import serve; serve()"
 _starting = Lock()
 _of_thread = local()
@@ -79,21 +81,32 @@ class ParallelLoop(_Loop):
 class WorkerLoop(_Loop):
     """Decorator that compiles a function of the number of workers, a counter int64 [1] of work that is taken, and more.
 
-    It runs once for each worker, each on a thread of its own, and all have the same counter, 0 at first. A large loop
-    is compiled in two thirds of the time that numba takes for the same function around a loop over ``numba.prange``.
+    It runs once for each worker, each on a thread of its own, and all have the same counter, 0 at first. If one fails,
+    or on Ctrl-C, the counter becomes so large that the others find no more work. A large loop is compiled in two thirds
+    of the time that numba takes for the same function around a loop over ``numba.prange``.
     """
 
     def __init__(self, loop: Callable[..., None]):
         super().__init__(loop, nogil=True)
 
-    def __call__(self, workers: int, *arguments: Any) -> None:
+    def __call__(self, workers: int, *arguments: Any, watch: Callable[[int], None] | None = None) -> None:
+        """Run the loop; ``watch`` is called with the counter several times a second."""
         taken = np.zeros(1, dtype=np.int64)
-        if workers == 1:
+        if workers == 1 and watch is None:
             self._run(1, taken, *arguments)
             return
         with ThreadPoolExecutor(workers) as threads:
-            for done in [threads.submit(self._run, workers, taken, *arguments) for _ in range(workers)]:
-                done.result()
+            running = {threads.submit(self._run, workers, taken, *arguments) for _ in range(workers)}
+            try:
+                while running:
+                    done, running = wait(running, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
+                    for each in done:
+                        each.result()
+                    if watch is not None:
+                        watch(int(taken[0]))
+            except BaseException:
+                taken[0] = _ALL_TAKEN
+                raise
 
 
 def thread_count() -> int:

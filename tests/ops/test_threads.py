@@ -110,19 +110,22 @@ def test_loops_run_where_numba_cannot_keep_them(root: Path, way: str) -> None:
 
 
 WORKERS = """
-from embrag_ds.copying.instructions import take_next
+from embrag_ds.copying.instructions import take
 from embrag_ds.ops.threads import WorkerLoop
 
 @WorkerLoop
 def fill(workers, taken, started, values, bad):
     \"\"\"Number the values, each worker those that it takes.\"\"\"
-    take_next(started)
-    n = take_next(taken)
+    take(started, 1)
+    n = take(taken, 1)
     while n < len(values):
         if n == bad:
             raise ValueError("bad value")
+        rounds = 0
+        while 0 <= bad < n and take(taken, 0) < 1 << 61 and rounds < 10**8:
+            rounds += 1
         values[n] += n + workers
-        n = take_next(taken)
+        n = take(taken, 1)
 """
 
 
@@ -135,11 +138,15 @@ for workers in (1, 2, 3, 5):
     values, started = np.zeros(500_000), np.zeros(1, dtype=np.int64)
     fill(workers, started, values, -1)
     assert (values == np.arange(500_000) + workers).all() and started[0] == workers
+    watched = []
+    fill(workers, started, values, -1, watch=watched.append)
+    assert watched[-1] >= 500_000 and watched == sorted(watched)
+    values[:] = 0
     try:
         fill(workers, started, values, 7)
         print("nothing raised")
-    except ValueError as fault:
-        assert str(fault) == "bad value"
+    except ValueError as fault:  # the others stop, too
+        assert str(fault) == "bad value" and (values > 0).sum() < 20
 print(fill.__doc__, threading.active_count())
 """
     path = f"{root}{os.pathsep}{tmp_path}"

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from embrag_ds.copying.along import CopyAlong
+from embrag_ds.copying.along import CopyAlong, Stretch
 from embrag_ds.copying.model import CopyingModel
 from embrag_ds.data.sampler import exclusion_table
 from embrag_ds.data.targets import Targets
@@ -28,7 +28,8 @@ _SITES_OF_A_BLOCK = 64
 _MOST_TABLE_BYTES = 1 << 31
 _TABLES = 4
 _BYTES_OF_A_STATE = 64
-_SAMPLES_AT_ONCE = 128
+_SAMPLES_AT_ONCE = 512
+_PANEL_SAMPLES_AT_ONCE = 32  # of which each has frequencies of its own
 
 Precision = Literal["bf16", "fp32"]
 """Of a network's matrix products."""
@@ -73,8 +74,8 @@ def progress_of(windows: list[Window], samples: int) -> Progress:
 class Stretches:
     """A model's dosages by the loop, one stretch of ``data`` and ``block`` samples of the ``targets`` at a time.
 
-    ``numbers`` int64 [N] are those of the targets in the panel, -1 for those outside. By default a block is so large
-    that threads seldom wait for each other.
+    ``numbers`` int64 [N] are those of the targets in the panel, -1 for those outside. By default a block has 512
+    samples, so that threads seldom wait for each other, or 32 where some are in the panel.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Stretches:
         self._data = data
         self._targets = targets
         self._numbers = numbers
-        self._block = block or _SAMPLES_AT_ONCE
+        self._block = block or (_PANEL_SAMPLES_AT_ONCE if (numbers >= 0).any() else _SAMPLES_AT_ONCE)
         copying = CopyingModel(model.arrays, model.config.model.good_turing)
         self._copy = CopyAlong(copying, data, exclusion_table(data.reference.panel.samples, None))
 
@@ -112,8 +113,23 @@ class Stretches:
             missing = targets.missing_alleles(window.sites, block)
             if missing is not None:
                 alleles[missing[:, typed]] = MASK
-            self._copy.probability(stretch, alleles, numbers[block], out=probability[rows])
+            self._copied(stretch, alleles, numbers[block], probability[rows], progress)
             if missing is not None:
                 probability[rows][missing[:, typed].all(axis=1)] = frequency
-            progress.advance(len(frequency) * (block.stop - block.start))
         return probability
+
+    def _copied(
+        self, stretch: Stretch, alleles: np.ndarray, numbers: np.ndarray, out: np.ndarray, progress: Progress
+    ) -> None:
+        """Fill ``out`` with the dosages of a block of samples, and count in ``progress`` those that are begun."""
+        counted = 0
+
+        def count(haplotypes: int) -> None:
+            nonlocal counted
+            begun = min(haplotypes // 2, len(numbers))
+            if begun > counted:
+                progress.advance(out.shape[1] * (begun - counted))
+                counted = begun
+
+        self._copy.probability(stretch, alleles, numbers, out, watch=count)
+        count(2 * len(numbers))
