@@ -1,8 +1,9 @@
 """Copying probabilities of haplotypes that can matter in a piece of typed sites, a part of the loop along a stretch.
 
-Most haplotypes are negligible in a piece, and their states at its ends show it. Emissions are at most 1. With forward
-state a before the piece, backward state b behind it and prior p, a probability inside is therefore at most
-(a A + p P) (b C + D) / Z. A, P, C and D follow from the steps' factors, and Z is the sum over all haplotypes.
+Most haplotypes are negligible in a piece, and their states at its ends show it. With forward state a before the piece,
+backward state b behind it and prior p, a probability inside is (a A + p P) (b C + D) / Z. A, P, C and D follow from the
+steps' factors, and are the same for all haplotypes of a pattern; Z is the sum over all haplotypes. Of each of the four
+products, the greatest at any typed site of the piece counts, so the sum is a bound.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def flag_piece(panel, rates, states, chosen, start, stop, saved, beta):
     ``stop``. Negligible is what is below ``rates.keep`` times the sum of squares of all probabilities, which is guessed
     from the piece behind.
     """
-    _bounds(rates, states, chosen, start, stop)
+    _bound_patterns(panel, rates, states, chosen, start, stop)
     if panel.place[start] != panel.place[stop - 1]:
         highest = states.highest
         copy_rows(highest, states.prior[panel.place[start]])
@@ -46,17 +47,17 @@ def flag_piece(panel, rates, states, chosen, start, stop, saved, beta):
                     for lane in range(LANES):
                         highest[k, lane] = max(highest[k, lane], row[k, lane])
     for n in range(2 * LANES):
-        chosen.bound[4, n] = rates.keep * chosen.least[n % LANES, n // LANES]
+        chosen.limit[0, n] = rates.keep * chosen.least[n % LANES, n // LANES]
     _flag_haplotypes(panel, states, chosen, start, stop, saved, beta)
 
 
 @compiled_part
 def _flag_haplotypes(panel, states, chosen, start, stop, saved, beta):
     """Flag the haplotypes whose bound is not negligible, by the highest of their priors in the piece."""
-    flags, bound = chosen.flags, chosen.bound
+    flags, bounds, limit, patterns = chosen.flags, chosen.bounds, chosen.limit, panel.packed[start >> 3]
     prior = states.prior[panel.place[start]] if panel.place[start] == panel.place[stop - 1] else states.highest
     for k in range(len(prior)):
-        flag_row(flags, k, saved, beta, prior, bound)
+        flag_row(flags, k, saved, beta, prior, bounds, patterns[k], limit)
 
 
 @compiled_part
@@ -88,33 +89,69 @@ def copy_piece(panel, rates, states, chosen, kept, start, stop, saved, beta, lan
         if enough:
             break
         for model in range(2):
-            chosen.bound[4, lane + LANES * model] = rates.keep * chosen.least[lane, model]
+            chosen.limit[0, lane + LANES * model] = rates.keep * chosen.least[lane, model]
         _flag_haplotypes(panel, states, chosen, start, stop, saved, beta)
     _match(panel, states, chosen, count, start, stop, lane)
     return count
 
 
 @compiled_part
-def _bounds(rates, states, chosen, start, stop):
-    """Fill ``chosen.bound`` with the factors of a b, a, p b and p in a bound on every probability of a piece."""
-    found, by_state, by_prior = chosen.bound, chosen.steps[0], chosen.steps[1]
-    found[:] = np.float32(0)
+def _bound_patterns(panel, rates, states, chosen, start, stop):
+    """Fill ``chosen.bounds``: by pattern, the factors of a b, a, p b and p in a bound on a piece's probabilities."""
+    row, one, steps, most, ends = start >> 3, np.float32(1), chosen.steps, chosen.most, chosen.ends
+    patterns, count = panel.patterns[row], np.uint64(panel.pattern_count[row])
+    for lane in range(LANES):
+        own, known, differs = states.own[lane, row], states.known[lane, row], states.mask[np.uint64(lane)]
+        for c in range(count):
+            differs[c] = (patterns[c] ^ own) & known
     for of in range(2 * LANES):
-        state, prior = 1.0, 0.0
+        model, differs = of // LANES, states.mask[np.uint64(of % LANES), :count]
+        state, prior = ends[0, :count], ends[1, :count]
+        state[:], prior[:], most[:] = one, np.float32(0), np.float32(0)
         for t in range(start, stop):
-            stay = float(states.came[t, of]) * states.scale[t, of]
-            jump = states.scale[t, of] * (float(rates.jump[of // LANES, t]) if t > 0 else 1.0)
-            state, prior = state * stay, prior * stay + jump
-            by_state[t - start], by_prior[t - start] = state, prior
-        behind, left = 1.0, 0.0
+            here, scale = np.uint64(t - start), states.scale[t, of]
+            stay, jump = scale * states.came[t, of], scale * (rates.jump[model, t] if t > 0 else one)
+            new_state, new_prior = steps[0, here, :count], steps[1, here, :count]
+            bit = np.uint8(1 << (t & 7))
+            _bound_forward(state, prior, new_state, new_prior, differs, bit, rates.ratio[model, t], stay, jump)
+            state, prior = new_state, new_prior
+        behind, left, ratio = ends[0, :count], ends[1, :count], one  # the state behind has the emission of its own site
+        behind[:], left[:] = one, np.float32(0)
         for t in range(stop - 1, start - 1, -1):
-            stay = float(states.went[t, of])
-            behind, left = behind * stay, left * stay + states.left[t, of]
-            state, prior = by_state[t - start] / states.paths[t, of], by_prior[t - start] / states.paths[t, of]
-            found[0, of] = max(found[0, of], np.float32(state * behind))
-            found[1, of] = max(found[1, of], np.float32(state * left))
-            found[2, of] = max(found[2, of], np.float32(prior * behind))
-            found[3, of] = max(found[3, of], np.float32(prior * left))
+            here, bit = np.uint64(t - start), np.uint8(2 << (t & 7) & 0xFF)
+            stay, jump, share = states.went[t, of], states.left[t, of], one / states.paths[t, of]
+            state, prior = steps[0, here, :count], steps[1, here, :count]
+            _bound_backward(behind, left, state, prior, most, differs, bit, ratio, stay, jump, share)
+            ratio = rates.ratio[model, t]
+        for c in range(count):
+            into = chosen.bounds[np.uint64(patterns[c])]
+            for n in range(4):
+                into[np.uint64(2 * LANES * n + of)] = most[np.uint64(n), c]
+
+
+@compiled_part
+def _bound_forward(state, prior, new_state, new_prior, differs, bit, ratio, stay, jump):
+    """Factors of a haplotype's state before a piece and of its prior in a forward state, one step on, by pattern."""
+    one = np.float32(1)
+    for c in range(len(differs)):
+        emission = ratio if np.uint8(differs[c] & bit) != 0 else one
+        kept = emission * stay
+        new_state[c] = kept * state[c]
+        new_prior[c] = kept * prior[c] + emission * jump
+
+
+@compiled_part
+def _bound_backward(behind, left, state, prior, most, differs, bit, ratio, stay, jump, share):
+    """The same of the state behind a piece, one step back; their products with forward ones raise ``most``."""
+    one = np.float32(1)
+    both, came, went, new = most[0], most[1], most[2], most[3]
+    for c in range(len(differs)):
+        change = stay * (ratio if np.uint8(differs[c] & bit) != 0 else one)
+        b, d = behind[c] * change, left[c] * change + jump
+        a, p = share * state[c], share * prior[c]
+        behind[c], left[c] = b, d
+        both[c], came[c] = max(both[c], a * b), max(came[c], a * d)
+        went[c], new[c] = max(went[c], p * b), max(new[c], p * d)
 
 
 @compiled_part

@@ -122,32 +122,44 @@ def return_row(typing_context: Any, into: Any, states: Any, place: Any, factors:
 
 
 @_intrinsic
-def flag_row(typing_context: Any, flags: Any, place: Any, saved: Any, beta: Any, prior: Any, factors: Any) -> Any:
-    """Set element ``place`` of ``flags`` uint8 to the lanes, as bits, where a bound is above its least.
+def flag_row(
+    typing_context: Any,
+    flags: Any,
+    place: Any,
+    saved: Any,
+    beta: Any,
+    prior: Any,
+    factors: Any,
+    row: Any,
+    limit: Any,
+) -> Any:
+    """Set element ``place`` of ``flags`` uint8 to the lanes, as bits, where a bound is above a limit.
 
     With a row a of ``saved`` and b of ``beta``, contiguous float32 [n, 8], and p of ``prior`` float32 [n, 4], it is
-    a (b f0 + f1) + p (b f2 + f3) in the slow or the fast model. ``factors`` float32 [5, 8] are those f, and the least.
+    a (b f0 + f1) + p (b f2 + f3) in the slow or the fast model. Row ``row`` of ``factors`` float32 [m, 32] has those f,
+    eight of each, and ``limit`` is float32 [1, 8].
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        to, number, given, other, priors, bound = arguments
+        to, number, given, other, priors, bounds, of, least = arguments
         state = _load(context, builder, (saved, given, number))
         behind = _load(context, builder, (beta, other, number))
         of_both = _both(context, builder, (prior, priors, number))
-        f = [_load(context, builder, (factors, bound, ir.Constant(ir.IntType(64), n))) for n in range(5)]
+        f = [_load(context, builder, (factors, bounds, of), width=32, first=8 * n) for n in range(4)]
+        limits = _load(context, builder, (limit, least, ir.Constant(ir.IntType(64), 0)))
 
         def line(product: Any, summand: Any) -> Any:
             return builder.fadd(builder.fmul(product, behind, flags=_FUSED), summand, flags=_FUSED)
 
         come = builder.fmul(of_both, line(f[2], f[3]), flags=_FUSED)
         found = builder.fadd(builder.fmul(state, line(f[0], f[1]), flags=_FUSED), come, flags=_FUSED)
-        above = builder.bitcast(builder.fcmp_ordered(">", found, f[4]), ir.IntType(8))
+        above = builder.bitcast(builder.fcmp_ordered(">", found, limits), ir.IntType(8))
         both = builder.or_(above, builder.lshr(above, ir.Constant(ir.IntType(8), LANES)))
         lanes = builder.and_(both, ir.Constant(ir.IntType(8), (1 << LANES) - 1))
         builder.store(lanes, _address(context, builder, flags, to, [_wide(builder, number)]))
         return context.get_dummy_value()
 
-    return types.none(flags, place, saved, beta, prior, factors), generate
+    return types.none(flags, place, saved, beta, prior, factors, row, limit), generate
 
 
 @_intrinsic

@@ -229,8 +229,10 @@ class Chosen(NamedTuple):
 
     * ``flags`` uint8 [H, or the next multiple of 64]: a bit for each of four targets; ``who`` int32 [H + 8]: the
       haplotypes of one of them, increasing.
-    * ``least`` float32 [4, 2]: sum of squares of the probabilities, at least. ``bound`` float32 [5, 8] are factors of a
-      bound on the probabilities, and what is negligible; ``steps`` float64 [2, 8] is scratch for them.
+    * ``least`` float32 [4, 2]: sum of squares of the probabilities, at least; ``limit`` float32 [1, 8]: what is
+      negligible. ``bounds`` float32 [256, 32] are four factors of a bound on the probabilities by pattern, for four
+      targets and both models. ``steps`` float32 [2, 8, 256], ``ends`` [2, 256] and ``most`` [4, 256] are scratch for
+      them.
     * ``came``, ``behind`` float32 [2, H]: their forward states before the piece and their backward states behind it;
       ``differs`` uint8 [H]; ``prior`` float32 [8, H], and ``row`` int64 [8] of it for every typed site.
     * ``begin`` float32 [9, H], ``end`` float32 [H], in cM: the last mismatch up to each typed site, the last row before
@@ -244,8 +246,11 @@ class Chosen(NamedTuple):
     flags: np.ndarray
     who: np.ndarray
     least: np.ndarray
-    bound: np.ndarray
+    limit: np.ndarray
+    bounds: np.ndarray
     steps: np.ndarray
+    ends: np.ndarray
+    most: np.ndarray
     came: np.ndarray
     behind: np.ndarray
     differs: np.ndarray
