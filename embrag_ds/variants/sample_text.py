@@ -221,8 +221,8 @@ class Statistics:
         af = np.array(self.sum, dtype=np.float64) / number
         spread = af * (1 - af)
         variance = np.array(self.square_sum, dtype=np.float64) / number - af**2
-        # Less than the rounding of the sums, to twelve digits, could leave: no variance.
-        has_variance = (spread > 0) & (variance > 2e-12 * af)
+        # Less than the rounding of the sums could leave: no variance. To twelve digits each is off by 5e-12 at most.
+        has_variance = (spread > 0) & (variance > 1.6e-11 * af)
         dr2 = np.divide(variance, spread, out=np.zeros_like(af), where=has_variance)
         self.dr2 = np.where(known, 1.0, np.minimum(dr2, 1.0))
         self.af: list[float] = af.tolist()

@@ -233,7 +233,7 @@ def test_a_disk_too_small_for_the_output_is_found_before_imputation(
     study: dict[str, Path], refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(9, 9, 50))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(9, 9, 10))
     error = refused(*impute(study, out=tmp_path / "out.vcf.gz"), works=True)
     assert "out.vcf.gz: it needs at least 0.0 MB" in error and not (tmp_path / "out.vcf.gz").exists()
     assert [path.name[:6] for path in (tmp_path / "cache" / "embrag_ds").glob("[!.]*")] == ["panel-"]

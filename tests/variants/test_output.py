@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from embrag_ds.errors import UserError
 from embrag_ds.variants.output import ImputedVcfWriter
+from embrag_ds.variants.sample_text import Statistics
 from embrag_ds.variants.sites import SiteTable
 from tests.whole_files import read_dosages
 
@@ -111,6 +112,13 @@ def test_dr2_is_the_variance_ratio(tmp_path, small_sites):
     write_imputed(path, small_sites, dosage, np.zeros(5, dtype=bool), alleles)
     p = dosage.mean(axis=0)
     np.testing.assert_allclose(read_dosages(path).dr2, dosage.var(axis=0) / (p * (1 - p)), rtol=1e-3)
+
+
+def test_equal_dosages_have_no_dr2_whatever_their_number():
+    number = np.arange(1, 400)
+    for value in np.float32([0.0005, 0.0015, 0.3, 0.5, 0.9995, 0.99999]).astype(np.float64):
+        found = Statistics(number, number * value, number * value**2, np.zeros(len(number), dtype=bool))
+        assert not found.dr2.any()
 
 
 def test_block_size_does_not_matter(tmp_path, small_sites):
