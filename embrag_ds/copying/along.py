@@ -121,8 +121,8 @@ class CopyAlong:
             out = np.empty((len(alleles), len(stretch.panel.share)), dtype=np.float32)
         # Plain and contiguous, because numba compiles a loop anew for any other kind of array.
         given = (tuple(each) for each in (stretch.panel, stretch.rates, own, stretch.head))
-        workers, sizes = min(self._workers, len(alleles)), (alleles, row_of, excluded, self._most_saved)
-        loops.copy_along(workers, *given, *sizes, out, watch=watch)
+        workers = min(self._workers, len(alleles))
+        loops.copy_along(workers, *given, alleles, row_of, excluded, self._most_saved, out, watch=watch)
         return out
 
     def _excluded(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ import numpy as np
 from embrag_ds.copying.instructions import LANES, flag_row, zeros_above, zeros_below
 from embrag_ds.copying.kept import list_flagged
 from embrag_ds.copying.parts import compiled_part
-from embrag_ds.copying.recursions import PIECE, copy_rows
+from embrag_ds.copying.recursions import PIECE, compare_patterns, copy_rows
 
 _FIRST_GUESS = np.float32(0.02)
 _SAFETY = np.float32(0.5)
@@ -100,10 +100,7 @@ def _bound_patterns(panel, rates, states, chosen, start, stop):
     """Fill ``chosen.bounds``: by pattern, the factors of a b, a, p b and p in a bound on a piece's probabilities."""
     row, one, steps, most, ends = start >> 3, np.float32(1), chosen.steps, chosen.most, chosen.ends
     patterns, count = panel.patterns[row], np.uint64(panel.pattern_count[row])
-    for lane in range(LANES):
-        own, known, differs = states.own[lane, row], states.known[lane, row], states.mask[np.uint64(lane)]
-        for c in range(count):
-            differs[c] = (patterns[c] ^ own) & known
+    compare_patterns(states, row, patterns, count)
     for of in range(2 * LANES):
         model, differs = of // LANES, states.mask[np.uint64(of % LANES), :count]
         state, prior = ends[0, :count], ends[1, :count]

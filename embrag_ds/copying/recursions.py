@@ -56,6 +56,15 @@ def _step(state, prior, gain, added, differs, bit, ratio, stay, jump):
 
 
 @compiled_part
+def compare_patterns(states, row, patterns, count):
+    """Fill ``states.mask``: at which sites each pattern of a row differs from each target."""
+    for lane in range(LANES):
+        own, known, differs = states.own[lane, row], states.known[lane, row], states.mask[np.uint64(lane)]
+        for c in range(count):
+            differs[c] = (patterns[c] ^ own) & known
+
+
+@compiled_part
 def _by_pattern(panel, states, sums, row):
     """Collect the sums of the patterns of a row, and where each of them differs; returns how many there are."""
     patterns, count = panel.patterns[row], np.uint64(panel.pattern_count[row])
@@ -67,10 +76,7 @@ def _by_pattern(panel, states, sums, row):
             states.by_state[np.uint64(n), np.uint64(c)] = by_state[pattern, n] + by_state[pattern + most, n]
         for lane in range(LANES):
             states.by_prior[np.uint64(lane), np.uint64(c)] = by_prior[pattern, lane] + by_prior[pattern + most, lane]
-    for lane in range(LANES):
-        own, known, differs = states.own[lane, row], states.known[lane, row], states.mask[np.uint64(lane)]
-        for c in range(count):
-            differs[c] = (patterns[c] ^ own) & known
+    compare_patterns(states, row, patterns, count)
     states.gain[:, :count] = np.float32(1)
     states.added[:, :count] = np.float32(0)
     return count
