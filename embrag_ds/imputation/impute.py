@@ -30,6 +30,7 @@ from embrag_ds.imputation.extent import warn_of_few_typed
 from embrag_ds.imputation.genome import require_files
 from embrag_ds.imputation.preparation import AS_IT_IS, Job, TargetOptions, prepare_one
 from embrag_ds.imputation.ranks import Ranks, ranks_met
+from embrag_ds.ops.threads import load_numba
 from embrag_ds.preflight import require_distinct, require_readable
 from embrag_ds.runtime.driver import may_have_gpus, unused_gpus
 from embrag_ds.runtime.imports import uncollected
@@ -127,6 +128,7 @@ def impute(
         _check_files(job, model, ranks)
         if advice:
             logger.info("imputing without the transformer, which takes long on a CPU; --transformer on adds it")
+        load_numba()  # the command has another process pack the panel meanwhile
         with scratch_folder(cache_directory(settings), "imputation-") as scratch:
             if ranks.ranks > 1:
                 samples = impute_by_ranks(job, ranks, scratch)
