@@ -30,7 +30,7 @@ ODD = ["embrag.model.dims=20", "embrag.model.dropout=0", "optimizer.params.lr=0.
 FROZEN = 'embrag.train.frozen=["confidence"]'
 STAGE_3 = (
     'zero_optimization={"stage": 3, "stage3_param_persistence_threshold": 0, "sub_group_size": 500, '
-    '"stage3_max_reuse_distance": 0}'
+    '"stage3_max_reuse_distance": 0, "reduce_bucket_size": 10000}'
 )
 _STATES, _OPTIMISER = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"
 FLAT = ["bf16.enabled=true", "data_types.grad_accum_dtype=fp32"]
