@@ -51,6 +51,13 @@ def test_the_rate_of_matrix_products_is_a_rate() -> None:
     assert 1e6 < matrix_rate(CPU, torch.float32, 64, rounds=3) < 1e14
 
 
+def test_other_programs_on_the_machine_do_not_lower_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rate that is too low would show a share of the machine above 1."""
+    clock = iter([0, 1, 10, 18, 20, 24, 30, 39])  # the warm-up takes 1 s, the products take 8, 4 and 9
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    assert matrix_rate(CPU, torch.float32, 64, rounds=3) == 2 * 64**3 / 4
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_machine_is_measured_once_shortly_and_without_random_numbers(dtype: torch.dtype) -> None:
     measured_rate.cache_clear()
