@@ -54,8 +54,10 @@ def copied_by(
     """What the first (0) or second (1) ``haplotype`` of a ``sample`` in the file ``target`` copies from a panel.
 
     All haplotypes of the panel may be copied, but a sample's own. ``model`` is an exported model, and the packed panel
-    lies in ``cache_dir``. Raises :class:`UserError` for faulty files, a sample that is not in the file, and a model
-    that does not copy.
+    lies in ``cache_dir``. Memory grows with the typed sites times the panel's haplotypes, several float32 for each:
+    give files of a region where the panel is large.
+
+    Raises :class:`UserError` for faulty files, a sample that is not in the file, and a model that does not copy.
     """
     settings = settings_for(cache_dir)
     exported = read_export(model)
