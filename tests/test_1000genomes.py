@@ -161,7 +161,7 @@ def faulty(fault: str, text: bytes) -> bytes:
         ("another contig", "16 of 16 sites are not in it, the first is 20:1200 A>C; give chromosome 20 of phase 3"),
         ("a sample is missing", "1 of 7 samples are not in it, the first is S05; give the release with"),
         ("a site is missing", "1 of 16 sites are not in it, the first is 20:1400 A>G"),
-        ("its end is missing", "8 of 16 sites are not in it, the first is 20:2000 A>C"),
+        ("its end is missing", "it ends at 20:1900, before 8 of 16 sites; download the file"),
         ("unphased", "20:1600: its columns are not all phased"),
         ("missing call", "20:1200: its columns are not all phased"),
         ("other fields", "20:1200: its columns are not all phased"),

@@ -114,10 +114,12 @@ def cut_out(release: str, lists: Lists) -> np.ndarray:
     with Progress("reading the release", len(wanted), "sites") as bar, closing(release_lines(release)) as lines:
         names = _samples(release, lines)
         columns = _columns(release, names, [*lists.panel, *lists.targets])
+        last = 0
         for line in lines:
             contig, pos, _, ref, alt, *rest = _fields(release, line)
             if contig != CONTIG.encode() or int(pos) > lists.sites[-1].pos:
                 break
+            last = int(pos)
             # A site given twice counts once, by its first record, as everywhere in the package.
             row = wanted.pop((pos, ref, alt), None)
             if row is not None:
@@ -126,8 +128,12 @@ def cut_out(release: str, lists: Lists) -> np.ndarray:
                 bar.advance()
     if wanted:
         first = lists.sites[min(wanted.values())]
+        lacking = f"{len(wanted):,} of {len(lists.sites):,} sites"
+        if 0 < last < first.pos:
+            # A stream may be cut where a block of its compression ends, which looks like the end of the file.
+            raise UserError(f"{release}: it ends at {CONTIG}:{last}, before {lacking}; {_REMEDY}")
         raise UserError(
-            f"{release}: {len(wanted):,} of {len(lists.sites):,} sites are not in it, the first is "
+            f"{release}: {lacking} are not in it, the first is "
             f"{CONTIG}:{first.pos} {first.ref}>{first.alt}; give chromosome 20 of phase 3 in GRCh37"
         )
     return alleles
