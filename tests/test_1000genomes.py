@@ -137,6 +137,8 @@ def faulty(fault: str, text: bytes) -> bytes:
             return text.replace(b"S05", b"S50")
         case "a site is missing":
             return text.replace(b"\n20\t1400\trs1400\tA\tG", b"\n20\t1400\trs1400\tA\tT")
+        case "the last site is missing":
+            return re.sub(rb"\n20\t2600\t[^\n]*", b"", text)
         case "its end is missing":
             return text[: text.index(b"\n20\t2000")]
         case "unphased":
@@ -161,6 +163,7 @@ def faulty(fault: str, text: bytes) -> bytes:
         ("another contig", "16 of 16 sites are not in it, the first is 20:1200 A>C; give chromosome 20 of phase 3"),
         ("a sample is missing", "1 of 7 samples are not in it, the first is S05; give the release with"),
         ("a site is missing", "1 of 16 sites are not in it, the first is 20:1400 A>G"),
+        ("the last site is missing", "2 of 16 sites are not in it, the first is 20:2600 A>C"),
         ("its end is missing", "it ends at 20:1900, before 8 of 16 sites; download the file"),
         ("unphased", "20:1600: its columns are not all phased"),
         ("missing call", "20:1200: its columns are not all phased"),

@@ -114,10 +114,11 @@ def cut_out(release: str, lists: Lists) -> np.ndarray:
     with Progress("reading the release", len(wanted), "sites") as bar, closing(release_lines(release)) as lines:
         names = _samples(release, lines)
         columns = _columns(release, names, [*lists.panel, *lists.targets])
-        last = 0
+        last, end = 0, lists.sites[-1].pos
         for line in lines:
             contig, pos, _, ref, alt, *rest = _fields(release, line)
-            if contig != CONTIG.encode() or int(pos) > lists.sites[-1].pos:
+            if contig != CONTIG.encode() or int(pos) > end:
+                last = end
                 break
             last = int(pos)
             # A site given twice counts once, by its first record, as everywhere in the package.
@@ -129,7 +130,7 @@ def cut_out(release: str, lists: Lists) -> np.ndarray:
     if wanted:
         first = lists.sites[min(wanted.values())]
         lacking = f"{len(wanted):,} of {len(lists.sites):,} sites"
-        if 0 < last < first.pos:
+        if last < first.pos:
             # A stream may be cut where a block of its compression ends, which looks like the end of the file.
             raise UserError(f"{release}: it ends at {CONTIG}:{last}, before {lacking}; {_REMEDY}")
         raise UserError(
