@@ -19,7 +19,7 @@ endif
 BIN    := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install train test test-gpu lint docs clean
+.PHONY: install train test test-long test-gpu lint docs clean
 
 install: .venv/installed-$(EXTRAS)
 
@@ -37,11 +37,15 @@ train: install
 	embrag impute --run-dir $(RUN) --adapt off --out $(RUN)/imputed.vcf.gz
 	embrag evaluate --imputed embrag_ds=$(RUN)/imputed.vcf.gz --baselines --json $(RUN)/evaluation.json
 
-# The CPU's tests, on any machine, in two processes; a file's tests stay together, for what they share.
+# The CPU's tests, on any machine, in two processes; a file's tests stay together, for what they share. Those marked
+# `long` take as much time as all others.
+ON_CPU := DS_ACCELERATOR=cpu python -m pytest -n 2 --dist loadfile
 test: install
-	DS_ACCELERATOR=cpu python -m pytest -m 'not gpu' -n 2 --dist loadfile
+	$(ON_CPU) -m 'not gpu and not long'
 
-# The others.
+test-long: install
+	$(ON_CPU) -m 'long and not gpu'
+
 test-gpu: install
 	python -m pytest -m gpu
 

@@ -328,6 +328,7 @@ def stand_in(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.long
 @pytest.mark.real
 def test_the_data_set_comes_out_record_by_record(root: Path, real_data: Path, stand_in: Path, tmp_path: Path) -> None:
     done = run(root, "rebuild.py", "--release", stand_in, "--out", tmp_path)

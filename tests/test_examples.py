@@ -85,6 +85,7 @@ def test_the_committed_notebook_has_its_outputs(root: Path, committed: NotebookN
     assert (root / "examples" / "quickstart.ipynb").stat().st_size < MOST_BYTES
 
 
+@pytest.mark.long
 def test_the_notebook_runs(executed: NotebookNode, work: Path) -> None:
     check_outputs(executed)
     (scores,) = work.glob("embrag-quickstart-*/scores.json")

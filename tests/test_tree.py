@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,7 @@ def test_continuous_integration_is_one_script(root: Path) -> None:
         "make docs",
         ".ci/base_install",
         "make test",
+        "make test-long",
     ]
 
 
@@ -109,6 +111,14 @@ def test_make_train_deletes_nothing_and_keeps_to_one_folder(make, named: str | N
         f"embrag evaluate --imputed embrag_ds={folder}/imputed.vcf.gz --baselines --json {folder}/evaluation.json",
     ]
     assert not any(re.search(r"\brm\b", line) for line in lines)
+
+
+def test_every_test_is_run_by_one_of_the_commands(make) -> None:
+    said = "\n".join(make("test", "test-long", "test-gpu"))
+    chosen = [compile(each, "marks", "eval") for each in re.findall(r"pytest .*-m '?([a-z ]+)", said)]
+    assert len(chosen) == 3
+    for gpu, long in product((False, True), repeat=2):
+        assert [eval(each, {"gpu": gpu, "long": long}) for each in chosen].count(True) == 1
 
 
 def test_make_clean_leaves_trained_models(make) -> None:

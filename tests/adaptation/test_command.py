@@ -406,6 +406,7 @@ main()
 """
 
 
+@pytest.mark.long
 def test_a_command_killed_while_it_adapts_leaves_nothing(
     run: RunImpute, simulated: DefaultData, model_file: Path, root: Path, tmp_path: Path
 ) -> None:

@@ -20,6 +20,8 @@ from tests.imputation.genomes import GenomeFiles, simulate_genome
 from tests.ranks import ended_ranks, free_port
 from tests.untrained import untrained
 
+pytestmark = pytest.mark.long
+
 MakeConfig = Callable[..., RunConfig]
 
 SPOILT = """

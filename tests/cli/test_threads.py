@@ -23,6 +23,7 @@ def _same_signals() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.long
 def test_the_output_is_the_same_with_any_number_of_threads(
     embrag: Embrag, simulated: DefaultData, tmp_path: Path
 ) -> None:

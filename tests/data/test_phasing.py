@@ -243,6 +243,7 @@ def test_beagle_phases_sites_at_one_position_and_symbolic_alleles(tmp_path: Path
     assert haploid is not None and haploid.tolist() == [[False] * len(sites)] * 2 + [[True] * len(sites)]
 
 
+@pytest.mark.long
 @needs_beagle
 @pytest.mark.parametrize(
     "places",

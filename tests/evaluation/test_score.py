@@ -345,6 +345,7 @@ def test_command_line(
         main("evaluate", [*arguments, f"--imputed={tmp_path / 'none.vcf.gz'}", "--debug"])
 
 
+@pytest.mark.long
 @pytest.mark.real
 @pytest.mark.skipif(not REAL.exists(), reason=f"no real data at {REAL}")
 def test_baselines_on_1000_genomes(tmp_path: Path) -> None:

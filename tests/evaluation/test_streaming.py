@@ -154,6 +154,7 @@ def python(root: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_memory_grows_by_the_site_tables_alone(root: Path, tmp_path: Path) -> None:
     """All values differ, so that nothing can be packed: those of 100 samples would be 2,400 bytes a site."""
     few, many, samples = 1000, 4000, 100

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from embrag_ds.data.simulate import DefaultData
 from embrag_ds.runs.checkpoints import newest_first
 from embrag_ds.runs.folder import read_outcome
@@ -19,6 +21,8 @@ from embrag_ds.runs.record import read_metrics
 from tests.conftest import TINY
 from tests.faults.test_silent_rank import until
 from tests.ranks import environment_of_rank, free_port
+
+pytestmark = pytest.mark.long
 
 
 def start(root: Path, simulated: DefaultData, cache_dir: Path, folder: Path, *more: str) -> list[subprocess.Popen[str]]:

@@ -18,6 +18,8 @@ from embrag_ds.runs.alive import FOLDER
 from tests.conftest import TINY
 from tests.ranks import environment_of_rank, free_port
 
+pytestmark = pytest.mark.long
+
 WITHIN_S = 120.0
 
 

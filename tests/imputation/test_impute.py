@@ -472,6 +472,7 @@ def test_a_model_trained_with_a_gpu_search_is_used_without_one(
         assert Imputation(with_backend(model, trained), inputs, targets, CPU, 4)._computing._collate.backend == here
 
 
+@pytest.mark.long
 @pytest.mark.real
 def test_a_short_run_beats_the_nearest_haplotype_on_1000_genomes(
     real_data: Path, root: Path, distributed: DistributedContext, tmp_path: Path, cache_dir: Path

@@ -11,6 +11,8 @@ import pytest
 
 from embrag_ds.data.simulate import DefaultData
 
+pytestmark = pytest.mark.long
+
 PROGRAM = """
 import sys
 if sys.argv[1] == "without":

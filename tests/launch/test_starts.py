@@ -20,6 +20,8 @@ from embrag_ds.runs.launchers import PLACE, RANKS_HERE, _port_of_job
 from tests.conftest import TINY
 from tests.ranks import free_port
 
+pytestmark = pytest.mark.long
+
 SRUN = """\
 for rank in 0 1; do
     SLURM_JOB_ID=$JOB SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=2 SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NODEID=0 \\

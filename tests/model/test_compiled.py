@@ -15,6 +15,8 @@ from embrag_ds.model.poolings import fusions
 from embrag_ds.model.settings import LossConfig
 from embrag_ds.retrieval.batch import Batch
 
+pytestmark = pytest.mark.long
+
 LOSS = LossConfig(rarity=0.5)
 
 

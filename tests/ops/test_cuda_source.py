@@ -28,6 +28,7 @@ def oldest(compiler: Path) -> str:
     return "sm_70" if compiler.name.endswith("12") else "sm_75"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("neighbours", [1, 128, 256, 512, 2000, 4096, 5000])
 def test_the_copying_kernels_keep_to_registers_and_a_warp_has_no_barrier(

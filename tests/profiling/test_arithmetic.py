@@ -36,6 +36,7 @@ def test_a_reference_in_the_transformer_doubles_its_parts() -> None:
         assert two.operations == (2 if twice else 1) * one.operations
 
 
+@pytest.mark.long
 def test_the_command_prints_what_a_configuration_can_reach(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

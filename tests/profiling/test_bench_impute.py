@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from embrag_ds.data.simulate import DefaultData
 from embrag_ds.evaluation.external_tools import TOOLS, able
 
 
+@pytest.mark.long
 def test_it_measures_time_and_memory_of_every_tool(root: Path, simulated: DefaultData, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     files = ["--panel", simulated.panel, "--target", simulated.target, "--map", simulated.genetic_map]

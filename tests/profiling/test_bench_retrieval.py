@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from embrag_ds.config_files import read_tree
 
 PROMISED = (
@@ -18,6 +20,7 @@ PROMISED = (
 )
 
 
+@pytest.mark.long
 def test_it_writes_the_promised_numbers_and_the_plot(root: Path, tmp_path: Path) -> None:
     sizes = "--reference 60 --sites 40 --dims 8 --micro-batch 4 --windows 3 --literal-windows 2 --steps 2 --rounds 1"
     small = tmp_path / "small.json"

@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from embrag_ds.data.simulate import DefaultData
 
 
+@pytest.mark.long
 def test_it_writes_the_promised_numbers(root: Path, tmp_path: Path, simulated: DefaultData, cache_dir: Path) -> None:
     out = tmp_path / "out.json"
     sizes = ["--workers", "0", "1", "--micro-batches", "3", "--pause-ms", "1"]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import compare
+import pytest
 import stepper
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,6 +71,7 @@ def test_the_process_that_trains_may_have_workers(root: Path) -> None:
     assert process._process.exitcode == 0
 
 
+@pytest.mark.long
 def test_it_runs_and_writes_the_promised_numbers_with_their_shapes(
     root: Path, tmp_path: Path, simulated: DefaultData
 ) -> None:

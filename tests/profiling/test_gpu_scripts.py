@@ -36,6 +36,7 @@ def test_kernels_are_given_by_step_and_the_rest_is_summed_up() -> None:
     assert f"| 5 others | 10.0 | {rest:.3f} |" in text and "first\\|40" not in text
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_no_kernels_are_recorded(root: Path, tmp_path: Path) -> None:
     done = run(root, "kernels.py", "--out", tmp_path / "out")
@@ -43,6 +44,7 @@ def test_without_a_gpu_no_kernels_are_recorded(root: Path, tmp_path: Path) -> No
     assert done.stderr == "error: profiling/kernels.py records what runs on a GPU, and torch finds none here\n"
 
 
+@pytest.mark.long
 def test_the_rate_of_imputation_is_measured_with_and_without_the_transformer(
     root: Path, tmp_path: Path, simulated: DefaultData
 ) -> None:

@@ -95,6 +95,7 @@ def test_every_part_runs_and_is_reported(suite: Suite, tmp_path: Path) -> None:
         assert call.startswith(str(tmp_path / "tree"))
 
 
+@pytest.mark.long
 def test_the_deadline_ends_it_and_what_was_done_is_kept(suite: Suite, tmp_path: Path) -> None:
     results = tmp_path / "results"
     done = suite("-", "-", results, DEADLINE="12", TESTS_SLEEP="30")

@@ -75,6 +75,7 @@ def test_it_profiles_some_steps(
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"profile.json", "profile.png", "trace.json"}
 
 
+@pytest.mark.long
 def test_it_measures_its_own_cost_from_the_command_line(root: Path, options: list[str], tmp_path: Path) -> None:
     command = [sys.executable, root / "profiling" / "memory.py", *options, "--overhead", "--block=1"]
     alone = {name: value for name, value in os.environ.items() if name not in LAUNCHER}

@@ -60,7 +60,7 @@ for (const width of %s) {
 }
 </script></body>"""
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium (apt-get install chromium)")
+pytestmark = [pytest.mark.long, pytest.mark.skipif(BROWSER is None, reason="no Chromium (apt-get install chromium)")]
 
 
 @pytest.fixture

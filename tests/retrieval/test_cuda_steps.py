@@ -143,6 +143,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=list(SETTINGS))
 def test_training_keeps_cudas_rules_and_finds_what_the_cpu_does(
     world, machine: Machine, settings: dict[str, Any]
@@ -165,6 +166,7 @@ def test_training_keeps_cudas_rules_and_finds_what_the_cpu_does(
 STEADY = {name: each for name, each in SETTINGS.items() if name not in ("refresh-at-once", "fixed-dense")}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("settings", STEADY.values(), ids=list(STEADY))
 def test_the_training_thread_never_waits_for_the_device(world, machine: Machine, settings: dict[str, Any]) -> None:
     """From the second step on, if the device has copied a batch before two more are built."""

@@ -248,6 +248,7 @@ with meeting.meet(timedelta(seconds=60)) as met, met.sharing(folder / "run", 2.0
 """
 
 
+@pytest.mark.long
 def test_packing_may_take_longer_than_a_collective_operation(
     root: Path, simulated: DefaultData, tmp_path: Path
 ) -> None:

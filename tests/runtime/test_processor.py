@@ -70,6 +70,7 @@ print(torch.get_num_threads())
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("set_to", "ranks", "share"), [(None, 1, None), (None, 1_000, 1), ("2", 1_000, None)])
 def test_torch_takes_the_share_unless_the_user_set_a_number(
     root: Path, set_to: str | None, ranks: int, share: int | None

@@ -20,7 +20,7 @@ from embrag_ds.runtime import workers as workers_module
 from embrag_ds.runtime.workers import InOrder, chosen_workers
 
 # torch's loader warns of more workers than cores.
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")]
 
 
 class Squares:

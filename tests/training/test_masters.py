@@ -286,6 +286,7 @@ with logs.on_terminal(), logs.kept_for_run() as run_log, deepspeed_log.written_t
 """
 
 
+@pytest.mark.long
 def test_two_ranks_export_their_masters_and_each_has_a_log(
     make_config: MakeConfig, inputs: PanelInputs, tmp_path: Path, root: Path
 ) -> None:

@@ -102,6 +102,7 @@ train(config, PanelFiles(Path(panel), Path(genetic_map), Path(samples)), overrid
 """
 
 
+@pytest.mark.long
 @needs_tensorboard
 def test_a_run_that_was_killed_and_resumed_has_every_step_once(
     make_config: MakeConfig,

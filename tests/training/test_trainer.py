@@ -264,6 +264,7 @@ def test_a_step_on_a_gpu_never_waits_for_it(make_trainer: MakeTrainer) -> None:
 COMPILED = "embrag.train.compile=true"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "settings",
     [

@@ -21,6 +21,8 @@ from embrag_ds.training.trainer import Trainer
 from tests.ranks import LAUNCHER, free_port
 from tests.training.runs import NO_DROPOUT, STRONG, losses, timeless
 
+pytestmark = pytest.mark.long
+
 Metrics = Callable[..., list[dict[str, Any]]]
 MakeConfig = Callable[..., RunConfig]
 

@@ -114,6 +114,7 @@ distributed.close()
 """
 
 
+@pytest.mark.long
 def test_the_number_of_ranks_may_change(
     make_trainer: MakeTrainer,
     make_config: Callable[..., Any],
