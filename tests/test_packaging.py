@@ -245,8 +245,9 @@ def test_the_packages_that_are_there_stay(make: Make, driver: Callable[..., None
 
 def test_make_test_is_the_run_of_the_cpu(make: Make, driver: Callable[..., None]) -> None:
     driver("580.159.04, 9.0")
-    command = "DS_ACCELERATOR=cpu python -m pytest -m 'not gpu' -n 2 --dist loadfile"
-    assert make("test").stdout.splitlines()[-1] == command
+    command = "DS_ACCELERATOR=cpu python -m pytest -n 2 --dist loadfile -m"
+    assert make("test").stdout.splitlines()[-1] == f"{command} 'not gpu and not long'"
+    assert make("test-long").stdout.splitlines()[-1] == f"{command} 'long and not gpu'"
     assert make("test-gpu").stdout.splitlines()[-1] == "python -m pytest -m gpu"
 
 

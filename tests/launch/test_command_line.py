@@ -139,6 +139,7 @@ def test_train_impute_evaluate(
     assert "| ours |" in (tmp_path / "out.md").read_text()
 
 
+@pytest.mark.long
 def test_a_bad_key_stops_the_launcher_with_one_line(launch: Launch, train_options: list[str], tmp_path: Path) -> None:
     done = launch("deepspeed", "train.py", *train_options, "--run-dir", tmp_path / "run", "--set=embrag.model.dim=3")
     assert done.returncode != 0
@@ -323,6 +324,7 @@ def test_errors_of_evaluate(fails: Fails, arguments: list[str], complaint: str) 
     assert complaint in fails("evaluate", *arguments)
 
 
+@pytest.mark.long
 def test_the_ablation_scores_every_row_on_the_held_out_samples(
     launch: Launch, run_dir: Path, simulated: DefaultData, panel_options: list[str], tmp_path: Path
 ) -> None:

@@ -300,6 +300,7 @@ def mismatches(panel, query, pieces, asked, last):
     return before, after
 
 
+@pytest.mark.long
 @given(
     st.integers(0, 2**32 - 1), st.integers(1, 200), st.sampled_from([0.01, 0.2, 0.7]), st.sampled_from([0.1, 0.6, 1])
 )

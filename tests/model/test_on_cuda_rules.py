@@ -69,6 +69,7 @@ def trained(build: Any, device: torch.device, steady: Any, **settings: Any) -> l
     return [each.cpu() for each in (*losses, *(weight.detach() for weight in network.parameters()))]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("encoding", "mode"), [("refresh", "embedding"), ("live", "embedding"), ("fixed", "token")])
 def test_a_training_run_keeps_the_rules_and_equals_the_cpus(
     build: Any, monkeypatch: pytest.MonkeyPatch, encoding: str, mode: str

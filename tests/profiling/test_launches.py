@@ -74,6 +74,7 @@ def test_a_wait_is_named_with_its_line() -> None:
     assert ("other", "index.Tensor") in whose
 
 
+@pytest.mark.long
 def test_the_step_of_v18_keeps_its_bars(
     inputs: PanelInputs, distributed: DistributedContext, cache_dir: Path, tmp_path: Path
 ) -> None:

@@ -43,6 +43,7 @@ def train(
     return run
 
 
+@pytest.mark.long
 def test_a_profiled_run_has_the_losses_of_any_other(
     train: Train, distributed: DistributedContext, metrics_of: Metrics, tmp_path: Path
 ) -> None:
