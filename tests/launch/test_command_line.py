@@ -324,7 +324,6 @@ def test_errors_of_evaluate(fails: Fails, arguments: list[str], complaint: str) 
     assert complaint in fails("evaluate", *arguments)
 
 
-@pytest.mark.long
 def test_the_ablation_scores_every_row_on_the_held_out_samples(
     launch: Launch, run_dir: Path, simulated: DefaultData, panel_options: list[str], tmp_path: Path
 ) -> None:
