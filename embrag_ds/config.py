@@ -63,7 +63,7 @@ class TrainConfig:
     """
     frozen: tuple[str, ...] = ()
     """Parts of the network that are not trained: ``embedding``, ``pooling``, ``fusion``, ``transformer``,
-    ``confidence``, ``head``.
+    ``confidence``, ``head``, and the one number ``background``.
     """
     compile: bool | Literal["max"] = False
     """Compile everything behind the copying model, up to the losses, with ``torch.compile``; not under ZeRO-3. This

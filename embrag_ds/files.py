@@ -121,6 +121,21 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def written_over(path: Path, content: bytes) -> bool:
+    """Write over a file in place, and say whether that was possible.
+
+    What is shorter than a block of the disk needs no space, unlike a new file. But a reader may see half of it.
+    """
+    try:
+        with path.open("r+b", buffering=0) as file:
+            length = file.write(content)
+            file.truncate()
+            os.fsync(file.fileno())
+    except OSError:
+        return False
+    return length == len(content)
+
+
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
     """Yield an empty temporary file that replaces ``path`` when the block ends without an exception.

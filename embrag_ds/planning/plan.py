@@ -26,7 +26,7 @@ from embrag_ds.runs.folder import CHECKPOINTS
 from embrag_ds.runs.meeting import Meeting, meet
 from embrag_ds.runs.record import CONFIG, METRICS, RUN_LOG, VERSIONS
 from embrag_ds.runtime.processor import memory_field
-from embrag_ds.training.panel_limits import fit_micro_batch, warn_of_fewer_neighbours
+from embrag_ds.training.panel_limits import fit_micro_batch, settled_batch, warn_of_fewer_neighbours
 from embrag_ds.training.run import folder_of, require_one_start
 
 _MIB = 1 << 20
@@ -66,7 +66,7 @@ def plan(
 
 def estimate(settings: RunConfig, inputs: PanelInputs, ranks: int, before: int) -> tuple[Planned, Memory]:
     """Sampler of rank 0 and memory of a rank. ``before`` is the resident memory before ``inputs`` were opened."""
-    embrag, deepspeed = settings.embrag, settings.deepspeed
+    embrag, deepspeed = settings.embrag, settled_batch(settings.deepspeed, ranks)
     accumulation = deepspeed.get("gradient_accumulation_steps", 1)
     micro_batch = deepspeed["train_micro_batch_size_per_gpu"]
     run = planned(embrag, inputs, micro_batch, 0, ranks, accumulation)

@@ -5,34 +5,48 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import socket
 import time
 from pathlib import Path
 from typing import Any
 
 from embrag_ds.errors import UserError
-from embrag_ds.files import make_folder, unused, write_json
+from embrag_ds.files import make_folder, unused, write_json, written_over
 from embrag_ds.runs.record import METRICS
 
 CHECKPOINTS, OUTCOME = "checkpoints", "outcome.json"
 """Names of the folder of checkpoints, and of the file that says whether a run is to be started again."""
 _LOCK = ".lock"
+_LONGEST_REASON = 500  # with what stands beside it less than any disk's block
 
 
 def choose(given: Path | None, stem: str, resume: bool, parent: Path = Path("runs")) -> Path:
     """The folder of a run: the one ``given``, the newest one of the configuration ``stem`` to resume, or a new one.
 
+    Those to resume are the folders that are named by configuration and time, as new ones are.
+
     Raises :class:`UserError` where nothing can be resumed, and where a new run would fill a folder that holds one.
     """
     if given is None and resume:
-        found = sorted(parent.glob(f"{stem}-*/{CHECKPOINTS}"))
-        if not found:
-            raise UserError(f"--resume: no run of {stem} with a checkpoint under {parent}/; name one with --run-dir")
-        return found[-1].parent
+        return _newest(stem, parent)
     folder = given or unused(parent / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}")
     if not resume and (held := _held(folder)):
         raise UserError(f"{folder}: holds a run already ({held}); add --resume, or choose another --run-dir")
     return folder
+
+
+def _newest(stem: str, parent: Path) -> Path:
+    """The newest run of the configuration ``stem`` that has a checkpoint, of those that were not given a name."""
+    # The name of another configuration may begin with this one's. A number follows where two began in one second.
+    named = re.compile(re.escape(stem) + r"-(\d{8}-\d{6})(?:-(\d+))?")
+    found = []
+    for checkpoints in parent.glob(f"*/{CHECKPOINTS}"):
+        if made := named.fullmatch(checkpoints.parent.name):
+            found.append((made[1], int(made[2] or 1), checkpoints.parent))
+    if not found:
+        raise UserError(f"--resume: no run of {stem} with a checkpoint under {parent}/; name one with --run-dir")
+    return max(found)[2]
 
 
 def never_saved(folder: Path) -> bool:
@@ -87,10 +101,16 @@ def write_outcome(folder: Path, state: str, restart: bool, reason: str, step: in
     """Write ``outcome.json``: what state the run is in, and whether to start it again with ``--resume``.
 
     Launchers do not pass on exit statuses, so a script that starts runs reads this file. ``step`` is that of the newest
-    checkpoint.
+    checkpoint. On a full disk the file is written over, which takes no space.
     """
     values: dict[str, Any] = {"state": state, "restart": restart, "reason": reason, "step": step, "time": time.time()}
-    write_json(folder / OUTCOME, values)
+    path = folder / OUTCOME
+    try:
+        write_json(path, values)
+    except UserError:
+        values["reason"] = reason[:_LONGEST_REASON]
+        if not written_over(path, json.dumps(values).encode()):
+            raise
 
 
 def read_outcome(folder: Path) -> dict[str, Any]:

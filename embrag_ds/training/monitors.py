@@ -85,7 +85,7 @@ class Monitors:
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, is_new: bool):
-        """``is_new`` says that the run begins at its first step.
+        """``is_new`` says that the run begins for the first time.
 
         Raises :class:`UserError` if there are curves in its folders already: two runs in one cannot be told apart.
         """

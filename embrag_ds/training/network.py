@@ -63,8 +63,11 @@ def network_in_engine(
 
 def freeze(model: Imputer, parts: tuple[str, ...]) -> None:
     """Leave ``parts`` of a network untrained; raises :class:`UserError` for one that it does not have."""
-    known = [name for name, _ in model.named_children()]
+    known: dict[str, torch.nn.Module | torch.nn.Parameter] = {
+        **dict(model.named_children()),
+        **dict(model.named_parameters(recurse=False)),
+    }
     for part in parts:
         if part not in known:
             raise UserError(f"embrag.train.frozen: the network has no part {part!r}; it has {', '.join(known)}")
-        model.get_submodule(part).requires_grad_(False)
+        known[part].requires_grad_(False)

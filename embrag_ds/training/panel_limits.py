@@ -1,4 +1,6 @@
-"""Settings that ask for more than the panel has: the run takes what there is, and says so once."""
+"""The batch that is in force, and settings that ask for more than the panel has: the run takes what there is, and says
+so once.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,27 @@ from embrag_ds.config import EmbragConfig
 from embrag_ds.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+
+def settled_batch(settings: dict[str, Any], ranks: int) -> dict[str, Any]:
+    """DeepSpeed's settings with the micro-batches of a step that follow from ``train_batch_size``, where it is set.
+
+    Raises :class:`UserError` if it does not fit the other settings and the number of ``ranks``.
+    """
+    whole, steps = settings.get("train_batch_size"), settings.get("gradient_accumulation_steps")
+    if whole is None:
+        return settings
+    micro = settings["train_micro_batch_size_per_gpu"]
+    at_once = micro * ranks
+    if whole % at_once == 0 and steps in (None, whole // at_once):
+        return {**copy.deepcopy(settings), "gradient_accumulation_steps": whole // at_once}
+    product = f"train_micro_batch_size_per_gpu {micro} x {ranks} ranks"
+    if steps is not None:
+        product += f" x gradient_accumulation_steps {steps}"
+    raise UserError(
+        f"train_batch_size is {whole}, and {product} is {at_once * (steps or 1)}; leave out train_batch_size, or make "
+        f"it {'that number' if steps else 'a multiple of that number'}"
+    )
 
 
 def fit_micro_batch(settings: dict[str, Any], samples: int, ranks: int, is_main: bool) -> dict[str, Any]:

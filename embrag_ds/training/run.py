@@ -29,6 +29,7 @@ from embrag_ds.runtime.imports import uncollected
 from embrag_ds.runtime.timeline import NO_TIMELINE
 from embrag_ds.training.finite import Attempt, Culprits, Spoilt
 from embrag_ds.training.monitors import require_packages
+from embrag_ds.training.panel_limits import settled_batch
 from embrag_ds.training.profile import Profile
 from embrag_ds.training.trainer import Trainer
 
@@ -58,16 +59,27 @@ def train(
         with uncollected():  # torch's optimisers import its compiler when the first one is made
             settings = load_training_config(config, overrides)
         require_packages(settings.deepspeed, str(config))
+        settled_batch(settings.deepspeed, meeting.ranks)  # refused before the panel is opened
         patience_s = settings.embrag.train.patience_s
         folder = folder_of(config, files, settings.embrag, run_dir, resume, init_from, meeting)
-        if resume and meeting.on_main(lambda: never_saved(folder)):
+        again = resume and meeting.on_main(lambda: never_saved(folder))
+        if again:
             logger.warning(f"{folder}: this run has no checkpoint yet, so it begins again")
             resume = False
         with _held(folder, meeting), meeting.sharing(folder, patience_s):
             inputs = meeting.open_inputs(files, settings.embrag.data)
             distributed = start_distributed(patience_s)
             with Profile(profile, folder, distributed) if profile else nullcontext(NO_TIMELINE) as timeline:
-                make = partial(Trainer, settings, inputs, folder, distributed, init_from=init_from, timeline=timeline)
+                make = partial(
+                    Trainer,
+                    settings,
+                    inputs,
+                    folder,
+                    distributed,
+                    init_from=init_from,
+                    timeline=timeline,
+                    begins_again=again,
+                )
                 began = partial(run_log.write_to, folder / distributed.own_file(RUN_LOG))
                 try:
                     train_in_attempts(make, settings, folder, distributed, resume, began)
@@ -149,24 +161,30 @@ def _held(folder: Path, meeting: Meeting) -> Iterator[None]:
         if meeting.is_main:
             write_outcome(folder, state, restart, reason, newest_step(folder / CHECKPOINTS))
 
+    def note_fault(state: str, restart: bool, reason: str) -> None:
+        try:
+            note(state, restart, reason)
+        except UserError as another:  # the fault itself must be seen
+            logger.warning(str(another))
+
     note("running", True, "it has not ended")
     try:
         yield
     except Stopped as stopped:
-        note("stopped", True, str(stopped))
+        note_fault("stopped", True, str(stopped))
         raise
     except UserError as fault:
-        note("failed", False, str(fault))
+        note_fault("failed", False, str(fault))
         if meeting.is_main:
             leave_no_trace(folder)
         raise
     except KeyboardInterrupt:
-        note("interrupted", True, "SIGINT")
+        note_fault("interrupted", True, "SIGINT")
         raise
     except BaseException as fault:
         # A node may have been lost. But a run that fails again without having got anywhere should not start for ever.
         got_on = newest_step(folder / CHECKPOINTS) > before
-        note("failed", got_on, f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}")
+        note_fault("failed", got_on, f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}")
         raise
     else:
         note("finished", False, "training has ended")

@@ -42,7 +42,7 @@ from embrag_ds.training.finite import Attempt, GradientWatch, Spoilt, raise_culp
 from embrag_ds.training.interval import Interval
 from embrag_ds.training.monitors import Monitors, placed
 from embrag_ds.training.network import network_in_engine
-from embrag_ds.training.panel_limits import fit_micro_batch, warn_of_fewer_neighbours
+from embrag_ds.training.panel_limits import fit_micro_batch, settled_batch, warn_of_fewer_neighbours
 from embrag_ds.training.report import Report
 from embrag_ds.training.summary import summary
 from embrag_ds.training.throughput import Throughput
@@ -68,11 +68,13 @@ class Trainer:
         timeline: Timeline = NO_TIMELINE,
         attempt: Attempt = _FIRST_ATTEMPT,
         signals: StopSignals | None = None,
+        begins_again: bool = False,
     ):
         """``resume`` continues from the newest whole checkpoint in ``run_dir``. ``init_from`` is an exported model
         whose weights training starts from. ``timeline`` measures the steps. ``attempt`` says what earlier attempts have
-        found out about values that are not finite. ``signals`` notes requests to stop. Raises :class:`UserError` for
-        faulty settings and files.
+        found out about values that are not finite. ``signals`` notes requests to stop. ``begins_again`` says that the
+        run was begun before, in another process, and has no checkpoint. Raises :class:`UserError` for faulty settings
+        and files.
         """
         require_kernels(distributed.device)
         self.embrag = config.embrag
@@ -120,7 +122,7 @@ class Trainer:
         lengths = {window.core_stop - window.core_start for window in data.windows}
         shown = placed(settings, run_dir)
         self.engine = network_in_engine(self.embrag, shown, lengths, init_from, distributed.device)
-        monitors = Monitors(self.engine, is_new=found is None and not attempt.number)
+        monitors = Monitors(self.engine, is_new=found is None and not attempt.number and not begins_again)
         throughput = Throughput(self.embrag, self.sampler, distributed.device, compute_type(settings))
         self.reference = Reference(
             self.embrag.retrieval,
@@ -390,4 +392,5 @@ def _in_force(settings: dict[str, Any], samples: int, distributed: DistributedCo
     settings, notes = adapt_to_machine(settings)
     for note in notes:
         logger.info(note)
+    settings = settled_batch(settings, distributed.ranks)
     return fit_micro_batch(settings, samples, distributed.ranks, distributed.is_main)

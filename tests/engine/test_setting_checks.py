@@ -17,6 +17,7 @@ from embrag_ds.data.inputs import PanelInputs
 from embrag_ds.engine.deepspeed_settings import load_training_config
 from embrag_ds.engine.distributed import DistributedContext
 from embrag_ds.errors import UserError
+from embrag_ds.training.panel_limits import settled_batch
 from embrag_ds.training.trainer import Trainer
 
 MakeConfig = Callable[..., RunConfig]
@@ -291,6 +292,33 @@ def test_a_micro_batch_as_large_as_the_panel_is_not_named(
 ) -> None:
     trainer_of("train_micro_batch_size_per_gpu=54").reference.close()
     assert not [each for each in caplog.messages if "train_micro_batch_size_per_gpu" in each]
+
+
+def test_micro_batches_of_a_step_follow_from_the_global_batch(
+    trainer_of: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    """DeepSpeed derives them, too: with another number a step would be no step of the optimiser."""
+    trainer = trainer_of("gradient_accumulation_steps=null", "train_batch_size=12")
+    assert trainer.accumulation == trainer.engine.gradient_accumulation_steps() == 2
+    assert trainer.sampler.accumulation == 2
+    trainer.run()
+    assert trainer.engine.global_steps == trainer.embrag.train.max_steps
+    assert '"gradient_accumulation_steps": 2' in (tmp_path / "run" / "config.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("given", "ranks", "said"),
+    [
+        ({"gradient_accumulation_steps": 1}, 1, "size_per_gpu 6 x 1 ranks x gradient_accumulation_steps 1 is 6; leave"),
+        ({"gradient_accumulation_steps": 2}, 2, "6 x 2 ranks x gradient_accumulation_steps 2 is 24; leave"),
+        ({}, 2, "size_per_gpu 6 x 2 ranks is 12; leave out train_batch_size, or make it a multiple of that number"),
+    ],
+)
+def test_a_global_batch_that_does_not_fit_is_refused(given: dict[str, int], ranks: int, said: str) -> None:
+    settings = {"train_micro_batch_size_per_gpu": 6, "train_batch_size": 18, **given}
+    with pytest.raises(UserError, match=r"^train_batch_size is 18, and train_micro_batch_") as refused:
+        settled_batch(settings, ranks)
+    assert said in str(refused.value)
 
 
 def test_a_global_batch_beyond_the_panel_is_refused(trainer_of: Callable[..., Trainer]) -> None:

@@ -81,6 +81,31 @@ def test_the_newest_run_of_a_configuration_is_resumed(tmp_path: Path) -> None:
     assert choose(None, "v18", True, tmp_path) == tmp_path / "v18-20260102-000000"
 
 
+def test_runs_of_other_configurations_and_those_with_a_name_are_not_resumed(tmp_path: Path) -> None:
+    for name in ("v18-large-20260102-000000", "v18-mine", "v18-20260101-000000-x", "v[1]8-20260103-000000"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="no run of v18 with a checkpoint"):
+        choose(None, "v18", True, tmp_path)
+    assert choose(None, "v[1]8", True, tmp_path) == tmp_path / "v[1]8-20260103-000000"
+    for name in ("v18-20260101-000000", "v18-20260101-000000-2", "v18-20260101-000000-10"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    assert choose(None, "v18", True, tmp_path) == tmp_path / "v18-20260101-000000-10"
+
+
+def test_an_outcome_is_written_over_where_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, value: object) -> None:
+        raise UserError(f"{path}: cannot write it (No space left on device)")
+
+    write_outcome(tmp_path, "running", True, "it has not ended" * 9, 0)
+    monkeypatch.setattr("embrag_ds.runs.folder.write_json", full)
+    write_outcome(tmp_path, "failed", False, "no space" * 1000, 5)
+    found = read_outcome(tmp_path)
+    assert (found["state"], found["restart"], found["step"]) == ("failed", False, 5)
+    assert found["reason"].startswith("no spaceno") and (tmp_path / "outcome.json").stat().st_size < 1000
+    with pytest.raises(UserError, match="cannot write it"):
+        write_outcome(tmp_path / "elsewhere", "failed", False, "", 0)
+
+
 def test_a_run_that_never_began_leaves_no_folder(tmp_path: Path) -> None:
     for content, left in ((None, False), ("metrics.jsonl", True)):
         folder = tmp_path / str(content)

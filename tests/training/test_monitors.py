@@ -18,6 +18,7 @@ from embrag_ds.data.inputs import PanelFiles
 from embrag_ds.data.simulate import DefaultData
 from embrag_ds.engine.distributed import DistributedContext
 from embrag_ds.errors import UserError
+from embrag_ds.runs.folder import read_outcome
 from embrag_ds.runs.record import read_metrics, scalars
 from embrag_ds.training import run
 from embrag_ds.training.monitors import PACKAGES, placed, require_packages
@@ -96,35 +97,42 @@ def step(self, *given):
     if self.state.step == 6:
         os.kill(os.getpid(), signal.SIGKILL)
     real(self, *given)
-Trainer.step = step
 config, panel, genetic_map, samples, run_dir, *overrides = sys.argv[1:]
-train(config, PanelFiles(Path(panel), Path(genetic_map), Path(samples)), overrides=overrides, run_dir=Path(run_dir))
+files, again = PanelFiles(Path(panel), Path(genetic_map), Path(samples)), Path(run_dir).exists()
+if not again:
+    Trainer.step = step
+train(config, files, overrides=overrides, run_dir=Path(run_dir), resume=again)
 """
 
 
 @pytest.mark.long
 @needs_tensorboard
+@pytest.mark.parametrize("every", [4, 100])
 def test_a_run_that_was_killed_and_resumed_has_every_step_once(
     make_config: MakeConfig,
-    make_trainer: MakeTrainer,
+    every: int,
     simulated: DefaultData,
     cache_dir: Path,
     root: Path,
     tmp_path: Path,
 ) -> None:
-    overrides = [BOARD, TABLES, *PACE]
+    """With a checkpoint every 100 steps it has none when it is killed, and begins again."""
+    overrides = [BOARD, TABLES, *PACE, f"embrag.train.checkpoint_every={every}"]
     make_config(*overrides)  # writes tiny.json
     files = [simulated.panel, simulated.genetic_map, simulated.samples]
     given = [tmp_path / "tiny.json", *files, tmp_path / "run", f"embrag.data.cache_dir={cache_dir}", *overrides]
     environment = environment_of_rank(root, 0, 1, free_port())
-    killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, given)], env=environment, capture_output=True)
+    command = [sys.executable, "-c", KILLED, *map(str, given)]
+    killed = subprocess.run(command, env=environment, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     before = curves_of_tables(tmp_path / "run" / "csv_monitor")
     assert [step for step, _ in before["train_loss"]] == list(range(1, 7))
     with (tmp_path / "run" / "csv_monitor" / "train_loss.csv").open("a") as stream:
         stream.write("7,0.1")  # as a kill may leave it
 
-    make_trainer("run", *overrides, resume=True).run()
+    resumed = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert read_outcome(tmp_path / "run")["state"] == "finished"
     assert_curves(tmp_path / "run", board=True)
 
 
