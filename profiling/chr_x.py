@@ -20,6 +20,7 @@ import pysam.bcftools
 
 from embrag_ds.cli.command import run_command
 from embrag_ds.data.inputs import PanelFiles
+from embrag_ds.errors import UserError
 from embrag_ds.evaluation.external_tools import impute_with_tools
 from embrag_ds.evaluation.score import evaluate
 from embrag_ds.files import make_folder
@@ -61,7 +62,12 @@ def main() -> None:
     paths = split(options.variants, options.out)
     imputed: dict[str, Path | str] = {"embrag_ds": options.out / "embrag_ds.vcf.gz"}
     impute(PanelFiles(paths["panel"]), paths["target"], options.out / "embrag_ds.vcf.gz", adapt="off")
-    imputed |= impute_with_tools(paths["panel"], paths["target"], None, options.out / "tools", os.cpu_count() or 1)
+    others, failed = impute_with_tools(
+        paths["panel"], paths["target"], None, options.out / "tools", os.cpu_count() or 1
+    )
+    for fault in failed.values():
+        raise UserError(fault)
+    imputed |= others
     report = evaluate(paths["truth"], imputed, paths["panel"], paths["target"])
     sys.stdout.write(report.table())
 

@@ -85,11 +85,26 @@ def named(imputed: list[str]) -> dict[str, str | Path]:
     return files
 
 
+def _check_for_tools(options: argparse.Namespace, panel: Path, target: Path, cache: Path) -> None:
+    """Raise :class:`UserError` for files that other tools, which get them as they are, would not read."""
+    from embrag_ds.data.panel import open_panel
+
+    for pipe in (panel, target):
+        if pipe.is_fifo():
+            raise UserError(f"{pipe}: --run-tools has it read more than once, and this is a pipe; give a file")
+    if options.panel_missing != "error":
+        raise UserError(
+            "--run-tools gives the panel to the tools as it is, without --panel-missing; leave out one of them, or give "
+            "a panel without missing and unphased calls"
+        )
+    open_panel(panel, cache, reading=reading(options))  # Beagle does not end where a call of the panel is missing
+
+
 def run(options: argparse.Namespace) -> None:
     """Run the command with parsed options; raises :class:`UserError`."""
     from embrag_ds.data.cache import require_cache
     from embrag_ds.data.inputs import cache_directory, default_data, settings_for
-    from embrag_ds.evaluation.external_tools import impute_with_tools, not_run, tool_files
+    from embrag_ds.evaluation.external_tools import able, impute_with_tools, not_run, tool_files
     from embrag_ds.evaluation.score import evaluate
 
     if options.plots:
@@ -138,14 +153,16 @@ def run(options: argparse.Namespace) -> None:
     if imputed or options.baselines or options.run_tools:
         require_readable(read)
         require_cache(cache)
+    tools_not_run: dict[str, str] = {}
     if options.run_tools:
-        for pipe in (panel, target):
-            if pipe.is_fifo():
-                raise UserError(f"{pipe}: --run-tools has it read more than once, and this is a pipe; give a file")
-        for name, path in impute_with_tools(panel, target, options.map, options.run_tools, options.threads).items():
-            if name in imputed:
-                raise UserError(f"{imputed[name]}: the name {name!r} belongs to a tool that is run; choose another")
-            imputed[name] = path
+        for name in filter(imputed.get, able(options.map)):
+            raise UserError(f"{imputed[name]}: the name {name!r} belongs to a tool that is run; choose another")
+        _check_for_tools(options, panel, target, cache)
+        made_by_tools, failed = impute_with_tools(panel, target, options.map, options.run_tools, options.threads)
+        tools_not_run = not_run(options.map) | failed
+        if not made_by_tools and not imputed and not options.baselines:
+            raise UserError(f"--run-tools: no tool imputed: {'; '.join(failed.values())}")
+        imputed |= made_by_tools
     report = evaluate(
         truth,
         imputed,
@@ -159,8 +176,7 @@ def run(options: argparse.Namespace) -> None:
         reading=reading(options),
         excluded=options.excluded,
     )
-    if options.run_tools:
-        report = replace(report, tools_not_run=not_run(options.map))
+    report = replace(report, tools_not_run=tools_not_run)
     show(report.table() if options.details else report.summary())
     if options.json:
         write_json(options.json, report.to_json())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from embrag_ds.errors import UserError
 
+_MOST_SHOWN = 200
 _PYTHON = "Traceback (most recent call last):"
 _FAILURE = re.compile(r"exception|\berror\b", re.IGNORECASE)
 
@@ -30,4 +31,5 @@ def check_ended_well(command: Sequence[str | Path], code: int, log: Path) -> Non
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         last = lines[-1] if lines else ""
         why = last if _PYTHON in lines else next((line for line in lines if _FAILURE.search(line)), last)
-        raise UserError(f"{command[0]} ended with {code} ({why.strip()}); see {log}")
+        printable = "".join(each if each.isprintable() else "?" for each in why.strip()[:_MOST_SHOWN])
+        raise UserError(f"{command[0]} ended with {code} ({printable}); see {log}")

@@ -148,7 +148,7 @@ def open_targets(target: Panel, match: Harmonised, panel: Panel, remedy: str = "
         raise UserError(
             f"{target.path}: {target.sites.where(site)}: the genotype of sample {sample} is not phased, nor are "
             f"{number - 1} others; {remedy}, or phase the file first "
-            f"(`{command_for(target.path, panel.path)}`)"
+            f"(`{command_for(target.path, panel.path)}`, which leaves out sites with exchanged alleles)"
         )
     return _at_panel_sites(target, match, panel, target.packed, match.target_index, match.swapped, _missing(target))
 

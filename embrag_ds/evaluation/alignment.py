@@ -191,7 +191,7 @@ def refuse_overlap(truth: DosageFile, panel: Panel) -> None:
     if both:
         raise UserError(
             f"{truth.path}: {len(both)} samples are also in {panel.path} ({_some(both)}); "
-            "take them out of the panel and impute again (bcftools view -s ^...)"
+            "take them out of the truth or, to score them, out of the panel, and impute again (bcftools view -s ^...)"
         )
 
 

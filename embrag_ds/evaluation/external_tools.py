@@ -117,10 +117,10 @@ def plink_map(genetic_map: Path, panel: Path, folder: Path) -> Path:
 
 def impute_with_tools(
     panel: Path, target: Path, genetic_map: Path | None, folder: Path, threads: int
-) -> dict[str, Path]:
-    """Impute with every tool that can run here, into ``folder``: {name: output file}. :func:`not_run` tells the others.
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Impute with every tool that can run here, into ``folder``: {name: output file}, and {name: why it failed}.
 
-    Raises :class:`UserError` if no tool can run, or if one fails.
+    :func:`not_run` tells of the others. Raises :class:`UserError` if no tool can run.
     """
     names = able(genetic_map)
     if not names:
@@ -129,8 +129,12 @@ def impute_with_tools(
     make_folder(folder)
     if genetic_map is not None:
         genetic_map = plink_map(genetic_map, panel, folder)
-    files = {}
+    files, failed = {}, {}
     for name in names:
         logger.info("imputing with %s (output in %s)", name, folder)
-        files[name] = TOOLS[name](panel, target, genetic_map, folder, threads, run_logged)
-    return files
+        try:
+            files[name] = TOOLS[name](panel, target, genetic_map, folder, threads, run_logged)
+        except UserError as fault:  # the others are scored, and so are the user's own files
+            logger.warning(str(fault))
+            failed[name] = str(fault)
+    return files, failed

@@ -28,9 +28,11 @@ EXCHANGED = "REF and ALT exchanged"
 OTHER_STRAND = "on the other strand"
 OTHER_STRAND_EXCHANGED = "on the other strand, REF and ALT exchanged"
 RELATIONS = (SAME, EXCHANGED, OTHER_STRAND, OTHER_STRAND_EXCHANGED)
+_EXCHANGING = (EXCHANGED, OTHER_STRAND_EXCHANGED)
 ABSENT = "not in the panel"
 NO_CONTIG = "contig not in the panel"
 OTHER_ALLELES = "other alleles in the panel"
+SEVERAL_ALTS = "REF and ALT exchanged, of several ALTs"
 PALINDROMIC = "palindromic, strand unclear"
 SEVERAL = "several such symbolic alleles in the panel"
 TWIN = "twin of a matched site"
@@ -124,7 +126,8 @@ def harmonise(
     ``drop`` all palindromic ones are. With ``flip`` sites on the other strand are matched, and allele frequencies
     decide at every palindromic site: its ALT count in the target must be :data:`LEAST_ODDS` times as likely under the
     panel's frequency p as under 1 - p, or the reverse. Where the minor allele is too common, or the targets are too
-    few, it is dropped. Indels are never exchanged: an insertion and a deletion of the same bases are two variants.
+    few, it is dropped. Indels are never exchanged: an insertion and a deletion of the same bases are two variants. Nor
+    are sites of a record with several ALTs, whose 0 is REF or another ALT.
 
     A target's record without ALT is matched to SNVs, by its REF. Contigs are reconciled
     (:func:`embrag_ds.variants.contigs.reconcile`). The two names stand for the files in errors. ``flip`` needs both
@@ -165,6 +168,11 @@ def harmonise(
     if unclear:
         assert target_counts is not None and panel_counts is not None
         matches += _by_frequency(unclear, target_counts, panel_counts)
+    split = _of_several_alts(target)
+    for each in matches:
+        if each.relation in _EXCHANGING and split[each.target]:
+            reason[each.target] = SEVERAL_ALTS
+    matches = [each for each in matches if reason[each.target] != SEVERAL_ALTS]
     kept: dict[int, Match] = {}
     # A record with ALT says more than one without, and the file's order decides between equals.
     for each in sorted(matches, key=lambda each: _preference(target, each)):
@@ -178,7 +186,7 @@ def harmonise(
     return Harmonised(
         panel_index=np.array([each.panel for each in final], dtype=np.int64),
         target_index=np.array([each.target for each in final], dtype=np.int64),
-        swapped=np.array([each.relation in (EXCHANGED, OTHER_STRAND_EXCHANGED) for each in final], dtype=bool),
+        swapped=np.array([each.relation in _EXCHANGING for each in final], dtype=bool),
         matched=_count(list({each.target: each.relation for each in final}.values())),
         dropped=_count(reason),
         palindromic=len({each.target for each in final if _is_palindromic(panel, each.panel)}),
@@ -186,6 +194,15 @@ def harmonise(
         related=np.array(sorted(related), dtype=np.int64),
         contigs={name: to for name, to in names.items() if name != to},
     )
+
+
+def _of_several_alts(sites: SiteTable) -> np.ndarray:
+    """Which sites are one of several that a record was split into, bool [S]."""
+    if sites.record is None:
+        return np.zeros(len(sites), dtype=bool)
+    _, place, count = np.unique(sites.record, return_inverse=True, return_counts=True)
+    several: np.ndarray = count[place] > 1
+    return several
 
 
 def _count(values: Sequence[str | None]) -> dict[str, int]:

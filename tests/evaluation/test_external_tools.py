@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -74,7 +76,8 @@ def programs(tmp_path: Path, simulated: DefaultData, monkeypatch: pytest.MonkeyP
 
 
 def test_every_tool_gets_panel_target_and_map(programs: Path, tmp_path: Path, simulated: DefaultData) -> None:
-    found = impute_with_tools(simulated.panel, simulated.target, simulated.genetic_map, tmp_path / "work", 3)
+    found, failed = impute_with_tools(simulated.panel, simulated.target, simulated.genetic_map, tmp_path / "work", 3)
+    assert failed == {}
     assert list(found) == ["beagle", "minimac4", "selphi"] and not_run(simulated.genetic_map) == {}
     assert all(path.read_bytes() == simulated.panel.read_bytes() for path in found.values())
     beagle, converted, minimac, *selphi = (tmp_path / "calls").read_text(encoding="utf-8").splitlines()
@@ -115,8 +118,8 @@ def test_a_missing_program_is_left_out_and_none_is_an_error(
 def test_selphi_stops_at_a_panel_without_an_index(programs: Path, tmp_path: Path, simulated: DefaultData) -> None:
     panel = Path(shutil.copy(simulated.panel, tmp_path / "bare.vcf.gz"))
     why = r"selphi ended with 1 \(ValueError: .*index: failed to open .*/bare\.vcf\.gz\); see .*/selphi-panel\.out"
-    with pytest.raises(UserError, match=why):
-        impute_with_tools(panel, simulated.target, simulated.genetic_map, tmp_path / "work", 1)
+    found, failed = impute_with_tools(panel, simulated.target, simulated.genetic_map, tmp_path / "work", 1)
+    assert list(found) == ["beagle", "minimac4"] and re.fullmatch(why, failed["selphi"])
 
 
 def test_the_report_tells_which_tools_did_not_run(
@@ -141,17 +144,59 @@ def test_the_report_tells_which_tools_did_not_run(
         assert written["tools_not_run"] == {"minimac4": "not installed"}
 
 
-def test_a_program_that_fails_is_an_error_with_its_last_line(
-    programs: Path, tmp_path: Path, simulated: DefaultData
+def test_a_program_that_fails_is_told_with_its_last_line_and_the_others_are_scored(
+    programs: Path, tmp_path: Path, simulated: DefaultData, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (programs / "beagle").write_text("#!/bin/sh\necho starting\necho no memory >&2\nexit 3\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"beagle ended with 3 \(no memory\); see .*beagle\.out"):
-        impute_with_tools(simulated.panel, simulated.target, None, tmp_path / "work", 1)
+    fails = "#!/bin/sh\necho starting\nprintf 'no \\033 memory\\n' >&2\nexit 3\n"
+    (programs / "beagle").write_text(fails, encoding="utf-8")
+    given = [f"--{name}={getattr(simulated, name)}" for name in ("truth", "panel", "target")]
+    given = ["evaluate", *given, f"--cache-dir={tmp_path / 'cache'}", "--bootstrap=0"]
+    why = f"beagle ended with 3 (no ? memory); see {tmp_path / 'work' / 'beagle.out'}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PANEL", str(simulated.truth))  # the stand-ins' output, with the truth's samples
+        main(arguments=[*given, f"--run-tools={tmp_path / 'work'}"])
+    said = capsys.readouterr()
+    assert f"Not run: selphi (needs a genetic map), beagle ({why})\n" in said.out and "minimac4" in said.out
+    assert f"warning: {why}\n" in said.err
+    (programs / "minimac4").write_text(fails, encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(arguments=[*given, f"--run-tools={tmp_path / 'work'}"])
+    assert f"error: --run-tools: no tool imputed: {why}; minimac4 ended with 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--imputed=beagle={truth}"], "the name 'beagle' belongs to a tool that is run; choose another"),
+        (
+            ["--panel-missing=drop"],
+            "--run-tools gives the panel to the tools as it is, without --panel-missing; leave out",
+        ),
+        (["--panel={damaged}"], "is missing"),
+    ],
+)
+def test_what_tools_would_not_take_is_refused_before_they_run(
+    programs: Path,
+    tmp_path: Path,
+    simulated: DefaultData,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    said: str,
+) -> None:
+    damaged = tmp_path / "damaged.vcf"
+    with gzip.open(simulated.panel, "rt") as stream:
+        damaged.write_text(stream.read().replace("\t0|0", "\t.|.", 1), encoding="utf-8")
+    given = [f"--{name}={getattr(simulated, name)}" for name in ("truth", "panel", "target")]
+    given += [each.format(truth=simulated.truth, damaged=damaged) for each in options]
+    with pytest.raises(SystemExit):
+        main(arguments=["evaluate", *given, f"--run-tools={tmp_path / 'work'}", f"--cache-dir={tmp_path / 'cache'}"])
+    assert said in capsys.readouterr().err and not (tmp_path / "calls").exists()
 
 
 @pytest.mark.skipif(not all(map(shutil.which, ("beagle", "minimac4"))), reason="beagle and minimac4 are not installed")
 def test_the_real_programs_impute(tmp_path: Path, simulated: DefaultData) -> None:
-    found = impute_with_tools(simulated.panel, simulated.target, simulated.genetic_map, tmp_path, 1)
+    found, failed = impute_with_tools(simulated.panel, simulated.target, simulated.genetic_map, tmp_path, 1)
+    assert failed == {}
     for path in found.values():
         dosages = read_dosages(path)
         assert dosages.gp is not None and dosages.dr2 is not None and len(dosages.sites) > 0
@@ -168,8 +213,8 @@ def test_a_program_that_fails_is_quoted_with_the_line_that_tells_why(
     programs: Path, tmp_path: Path, simulated: DefaultData, printed: str, why: str
 ) -> None:
     (programs / "beagle").write_text(f'#!/bin/sh\nprintf "{printed}"\nexit 1\n', encoding="utf-8")
-    with pytest.raises(UserError, match=rf"beagle ended with 1 \(.*{why}[^()]*\); see .*beagle\.out"):
-        impute_with_tools(simulated.panel, simulated.target, None, tmp_path / "work", 1)
+    _, failed = impute_with_tools(simulated.panel, simulated.target, None, tmp_path / "work", 1)
+    assert re.fullmatch(rf"beagle ended with 1 \(.*{why}[^()]*\); see .*beagle\.out", failed["beagle"])
 
 
 def test_the_map_has_the_contigs_of_a_panel_without_contig_lines(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -436,3 +437,14 @@ def test_harmonise_equals_a_loop_over_all_pairs(
     # Every row of the target has one fate.
     assert sum(found.matched.values()) + sum(found.dropped.values()) == len(target)
     assert found.matched == Counter({t: relation for _, (t, relation) in sorted(kept.items())}.values())
+
+
+def test_a_site_of_several_alts_is_never_exchanged() -> None:
+    """What is 0 at one of them may be the other ALT: it is not known to be REF, which would be the panel's ALT."""
+    split = replace(table([("1", 10, "A", "G"), ("1", 10, "A", "T"), ("1", 20, "A", "G")]), record=np.array([0, 0, 1]))
+    panel = table([("1", 10, "G", "A"), ("1", 20, "G", "A")])
+    found = harmonise(split, panel, "target.vcf", "panel.vcf")
+    assert found.reason == [names.SEVERAL_ALTS, names.OTHER_ALLELES, None]
+    assert found.target_index.tolist() == [2] and found.swapped.tolist() == [True]
+    same = harmonise(split, table([("1", 10, "A", "G"), ("1", 20, "G", "A")]), "target.vcf", "panel.vcf")
+    assert same.target_index.tolist() == [0, 2] and same.swapped.tolist() == [False, True]
