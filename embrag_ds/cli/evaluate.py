@@ -94,8 +94,8 @@ def _check_for_tools(options: argparse.Namespace, panel: Path, target: Path, cac
             raise UserError(f"{pipe}: --run-tools has it read more than once, and this is a pipe; give a file")
     if options.panel_missing != "error":
         raise UserError(
-            "--run-tools gives the panel to the tools as it is, without --panel-missing; leave out one of them, or give "
-            "a panel without missing and unphased calls"
+            "--run-tools gives the panel to the tools as it is, without --panel-missing; leave out one of them, or "
+            "give a panel without missing and unphased calls"
         )
     open_panel(panel, cache, reading=reading(options))  # Beagle does not end where a call of the panel is missing
 

@@ -157,7 +157,8 @@ def test_unphased_calls_are_refused_with_site_sample_and_command() -> None:
         opened(target, panel)
     assert str(caught.value) == (
         "t.vcf.gz: 1:27: the genotype of sample T1 is not phased, nor are 2 others; add --phase beagle, or phase the "
-        "file first (`beagle gt=t.vcf.gz ref=p.vcf out=phased impute=false`, which leaves out sites with exchanged alleles)"
+        "file first (`beagle gt=t.vcf.gz ref=p.vcf out=phased impute=false`, which leaves out sites with "
+        "exchanged alleles)"
     )
     unphased[:, :] = False
     unphased[0, 0] = True  # of one allele only, so that it is missing

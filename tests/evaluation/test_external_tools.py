@@ -170,7 +170,7 @@ def test_a_program_that_fails_is_told_with_its_last_line_and_the_others_are_scor
         (["--imputed=beagle={truth}"], "the name 'beagle' belongs to a tool that is run; choose another"),
         (
             ["--panel-missing=drop"],
-            "--run-tools gives the panel to the tools as it is, without --panel-missing; leave out",
+            "--run-tools gives the panel to the tools as it is, without --panel-missing; leave",
         ),
         (["--panel={damaged}"], "is missing"),
     ],
