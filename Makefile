@@ -38,10 +38,11 @@ train: install
 	embrag evaluate --imputed embrag_ds=$(RUN)/imputed.vcf.gz --baselines --json $(RUN)/evaluation.json
 
 # The CPU's tests, on any machine, in two processes; a file's tests stay together, for what they share. Those marked
-# `long` take as much time as all others.
+# `long` take as much time as all others; MARKS='not gpu' runs both.
 ON_CPU := DS_ACCELERATOR=cpu python -m pytest -n 2 --dist loadfile
+MARKS := not gpu and not long
 test: install
-	$(ON_CPU) -m 'not gpu and not long'
+	$(ON_CPU) -m '$(MARKS)'
 
 test-long: install
 	$(ON_CPU) -m 'long and not gpu'

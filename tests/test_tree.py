@@ -77,8 +77,7 @@ def test_continuous_integration_is_one_script(root: Path) -> None:
         "make lint",
         "make docs",
         ".ci/base_install",
-        "make test",
-        "make test-long",
+        "make test MARKS='not gpu'",
     ]
 
 

@@ -18,7 +18,7 @@ TOOLS = [name for name in ("beagle", "minimac4") if shutil.which(name)]
 
 @pytest.mark.skipif(not TOOLS, reason="neither Beagle nor minimac4 (apt-get install beagle minimac4)")
 def test_the_numbers_of_other_programs(report: Callable[..., Parsed], simulated: DefaultData, tmp_path: Path) -> None:
-    files = impute_with_tools(simulated.panel, simulated.target, simulated.genetic_map, tmp_path / "tools", 1)
+    files, _ = impute_with_tools(simulated.panel, simulated.target, simulated.genetic_map, tmp_path / "tools", 1)
     assert set(files) == set(TOOLS)
     for name, path in files.items():
         found = report(path)
