@@ -91,7 +91,8 @@ def make(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     clock.write_text(f"#!/bin/sh\necho >>{tmp_path}/asked\nprintf '20260101-%06d\\n' $(wc -l <{tmp_path}/asked)\n")
     clock.chmod(0o755)
     monkeypatch.setenv("PATH", f"{clock.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.delenv("RUN", raising=False)
+    for name in ("RUN", "MARKS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS"):  # of the make that runs the tests
+        monkeypatch.delenv(name, raising=False)
 
     def run(*arguments: str) -> list[str]:
         command = ["make", "--dry-run", "--no-print-directory", "-C", str(root), *arguments]
