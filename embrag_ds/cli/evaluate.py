@@ -155,8 +155,9 @@ def run(options: argparse.Namespace) -> None:
         require_cache(cache)
     tools_not_run: dict[str, str] = {}
     if options.run_tools:
-        for name in filter(imputed.get, able(options.map)):
-            raise UserError(f"{imputed[name]}: the name {name!r} belongs to a tool that is run; choose another")
+        for name in able(options.map):
+            if name in imputed:
+                raise UserError(f"{imputed[name]}: the name {name!r} belongs to a tool that is run; choose another")
         _check_for_tools(options, panel, target, cache)
         made_by_tools, failed = impute_with_tools(panel, target, options.map, options.run_tools, options.threads)
         tools_not_run = not_run(options.map) | failed

@@ -169,14 +169,12 @@ def harmonise(
         assert target_counts is not None and panel_counts is not None
         matches += _by_frequency(unclear, target_counts, panel_counts)
     split = _of_several_alts(target)
-    for each in matches:
-        if each.relation in _EXCHANGING and split[each.target]:
-            reason[each.target] = SEVERAL_ALTS
-    matches = [each for each in matches if reason[each.target] != SEVERAL_ALTS]
     kept: dict[int, Match] = {}
     # A record with ALT says more than one without, and the file's order decides between equals.
     for each in sorted(matches, key=lambda each: _preference(target, each)):
-        if kept.setdefault(each.panel, each) is not each:
+        if each.relation in _EXCHANGING and split[each.target]:
+            reason[each.target] = SEVERAL_ALTS
+        elif kept.setdefault(each.panel, each) is not each:
             reason[each.target] = TWIN
     for each in kept.values():
         reason[each.target] = None
