@@ -108,7 +108,8 @@ def test_a_line_of_metrics_says_how_far_and_how_fast_the_run_is(
         operations = line["flops_per_second"] * 2 * line["step_ms"] / 1000
         least, most = (4 * step_flops(model, 12, length, 0) for length in (min(sites), max(sites)))
         assert least * 0.999 <= operations <= most * 1.001
-        assert 1e8 < line["host_peak_bytes"] <= (peak_resident_bytes() or math.inf)
+        # Linux adds up pages by processor: the peak it prints may fall by some of them.
+        assert 1e8 < line["host_peak_bytes"] <= 1.01 * (peak_resident_bytes() or math.inf)
         assert ("device_peak_bytes" in line) == torch.cuda.is_available()
 
 
