@@ -109,13 +109,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples-per-batch",
         type=int,
         metavar="N",
-        help="memory against speed (default: 512 on a CPU without transformer, 32 otherwise)",
+        help="memory against speed (default: 512 on a CPU, 32 on a GPU)",
     )
     speed.add_argument(
         "--transformer",
         choices=("on", "off"),
-        help="whether its residual is added; without, a chromosome is copied in long stretches (default: on on a GPU, "
-        "off on a CPU)",
+        help="whether its residual is added (default: on on a GPU, off on a CPU, where it takes longer than all else)",
     )
     speed.add_argument(
         "--precision",

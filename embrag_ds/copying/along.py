@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,14 +32,30 @@ MOST_SAVED_BYTES = 1 << 25
 class Stretch:
     """What all targets share on a stretch.
 
-    ``counts`` float32 [P, L] are the ALT copies by population in its core.
+    ``rows`` int64 [T] are its typed sites; ``counts`` float32 [P, L] are the ALT copies by population in its core.
     """
 
     number: int
+    rows: np.ndarray
     panel: PanelPart
     rates: Rates
     head: Head
     counts: np.ndarray
+
+
+class Copied(NamedTuple):
+    """What a network reads of target haplotypes that were copied, over the L sites of a core.
+
+    ``dosage`` float32 [2N, L] is copied from the haplotypes, before any correction; ``expected`` float32 [2N, L] is the
+    ALT frequency expected from their ancestry. ``frequency`` float32 [rows, L] is the overall one, ``good_turing``
+    float32 [rows, L] the correction of the prior's log-odds, and ``row_of`` int64 [2N] the targets' rows of both.
+    """
+
+    dosage: np.ndarray
+    expected: np.ndarray
+    frequency: np.ndarray
+    good_turing: np.ndarray
+    row_of: np.ndarray
 
 
 class CopyAlong:
@@ -95,6 +112,7 @@ class CopyAlong:
         )
         return Stretch(
             number=number,
+            rows=rows,
             panel=part,
             rates=self._model.rates(features, rows, len(reference)),
             head=self._model.head(density(rows, features.position)),
@@ -115,15 +133,41 @@ class CopyAlong:
         int64 [N] are their numbers in the panel, -1 for those outside. The result is ``out``, contiguous, where it is
         given. ``watch`` is told several times a second how many target haplotypes are begun.
         """
-        excluded, row_of = self._excluded(samples)
-        own = self._frequencies(stretch, excluded, row_of)
         if out is None:
             out = np.empty((len(alleles), len(stretch.panel.share)), dtype=np.float32)
+        self._fill(stretch, alleles, samples, out, np.empty((len(alleles), 2, 0), dtype=np.float32), watch)
+        return out
+
+    def copied(
+        self,
+        stretch: Stretch,
+        alleles: np.ndarray,
+        samples: np.ndarray,
+        out: np.ndarray,
+        watch: Callable[[int], None] | None = None,
+    ) -> Copied:
+        """What a network reads of these targets; fills ``out`` as :meth:`probability` does."""
+        copied = np.empty((len(alleles), 2, out.shape[1]), dtype=np.float32)
+        of_rows = self._fill(stretch, alleles, samples, out, copied, watch)
+        return Copied(copied[:, 0], copied[:, 1], *of_rows)
+
+    def _fill(
+        self,
+        stretch: Stretch,
+        alleles: np.ndarray,
+        samples: np.ndarray,
+        out: np.ndarray,
+        copied: np.ndarray,
+        watch: Callable[[int], None] | None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Fill ``out`` and ``copied``; returns ALT's overall frequency, its correction, and their rows by haplotype."""
+        excluded, row_of = self._excluded(samples)
+        own, overall, turing = self._frequencies(stretch, excluded, row_of)
         # Plain and contiguous, because numba compiles a loop anew for any other kind of array.
         given = (tuple(each) for each in (stretch.panel, stretch.rates, own, stretch.head))
         workers = min(self._workers, len(alleles))
-        loops.copy_along(workers, *given, alleles, row_of, excluded, self._most_saved, out, watch=watch)
-        return out
+        loops.copy_along(workers, *given, alleles, row_of, excluded, self._most_saved, out, copied, watch=watch)
+        return overall, turing, row_of
 
     def _excluded(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Haplotypes not to copy, int64 [2N, 2 E], padded with H, and rows of frequencies int64 [2N]."""
@@ -136,8 +180,13 @@ class CopyAlong:
             row_of[place] = number
         return barred.repeat(2, axis=0), row_of.repeat(2)
 
-    def _frequencies(self, stretch: Stretch, excluded: np.ndarray, row_of: np.ndarray) -> Frequencies:
-        """What depends on frequencies; the first row is that of all targets outside the panel."""
+    def _frequencies(
+        self, stretch: Stretch, excluded: np.ndarray, row_of: np.ndarray
+    ) -> tuple[Frequencies, np.ndarray, np.ndarray]:
+        """What depends on frequencies, ALT's overall one and its correction by Good and Turing, both float32 [rows, L].
+
+        The first row is that of all targets outside the panel.
+        """
         reference, window = self._data.reference, self._data.windows[stretch.number]
         rows = np.full((row_of.max() + 1, excluded.shape[1]), len(reference), dtype=np.int64)
         rows[row_of] = excluded
@@ -158,11 +207,11 @@ class CopyAlong:
         turing = np.zeros_like(found.overall)
         if self._model.good_turing:
             turing = good_turing_correction(found, reference.good_turing_odds)
-            turing = np.where(common, -turing, turing)
-        return Frequencies(
+        of_minor = Frequencies(
             np.where(common, one - found.population, found.population),
             self._model.share_of_slow(found.overall),
-            np.exp(turing),
+            np.exp(np.where(common, -turing, turing)),
             log_rarity(found.overall),
             (found.overall > 0.5) != common,
         )
+        return of_minor, found.overall, turing

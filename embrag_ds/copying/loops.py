@@ -83,7 +83,9 @@ def _without_carriers(
 
 
 @compiled_part
-def _copy_sites(panel, rates, own, row, interval, before, after, count, kept, scratch, waiting, head, probability):
+def _copy_sites(
+    panel, rates, own, row, interval, before, after, count, kept, scratch, waiting, head, probability, copied
+):
     """Copy the sites of an interval between two typed sites, the halves ``before`` and ``after`` of ``kept``.
 
     ``count`` haplotypes are kept at either.
@@ -117,6 +119,11 @@ def _copy_sites(panel, rates, own, row, interval, before, after, count, kept, sc
             scratch.pending,
             probability[first:stop],
         )
+        if copied.shape[1]:
+            for site in range(first, stop):
+                to_ref, expected = panel.minor_is_ref[site], scratch.expected[site - first]
+                copied[0, site] = np.float32(to_ref)
+                copied[1, site] = np.float32(1) - expected if to_ref else expected
         for site in range(first, stop):
             if not scratch.pending[site - first]:
                 continue
@@ -129,6 +136,8 @@ def _copy_sites(panel, rates, own, row, interval, before, after, count, kept, sc
             for lane in range(_LANES):
                 by_site[here, lane] = np.float32(0)
             minor = fast + own.slow[row, site] * (slow - fast)
+            if copied.shape[1]:
+                copied[0, site] = np.float32(1) - minor if panel.minor_is_ref[site] else minor
             minor += rates.background * (scratch.expected[site - first] - minor)
             minor = min(max(minor, _LEAST), np.float32(1) - _LEAST)
             turned = own.turing[row, site] * minor
@@ -172,7 +181,22 @@ def _run_pieces(panel, rates, states, runs, run_of, section, begin, stop):
 
 @compiled_part
 def _copy_haplotypes(
-    panel, rates, own, query, row, excluded, runs, run_of, states, chosen, kept, scratch, waiting, head, probability
+    panel,
+    rates,
+    own,
+    query,
+    row,
+    excluded,
+    runs,
+    run_of,
+    states,
+    chosen,
+    kept,
+    scratch,
+    waiting,
+    head,
+    probability,
+    copied,
 ):
     """Copy at most four target haplotypes."""
     typed, intervals, lanes, several = len(panel.position), panel.intervals, len(query), len(states.saved) - 1
@@ -229,6 +253,7 @@ def _copy_haplotypes(
                         waits,
                         head,
                         probability[lane],
+                        copied[lane],
                     )
             leave_piece(ours, chosen, count, half)
         now, other = other, now
@@ -274,9 +299,13 @@ def _list_runs(panel):
 
 
 @WorkerLoop
-def copy_along(workers, taken, of_panel, of_model, of_rows, of_head, query, row_of, excluded, most_saved, probability):
+def copy_along(
+    workers, taken, of_panel, of_model, of_rows, of_head, query, row_of, excluded, most_saved, probability, copied
+):
     """Copy target haplotypes along a stretch: fill ``probability`` float32 [B, L] with that of ALT in its core.
 
+    Fills ``copied`` float32 [B, 2, L], too, with the dosage before any correction and the expected frequency of ALT; if
+    it is [B, 2, 0], it is left alone.
     A worker copies some haplotypes after others, four at once where there are enough for all workers: the next ones of
     those that none has ``taken`` int64 [1], which counts them.
     ``of_panel``, ``of_model``, ``of_rows`` and ``of_head`` have the fields of :class:`PanelPart`, :class:`Rates`,
@@ -318,5 +347,6 @@ def copy_along(workers, taken, of_panel, of_model, of_rows, of_head, query, row_
             waiting,
             head,
             probability[b : b + lanes],
+            copied[b : b + lanes],
         )
         b = take(taken, lanes)

@@ -78,9 +78,8 @@ class CopyingModel:
         """Weight of a mismatch at sites of ALT ``frequency`` [n], the squared distance of their alleles' embeddings."""
         # At the core's centre: the sines of a position of 0 are 0, and its cosines 1.
         position = np.repeat([0.0, 1.0], numbers.WAVELENGTHS)
-        features = np.concatenate(
-            [_frequency_features(frequency), np.broadcast_to(position, (len(frequency), len(position)))], axis=1
-        )
+        minor = _frequency_features(np.minimum(frequency, 1 - frequency))
+        features = np.concatenate([minor, np.broadcast_to(position, (len(minor), len(position)))], axis=1)
         modulation = features @ self._of("embedding.modulation.weight").T + self._of("embedding.modulation.bias")
         token, effect = (
             each[ALT] - each[REF] for each in map(self._of, ("embedding.token.weight", "embedding.effect.weight"))

@@ -48,13 +48,12 @@ class Imputation:
         """``block`` samples of the ``targets`` are computed at a time, by default 512 of them by a CPU's loop and 32
         otherwise, on a ``device`` that torch knows by this name.
 
-        Without ``transformer`` its residual is left out (:meth:`embrag_ds.model.imputer.Imputer.forward`). Then each
-        stretch of a chromosome is copied once; on a GPU also with it. On a CPU this does without torch. With
-        ``precision`` bf16 the matrix products of the network are in bf16.
+        Without ``transformer`` its residual is left out (:meth:`embrag_ds.model.imputer.Imputer.forward`), and a CPU
+        does without torch. With ``precision`` bf16 the matrix products of the network are in bf16.
         """
         config, samples = model.config, inputs.panel.samples
         haplotypes = 2 * len(samples)
-        way, settings = _way(config, transformer, device, haplotypes), config.data
+        way, settings = _way(config, device, haplotypes), config.data
         if way != "windows":
             settings = with_stretches(settings, haplotypes, targets, way, _memory(device))
         self.data: WindowedPanel = windowed(inputs, settings, np.arange(len(samples)))
@@ -69,7 +68,12 @@ class Imputation:
         numbers = np.array([code_of.get(sample, -1) for sample in targets.samples], dtype=np.int64)
         given = model, self.data, targets, numbers, block
         if way == "loop":
-            self._computing: Stretches | Windows = Stretches(*given)
+            tiles = None
+            if transformer:
+                from embrag_ds.imputation.computing.tiles import TransformerTiles
+
+                tiles = TransformerTiles(model, bf16=precision == "bf16")
+            self._computing: Stretches | Windows = Stretches(*given, tiles)
             return
         from embrag_ds.imputation.computing.windows import Windows
 
@@ -94,15 +98,15 @@ def _copies(config: EmbragConfig) -> bool:
     return config.model.fusion == "copying" and config.retrieval.mode == "embedding"
 
 
-def _way(config: EmbragConfig, transformer: bool, device: str, haplotypes: int) -> Way:
+def _way(config: EmbragConfig, device: str, haplotypes: int) -> Way:
     """How an imputation copies: stretches are copied whole if the model copies haplotypes and the device can.
 
-    A CPU would take long for the transformer's tiles. A GPU needs its kernels, which take so many haplotypes.
+    A GPU needs its kernels, which take so many haplotypes.
     """
-    if does_without_torch(config, transformer, device):
-        return "loop"
-    if not _copies(config) or device == "cpu":
+    if not _copies(config):
         return "windows"
+    if device == "cpu":
+        return "loop"
     import torch
 
     from embrag_ds.ops.li_stephens import copying_backend

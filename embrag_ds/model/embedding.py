@@ -4,10 +4,10 @@ The embedding of token t at site l::
 
     e_l(t) = token[t] + s_l * effect[t] + site_l
 
-``site_l`` and the modulation ``s_l`` are functions of the site's allele frequency and its position in the window, in
-cM. With ``s_l``, every site has a learned weight in the distance of two haplotypes; without it, that distance would be
-proportional to the Hamming distance. No parameter belongs to a particular site, so the layer applies to any region and
-panel.
+``site_l`` is a function of the site's ALT frequency and its position in the window, in cM. The modulation ``s_l`` is a
+function of that position and of the minor allele's frequency. With ``s_l``, every site has a learned weight in the
+distance of two haplotypes, whichever of its alleles is called REF. Without it, that distance would be proportional to
+the Hamming distance. No parameter belongs to a particular site, so the layer applies to any region and panel.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ class HaplotypeEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor, sites: SiteTensors) -> Tensor:
         """Embed ``tokens`` int64 [R, L] at the L ``sites``: [R, L, D]."""
-        frequency, position = self._features(sites)
+        frequency, minor, position = self._features(sites)
         site = self.frequency(frequency) + self.position(position)
-        modulation = self.modulation(torch.cat([frequency, position], dim=-1))
+        modulation = self.modulation(torch.cat([minor, position], dim=-1))
         return self.token(tokens) + modulation * self.effect(tokens) + site
 
     def twin(self) -> HaplotypeEmbedding:
@@ -100,18 +100,20 @@ class HaplotypeEmbedding(nn.Module):
         stored.
         """
         sites = SiteTensors(torch.zeros_like(frequency), frequency)
-        return computed_again(self._site_weights, torch.cat(self._features(sites), dim=-1))
+        return computed_again(self._site_weights, torch.cat(self._features(sites)[1:], dim=-1))
 
     def _site_weights(self, features: Tensor) -> Tensor:
-        """:meth:`site_weights` from the sites' ``features`` [L, FREQUENCY_FEATURES + POSITION_FEATURES]."""
+        """:meth:`site_weights` from ``features`` [L, FREQUENCY_FEATURES + POSITION_FEATURES] of ``s_l``."""
         alleles = torch.arange(REF, ALT + 1, device=features.device)  # copying a list would synchronise a GPU
         token, effect = (torch.diff(each(alleles), dim=0) for each in (self.token, self.effect))
         return (token + self.modulation(features) * effect).float().square().sum(-1)
 
-    def _features(self, sites: SiteTensors) -> tuple[Tensor, Tensor]:
-        """Frequency and position features [L, ...], in the type of the weights."""
+    def _features(self, sites: SiteTensors) -> tuple[Tensor, Tensor, Tensor]:
+        """Features [L, ...] of ALT's frequency, the minor allele's and the position, in the type of the weights."""
         kind = self.token.weight.dtype
-        return frequency_features(sites.frequency).to(kind), position_features(sites.position).to(kind)
+        both = torch.stack([sites.frequency, torch.minimum(sites.frequency, 1 - sites.frequency)])
+        frequency, minor = frequency_features(both).to(kind)  # half the launches of two calls
+        return frequency, minor, position_features(sites.position).to(kind)
 
 
 def gather_embeddings(codebook: Tensor, tokens: Tensor) -> Tensor:

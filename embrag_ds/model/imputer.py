@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import fields
 from typing import NamedTuple, overload
@@ -14,6 +15,7 @@ from embrag_ds.model.confidence import ConfidenceHead
 from embrag_ds.model.embedding import HaplotypeEmbedding, gather_embeddings
 from embrag_ds.model.fusion import GatedFusion
 from embrag_ds.model.losses import Losses, imputation_loss
+from embrag_ds.model.numbers import LEAST_TRANSFORMED
 from embrag_ds.model.pooling import Evidence, Pooled, pooled_embedding
 from embrag_ds.model.poolings import pooling_class
 from embrag_ds.model.recompute import computed_again
@@ -22,6 +24,8 @@ from embrag_ds.model.settings import LossConfig, ModelConfig
 from embrag_ds.model.site_tiles import SiteTiles
 from embrag_ds.model.transformer import Transformer
 from embrag_ds.retrieval.batch import Batch, SiteTensors
+
+_LEAST_ODDS = math.log(LEAST_TRANSFORMED / (1 - LEAST_TRANSFORMED))
 
 
 class Prediction(NamedTuple):
@@ -39,7 +43,8 @@ class Imputer(nn.Module):
 
     The output is the log-odds of a prior plus a learned residual. The residual is zero before training, so an untrained
     network imputes as well as its retrieval does. Its prior is the dosage copied from the neighbours, mixed with a
-    small learned share of the expected population frequency.
+    small learned share of the expected population frequency. Where the prior of the minor allele is less than
+    :data:`LEAST_TRANSFORMED`, the transformer corrects nothing: that is most of all sites, and little would change.
     """
 
     def __init__(self, config: ModelConfig):
@@ -96,6 +101,16 @@ class Imputer(nn.Module):
         """
         self.compiled = Compiled(self._losses, best, lengths)
 
+    def correction(self, given: CoreInputs) -> Tensor:
+        """The transformer's residual float32 [B, L] of a core that was copied elsewhere, in tiles; without gradients.
+
+        ``given`` has no evidence. Raises :class:`ValueError` if it has.
+        """
+        if self.site_tiles is None or given.evidence is not None:
+            raise ValueError("the transformer's residual alone needs tiles and no evidence")
+        logits, prior = self.site_tiles(self._predict, given)
+        return logits - prior
+
     def _losses(self, given: CoreInputs, sites: int | None, loss: LossConfig, transformer: bool = True) -> Losses:
         """Losses of a core, computed with padding up to ``sites`` sites."""
         length = given.tokens.shape[-1]
@@ -123,13 +138,27 @@ class Imputer(nn.Module):
             prior = prior + given.good_turing
         residual = torch.zeros_like(prior)
         if transformer:
-            residual = self.head(self._states(given, expected, length))[..., 0].float()
+            residual = self._transformed(given, prior.detach(), expected, length)
         if self.confidence is not None and given.evidence is not None:
             residual = residual + self.confidence(prior, Evidence(*given.evidence), given.frequency)
         return Prediction(prior + residual, prior)
 
-    def _states(self, given: CoreInputs, expected: Tensor, length: int | None) -> Tensor:
-        """Final hidden states of the query, [B, L, D]; ``expected`` [B, L] is the expected ALT frequency."""
+    def _transformed(self, given: CoreInputs, prior: Tensor, expected: Tensor, length: int | None) -> Tensor:
+        """The transformer's correction float32 [B, L] of the ``prior`` float32 [B, L], zero where that is too low."""
+        likely = torch.where(given.frequency > 0.5, -prior, prior) >= _LEAST_ODDS
+        whole = likely.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if whole or given.neighbours is not None:
+            return torch.where(likely, self.head(self._states(given, expected, length))[..., 0].float(), 0.0)
+        # A CPU takes less time for the few sites that count, which are others in every row.
+        correction = torch.zeros_like(prior)
+        correction[likely] = self.head(self._states(given, expected, length, likely))[..., 0].float()
+        return correction
+
+    def _states(self, given: CoreInputs, expected: Tensor, length: int | None, wanted: Tensor | None = None) -> Tensor:
+        """Final hidden states of the query, [B, L, D]; ``expected`` [B, L] is the expected ALT frequency.
+
+        Without gradients they may be of the n sites alone that are ``wanted`` bool [B, L], row by row, [n, D].
+        """
         position = given.position
         own = self.embedding.codebook(SiteTensors(position, given.site_frequency))
         if given.neighbours is not None:
@@ -145,7 +174,7 @@ class Imputer(nn.Module):
             reference = pooled_embedding(dosage, codebook, given.weights, given.embeddings)
             return self.fusion(query, reference.to(query.dtype), given.frequency, expected)
 
-        return self.transformer(computed_again(fused), position, length)
+        return self.transformer(computed_again(fused), position, length, wanted)
 
 
 def _core_inputs(batch: Batch, pooled: Pooled | None) -> CoreInputs:

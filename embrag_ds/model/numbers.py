@@ -32,6 +32,8 @@ CONFIDENCE_LAYERS = ("confidence.layers.0", "confidence.layers.2", "confidence.l
 """Linear layers of the confidence head, by the names of their weights."""
 LEAST_PROBABILITY = 1e-3
 """Probability of the minor allele below which the confidence head corrects nothing."""
+LEAST_TRANSFORMED = 5e-3
+"""The same for the transformer, which takes longer."""
 RAREST = 1e-5
 SHORTEST_CM = 1e-3
 

@@ -122,26 +122,38 @@ class Block(nn.Module):
         self.ffn_out = nn.Linear(ffn_multiple * dims, dims)
 
     def forward(
-        self, x: Tensor, angles: Tensor, recompute_projections: bool = False, length: int | None = None
+        self,
+        x: Tensor,
+        angles: Tensor,
+        recompute_projections: bool = False,
+        length: int | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """Output [B, L, D] for the input ``x`` [B, L, D]; ``angles`` [L, head_dims / 2, 2].
 
         Sites from ``length`` on are padding, to which no site attends. With ``recompute_projections``, queries, keys,
         values and hidden layer are computed again in the backward pass. What is stored is then three times as large as
-        ``x``.
+        ``x``. The output may be of the n sites alone that are ``wanted`` bool [B, L], row by row, [n, D].
         """
         recompute = recompute_projections and torch.is_grad_enabled()
-        x = x + self._drop(self._attend(x, angles, recompute, length))
+        own = x if wanted is None else x[wanted]
+        x = own + self._drop(self._attend(x, angles, recompute, length, wanted))
         if recompute:
             return x + self._drop(checkpoint(self._feed_forward, x, use_reentrant=False, preserve_rng_state=False))
         return x + self._drop(through(gelu, self.ffn_out, through(self.ffn_norm, self.ffn_in, x)))
 
-    def _attend(self, x: Tensor, angles: Tensor, recompute: bool, length: int | None) -> Tensor:
+    def _attend(
+        self, x: Tensor, angles: Tensor, recompute: bool, length: int | None, wanted: Tensor | None = None
+    ) -> Tensor:
         rows = x.flatten(0, 1)  # the projection of [B, L, D] would be a view, see rotated_heads
         qkv = through(self.attention_norm, self.qkv, rows)
         query, key, value = self._rotated(qkv, angles)
         if length is not None:
             key, value = key[:, :, :length], value[:, :, :length]
+        if wanted is not None:
+            rows_of = zip(query, key, value, wanted, strict=True)
+            found = [scaled_dot_product_attention(q[None, :, sites], k[None], v[None])[0] for q, k, v, sites in rows_of]
+            return self.attention_out(torch.cat(found, dim=1).transpose(0, 1).flatten(1))
         if recompute and not torch.compiler.is_compiling():  # torch.compile does not support saved-tensor hooks
             source = rows.detach()
 
@@ -184,13 +196,17 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(dims, heads, ffn_multiple, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(dims)
 
-    def forward(self, x: Tensor, position: Tensor, length: int | None = None) -> Tensor:
-        """Encode ``x`` [B, L, D] of sites at ``position`` [L] in cM; those from ``length`` on are padding."""
+    def forward(self, x: Tensor, position: Tensor, length: int | None = None, wanted: Tensor | None = None) -> Tensor:
+        """Encode ``x`` [B, L, D] of sites at ``position`` [L] in cM; those from ``length`` on are padding.
+
+        Without gradients the result may be of the n sites alone that are ``wanted`` bool [B, L], row by row, [n, D].
+        """
         angles = rotary_angles(position, self.head_dims)
         recomputed = len(self.blocks) if self.recomputed is None else self.recomputed
         for place, block in enumerate(self.blocks):
             if self.recompute is not None and place < recomputed and torch.is_grad_enabled():
                 x = self.recompute(block, x, angles, False, length)
             else:
-                x = block(x, angles, self.recompute_projections, length)
+                last = place == len(self.blocks) - 1
+                x = block(x, angles, self.recompute_projections, length, wanted if last else None)
         return self.norm(x)

@@ -26,6 +26,7 @@ from embrag_ds.engine.distributed import DistributedContext
 from embrag_ds.errors import UserError
 from embrag_ds.evaluation.metrics import AggregateR2
 from embrag_ds.export import MODEL_FILE, ExportedModel, read_export
+from embrag_ds.imputation import engine
 from embrag_ds.imputation import impute as imputation_module
 from embrag_ds.imputation.computing import blending, windows
 from embrag_ds.imputation.engine import Imputation, impute_to_vcf
@@ -43,6 +44,12 @@ from tests.whole_files import PhasedData, read_dosages, read_phased
 
 MakeConfig = Callable[..., RunConfig]
 CPU = "cpu"
+
+
+@pytest.fixture(autouse=True)
+def by_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows copy from their nearest haplotypes, as on a GPU without CuPy."""
+    monkeypatch.setattr(engine, "_way", lambda *given: "windows")
 
 
 @pytest.fixture

@@ -160,6 +160,31 @@ def test_haploid_samples_of_the_panel_count_once(run: Callable[..., Path]) -> No
     assert np.corrcoef(one.dosage.ravel(), other.dosage.ravel())[0, 1] > 0.999
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_which_of_two_alleles_is_ref_does_not_matter(
+    run: Callable[..., Path], header_and_records: dict[str, tuple[list[str], list[Record]]], every: int
+) -> None:
+    """REF and ALT are exchanged in both files, at all sites or at every second one."""
+    _, panel = header_and_records["panel"]
+    exchanged = np.arange(len(panel)) % every == 0
+    positions = {record[1] for record, each in zip(panel, exchanged, strict=True) if each}
+    other = str.maketrans("01", "10")
+
+    def exchange(records: list[Record]) -> None:
+        for record in records:
+            if record[1] in positions:
+                record[3], record[4] = record[4], record[3]
+                record[9:] = [call.translate(other) for call in record[9:]]
+
+    before, after = read_dosages(run()).dosage, read_dosages(run(target=exchange, panel=exchange)).dosage
+    alleles = ["".join(record[9:]) for record in panel]
+    # Of two alleles that are equally frequent, the confidence head takes ALT for the rarer one.
+    unequal = np.array([each.count("0") != each.count("1") for each in alleles])
+    assert unequal.mean() > 0.9
+    expected = np.where(exchanged[:, None], 2 - before, before)
+    assert np.abs(after - expected)[unequal].max() < 0.0015  # the files have three decimals
+
+
 def test_chunks_by_region_join_to_the_whole_run(run: Callable[..., Path], tmp_path: Path) -> None:
     whole = run()
     positions = [int(record[1]) for record in records_of(whole)]

@@ -79,13 +79,15 @@ def test_with_all_haplotypes_as_neighbours_stretches_and_windows_give_the_same(
     haplotypes = 2 * len(inputs.panel.samples)
     model = untrained(make_config(f"embrag.retrieval.k={haplotypes - 2}", "embrag.model.good_turing=true"), head=0.0)
     assert len(inputs.populations.names) > 1
-    whole, one_by_one = found(model, inputs, own), found(model, inputs, own, transformer=True)
+    whole = found(model, inputs, own)
+    others = found(model, inputs, dataclasses.replace(own, samples=("X", "Y", "Z")))
+    monkeypatch.setattr(engine, "_way", lambda *given: "windows")
+    one_by_one = found(model, inputs, own)
     assert len(whole) == len(one_by_one) > 3
     for (window, stretch), (same, copied) in zip(whole, one_by_one, strict=True):
         assert window == same
         np.testing.assert_allclose(stretch, copied, atol=2e-5)
     # Under other names they copy themselves, too.
-    others = found(model, inputs, dataclasses.replace(own, samples=("X", "Y", "Z")))
     assert max(np.abs(one - other).max() for (_, one), (_, other) in zip(whole, others, strict=True)) > 0.5
 
 
@@ -121,14 +123,13 @@ def test_the_way_follows_from_model_and_device(make_config: MakeConfig, monkeypa
         for each in ("embrag.retrieval.mode=none", "embrag.retrieval.mode=token", "embrag.model.fusion=rare_variant")
     ]
     gpu = torch.device("cuda", 0)
-    assert [engine._way(copying, each, CPU, 100) for each in (False, True)] == ["loop", "windows"]
-    assert engine._way(copying, False, gpu, 100) == "windows"  # there is no CuPy here, or it has no device
+    assert engine._way(copying, CPU, 100) == "loop"
+    assert engine._way(copying, gpu, 100) == "windows"  # there is no CuPy here, or it has no device
     monkeypatch.setattr(li_stephens, "copying_backend", lambda device: "cuda kernel")
-    for transformer in (False, True):
-        assert engine._way(copying, transformer, gpu, 16384) == "whole"
-        assert engine._way(copying, transformer, gpu, 16386) == "windows"
-        assert engine._way(dense, transformer, gpu, 100) == "windows"
-        assert {engine._way(each, transformer, where, 100) for each in others for where in (CPU, gpu)} == {"windows"}
+    assert engine._way(copying, gpu, 16384) == "whole"
+    assert engine._way(copying, gpu, 16386) == "windows"
+    assert engine._way(dense, gpu, 100) == "windows"
+    assert {engine._way(each, where, 100) for each in others for where in (CPU, gpu)} == {"windows"}
 
 
 def test_nothing_is_retrieved_for_a_stretch(
@@ -138,7 +139,36 @@ def test_nothing_is_retrieved_for_a_stretch(
         raise AssertionError("a batch is made")
 
     monkeypatch.setattr(Prefetcher, "__init__", refuse)
-    assert len(found(untrained(make_config(), head=0.0), inputs, targets)) == 1
+    for transformer in (False, True):
+        assert len(found(untrained(make_config(), head=0.0), inputs, targets, transformer=transformer)) == 1
+
+
+def test_with_the_transformer_neither_threads_nor_blocks_change_a_number(
+    make_config: MakeConfig, inputs: PanelInputs, targets: Targets
+) -> None:
+    model = untrained(make_config("embrag.model.layers=2"), head=0.3)
+    ((_, expected),) = found(model, inputs, targets, transformer=True)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        ((_, other),) = found(model, inputs, targets, transformer=True)
+    finally:
+        torch.set_num_threads(threads)
+    np.testing.assert_array_equal(expected, other)
+    # A block of the network may have other haplotypes, with which products are rounded differently.
+    ((_, other),) = found(model, inputs, targets, block=3, transformer=True)
+    np.testing.assert_allclose(expected, other, atol=1e-5)
+
+
+def test_with_bf16_the_transformers_products_alone_are_rounded(
+    make_config: MakeConfig, inputs: PanelInputs, targets: Targets
+) -> None:
+    for head, least, most in ((0.3, 1e-5, 0.03), (0.0, 0.0, 0.0)):
+        model = untrained(make_config(), head=head)
+        rounded = Imputation(model, inputs, targets, CPU, 4, precision="bf16").windows()
+        ((_, exact),) = found(model, inputs, targets, transformer=True)
+        ((_, other),) = rounded
+        assert least <= np.abs(other - exact).max() <= most
 
 
 def test_stretches_are_as_long_as_memory_allows(
@@ -256,8 +286,16 @@ def test_where_nothing_is_typed_the_frequency_is_given(
         np.testing.assert_array_equal(probability[others], whole[others])
 
 
-def test_a_panel_of_one_sample_is_refused(make_config: MakeConfig, inputs: PanelInputs, targets: Targets) -> None:
-    """Nothing would be left to copy, with the transformer or without."""
+@pytest.mark.parametrize(("way", "purpose"), [("loop", "copy"), ("windows", "retrieve")])
+def test_a_panel_of_one_sample_is_refused(
+    make_config: MakeConfig,
+    inputs: PanelInputs,
+    targets: Targets,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+    purpose: str,
+) -> None:
+    """Nothing would be left to copy."""
     panel = inputs.panel
     alone = dataclasses.replace(
         panel,
@@ -270,9 +308,9 @@ def test_a_panel_of_one_sample_is_refused(make_config: MakeConfig, inputs: Panel
         populations=dataclasses.replace(inputs.populations, of=inputs.populations.of[:1]),
     )
     model = untrained(make_config(), head=0.0)
-    for transformer, purpose in ((True, "retrieve"), (False, "copy")):
-        with pytest.raises(UserError, match=f"2 reference haplotypes are too few to {purpose} from"):
-            Imputation(model, small, targets, CPU, 4, transformer)
+    monkeypatch.setattr(engine, "_way", lambda *given: way)
+    with pytest.raises(UserError, match=f"2 reference haplotypes are too few to {purpose} from"):
+        Imputation(model, small, targets, CPU, 4)
 
 
 @pytest.fixture

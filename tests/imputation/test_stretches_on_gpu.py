@@ -16,6 +16,7 @@ from embrag_ds.data.simulate import DefaultData
 from embrag_ds.data.targets import Targets
 from embrag_ds.data.windows import Window, make_windows
 from embrag_ds.imputation import engine
+from embrag_ds.imputation.computing.stretches import Stretches
 from embrag_ds.imputation.computing.windows import _samples_at_once
 from embrag_ds.imputation.engine import Imputation
 from embrag_ds.model.site_tiles import SiteTiles
@@ -53,16 +54,24 @@ def probabilities(imputation: Imputation) -> np.ndarray:
     return found
 
 
+@pytest.mark.parametrize("layers", [None, 1, 2])
 def test_they_are_those_of_the_loop(
-    make_config: MakeConfig, inputs: PanelInputs, targets: Targets, as_on_gpu: Callable[[str], None]
+    make_config: MakeConfig, inputs: PanelInputs, targets: Targets, as_on_gpu: Callable[[str], None], layers: int | None
 ) -> None:
-    model = untrained(make_config("embrag.model.good_turing=true"), head=0.0)
-    expected = probabilities(Imputation(model, inputs, targets, CPU, 4, transformer=False))
+    """With the transformer of so many layers, or without."""
+    transformer = layers is not None
+    settings = ["embrag.model.good_turing=true", f"embrag.model.layers={layers or 1}"]
+    model = untrained(make_config(*settings), head=0.3 if transformer else 0.0)
+    loop = Imputation(model, inputs, targets, CPU, 4, transformer)
+    expected = probabilities(loop)
+    assert isinstance(loop._computing, Stretches)
     as_on_gpu("whole")
     for block in (1, 4, 100):
-        found = probabilities(Imputation(model, inputs, targets, CPU, block, transformer=False))
-        np.testing.assert_allclose(found, expected, atol=2e-5)
-    assert np.abs(found[2:4] - inputs.panel.alleles_at(np.arange(found.shape[1]))[:, 60:62].T).max() > 0.5
+        found = probabilities(Imputation(model, inputs, targets, CPU, block, transformer))
+        np.testing.assert_allclose(found, expected, atol=5e-5 if transformer else 2e-5)
+    without = probabilities(Imputation(model, inputs, targets, CPU, 4, False))
+    assert np.abs(found - without).max() > 0.1 or not transformer
+    assert np.abs(without[2:4] - inputs.panel.alleles_at(np.arange(without.shape[1]))[:, 60:62].T).max() > 0.5
 
 
 def test_they_need_no_search_that_the_model_names(
@@ -82,6 +91,7 @@ def test_the_transformer_runs_in_tiles_that_are_the_windows(
     haplotypes, sites = 2 * len(inputs.panel.samples), len(inputs.panel.sites)
     settings = [f"embrag.retrieval.k={haplotypes - 2}", f"embrag.data.flank_sites={sites}"]
     model = untrained(make_config(*settings), head=0.3)
+    as_on_gpu("windows")
     # Samples outside the panel lack two neighbours in windows: the sample that is inside counts alone.
     one = dataclasses.replace(targets, samples=targets.samples[:2])
     windows = list(Imputation(model, inputs, one, CPU, 4, transformer=True).windows())

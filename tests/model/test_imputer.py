@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from embrag_ds.errors import UserError
+from embrag_ds.model.compiled import CoreInputs
 from embrag_ds.model.embedding import HaplotypeEmbedding, gather_embeddings
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.model.losses import Losses, imputation_loss
 from embrag_ds.model.poolings import copying, fusions
 from embrag_ds.model.settings import LossConfig, ModelConfig
 from embrag_ds.ops.dosage import Carriers, DenseAlleles, Sequences, dense_alleles
-from embrag_ds.retrieval.batch import Batch
+from embrag_ds.retrieval.batch import Batch, SiteTensors
 from embrag_ds.retrieval.codebooks import site_weights
 from embrag_ds.retrieval.collate import site_tensors
 
@@ -282,6 +283,52 @@ def test_site_weights_are_the_squared_distance_of_the_two_alleles_at_the_centre(
         assert torch.allclose(embedding.site_weights(sites.frequency[5:9]), expected[5:9])
     assert weights.std() > 0.01
     torch.testing.assert_close(weights, expected)
+
+
+def test_site_weights_are_the_same_whichever_allele_is_ref(build) -> None:
+    embedding = build.imputer().embedding
+    torch.nn.init.normal_(embedding.modulation.weight)
+    frequency = torch.tensor([0.01, 0.2, 0.4999, 0.5])
+    found, exchanged = embedding.site_weights(frequency), embedding.site_weights(1 - frequency)
+    torch.testing.assert_close(found, exchanged, rtol=1e-4, atol=0)
+    assert found.max() > 1.05 * found.min()
+    position = torch.tensor([-0.3, 0.0, 0.2, 0.1])
+    codebooks = [embedding.codebook(SiteTensors(position, each)) for each in (frequency, 1 - frequency)]
+    torch.testing.assert_close(*map(site_weights, codebooks), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_transformer_corrects_only_alleles_that_may_be_there(build, layers: int) -> None:
+    """Without gradients the last layer computes those sites alone, whatever their number in a row."""
+    network = build.imputer(fusion="copying", layers=layers)
+    torch.nn.init.normal_(network.head.weight)
+    network.background.data.fill_(-40.0)  # the prior is the dosage
+    chance = torch.tensor([1e-5, 3e-3, 4.9e-3, 5.1e-3, 0.3, 0.5, 0.9, 0.9951, 0.99999])
+    dosage = torch.stack([chance, 1 - chance, chance, chance.flip(0)])
+    frequency = torch.tensor([[0.1], [0.9], [0.5], [0.9]]).expand(4, 9)
+    likely = torch.stack([chance >= 5e-3, chance >= 5e-3, chance >= 5e-3, 1 - chance.flip(0) >= 5e-3])
+    assert likely.sum(1).tolist() == [6, 6, 6, 7]
+    given = CoreInputs(
+        position=torch.linspace(-0.1, 0.1, 9),
+        site_frequency=frequency[0],
+        tokens=torch.randint(0, 3, (4, 9)),
+        alleles=torch.zeros(4, 9),
+        scored=torch.zeros(4, 9),
+        frequency=frequency,
+        population_frequency=torch.rand(4, 2, 9),
+        good_turing=torch.zeros(4, 9),
+        dosage=dosage,
+        ancestry=torch.full((4, 2, 9), 0.5),
+    )
+    with torch.no_grad():
+        chosen = network._predict(given)
+    whole = network._predict(given)
+    torch.testing.assert_close(chosen.prior, torch.logit(dosage, eps=1e-5), rtol=1e-4, atol=1e-5)
+    residual = chosen.logits - chosen.prior
+    assert (residual[~likely] == 0).all() and (residual[likely] != 0).all()
+    torch.testing.assert_close(chosen.logits, whole.logits, rtol=1e-5, atol=1e-5)
+    (whole.logits.sum() - whole.prior.sum()).backward()
+    assert network.head.bias.grad.item() == pytest.approx(int(likely.sum()))
 
 
 def test_a_window_of_one_site_can_be_predicted(build) -> None:

@@ -1,4 +1,4 @@
-"""Imputation along stretches of a chromosome, on a CPU and without torch: each is copied once, by a loop.
+"""Imputation along stretches of a chromosome on a CPU: each is copied once, by a loop without torch.
 
 A model that copies haplotypes needs nothing else without its transformer (:mod:`embrag_ds.copying.along`).
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from embrag_ds.data.tokens import MASK
 from embrag_ds.data.windows import DataConfig, Window, WindowedPanel
 from embrag_ds.export import ExportedModel
 from embrag_ds.progress import Progress
+
+if TYPE_CHECKING:
+    from embrag_ds.imputation.computing.tiles import TransformerTiles
 
 _MOST_STRETCH_SITES = 1 << 15
 _MOST_STRETCH_BYTES = 1 << 28
@@ -75,15 +78,23 @@ class Stretches:
     """A model's dosages by the loop, one stretch of ``data`` and ``block`` samples of the ``targets`` at a time.
 
     ``numbers`` int64 [N] are those of the targets in the panel, -1 for those outside. By default a block has 512
-    samples, so that threads seldom wait for each other, or 32 where some are in the panel.
+    samples, so that threads seldom wait for each other, or 32 where some are in the panel. The residual of the
+    ``transformer`` is added where it is given.
     """
 
     def __init__(
-        self, model: ExportedModel, data: WindowedPanel, targets: Targets, numbers: np.ndarray, block: int | None
+        self,
+        model: ExportedModel,
+        data: WindowedPanel,
+        targets: Targets,
+        numbers: np.ndarray,
+        block: int | None,
+        transformer: TransformerTiles | None,
     ):
         self._data = data
         self._targets = targets
         self._numbers = numbers
+        self._transformer = transformer
         self._block = block or (_PANEL_SAMPLES_AT_ONCE if (numbers >= 0).any() else _SAMPLES_AT_ONCE)
         copying = CopyingModel(model.arrays, model.config.model.good_turing)
         self._copy = CopyAlong(copying, data, exclusion_table(data.reference.panel.samples, None))
@@ -91,7 +102,8 @@ class Stretches:
     def windows(self, chosen: list[Window]) -> Iterator[tuple[Window, np.ndarray]]:
         """Iterate over ``chosen`` stretches and the ALT probabilities float32 [2N, L] in their cores."""
         typed = [each for each in chosen if self._targets.typed[each.sites].any()]
-        with progress_of(typed, len(self._numbers)) as progress:
+        passes = 1 if self._transformer is None else 2
+        with progress_of(typed, passes * len(self._numbers)) as progress:
             for window in chosen:
                 yield window, self._stretch(window, progress)
 
@@ -131,5 +143,22 @@ class Stretches:
                 progress.advance(out.shape[1] * (begun - counted))
                 counted = begun
 
-        self._copy.probability(stretch, alleles, numbers, out, watch=count)
+        given = stretch, alleles, numbers, out
+        if self._transformer is None:
+            self._copy.probability(*given, watch=count)
+            count(2 * len(numbers))
+            return
+        copied = self._copy.copied(*given, watch=count)
         count(2 * len(numbers))
+        features, window = self._data.features(stretch.number), self._data.windows[stretch.number]
+        rows = stretch.rows - (window.core_start - window.start)
+        inside = (rows >= 0) & (rows < out.shape[1])
+        self._transformer.add(
+            out,
+            copied,
+            features.position[window.core],
+            features.frequency[window.core],
+            rows[inside],
+            alleles[:, inside],
+            lambda haplotypes: progress.advance(out.shape[1] * haplotypes / 2),
+        )

@@ -50,7 +50,7 @@ def _worth_timing(batches: int, device: torch.device) -> bool:
     return device.type == "cuda" and batches >= _WORTH_TIMING
 
 
-def _tiles(model: ExportedModel, network: Imputer, device: torch.device) -> SiteTiles:
+def tiles_of(model: ExportedModel, network: Imputer, device: torch.device) -> SiteTiles:
     """The windows that a model was trained on, as tiles of a stretch."""
     layer = network.embedding
     if model.snapshot is not None:
@@ -98,7 +98,7 @@ class Windows:
         )
         if memory is not None:
             self._block = _samples_at_once(block, data.windows, targets.typed, len(data.reference), memory)
-            self._network.site_tiles = _tiles(model, self._network, self._device)
+            self._network.site_tiles = tiles_of(model, self._network, self._device)
             self._collate = self._reference.collator(self._block, slots=_AHEAD + 2, whole=True)
             return
         named, self._reference.backend = self._reference.backend, present_backend(self._reference.backend, self._device)
