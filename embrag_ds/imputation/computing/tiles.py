@@ -10,12 +10,24 @@ import torch
 from embrag_ds.copying.along import Copied
 from embrag_ds.data.tokens import MASK
 from embrag_ds.export import ExportedModel
-from embrag_ds.imputation.computing.windows import tiles_of
 from embrag_ds.model.compiled import CoreInputs
+from embrag_ds.model.imputer import Imputer
 from embrag_ds.model.row_blocks import RowBlocks
+from embrag_ds.model.site_tiles import SiteTiles
 from embrag_ds.ops.threads import undivided
+from embrag_ds.retrieval.codebooks import ALLELES
 
 _ROWS = 16
+
+
+def tiles_of(model: ExportedModel, network: Imputer, device: torch.device) -> SiteTiles:
+    """The windows that a model was trained on, as tiles of a stretch."""
+    layer = network.embedding
+    if model.snapshot is not None:
+        layer = layer.twin().requires_grad_(False).to(device)
+        layer.load_state_dict(model.snapshot)
+    settings = model.config.data
+    return SiteTiles(settings.window_sites, settings.overlap_sites, lambda sites: layer.codebook(sites)[:, :ALLELES])
 
 
 class TransformerTiles:

@@ -14,12 +14,10 @@ from embrag_ds.data.targets import Targets
 from embrag_ds.data.windows import Window, WindowedPanel
 from embrag_ds.export import ExportedModel
 from embrag_ds.imputation.computing.stretches import Precision, posterior_bytes, progress_of
-from embrag_ds.model.imputer import Imputer
+from embrag_ds.imputation.computing.tiles import tiles_of
 from embrag_ds.model.row_blocks import RowBlocks
-from embrag_ds.model.site_tiles import SiteTiles
 from embrag_ds.ops.threads import undivided
 from embrag_ds.retrieval.batch import Batch
-from embrag_ds.retrieval.codebooks import ALLELES
 from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.reference import Reference
 from embrag_ds.retrieval.search import present_backend
@@ -48,16 +46,6 @@ def _worth_timing(batches: int, device: torch.device) -> bool:
     On a CPU never, because torch is the fastest there (2 to 7 times as fast as FAISS), and outputs repeat exactly.
     """
     return device.type == "cuda" and batches >= _WORTH_TIMING
-
-
-def tiles_of(model: ExportedModel, network: Imputer, device: torch.device) -> SiteTiles:
-    """The windows that a model was trained on, as tiles of a stretch."""
-    layer = network.embedding
-    if model.snapshot is not None:
-        layer = layer.twin().requires_grad_(False).to(device)
-        layer.load_state_dict(model.snapshot)
-    settings = model.config.data
-    return SiteTiles(settings.window_sites, settings.overlap_sites, lambda sites: layer.codebook(sites)[:, :ALLELES])
 
 
 class Windows:
