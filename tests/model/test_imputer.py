@@ -304,21 +304,21 @@ def test_the_transformer_corrects_only_alleles_that_may_be_there(build, layers: 
     torch.nn.init.normal_(network.head.weight)
     network.background.data.fill_(-40.0)  # the prior is the dosage
     chance = torch.tensor([1e-5, 3e-3, 4.9e-3, 5.1e-3, 0.3, 0.5, 0.9, 0.9951, 0.99999])
-    dosage = torch.stack([chance, 1 - chance, chance, chance.flip(0)])
-    frequency = torch.tensor([[0.1], [0.9], [0.5], [0.9]]).expand(4, 9)
-    likely = torch.stack([chance >= 5e-3, chance >= 5e-3, chance >= 5e-3, 1 - chance.flip(0) >= 5e-3])
-    assert likely.sum(1).tolist() == [6, 6, 6, 7]
+    dosage = torch.stack([chance, 1 - chance, chance, chance.flip(0), torch.full_like(chance, 1e-4)])
+    frequency = torch.tensor([[0.1], [0.9], [0.5], [0.9], [0.1]]).expand(5, 9)
+    likely = torch.stack([chance >= 5e-3, chance >= 5e-3, chance >= 5e-3, 1 - chance.flip(0) >= 5e-3, chance > 1])
+    assert likely.sum(1).tolist() == [6, 6, 6, 7, 0]
     given = CoreInputs(
         position=torch.linspace(-0.1, 0.1, 9),
         site_frequency=frequency[0],
-        tokens=torch.randint(0, 3, (4, 9)),
-        alleles=torch.zeros(4, 9),
-        scored=torch.zeros(4, 9),
+        tokens=torch.randint(0, 3, (5, 9)),
+        alleles=torch.zeros(5, 9),
+        scored=torch.zeros(5, 9),
         frequency=frequency,
-        population_frequency=torch.rand(4, 2, 9),
-        good_turing=torch.zeros(4, 9),
+        population_frequency=torch.rand(5, 2, 9),
+        good_turing=torch.zeros(5, 9),
         dosage=dosage,
-        ancestry=torch.full((4, 2, 9), 0.5),
+        ancestry=torch.full((5, 2, 9), 0.5),
     )
     with torch.no_grad():
         chosen = network._predict(given)

@@ -78,9 +78,9 @@ class TransformerTiles:
                 ancestry=torch.ones(len(tokens), 1, len(position)),
             )
             with torch.no_grad():
-                factor = self._network.correction(given).exp_().numpy()
-            alt = probability[rows] * factor
-            probability[rows] = alt / (alt + (1 - probability[rows]))
+                residual = self._network.correction(given)
+            alt = torch.from_numpy(probability[rows])
+            alt.copy_(torch.where(residual == 0, alt, (torch.logit(alt) + residual).sigmoid()))
             watch(len(tokens))
 
         with undivided(), torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
