@@ -10,7 +10,10 @@ from embrag_ds.model.imputer import Imputer
 
 
 def untrained(config: RunConfig, head: float) -> ExportedModel:
-    """Network with random weights, and a snapshot of them; a ``head`` above 0 makes its residual matter."""
+    """Network with random weights; a ``head`` above 0 makes its residual matter.
+
+    Its snapshot embeds sites otherwise, as that of a training does, but weighs them alike.
+    """
     torch.manual_seed(4)
     network = Imputer(config.embrag.model)
     torch.nn.init.normal_(network.head.weight, std=head)
@@ -19,4 +22,5 @@ def untrained(config: RunConfig, head: float) -> ExportedModel:
     encoded = {
         name.removeprefix("embedding."): value.clone() for name, value in weights.items() if "embedding." in name
     }
+    encoded["frequency.weight"] += torch.randn_like(encoded["frequency.weight"])
     return ExportedModel.of(config.embrag, weights, encoded)

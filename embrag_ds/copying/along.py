@@ -59,7 +59,7 @@ class Copied(NamedTuple):
 
 
 class CopyAlong:
-    """A model without its transformer, applied to the stretches of a panel one after another.
+    """A model up to its transformer, applied to the stretches of a panel one after another.
 
     ``data`` are a panel's stretches in place of windows. ``exclusions`` int64 [panel samples, E] lists the panel
     samples that each must not copy. As many threads compute as there are when this is made. Each

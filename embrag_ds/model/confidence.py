@@ -17,7 +17,6 @@ from embrag_ds.model.numbers import CONFIDENCE_FEATURES, CONFIDENCE_WIDTH, LEAST
 from embrag_ds.model.pooling import Evidence
 from embrag_ds.model.recompute import computed_again
 
-_LEAST_ODDS = math.log(LEAST_PROBABILITY / (1 - LEAST_PROBABILITY))
 _SITES_AT_ONCE = 8192
 """Sites per call of the layers without gradients, few enough that their activations fit a processor's cache."""
 
@@ -52,8 +51,17 @@ class ConfidenceHead(nn.Module):
         else:  # in pieces, so that activations stay in the processor's caches
             pieces = features.flatten(0, 1).split(_SITES_AT_ONCE)
             correction = torch.cat([self.layers(each) for each in pieces]).view(*sign.shape, 1)
-        likely = sign * prior.detach() >= _LEAST_ODDS
+        likely = minor_is_likely(prior, frequency, LEAST_PROBABILITY)
         return torch.where(likely, sign * correction[..., 0].float(), 0.0)
+
+
+def minor_is_likely(prior: Tensor, frequency: Tensor, least: float) -> Tensor:
+    """Where the minor allele has a probability of ``least`` or more, bool [B, L], by the log-odds ``prior`` of ALT.
+
+    ``frequency`` [B, L] is that of ALT; at exactly a half, ALT is the minor allele.
+    """
+    prior = prior.detach()
+    return torch.where(frequency > 0.5, -prior, prior) >= math.log(least / (1 - least))
 
 
 def confidence_features(minor_odds: Tensor, sign: Tensor, evidence: Evidence, frequency: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import fields
 from typing import NamedTuple, overload
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from embrag_ds.model.compiled import Compiled, CoreInputs
-from embrag_ds.model.confidence import ConfidenceHead
+from embrag_ds.model.confidence import ConfidenceHead, minor_is_likely
 from embrag_ds.model.embedding import HaplotypeEmbedding, gather_embeddings
 from embrag_ds.model.fusion import GatedFusion
 from embrag_ds.model.losses import Losses, imputation_loss
@@ -24,8 +23,6 @@ from embrag_ds.model.settings import LossConfig, ModelConfig
 from embrag_ds.model.site_tiles import SiteTiles
 from embrag_ds.model.transformer import Transformer
 from embrag_ds.retrieval.batch import Batch, SiteTensors
-
-_LEAST_ODDS = math.log(LEAST_TRANSFORMED / (1 - LEAST_TRANSFORMED))
 
 
 class Prediction(NamedTuple):
@@ -43,8 +40,8 @@ class Imputer(nn.Module):
 
     The output is the log-odds of a prior plus a learned residual. The residual is zero before training, so an untrained
     network imputes as well as its retrieval does. Its prior is the dosage copied from the neighbours, mixed with a
-    small learned share of the expected population frequency. Where the prior of the minor allele is less than
-    :data:`LEAST_TRANSFORMED`, the transformer corrects nothing: that is most of all sites, and little would change.
+    small learned share of the expected population frequency. Where copied haplotypes leave the minor allele a prior
+    below :data:`LEAST_TRANSFORMED`, the transformer corrects nothing: that is most sites, and little would change.
     """
 
     def __init__(self, config: ModelConfig):
@@ -102,14 +99,11 @@ class Imputer(nn.Module):
         self.compiled = Compiled(self._losses, best, lengths)
 
     def correction(self, given: CoreInputs) -> Tensor:
-        """The transformer's residual float32 [B, L] of a core that was copied elsewhere, in tiles; without gradients.
+        """The transformer's correction float32 [B, L] of log-odds at sites that were copied elsewhere.
 
-        ``given`` has no evidence. Raises :class:`ValueError` if it has.
+        Its caller adds that of the confidence head. Zero where :data:`LEAST_TRANSFORMED` says so.
         """
-        if self.site_tiles is None or given.evidence is not None:
-            raise ValueError("the transformer's residual alone needs tiles and no evidence")
-        logits, prior = self.site_tiles(self._predict, given)
-        return logits - prior
+        return self._transformed(given, *self._prior(given), None)
 
     def _losses(self, given: CoreInputs, sites: int | None, loss: LossConfig, transformer: bool = True) -> Losses:
         """Losses of a core, computed with padding up to ``sites`` sites."""
@@ -127,6 +121,16 @@ class Imputer(nn.Module):
 
     def _predict(self, given: CoreInputs, transformer: bool = True, length: int | None = None) -> Prediction:
         """Prediction after the copying model; sites from ``length`` on are padding."""
+        prior, expected = self._prior(given)
+        residual = torch.zeros_like(prior)
+        if transformer:
+            residual = self._transformed(given, prior, expected, length)
+        if self.confidence is not None and given.evidence is not None:
+            residual = residual + self.confidence(prior, Evidence(*given.evidence), given.frequency)
+        return Prediction(prior + residual, prior)
+
+    def _prior(self, given: CoreInputs) -> tuple[Tensor, Tensor]:
+        """Log-odds of ALT before any correction, and its expected frequency, both float32 [B, L]."""
         dosage, expected = given.dosage, given.frequency
         if dosage is None or given.ancestry is None:
             dosage = given.frequency  # Without retrieval, the allele frequency replaces the dosage of the neighbours.
@@ -136,17 +140,14 @@ class Imputer(nn.Module):
         prior = torch.logit((1 - share) * dosage + share * expected, eps=1e-5)
         if self.good_turing:
             prior = prior + given.good_turing
-        residual = torch.zeros_like(prior)
-        if transformer:
-            residual = self._transformed(given, prior.detach(), expected, length)
-        if self.confidence is not None and given.evidence is not None:
-            residual = residual + self.confidence(prior, Evidence(*given.evidence), given.frequency)
-        return Prediction(prior + residual, prior)
+        return prior, expected
 
     def _transformed(self, given: CoreInputs, prior: Tensor, expected: Tensor, length: int | None) -> Tensor:
-        """The transformer's correction float32 [B, L] of the ``prior`` float32 [B, L], zero where that is too low."""
-        likely = torch.where(given.frequency > 0.5, -prior, prior) >= _LEAST_ODDS
-        whole = likely.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        """The transformer's correction float32 [B, L] of the ``prior`` float32 [B, L]."""
+        if given.dosage is None:  # the frequency alone says nothing about a sample
+            return self.head(self._states(given, expected, length))[..., 0].float()
+        likely = minor_is_likely(prior, given.frequency, LEAST_TRANSFORMED)
+        whole = prior.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling()
         if whole or given.neighbours is not None:
             return torch.where(likely, self.head(self._states(given, expected, length))[..., 0].float(), 0.0)
         # A CPU takes less time for the few sites that count, which are others in every row.
@@ -157,7 +158,7 @@ class Imputer(nn.Module):
     def _states(self, given: CoreInputs, expected: Tensor, length: int | None, wanted: Tensor | None = None) -> Tensor:
         """Final hidden states of the query, [B, L, D]; ``expected`` [B, L] is the expected ALT frequency.
 
-        Without gradients they may be of the n sites alone that are ``wanted`` bool [B, L], row by row, [n, D].
+        Where ``wanted`` bool [B, L] is given, they are those of its n sites, row by row, [n, D], without gradients.
         """
         position = given.position
         own = self.embedding.codebook(SiteTensors(position, given.site_frequency))

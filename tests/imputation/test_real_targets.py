@@ -51,7 +51,13 @@ def run(
         path.write_text("\n".join([*header[:-1], columns, *("\t".join(each) for each in copied), ""]))
         return path
 
-    def run(target: Edit | None = None, panel: Edit | None = None, out: str = "out.vcf.gz", **options: object) -> Path:
+    def run(
+        target: Edit | None = None,
+        panel: Edit | None = None,
+        out: str = "out.vcf.gz",
+        transformer: bool = False,
+        **options: object,
+    ) -> Path:
         files = PanelFiles(written("panel", panel))
         path = tmp_path / out
         impute(
@@ -59,7 +65,8 @@ def run(
             written("target", target),
             path,
             options=TargetOptions(**options),  # type: ignore[arg-type]
-            transformer=False,
+            transformer=transformer,
+            device="cpu",
             adapt="off",
             cache_dir=cache_dir,
         )
@@ -142,6 +149,22 @@ def test_a_haploid_sample_is_imputed_as_a_homozygous_one_and_written_haploid(run
         assert float(ds) == pytest.approx(float(both[1]) / 2, abs=0.0006)
         assert [float(each) for each in gp.split(",")] == pytest.approx([1 - float(hds), float(hds)], abs=0.0006)
         assert one[9] == other[9]
+
+
+def test_the_transformer_takes_missing_and_haploid_calls(run: Callable[..., Path]) -> None:
+    def edit(records: list[Record]) -> None:
+        for number, record in enumerate(records):
+            record[9 + 1] = record[9 + 1][0]
+            record[9 + 3] = "./."
+            record[9 + 4] = ".|" + record[9 + 4][2] if number % 3 else "./."
+
+    without, found = (read_dosages(run(edit, transformer=each)) for each in (False, True))
+    assert (found.dosage >= 0).all() and (found.dosage[:, 1] <= 1).all() and (found.dosage <= 2).all()
+    np.testing.assert_array_equal(found.dosage[:, 3], without.dosage[:, 3])  # of frequencies
+    apart = np.abs(found.dosage - without.dosage)
+    assert 0.001 < apart.max() < 0.1 and apart[:, [1, 4]].max() > 0.001
+    known = ~np.asarray(found.imputed)
+    np.testing.assert_array_equal(found.dosage[known][:, [0, 1, 2]], without.dosage[known][:, [0, 1, 2]])
 
 
 def test_haploid_samples_of_the_panel_count_once(run: Callable[..., Path]) -> None:

@@ -1,4 +1,4 @@
-"""Imputation without the transformer: stretches that are copied whole, and what the options make of them."""
+"""Stretches that a CPU copies whole, with the transformer and without, and what the options make of them."""
 
 from __future__ import annotations
 

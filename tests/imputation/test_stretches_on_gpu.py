@@ -16,6 +16,7 @@ from embrag_ds.data.simulate import DefaultData
 from embrag_ds.data.targets import Targets
 from embrag_ds.data.windows import Window, make_windows
 from embrag_ds.imputation import engine
+from embrag_ds.imputation.computing import stretches
 from embrag_ds.imputation.computing.stretches import Stretches
 from embrag_ds.imputation.computing.windows import _samples_at_once
 from embrag_ds.imputation.engine import Imputation
@@ -49,16 +50,23 @@ def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 def probabilities(imputation: Imputation) -> np.ndarray:
-    """Probabilities float32 [2N, S] of the one stretch."""
-    ((_, found),) = imputation.windows()
-    return found
+    """Probabilities float32 [2N, sites of all stretches]."""
+    return np.concatenate([found for _, found in imputation.windows()], axis=1)
 
 
+@pytest.mark.parametrize("sites", [1 << 15, 100])
 @pytest.mark.parametrize("layers", [None, 1, 2])
 def test_they_are_those_of_the_loop(
-    make_config: MakeConfig, inputs: PanelInputs, targets: Targets, as_on_gpu: Callable[[str], None], layers: int | None
+    make_config: MakeConfig,
+    inputs: PanelInputs,
+    targets: Targets,
+    as_on_gpu: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    layers: int | None,
+    sites: int,
 ) -> None:
-    """With the transformer of so many layers, or without."""
+    """With the transformer of so many layers, or without; in one stretch, and in several of so many ``sites``."""
+    monkeypatch.setattr(stretches, "_MOST_STRETCH_SITES", sites)
     transformer = layers is not None
     settings = ["embrag.model.good_turing=true", f"embrag.model.layers={layers or 1}"]
     model = untrained(make_config(*settings), head=0.3 if transformer else 0.0)
@@ -71,7 +79,9 @@ def test_they_are_those_of_the_loop(
         np.testing.assert_allclose(found, expected, atol=5e-5 if transformer else 2e-5)
     without = probabilities(Imputation(model, inputs, targets, CPU, 4, False))
     assert np.abs(found - without).max() > 0.1 or not transformer
-    assert np.abs(without[2:4] - inputs.panel.alleles_at(np.arange(without.shape[1]))[:, 60:62].T).max() > 0.5
+    assert (len(loop.data.windows) > 1) == (sites == 100)
+    if sites > 100:  # several overlap
+        assert np.abs(without[2:4] - inputs.panel.alleles_at(np.arange(without.shape[1]))[:, 60:62].T).max() > 0.5
 
 
 def test_they_need_no_search_that_the_model_names(

@@ -33,6 +33,7 @@ _TABLES = 4
 _BYTES_OF_A_STATE = 64
 _SAMPLES_AT_ONCE = 512
 _PANEL_SAMPLES_AT_ONCE = 32  # of which each has frequencies of its own
+_PASSES_OF_TRANSFORMER = 3  # of a loop's, by its time
 
 Precision = Literal["bf16", "fp32"]
 """Of a network's matrix products."""
@@ -47,7 +48,8 @@ def with_stretches(
 
     The copying model runs along the flanks of every window, so fewer and longer ones are faster. Memory limits them.
     On a CPU each of these stays below 256 MiB: sequences of the core, one for each of the panel's ``haplotypes`` and
-    block of sites, and the targets' dosages. On a GPU tables of the core's alleles stay below 2 GiB, and the posteriors
+    block of sites, and the targets' dosages. With the transformer, what it reads takes 16 bytes for a site and a sample
+    of a block, 256 MiB for 512 of them. On a GPU tables of the core's alleles stay below 2 GiB, and the posteriors
     of a sample below half of its ``memory`` in bytes.
     """
     typed = float(targets.typed.mean())
@@ -102,7 +104,7 @@ class Stretches:
     def windows(self, chosen: list[Window]) -> Iterator[tuple[Window, np.ndarray]]:
         """Iterate over ``chosen`` stretches and the ALT probabilities float32 [2N, L] in their cores."""
         typed = [each for each in chosen if self._targets.typed[each.sites].any()]
-        passes = 1 if self._transformer is None else 2
+        passes = 1 if self._transformer is None else 1 + _PASSES_OF_TRANSFORMER
         with progress_of(typed, passes * len(self._numbers)) as progress:
             for window in chosen:
                 yield window, self._stretch(window, progress)
@@ -160,5 +162,5 @@ class Stretches:
             features.frequency[window.core],
             rows[inside],
             alleles[:, inside],
-            lambda haplotypes: progress.advance(out.shape[1] * haplotypes / 2),
+            lambda sites: progress.advance(_PASSES_OF_TRANSFORMER * sites * len(numbers)),
         )

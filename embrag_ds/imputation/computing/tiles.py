@@ -13,11 +13,10 @@ from embrag_ds.export import ExportedModel
 from embrag_ds.model.compiled import CoreInputs
 from embrag_ds.model.imputer import Imputer
 from embrag_ds.model.row_blocks import RowBlocks
-from embrag_ds.model.site_tiles import SiteTiles
+from embrag_ds.model.site_tiles import SiteTiles, Tile
 from embrag_ds.ops.threads import undivided
+from embrag_ds.retrieval.batch import SiteTensors
 from embrag_ds.retrieval.codebooks import ALLELES
-
-_ROWS = 16
 
 
 def tiles_of(model: ExportedModel, network: Imputer, device: torch.device) -> SiteTiles:
@@ -31,18 +30,20 @@ def tiles_of(model: ExportedModel, network: Imputer, device: torch.device) -> Si
 
 
 class TransformerTiles:
-    """The residual of a model's transformer, added to dosages that were copied without it.
+    """The correction by a model's transformer, added to dosages that were copied without it.
 
-    Blocks of 16 haplotypes are computed at once, each by one thread, so the numbers are the same for any number of
-    threads. With ``bf16`` the matrix products are in bf16.
+    Blocks of haplotypes are computed at once, each by one thread. So the numbers are the same for any number of
+    threads, but which other haplotypes are in a block may change their last digits. With ``bf16`` the matrix products
+    are in bf16.
     """
 
     def __init__(self, model: ExportedModel, bf16: bool):
         self._network = model.network()
-        self._network.site_tiles = tiles_of(model, self._network, torch.device("cpu"))
+        self._tiles = tiles_of(model, self._network, torch.device("cpu"))
         self._blocks = RowBlocks()
         self._bf16 = bf16
 
+    @torch.no_grad()
     def add(
         self,
         probability: np.ndarray,
@@ -56,32 +57,37 @@ class TransformerTiles:
         """Correct ``probability`` float32 [2N, L] of ALT in place, in a core with sites of these features float32 [L].
 
         ``alleles`` uint8 [2N, t] are those at the core's sites ``typed`` int64 [t], MASK where missing. ``watch`` is
-        told of every block of haplotypes how many it has.
+        told of every tile how many sites it was for.
         """
-
-        def correct(first: int) -> None:
-            rows = slice(first, first + _ROWS)
-            tokens = np.full(probability[rows].shape, MASK, dtype=np.int64)
-            tokens[:, typed] = alleles[rows]
-            of_rows = copied.row_of[rows]
-            dosage, expected = copied.dosage[rows], copied.expected[rows]
-            given = CoreInputs(
-                position=torch.from_numpy(position),
-                site_frequency=torch.from_numpy(site_frequency),
-                tokens=torch.from_numpy(tokens),
-                alleles=torch.from_numpy(tokens),  # which only a loss would read, as what is scored
-                scored=torch.from_numpy(tokens),
-                frequency=torch.from_numpy(copied.frequency[of_rows]),
-                population_frequency=torch.from_numpy(expected).unsqueeze(1),  # as if of one population
-                good_turing=torch.from_numpy(copied.good_turing[of_rows]),
-                dosage=torch.from_numpy(dosage),
-                ancestry=torch.ones(len(tokens), 1, len(position)),
-            )
-            with torch.no_grad():
-                residual = self._network.correction(given)
-            alt = torch.from_numpy(probability[rows])
-            alt.copy_(torch.where(residual == 0, alt, (torch.logit(alt) + residual).sigmoid()))
-            watch(len(tokens))
-
+        core = SiteTensors(torch.from_numpy(position), torch.from_numpy(site_frequency))
         with undivided(), torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
-            self._blocks.each(correct, range(0, len(probability), _ROWS))
+            for tile in self._tiles.of(core):
+                given = _inputs(tile, core, copied, typed, alleles)
+                (correction,) = self._blocks(lambda block: (self._network.correction(block),), given)
+                correction = correction[:, tile.own]
+                alt = torch.from_numpy(probability[:, tile.first : tile.last])
+                # Log-odds, because the exponential of a large correction would overflow.
+                alt.copy_(torch.where(correction == 0, alt, (torch.logit(alt) + correction).sigmoid()))
+                watch(tile.last - tile.first)
+
+
+def _inputs(tile: Tile, core: SiteTensors, copied: Copied, typed: np.ndarray, alleles: np.ndarray) -> CoreInputs:
+    """What the network reads of all haplotypes in a tile."""
+    sites = slice(tile.start, tile.stop)
+    inside = slice(*np.searchsorted(typed, [tile.start, tile.stop]))
+    tokens = np.full((len(alleles), tile.stop - tile.start), MASK, dtype=np.int64)
+    tokens[:, typed[inside] - tile.start] = alleles[:, inside]
+    expected = torch.from_numpy(copied.expected[:, sites])
+    return CoreInputs(
+        position=tile.position,
+        site_frequency=core.frequency[sites],
+        tokens=torch.from_numpy(tokens),
+        alleles=torch.from_numpy(tokens),  # only losses read these and what is scored
+        scored=torch.from_numpy(tokens),
+        frequency=torch.from_numpy(copied.frequency[copied.row_of, sites]),
+        population_frequency=expected.unsqueeze(1),  # as if of one population
+        good_turing=torch.from_numpy(copied.good_turing[copied.row_of, sites]),
+        dosage=torch.from_numpy(copied.dosage[:, sites]),
+        ancestry=torch.ones(1, 1, 1).expand(len(tokens), 1, len(tile.position)),
+        codebook=tile.codebook,
+    )
