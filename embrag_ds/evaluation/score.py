@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from embrag_ds.data.cache import default_cache_dir, scratch_folder
-from embrag_ds.data.left_out import left_out_table
+from embrag_ds.data.left_out import LeftOutTable, left_out_table
 from embrag_ds.data.packing import PANEL, TARGET, Reading
 from embrag_ds.data.panel import Panel, open_panel, read_populations
 from embrag_ds.data.targets import Targets, match_targets, open_targets
@@ -37,6 +37,8 @@ from embrag_ds.evaluation.baselines import NearestHaplotype, allele_frequency_do
 from embrag_ds.evaluation.report import Report
 from embrag_ds.evaluation.scoring import Scored, Tool, score
 from embrag_ds.variants.harmonise import Harmonised
+from embrag_ds.variants.records import Excluded
+from embrag_ds.variants.sites import SiteTable
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +96,9 @@ def evaluate(
         left_out.add_packed("target", target)
         left_out.add_dropped("target", match, target.sites)
         tools = {name: opened(name, path, truth) for name, path in imputed.items()}
-        sites = _scored_sites(panel, truth, match, tools)
+        sites, lacking = _scored_sites(panel, truth, match, tools)
+        for name, rows in lacking.items():
+            _say_what_is_lacking(tools[name].file.path, rows, len(sites), name, panel.sites, left_out)
         logger.info(
             "scoring %d untyped sites of %d in the panel, %d samples", len(sites), len(panel.sites), len(samples)
         )
@@ -135,6 +139,8 @@ def evaluate(
         matches = {"target": (match, target.skipped), "truth": (truth.match, truth.file.skipped)}
         matches |= {f"imputed: {name}": (tool.match, tool.file.skipped) for name, tool in tools.items()}
         read = {name: {**each.numbers(), "left_out": skipped} for name, (each, skipped) in matches.items()}
+        for name, rows in lacking.items():
+            read[f"imputed: {name}"]["lacking"] = len(rows)
         return replace(found, harmonisation=read)
 
 
@@ -151,22 +157,43 @@ def _population_members(path: PathLike, samples: tuple[str, ...]) -> dict[str, n
 
 def _scored_sites(
     panel: Panel, truth: AlignedFile, targets: Harmonised, tools: Mapping[str, AlignedFile]
-) -> np.ndarray:
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Panel rows that the truth and every tool have and at which the targets are not typed, int64 [S].
 
-    A site that the targets may be typed at on the other strand, say, counts as typed: a tool may have used it.
+    The second result are the rows of the truth that each tool lacks. A site that the targets may be typed at on the
+    other strand, say, counts as typed: a tool may have used it.
     """
-    scored = np.ones(len(panel.sites), dtype=bool)
-    scored[targets.related] = False
-    for each in (truth, *tools.values()):
-        in_file = np.zeros(len(panel.sites), dtype=bool)
-        in_file[each.match.panel_index] = True
-        scored &= in_file
-    sites = np.flatnonzero(scored)
+    untyped = np.ones(len(panel.sites), dtype=bool)
+    untyped[targets.related] = False
+    has = {}
+    for name, each in (("", truth), *tools.items()):
+        has[name] = np.zeros(len(panel.sites), dtype=bool)
+        has[name][each.match.panel_index] = True
+    known = untyped & has.pop("")
+    lacking = {name: np.flatnonzero(known & ~there) for name, there in has.items()}
+    sites = np.flatnonzero(np.logical_and.reduce([known, *has.values()]))
     if len(sites) == 0:
         files = ", ".join(str(each.file.path) for each in (truth, *tools.values()))
         raise UserError(f"{files}: no untyped site of {panel.path} is in all of them; check that they cover one region")
-    return sites
+    return sites, lacking
+
+
+def _say_what_is_lacking(
+    path: Path, rows: np.ndarray, scored: int, name: str, sites: SiteTable, left_out: LeftOutTable
+) -> None:
+    """Warn of untyped sites int64 [n] that an imputed file lacks: nothing else would say why so few are ``scored``."""
+    if not len(rows):
+        return
+    logger.warning(
+        "%s: it lacks %d untyped sites that panel and truth have; the other %d are scored, for all files. If it was "
+        "filtered (by DR2, say), r2 is that of sites that are easy to impute",
+        path,
+        len(rows),
+        scored,
+    )
+    for row in rows:
+        where = sites.contigs[sites.contig[row]], int(sites.pos[row]), sites.id[row], sites.ref[row], sites.alt[row]
+        left_out.add(name, Excluded(*where, "no site of the file matches"))
 
 
 def _baselines(panel: Panel, panel_af: np.ndarray, targets: Targets, columns: np.ndarray) -> dict[str, Tool]:

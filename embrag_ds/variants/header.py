@@ -180,11 +180,14 @@ def imputed_header(
 ) -> bytes:
     """Header of an imputed file with these FORMAT ``fields``, without samples if none; ``source`` names the program.
 
+    A file of joined sites has AP1 and AP2 in place of HDS.
     GP is described by the ``dependence`` of a sample's two haplotypes.
     """
     described = _IMPUTED if dependence == INDEPENDENT else {**_IMPUTED, "GP": _dependent_gp(dependence)}
-    formats = [f"##FORMAT=<ID={name},{described[name]}>" for name in fields]
-    return header_text(contents, [f"##source={source}", *_IMPUTED_INFO, *formats], samples if fields else None)
+    definitions = [*_IMPUTED_INFO, *(f"##FORMAT=<ID={name},{described[name]}>" for name in fields)]
+    if "AP1" in fields:
+        definitions = [each.replace("HDS", "AP1 and AP2") for each in definitions]
+    return header_text(contents, [f"##source={source}", *definitions], samples if fields else None)
 
 
 def _dependent_gp(dependence: Dependence) -> str:
@@ -211,7 +214,7 @@ _IMPUTED_INFO = [
 ]
 _IMPUTED = {
     "GT": "Number=1,Type=String,Description="
-    '"Genotype: ALT where its HDS is above 0.5, the likeliest if several are; one allele if haploid"',
+    '"Genotype: the likeliest allele of each haplotype by HDS, REF if two are alike; one allele if haploid"',
     "DS": 'Number=A,Type=Float,Description="ALT dosage: sum of HDS; at most 1 if haploid"',
     "HDS": 'Number=.,Type=Float,Description="ALT probability of each haplotype"',
     "AP1": 'Number=A,Type=Float,Description="ALT probability of the first haplotype"',

@@ -154,8 +154,8 @@ def _digits() -> np.ndarray:
 def joined_text(fields: tuple[str, ...], first: tuple[int, ...], second: tuple[int, ...] | None) -> str:
     """Text of one sample at a record of K ALTs, from the thousandths of each on its haplotypes.
 
-    ``second`` is None for a haploid sample. The allele of a haplotype is the likeliest ALT if its probability is above
-    0.5, and REF otherwise. Probabilities of ALTs that sum to more than 1 are scaled down for GP.
+    ``second`` is None for a haploid sample. The allele of a haplotype is its likeliest one, REF included, and of equal
+    ones REF or the first ALT. Probabilities of ALTs that sum to more than 1 are scaled down for GP.
     """
     haplotypes = [first] if second is None else [first, second]
     sums = [sum(each) for each in zip(*haplotypes, strict=True)]
@@ -170,7 +170,7 @@ def joined_text(fields: tuple[str, ...], first: tuple[int, ...], second: tuple[i
 
 def _best(thousandths: tuple[int, ...]) -> int:
     best = max(thousandths)
-    return thousandths.index(best) + 1 if best > 500 else 0
+    return thousandths.index(best) + 1 if best > 1000 - sum(thousandths) else 0
 
 
 def _joined_gp(haplotypes: list[tuple[int, ...]]) -> list[int]:

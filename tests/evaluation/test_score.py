@@ -148,13 +148,30 @@ def test_scores_are_the_pooled_correlation_at_untyped_sites(study: dict, tmp_pat
         assert odd_one == pytest.approx(plain, abs=1e-5), measure
 
 
-def test_every_tool_is_scored_at_the_sites_that_all_have(study: dict, tmp_path: Path) -> None:
+def test_every_tool_is_scored_at_the_sites_that_all_have(
+    study: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_dosages(tmp_path / "a.vcf.gz", study["samples"], range(200), study["counts"][:200])
     write_dosages(tmp_path / "b.vcf.gz", study["samples"], range(100, 300), study["counts"][100:])
-    report = score(study, imputed={"a": tmp_path / "a.vcf.gz", "b": tmp_path / "b.vcf.gz"}, baselines=True)
+    write_dosages(tmp_path / "c.vcf.gz", study["samples"], range(SITES), study["counts"])
+    three = {name: tmp_path / f"{name}.vcf.gz" for name in "abc"}
+    with caplog.at_level(logging.WARNING):
+        report = score(study, imputed=three, baselines=True, excluded=tmp_path / "excluded.tsv")
+    scored = report.sites["all"]
+    lacking = {"a": int((UNTYPED >= 200).sum()), "b": int((UNTYPED < 100).sum()), "c": 0}
+    said = [each.getMessage() for each in caplog.records if "it lacks" in each.getMessage()]
+    assert said == [
+        f"{three[name]}: it lacks {lacking[name]} untyped sites that panel and truth have; the other {scored} are "
+        "scored, for all files. If it was filtered (by DR2, say), r2 is that of sites that are easy to impute"
+        for name in "ab"
+    ]
+    assert {name: report.harmonisation[f"imputed: {name}"]["lacking"] for name in "abc"} == lacking
+    rows = [line.split("\t") for line in (tmp_path / "excluded.tsv").read_text().splitlines()[1:]]
+    of = [row[0] for row in rows if row[-1] == "no site of the file matches"]
+    assert {name: of.count(name) for name in "abc"} == lacking
     assert report.sites["all"] == int(((UNTYPED >= 100) & (UNTYPED < 200)).sum())
     assert report.tools["a"].aggregate_r2["all"] == pytest.approx(1.0)
-    assert list(report.tools) == ["a", "b", ALLELE_FREQUENCY, NEAREST_HAPLOTYPE]
+    assert list(report.tools) == ["a", "b", "c", ALLELE_FREQUENCY, NEAREST_HAPLOTYPE]
     assert 0 < report.tools[ALLELE_FREQUENCY].aggregate_r2["all"] < 1
 
 

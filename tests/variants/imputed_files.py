@@ -195,8 +195,8 @@ def _expected(rows: list[_Row], options: OutputOptions) -> Expected:
 def _field(name: str, haplotypes: list[list[int]]) -> str:
     """Text of a FORMAT field from the thousandths of each ALT on each haplotype."""
     if name == "GT":
-        best = [max(range(len(each)), key=lambda k: each[k]) for each in haplotypes]
-        return "|".join(str(k + 1 if each[k] > 500 else 0) for k, each in zip(best, haplotypes, strict=True))
+        of_alleles = [[1000 - sum(each), *each] for each in haplotypes]
+        return "|".join(str(each.index(max(each))) for each in of_alleles)
     if name == "DS":
         return _text([sum(values) for values in zip(*haplotypes, strict=True)])
     if name == "HDS":

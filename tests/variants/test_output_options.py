@@ -293,8 +293,10 @@ def test_alleles_of_a_joined_record():
     assert joined_text(("GT", "DS", "AP1", "AP2"), (600, 300), (800, 700)) == "1|1:1.4,1:0.6,0.3:0.8,0.7"
     assert joined_text(("GT", "GP"), (600, 300), None) == "1:0.1,0.6,0.3"
     assert joined_text(("GT", "GP"), (800, 700), None) == "1:0,0.533,0.467"
-    assert joined_text(("GT",), (400, 300), (501, 700)) == "0|2"
-    assert joined_text(("GT",), (700, 700), (500, 500)) == "1|0"
+    assert joined_text(("GT",), (400, 300), (501, 700)) == "1|2"
+    assert joined_text(("GT",), (700, 700), (500, 500)) == "1|1"
+    assert joined_text(("GT",), (300, 300), (500, 0)) == "0|0"
+    assert joined_text(("GT",), (300, 350), (350, 300)) == "0|0"
     # Genotypes 0/0, 0/1, 1/1, 0/2, 1/2, 2/2 of haplotypes (.1, .6, .3) and (0, 8/15, 7/15).
     assert joined_text(("GP",), (600, 300), (800, 700)) == "0,0.053,0.32,0.047,0.44,0.14"
 
