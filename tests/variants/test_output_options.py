@@ -195,6 +195,14 @@ def test_fields_are_written_in_one_order(tmp_path):
     assert [line.split(b",")[0] for line in named] == [b"##FORMAT=<ID=GT", b"##FORMAT=<ID=DS", b"##FORMAT=<ID=GP"]
 
 
+@pytest.mark.parametrize(("options", "named"), [(OutputOptions(), b"HDS"), (JOINED, b"AP1 and AP2")])
+def test_the_header_names_the_fields_that_there_are(tmp_path, options, named):
+    path = write(tmp_path / "out.vcf.gz", varied_sites(), random_imputed(), options)
+    header = [line for line in lines_of(path) if line.startswith(b"##")]
+    assert sum(named in line for line in header) >= 5
+    assert any(b"HDS" in line for line in header) == (named == b"HDS")
+
+
 def test_the_sites_left_out_are_counted(tmp_path, caplog):
     imputed = random_imputed()
     with caplog.at_level(logging.INFO):
