@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from embrag_ds.data.tokens import MASK
+from embrag_ds.model.confidence import minor_is_likely
+from embrag_ds.model.numbers import LEAST_TRANSFORMED
 from embrag_ds.model.poolings import fusions
 from embrag_ds.retrieval.reference import Reference
 from embrag_ds.retrieval.settings import RetrievalConfig
@@ -67,13 +69,18 @@ def test_every_haplotype_goes_through_the_transformer_alone_and_is_fused_after_i
         def passed(tokens: torch.Tensor) -> torch.Tensor:
             return network.transformer(network.embedding(tokens[None], sites), sites.position)
 
+        corrected = 0
         for row in range(4):
             query = passed(batch.core.tokens[row])
             references = torch.stack([passed(tokens) for tokens in batch.retrieved.tokens[row]]).mean(0)
             one = slice(row, row + 1)
             states = network.fusion(query, references, batch.core.frequency[one], expected[one])
-            logits = prediction.prior[one] + network.head(states)[..., 0] + confidence[one]
+            likely = minor_is_likely(prediction.prior[one], batch.core.frequency[one], LEAST_TRANSFORMED)
+            corrected += int(likely.sum())
+            residual = torch.where(likely, network.head(states)[..., 0], 0.0)
+            logits = prediction.prior[one] + residual + confidence[one]
             assert torch.allclose(prediction.logits[one], logits, atol=1e-4)
+        assert corrected > len(batch.core.sites.position)
 
 
 def test_both_paths_have_the_same_weights_and_the_same_prior_from_the_same_neighbours(build) -> None:
