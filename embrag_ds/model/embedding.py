@@ -41,7 +41,7 @@ def frequency_features(frequency: Tensor) -> Tensor:
         LEAST_FREQUENCY, 1 - LEAST_FREQUENCY
     )  # the square root has no finite gradient at 0
     arcsine = torch.asin(frequency.sqrt()) * (2 / math.pi)
-    logarithm = -torch.log10(torch.minimum(frequency, 1 - frequency)) / 6
+    logarithm = -torch.log10(_minor(frequency)) / 6
     octaves = math.pi * 2.0 ** torch.arange(FREQUENCY_OCTAVES, device=frequency.device)
     angles = torch.cat([arcsine[..., None] * octaves, logarithm[..., None] * octaves], dim=-1)
     raw = torch.stack([arcsine, logarithm], dim=-1)
@@ -78,7 +78,10 @@ class HaplotypeEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor, sites: SiteTensors) -> Tensor:
         """Embed ``tokens`` int64 [R, L] at the L ``sites``: [R, L, D]."""
-        frequency, minor, position = self._features(sites)
+        kind = self.token.weight.dtype
+        both = torch.stack([sites.frequency, _minor(sites.frequency)])
+        frequency, minor = frequency_features(both).to(kind)  # half the launches of two calls
+        position = position_features(sites.position).to(kind)
         site = self.frequency(frequency) + self.position(position)
         modulation = self.modulation(torch.cat([minor, position], dim=-1))
         return self.token(tokens) + modulation * self.effect(tokens) + site
@@ -99,8 +102,9 @@ class HaplotypeEmbedding(nn.Module):
         codebook, because ``site_l`` cancels in the difference. For the backward pass only the sites' features are
         stored.
         """
-        sites = SiteTensors(torch.zeros_like(frequency), frequency)
-        return computed_again(self._site_weights, torch.cat(self._features(sites)[1:], dim=-1))
+        at_centre = position_features(torch.zeros_like(frequency))
+        features = torch.cat([frequency_features(_minor(frequency)), at_centre], dim=-1)
+        return computed_again(self._site_weights, features.to(self.token.weight.dtype))
 
     def _site_weights(self, features: Tensor) -> Tensor:
         """:meth:`site_weights` from ``features`` [L, FREQUENCY_FEATURES + POSITION_FEATURES] of ``s_l``."""
@@ -108,12 +112,10 @@ class HaplotypeEmbedding(nn.Module):
         token, effect = (torch.diff(each(alleles), dim=0) for each in (self.token, self.effect))
         return (token + self.modulation(features) * effect).float().square().sum(-1)
 
-    def _features(self, sites: SiteTensors) -> tuple[Tensor, Tensor, Tensor]:
-        """Features [L, ...] of ALT's frequency, the minor allele's and the position, in the type of the weights."""
-        kind = self.token.weight.dtype
-        both = torch.stack([sites.frequency, torch.minimum(sites.frequency, 1 - sites.frequency)])
-        frequency, minor = frequency_features(both).to(kind)  # half the launches of two calls
-        return frequency, minor, position_features(sites.position).to(kind)
+
+def _minor(frequency: Tensor) -> Tensor:
+    """Frequency of the minor allele, from that of ALT."""
+    return torch.minimum(frequency, 1 - frequency)
 
 
 def gather_embeddings(codebook: Tensor, tokens: Tensor) -> Tensor:
