@@ -163,15 +163,14 @@ def _scored_sites(
     The second result are the rows of the truth that each tool lacks. A site that the targets may be typed at on the
     other strand, say, counts as typed: a tool may have used it.
     """
-    untyped = np.ones(len(panel.sites), dtype=bool)
-    untyped[targets.related] = False
-    has = {}
-    for name, each in (("", truth), *tools.items()):
-        has[name] = np.zeros(len(panel.sites), dtype=bool)
-        has[name][each.match.panel_index] = True
-    known = untyped & has.pop("")
-    lacking = {name: np.flatnonzero(known & ~there) for name, there in has.items()}
-    sites = np.flatnonzero(np.logical_and.reduce([known, *has.values()]))
+    known = np.zeros(len(panel.sites), dtype=bool)
+    known[truth.match.panel_index] = True
+    known[targets.related] = False
+    untyped = np.flatnonzero(known)
+    lacking = {name: np.setdiff1d(untyped, each.match.panel_index) for name, each in tools.items()}
+    for rows in lacking.values():
+        known[rows] = False
+    sites = np.flatnonzero(known)
     if len(sites) == 0:
         files = ", ".join(str(each.file.path) for each in (truth, *tools.values()))
         raise UserError(f"{files}: no untyped site of {panel.path} is in all of them; check that they cover one region")
@@ -191,9 +190,8 @@ def _say_what_is_lacking(
         len(rows),
         scored,
     )
-    for row in rows:
-        where = sites.contigs[sites.contig[row]], int(sites.pos[row]), sites.id[row], sites.ref[row], sites.alt[row]
-        left_out.add(name, Excluded(*where, "no site of the file matches"))
+    for row in rows.tolist():
+        left_out.add(name, Excluded.at(sites, row, "no site of the file matches"))
 
 
 def _baselines(panel: Panel, panel_af: np.ndarray, targets: Targets, columns: np.ndarray) -> dict[str, Tool]:

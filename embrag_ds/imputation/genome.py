@@ -175,14 +175,7 @@ class Genome:
         target, names = self._open_target(number), self._names[number]
         sites = target.sites
         rows = self._rows(target, [name for name in sites.used_contigs() if name not in names])
-        return [
-            Excluded(
-                sites.contigs[sites.contig[row]],
-                int(sites.pos[row]),
-                *(sites.id[row], sites.ref[row], sites.alt[row], NO_CONTIG),
-            )
-            for row in rows.tolist()
-        ]
+        return [Excluded.at(sites, row, NO_CONTIG) for row in rows.tolist()]
 
     def units(self, region: str | None) -> list[Unit]:
         """The units in the order of the output: all, or that of a region; raises :class:`UserError` for no region.

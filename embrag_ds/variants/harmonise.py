@@ -107,8 +107,7 @@ class Harmonised:
         """Iterate over the dropped sites of the target, whose table is ``sites``."""
         for row, reason in enumerate(self.reason):
             if reason is not None:
-                contig = sites.contigs[sites.contig[row]]
-                yield Excluded(contig, int(sites.pos[row]), sites.id[row], sites.ref[row], sites.alt[row], reason)
+                yield Excluded.at(sites, row, reason)
 
 
 def harmonise(

@@ -76,6 +76,12 @@ class Excluded(NamedTuple):
     alt: str
     reason: str
 
+    @classmethod
+    def at(cls, sites: SiteTable, row: int, reason: str) -> Excluded:
+        """The site in a ``row`` of a table."""
+        where = sites.contigs[sites.contig[row]], int(sites.pos[row])
+        return cls(*where, sites.id[row], sites.ref[row], sites.alt[row], reason)
+
 
 class VariantReader:
     """Reader of the biallelic sites of a variant file with N samples, in any container.
