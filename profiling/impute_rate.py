@@ -21,7 +21,7 @@ import torch
 
 from embrag_ds.cli.command import run_command
 from embrag_ds.data.inputs import PanelFiles, default_data, open_inputs
-from embrag_ds.data.packing import TARGET
+from embrag_ds.data.packing.reading import TARGET
 from embrag_ds.data.panel import open_panel
 from embrag_ds.data.targets import Targets, match_targets, open_targets
 from embrag_ds.export import PRETRAINED, read_export

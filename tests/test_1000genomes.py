@@ -27,7 +27,8 @@ from hypothesis import strategies as st
 from embrag_ds.data.simulate import DefaultData
 from embrag_ds.errors import UserError
 from embrag_ds.seeds import Purpose, generator
-from embrag_ds.variants.container import VariantText, bgzf_written
+from embrag_ds.variants.container.bgzf import bgzf_written
+from embrag_ds.variants.container.text import VariantText
 from embrag_ds.variants.sites import SiteTable
 from tests.whole_files import read_phased
 

@@ -137,15 +137,15 @@ def test_an_empty_file_has_no_lines_and_several_members_of_gzip_are_one_text(tmp
     for content, lines in (
         (b"", []),
         (b"\xef\xbb\xbf", []),
-        (gzip.compress(b""), []),
-        (gzip.compress(b"a\nb") + gzip.compress(b"c\n") + gzip.compress(b""), ["a", "bc"]),
+        (gzip.compress(b"", mtime=0), []),
+        (gzip.compress(b"a\nb", mtime=0) + gzip.compress(b"c\n", mtime=0) + gzip.compress(b"", mtime=0), ["a", "bc"]),
         (b"\n\n", ["", ""]),
     ):
         (tmp_path / "text").write_bytes(content)
         assert read_lines(tmp_path / "text", "table") == lines
 
 
-@pytest.mark.parametrize("content", [b"a b\n", gzip.compress(b"a b\n"), b""], ids=["plain", "gzip", "empty"])
+@pytest.mark.parametrize("content", [b"a b\n", gzip.compress(b"a b\n", mtime=0), b""], ids=["plain", "gzip", "empty"])
 def test_a_pipe_is_read(tmp_path: Path, content: bytes) -> None:
     os.mkfifo(tmp_path / "pipe")
     writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(content), daemon=True)
@@ -161,10 +161,10 @@ def test_a_pipe_is_read(tmp_path: Path, content: bytes) -> None:
         ("a b\n".encode("utf-16-le"), "not plain or gzipped text"),
         (b"\xff\xfea", "not plain or gzipped text"),
         (b"\xff\xfe\x00\xd8", "not plain or gzipped text"),
-        (gzip.compress(b"a b\n")[:-6], "not plain or gzipped text"),
-        (gzip.compress(b"a b\n") + b"garbage", "not plain or gzipped text"),
+        (gzip.compress(b"a b\n", mtime=0)[:-6], "not plain or gzipped text"),
+        (gzip.compress(b"a b\n", mtime=0) + b"garbage", "not plain or gzipped text"),
         (b"x" * 65, "it has more than 64 bytes of text"),
-        (gzip.compress(b"\n" * 10_000), "it has more than 64 bytes of text"),
+        (gzip.compress(b"\n" * 10_000, mtime=0), "it has more than 64 bytes of text"),
         (None, "Is a directory"),
     ],
     ids=["zip", "no mark", "odd", "surrogate", "truncated", "garbage", "long", "bomb", "folder"],
@@ -542,10 +542,11 @@ ALLOWED = {
     "embrag_ds/cli/command.py": {"open"},  # /dev/null
     "embrag_ds/data/cache.py": {"open", "write_text"},  # its lock, and inside a folder_written
     "embrag_ds/data/left_out.py": {"open"},  # inside a written
-    "embrag_ds/data/packing.py": {"open", "write_text"},  # inside a folder_written
+    "embrag_ds/data/packing/helpers.py": {"rename", "write_bytes"},  # inside a folder_written
+    "embrag_ds/data/packing/packer.py": {"open", "write_text"},  # inside a folder_written
     "embrag_ds/data/programs.py": {"open"},  # output of a program, to look at while it runs
     "embrag_ds/data/simulate.py": {"open", "write_text"},  # inside a folder_written
-    "embrag_ds/variants/container.py": {"open"},  # inside a written
+    "embrag_ds/variants/container/bgzf.py": {"open"},  # inside a written
     "embrag_ds/variants/published.py": {"open"},  # scratch: a part of an output, in a folder of the ranks
     "embrag_ds/variants/sites.py": {"open"},  # inside a folder_written
     "embrag_ds/imputation/genome.py": {"open"},  # scratch

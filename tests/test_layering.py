@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-SHARED = ("dependence", "errors", "settings", "files", "preflight", "seals", "seeds", "logs", "progress")
+SHARED = ("children", "dependence", "errors", "settings", "files", "preflight", "seals", "seeds", "logs", "progress")
 """Modules of the package's top level that every room may use."""
 ROOMS: dict[str, tuple[str, ...]] = {
     "ops": (),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from embrag_ds.data.inputs import PanelFiles
-from embrag_ds.data.packing import PanelMissing, Reading
+from embrag_ds.data.packing.reading import PanelMissing, Reading
 from embrag_ds.errors import UserError
 from embrag_ds.variants.records import Duplicates
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from embrag_ds.data.cache import default_cache_dir, locked
-from embrag_ds.data.packing import PANEL, Reading
+from embrag_ds.data.packing.reading import PANEL, Reading
 from embrag_ds.data.panel import (
     Panel,
     PanelSubset,

@@ -38,7 +38,8 @@ from typing import Any
 import numpy as np
 
 from embrag_ds.data.cache import building, remove_entry
-from embrag_ds.data.packing import PANEL, Reading, pack, packed_folder
+from embrag_ds.data.packing.pack import pack
+from embrag_ds.data.packing.reading import PANEL, Reading, packed_folder
 from embrag_ds.data.ploidy import Ploidy
 from embrag_ds.errors import UserError
 from embrag_ds.files import read_lines, split_fields

@@ -15,7 +15,7 @@ from embrag_ds.data.panel import Panel
 from embrag_ds.data.programs import run_logged
 from embrag_ds.errors import UserError
 from embrag_ds.files import write_text
-from embrag_ds.variants.container import bgzf_written
+from embrag_ds.variants.container.bgzf import bgzf_written
 from embrag_ds.variants.records import VariantReader
 from embrag_ds.variants.sites import SiteTable
 

@@ -64,6 +64,16 @@ class PloidyRecorder:
             ploidy = np.full_like(self._now, DIPLOID)
         if missing is not None:
             ploidy = np.where(missing[0::2] & missing[1::2], UNKNOWN, ploidy)
+        self._begin(site, ploidy)
+
+    def extend(self, other: PloidyRecorder) -> None:
+        """Add the sites of another recorder of the same samples behind one's own."""
+        for start, ploidy in zip(other._starts, other._ranges, strict=True):
+            self._begin(self._sites + start, ploidy)
+        self._sites += other._sites
+
+    def _begin(self, site: int, ploidy: np.ndarray) -> None:
+        """Begin a range at a site, unless its ploidy is that of the site before."""
         now = np.where(ploidy == UNKNOWN, self._now, ploidy)
         if not self._ranges or not np.array_equal(now, self._now):
             self._starts.append(site)

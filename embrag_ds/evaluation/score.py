@@ -28,7 +28,7 @@ import numpy as np
 
 from embrag_ds.data.cache import default_cache_dir, scratch_folder
 from embrag_ds.data.left_out import LeftOutTable, left_out_table
-from embrag_ds.data.packing import PANEL, TARGET, Reading
+from embrag_ds.data.packing.reading import PANEL, TARGET, Reading
 from embrag_ds.data.panel import Panel, open_panel, read_populations
 from embrag_ds.data.targets import Targets, match_targets, open_targets
 from embrag_ds.errors import UserError

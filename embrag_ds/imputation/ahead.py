@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -12,16 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from embrag_ds import logs
+from embrag_ds import children, logs
 from embrag_ds.data.inputs import PanelFiles, cache_directory, settings_for
-from embrag_ds.data.packing import Reading, packed_folder
+from embrag_ds.data.packing.reading import Reading, packed_folder
 from embrag_ds.data.panel import open_panel
 from embrag_ds.errors import UserError
 
 _LEAST_BYTES, _MOST_BYTES = 1 << 20, 10**8
 """A smaller file is packed before another process has begun. A larger one takes so long that its faults should not be
 met twice, and that imports do not matter."""
-_COMMAND = "from embrag_ds.imputation.ahead import serve; serve()"
 
 
 @contextmanager
@@ -57,16 +54,13 @@ def _start(files: PanelFiles, cache_dir: Path | None) -> subprocess.Popen[bytes]
     folder = packed_folder(path, cache, files.reading)
     if folder is None or folder.exists():
         return None
-    found = os.pathsep.join(each or os.getcwd() for each in sys.path)
-    request = base64.b64encode(pickle.dumps((path, cache, files.reading))).decode()
-    environment = {**os.environ, "PYTHONPATH": found}
-    return subprocess.Popen([sys.executable, "-c", _COMMAND, request], stdin=subprocess.DEVNULL, env=environment)
+    return children.started(__name__, (path, cache, files.reading))
 
 
 def serve() -> None:
     """Pack the panel that the command line describes, and show progress. Remarks are left to whoever opens it."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    path, cache, reading = pickle.loads(base64.b64decode(sys.argv[1]))
+    path, cache, reading = children.request_of_this_process()
     assert isinstance(reading, Reading)
     with suppress(UserError, KeyboardInterrupt), logs.progress_on_terminal():
         open_panel(path, cache, reading=reading)

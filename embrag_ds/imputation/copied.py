@@ -10,7 +10,7 @@ import torch
 
 from embrag_ds.data.cache import scratch_folder
 from embrag_ds.data.inputs import PanelFiles, PanelInputs, cache_directory, open_inputs, settings_for, windowed
-from embrag_ds.data.packing import TARGET
+from embrag_ds.data.packing.reading import TARGET
 from embrag_ds.data.panel import open_panel
 from embrag_ds.data.sampler import QueryBatch, exclusion_table
 from embrag_ds.data.targets import Targets, match_targets, open_targets

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from embrag_ds.data.inputs import PanelFiles, PanelInputs, open_inputs
-from embrag_ds.data.packing import TARGET
+from embrag_ds.data.packing.reading import TARGET
 from embrag_ds.data.panel import Panel, map_packed, open_panel
 from embrag_ds.data.ploidy import Ploidy
 from embrag_ds.data.targets import Targets

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from embrag_ds.errors import UserError
-from embrag_ds.variants.container import BGZF_EOF, BGZF_TEXT, BgzfWriter, bgzf_written
+from embrag_ds.variants.container.bgzf import BGZF_EOF, BGZF_TEXT, BgzfWriter, bgzf_written
 from embrag_ds.variants.published import LEVEL, SCRATCH_LEVEL, Publication, Publishing, Records, TabixIndex, publishing
 
 _READ_BYTES = 1 << 20

@@ -12,7 +12,7 @@ import numpy as np
 from embrag_ds.adaptation.settings import Adapt
 from embrag_ds.data.inputs import PanelFiles, PanelInputs, cache_directory
 from embrag_ds.data.left_out import LeftOutTable, left_out_table
-from embrag_ds.data.packing import TARGET
+from embrag_ds.data.packing.reading import TARGET
 from embrag_ds.data.panel import Panel, open_panel
 from embrag_ds.data.targets import Phase, Targets, match_targets, open_targets, phase_targets
 from embrag_ds.data.windows import DataConfig

@@ -31,13 +31,14 @@ import numpy as np
 from numba.core import event
 from numba.core.registry import cpu_target
 
+from embrag_ds import children
+
 logger = logging.getLogger(__name__)
 
 _MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 _THREAD_SAFE = ("omp", "tbb")
 _SECONDS_BETWEEN_LOOKS = 0.2
 _ALL_TAKEN = 1 << 62
-_COMMAND = "from embrag_ds.ops.threads import serve; serve()"
 _starting = Lock()
 _of_thread = local()
 
@@ -183,13 +184,11 @@ class _Compiler:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        path = os.pathsep.join(each or os.getcwd() for each in sys.path)
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _COMMAND],
+        self._process = children.started(
+            __name__,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # a loop that cannot be compiled is compiled here, too, and says why
-            env={**os.environ, "PYTHONPATH": path},
         )
         atexit.register(self.close)
 

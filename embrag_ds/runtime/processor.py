@@ -20,13 +20,15 @@ def cpu_has_bf16() -> bool:
 
 
 def use_threads(number: int) -> None:
-    """Let torch and the compiled loops use ``number`` threads; raises :class:`UserError` below 1."""
+    """Let torch, the compiled loops and the packing of files use ``number`` threads or processes.
+
+    Raises :class:`UserError` below 1.
+    """
     if number < 1:
         raise UserError(f"--threads {number}: give at least 1")
+    os.environ[_THREADS] = str(number)  # for loops and packing, and for torch when it is imported
     torch = sys.modules.get("torch")
-    if torch is None:  # which reads this when it is imported; until then, the loops do
-        os.environ[_THREADS] = str(number)
-    else:
+    if torch is not None:
         torch.set_num_threads(number)
 
 

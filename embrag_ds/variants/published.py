@@ -17,7 +17,7 @@ import pysam.bcftools
 
 from embrag_ds.errors import UserError
 from embrag_ds.files import require_writable, written_together
-from embrag_ds.variants.container import BgzfWriter, bgzf_written
+from embrag_ds.variants.container.bgzf import BgzfWriter, bgzf_written
 from embrag_ds.variants.header import as_bytes
 from embrag_ds.variants.sites import SiteTable
 

@@ -7,7 +7,7 @@ position, REF, ALT and, for a symbolic ALT, by its extent. What is left out is c
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, TypeVar
 import numpy as np
 
 from embrag_ds.errors import UserError
-from embrag_ds.variants.container import VariantText, regular_file
+from embrag_ds.variants.container.text import WHOLE, Part, VariantText, regular_file
 from embrag_ds.variants.genotypes import BadGenotype, Calls, GenotypeDecoder, decode_biallelic
 from embrag_ds.variants.header import FIXED_COLUMNS, Header, as_text, shown
 from embrag_ds.variants.sites import SiteTable
@@ -83,6 +83,24 @@ class Excluded(NamedTuple):
         return cls(*where, sites.id[row], sites.ref[row], sites.alt[row], reason)
 
 
+class Span(NamedTuple):
+    """Where the records of a part of a file lie: its contigs in order, the first position and the last."""
+
+    contigs: tuple[str, ...]
+    first: int
+    last: int
+
+    def followed_by(self, other: Span) -> Span | None:
+        """Span of both parts; None where the file is not sorted, or has a contig twice."""
+        if not self.contigs or not other.contigs:
+            return self if self.contigs else other
+        goes_on = self.contigs[-1] == other.contigs[0]
+        if goes_on and other.first <= self.last:
+            return None
+        contigs = self.contigs + other.contigs[goes_on:]
+        return Span(contigs, self.first, other.last) if len(set(contigs)) == len(contigs) else None
+
+
 class VariantReader:
     """Reader of the biallelic sites of a variant file with N samples, in any container.
 
@@ -106,9 +124,11 @@ class VariantReader:
         self.path = Path(path)
         self.records = 0
         self.skipped: dict[str, int] = {}
+        self.on_excluded = on_excluded
         self._duplicates = duplicates
         self._without_alt = without_alt
-        self._on_excluded = on_excluded
+        self._contigs_read: dict[str, None] = {}  # a set in order
+        self._first_pos = self._last_pos = -1
         with ExitStack() as stack:
             self._text = VariantText(stack.enter_context(regular_file(self.path)), self.path)
             header = Header.parse(self.path, self._text.header, needs_samples)
@@ -130,6 +150,27 @@ class VariantReader:
         """What is doubtful about the file's container, as it was logged."""
         return self._text.remarks
 
+    @property
+    def span(self) -> Span:
+        """Where the records read so far lie."""
+        return Span(tuple(self._contigs_read), self._first_pos, self._last_pos)
+
+    def seams(self, pieces: int) -> list[int]:
+        """Places that divide the file into up to ``pieces`` parts, each of whole positions; none where it cannot be."""
+        return self._text.seams(pieces)
+
+    def codes_of(self, names: Sequence[str]) -> list[int]:
+        """Numbers of contigs, which are added where the header lacks them."""
+        code_of = {name: code for code, name in enumerate(self.contigs)}
+        for name in names:
+            if name not in code_of:
+                code_of[name] = len(code_of)
+                self._add_contig(name)
+        return [code_of[name] for name in names]
+
+    def _add_contig(self, name: str) -> None:
+        self.contigs, self.contig_lengths = (*self.contigs, name), (*self.contig_lengths, 0)
+
     def fault(self, where: str, what: str, remedy: str) -> UserError:
         """A :class:`UserError` about this file."""
         return UserError(f"{self.path}: {where}: {what}; {remedy}")
@@ -138,15 +179,16 @@ class VariantReader:
         """Contig and position of a site, for errors."""
         return f"{self.contigs[site.contig_code]}:{site.pos}"
 
-    def sites(self) -> Iterator[Site]:
-        """Iterate over the sites in file order, from the first one on."""
+    def sites(self, part: Part = WHOLE) -> Iterator[Site]:
+        """Iterate over the sites in file order, from the first one on, or over those of a part of the file."""
         self.records = 0
         self.skipped = {}
+        self._contigs_read = {}
+        self._first_pos = self._last_pos = -1
         code_of = {name: code for code, name in enumerate(self.contigs)}
-        finished: set[bytes] = set()
         at_pos: set[tuple[str, str, str]] = set()
         contig, code, pos = b"", -1, -1
-        for line in self._text.lines():
+        for line in self._text.lines(part):
             fields = line.split(b"\t", FIXED_COLUMNS)
             if not self.samples:
                 fields = self._without_samples(line, fields)
@@ -157,11 +199,11 @@ class VariantReader:
             here = int(fields[1]) if len(fields[1]) <= _MOST_DIGITS else _LARGEST_POS + 1
             if fields[0] != contig:
                 contig, name = fields[0], as_text(fields[0])
-                if contig in finished:
+                if name in self._contigs_read:
                     raise self.fault(
                         f"{name}:{here}", f"contig {name} appears a second time", "sort it (bcftools sort)"
                     )
-                finished.add(contig)
+                self._contigs_read[name] = None
                 if not _CONTIG.fullmatch(name):
                     raise self.fault(
                         f"{name}:{here}",
@@ -170,7 +212,7 @@ class VariantReader:
                     )
                 if name not in code_of:
                     code_of[name] = len(code_of)
-                    self.contigs, self.contig_lengths = (*self.contigs, name), (*self.contig_lengths, 0)
+                    self._add_contig(name)
                 code, pos = code_of[name], -1
             if here != pos:
                 if here < pos:
@@ -184,7 +226,8 @@ class VariantReader:
                         "correct the record",
                     )
                 at_pos.clear()
-                pos = here
+                pos = self._last_pos = here
+                self._first_pos = here if self._first_pos < 0 else self._first_pos
             yield from self._split(code, pos, fields, at_pos)
             self.records += 1
 
@@ -261,8 +304,8 @@ class VariantReader:
 
     def _exclude(self, code: int, pos: int, name: str, ref: str, alt: str, reason: str) -> None:
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
-        if self._on_excluded is not None:
-            self._on_excluded(Excluded(self.contigs[code], pos, name, ref, alt, reason))
+        if self.on_excluded is not None:
+            self.on_excluded(Excluded(self.contigs[code], pos, name, ref, alt, reason))
 
     def _malformed(self, line: bytes, what: str = "it is not a VCF record with genotypes") -> UserError:
         start = as_text(line[:60]).replace("\t", " ")

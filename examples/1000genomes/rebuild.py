@@ -27,7 +27,7 @@ from embrag_ds.cli.command import run_command, show
 from embrag_ds.errors import UserError
 from embrag_ds.files import make_folder, read_lines
 from embrag_ds.progress import Progress
-from embrag_ds.variants.container import VariantText, regular_file
+from embrag_ds.variants.container.text import VariantText, regular_file
 from embrag_ds.variants.genotypes import decode_biallelic
 from embrag_ds.variants.header import FIXED_COLUMNS, Header, shown
 from embrag_ds.variants.phased_output import write_phased

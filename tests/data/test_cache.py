@@ -20,7 +20,7 @@ import pytest
 import embrag_ds.data.panel as panel_module
 from embrag_ds.data import cache
 from embrag_ds.data.cache import SEAL, building, default_cache_dir, require_cache, scratch_folder
-from embrag_ds.data.packing import PANEL, Reading, packed_folder
+from embrag_ds.data.packing.reading import PANEL, Reading, packed_folder
 from embrag_ds.data.panel import Panel, open_panel
 from embrag_ds.errors import UserError
 from embrag_ds.variants.phased_output import write_phased

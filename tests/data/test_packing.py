@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embrag_ds.data.packing import TARGET, Missing, Reading
+from embrag_ds.data.packing.reading import TARGET, Missing, Reading
 from embrag_ds.data.panel import Panel, open_panel
 from embrag_ds.errors import UserError
 from embrag_ds.ops.bits import unpack_host

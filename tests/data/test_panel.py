@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import embrag_ds.data.panel as panel_module
-from embrag_ds.data import packing
+from embrag_ds.data.packing import pack as packing
 from embrag_ds.data.panel import Panel, PanelSubset, Populations, open_panel, read_populations
 from embrag_ds.errors import UserError
 from embrag_ds.variants.phased_output import write_phased
@@ -115,8 +115,8 @@ def test_an_interrupted_build_leaves_nothing_and_the_next_open_succeeds(
     path = write_panel(tmp_path / "p.vcf.gz", alleles)
 
     class Interrupted(VariantReader):
-        def sites(self):  # type: ignore[no-untyped-def]
-            sites = super().sites()
+        def sites(self, part):  # type: ignore[no-untyped-def]
+            sites = super().sites(part)
             yield next(sites)
             raise interruption
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embrag_ds.data.packing import TARGET
+from embrag_ds.data.packing.reading import TARGET
 from embrag_ds.data.panel import Panel, open_panel
 from embrag_ds.data.phasing import _Consensus, command_for
 from embrag_ds.data.targets import Targets, match_targets, phase_targets

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embrag_ds.data.packing import TARGET
+from embrag_ds.data.packing.reading import TARGET
 from embrag_ds.data.panel import Panel, open_panel
 from embrag_ds.data.ploidy import Ploidy, PloidyRecorder
 from embrag_ds.data.targets import Targets, allele_counts, match_targets, open_targets

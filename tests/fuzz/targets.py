@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from embrag_ds.data.packing import TARGET, Reading
+from embrag_ds.data.packing.reading import TARGET, Reading
 from embrag_ds.data.panel import Panel, open_panel, read_populations
 from embrag_ds.data.sampler import exclusion_table, read_manifest
 from embrag_ds.data.targets import match_targets, open_targets

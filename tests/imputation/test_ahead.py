@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from embrag_ds import children
 from embrag_ds.data.inputs import PanelFiles
-from embrag_ds.data.packing import Reading, packed_folder
+from embrag_ds.data.packing.reading import Reading, packed_folder
 from embrag_ds.data.panel import open_panel
 from embrag_ds.data.simulate import DefaultData
 from embrag_ds.errors import UserError
@@ -53,7 +54,7 @@ def test_nothing_begins_where_it_would_not_save_time(
     def refused(*arguments: object, **options: object) -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(ahead.subprocess, "Popen", refused)
+    monkeypatch.setattr(children, "started", refused)
     cache = tmp_path / "cache"
     with pytest.raises(AssertionError, match="was started"):
         packed_meanwhile(PanelFiles(panel), cache)
@@ -86,7 +87,7 @@ def test_a_faulty_panel_is_left_to_whoever_opens_it(
 
 
 def test_an_error_ends_the_process(panel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead, "_COMMAND", "import time; time.sleep(600)")
+    monkeypatch.setattr(children, "_COMMAND", "import time; time.sleep(600)")
     began = time.monotonic()
     with pytest.raises(UserError), ahead.packing_ahead(PanelFiles(panel), tmp_path / "cache"):
         raise UserError("a fault of another file")

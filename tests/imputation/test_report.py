@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from embrag_ds.data.packing import TARGET, Reading
+from embrag_ds.data.packing.reading import TARGET, Reading
 from embrag_ds.data.panel import Panel, open_panel
 from embrag_ds.data.targets import match_targets, open_targets
 from embrag_ds.files import write_json

@@ -73,7 +73,7 @@ def test_of_two_processes_one_has_loops_compiled_and_says_so(root: Path, tmp_pat
 
 def test_a_process_compiles_what_a_killed_one_did_not(root: Path, tmp_path: Path) -> None:
     killed = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    code = f"from embrag_ds.ops import threads\nthreads._COMMAND = {killed!r}\n{COUNTED}"
+    code = f"from embrag_ds import children\nchildren._COMMAND = {killed!r}\n{COUNTED}"
     *_, said, count = output_of(root, code, NUMBA_CACHE_DIR=str(tmp_path)).splitlines()
     assert (said, count) == (SAID, "0 loaded")
 

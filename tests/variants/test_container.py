@@ -23,9 +23,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import embrag_ds.variants.container as container_module
+import embrag_ds.variants.container.text as container_module
 from embrag_ds.errors import UserError
-from embrag_ds.variants.container import VariantText, regular_file
+from embrag_ds.variants.container.text import VariantText, regular_file
 from embrag_ds.variants.header import as_bytes
 from embrag_ds.variants.records import VariantReader, site_table
 from embrag_ds.variants.sites import SiteTable
@@ -157,7 +157,7 @@ def zipped(content: bytes) -> bytes:
         (b"##fileformat=M3VCF\n##version=2.0\n", "minimac3's M3VCF", "give the VCF"),
         (b"\x7a\x88\x74\xf4\0\0", "Beagle's bref3", "unbref3"),
         (b"20 . 1.0 1000\n20 . 1.5 2000\n", "a genetic map", "give it to --map"),
-        (gzip.compress(b"pos chr cM\n1000 20 1.0\n"), "a genetic map", "give it to --map"),
+        (gzip.compress(b"pos chr cM\n1000 20 1.0\n", mtime=0), "a genetic map", "give it to --map"),
         (b"position COMBINED_rate(cM/Mb) Genetic_Map(cM)\n1 2 3\n", "a genetic map", "give it to --map"),
     ],
 )
@@ -380,7 +380,7 @@ def test_the_remedy_for_a_bcf_in_gzip_works(tmp_path: Path) -> None:
 
 def test_messages_of_htslib_do_not_repeat_ours() -> None:
     assert pysam.get_verbosity() == 0
-    assert logging.getLogger("embrag_ds.variants.container") is container_module.logger
+    assert logging.getLogger("embrag_ds.variants.container.text") is container_module.logger
 
 
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), FileNotFoundError(2, "No usable folder")])
@@ -415,7 +415,7 @@ def test_a_pipe_that_cannot_be_kept_is_one_line(
 FULL = """
 import resource, sys
 from pathlib import Path
-from embrag_ds.variants.container import bgzf_written
+from embrag_ds.variants.container.bgzf import bgzf_written
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
     with bgzf_written(Path(sys.argv[1]), 0) as out:

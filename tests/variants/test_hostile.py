@@ -12,8 +12,8 @@ import pysam
 import pytest
 
 from embrag_ds.errors import UserError
-from embrag_ds.variants import container
-from embrag_ds.variants.container import VariantText
+from embrag_ds.variants.container import text as container
+from embrag_ds.variants.container.text import VariantText
 from embrag_ds.variants.records import VariantReader
 
 COLUMNS = "#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\tFORMAT\tA\tB\n"

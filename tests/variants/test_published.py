@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from embrag_ds.errors import UserError
-from embrag_ds.variants.container import BGZF_EOF, BGZF_TEXT, BgzfWriter, bgzf_written
+from embrag_ds.variants.container.bgzf import BGZF_EOF, BGZF_TEXT, BgzfWriter, bgzf_written
 from embrag_ds.variants.output import ImputedVcfWriter
 from embrag_ds.variants.phased_output import write_phased
 from embrag_ds.variants.sites import SiteTable
@@ -93,7 +93,7 @@ def test_a_full_disk_ends_the_writer_and_leaves_nothing(tmp_path, monkeypatch, w
         put(self, content)
 
     monkeypatch.setattr(BgzfWriter, "_put", full)
-    monkeypatch.setattr("embrag_ds.variants.container._JOB_BYTES", 100)
+    monkeypatch.setattr("embrag_ds.variants.container.bgzf._JOB_BYTES", 100)
     imputed = random_imputed()
     begun: list[int] = []
     with (

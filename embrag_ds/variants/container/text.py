@@ -10,24 +10,23 @@ import gzip
 import logging
 import os
 import shutil
-import struct
 import tempfile
 import warnings
 import zlib
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pysam
 import pysam.bcftools
 
 from embrag_ds.errors import UserError
 from embrag_ds.files import source_of
+from embrag_ds.variants.container.bgzf import BGZF_EOF
+from embrag_ds.variants.container.seams import find_seams, text_until
 from embrag_ds.variants.header import foreign
 
 # Our errors name file, record and remedy; htslib's messages on stderr would only repeat them.
@@ -35,117 +34,12 @@ pysam.set_verbosity(0)
 
 logger = logging.getLogger(__name__)
 
-BGZF_EOF = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
-"""Empty block that ends a bgzipped file."""
-BGZF_TEXT = 0xFF00
-"""Bytes of text in a block, as many as htslib puts there."""
-_BGZF_START = BGZF_EOF[:16]
-_JOB_BYTES = 16 * BGZF_TEXT
-_MOST_THREADS = 4
 _BOM = b"\xef\xbb\xbf"
 _BLOCK_BYTES = 1 << 16
 _FIRST_BYTES = 1 << 12
 _LONGEST_LINE = 1 << 28
 # The last one comes from pysam, for a BCF whose blocks htslib takes for plain gzip.
 _Damage = (OSError, EOFError, zlib.error, ValueError, NotImplementedError)
-
-
-class BgzfWriter:
-    """Writer of a bgzipped file, compressed by threads of its own: the same bytes for any number of them.
-
-    Its blocks are those that htslib makes. Memory holds a few MiB of text that waits for the threads. :meth:`write`
-    and :meth:`close` raise OSError if the file cannot be written.
-    """
-
-    def __init__(self, path: Path, level: int) -> None:
-        self._file = path.open("wb", buffering=0)  # nothing is left to be written, or to fail, when it is closed
-        self._level = level
-        self._threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
-        self._pool = ThreadPoolExecutor(self._threads, "bgzf")
-        self._compressed: deque[tuple[memoryview, Future[list[bytes]]]] = deque()
-        # Used again and again: new memory costs more than what is done in it.
-        self._free: list[memoryview] = []
-        self._text = memoryview(bytearray(_JOB_BYTES))
-        self._filled = 0
-        self._begins = [0]
-        self.text_bytes = 0
-        """Bytes of text written so far."""
-
-    def write(self, text: bytes | memoryview) -> None:
-        """Add text, which is copied."""
-        self.text_bytes += len(text)
-        left = memoryview(text)
-        while left:
-            fits = min(len(left), _JOB_BYTES - self._filled)
-            self._text[self._filled : self._filled + fits] = left[:fits]
-            self._filled += fits
-            left = left[fits:]
-            if self._filled == _JOB_BYTES:
-                self._compress()
-
-    def close(self) -> None:
-        """Write what is left, and the block that ends the file."""
-        self._compress()
-        self._put_finished(0)
-        self._put(BGZF_EOF)
-        self.release()
-
-    def release(self) -> None:
-        """Drop what is not written, and end the threads."""
-        self._pool.shutdown(cancel_futures=True)
-        self._file.close()
-
-    def virtual(self, places: np.ndarray) -> np.ndarray:
-        """BGZF's virtual offsets, uint64 [n], of places in the text, int64 [n]; call it after :meth:`close`."""
-        block, inner = np.divmod(places, BGZF_TEXT)
-        begins: np.ndarray = np.array(self._begins, dtype=np.uint64)[block]
-        return begins << np.uint64(16) | inner.astype(np.uint64)
-
-    def _compress(self) -> None:
-        """Have the text that waits compressed."""
-        job = self._pool.submit(_bgzf_blocks, self._text[: self._filled], self._level)
-        self._compressed.append((self._text, job))
-        self._put_finished(2 * self._threads)
-        self._text = self._free.pop() if self._free else memoryview(bytearray(_JOB_BYTES))
-        self._filled = 0
-
-    def _put_finished(self, most: int) -> None:
-        """Write the blocks that are ready, and wait for them where more than ``most`` jobs are not."""
-        while self._compressed and (len(self._compressed) > most or self._compressed[0][1].done()):
-            text, job = self._compressed.popleft()
-            blocks = job.result()
-            self._free.append(text)
-            for block in blocks:
-                self._begins.append(self._begins[-1] + len(block))
-            self._put(b"".join(blocks))
-
-    def _put(self, content: bytes) -> None:
-        left = memoryview(content)
-        while left:
-            left = left[self._file.write(left) :]
-
-
-def _bgzf_blocks(text: memoryview, level: int) -> list[bytes]:
-    """The blocks of a text, of which all but the last hold :data:`BGZF_TEXT` bytes of it."""
-    blocks = []
-    for start in range(0, len(text), BGZF_TEXT):
-        part = text[start : start + BGZF_TEXT]
-        deflate = zlib.compressobj(level, zlib.DEFLATED, -15)
-        packed = deflate.compress(part) + deflate.flush()
-        ends = struct.pack("<II", zlib.crc32(part), len(part))
-        blocks.append(_BGZF_START + struct.pack("<H", len(_BGZF_START) + len(packed) + 9) + packed + ends)
-    return blocks
-
-
-@contextmanager
-def bgzf_written(path: Path, level: int) -> Iterator[BgzfWriter]:
-    """Yield a bgzipped file to write to, which is whole when the block ends without an exception."""
-    out = BgzfWriter(path, level)
-    try:
-        yield out
-        out.close()
-    finally:
-        out.release()
 
 
 @contextmanager
@@ -193,6 +87,22 @@ def _copied(pipe: Path, name: Path) -> Iterator[Path]:
 def _refuse_foreign(name: Path, start: bytes) -> None:
     if (found := foreign(start, name)) is not None:
         raise UserError(f"{name}: it is {found[0]}, not a VCF or BCF; {found[1]}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part of a file: what follows ``start``, up to one of ``seams`` (:meth:`VariantText.seams`).
+
+    At each of ``seams``, which increase, ``goes_on`` is called with its number. Where it says no, the part ends.
+    ``start`` is one of the file's seams, or 0 for its first record.
+    """
+
+    start: int = 0
+    seams: Sequence[int] = ()
+    goes_on: Callable[[int], bool] = lambda number: False
+
+
+WHOLE = Part()
 
 
 class VariantText:
@@ -262,14 +172,18 @@ class VariantText:
             return pysam.BGZFile(str(self._path), "rb", None)
         return gzip.open(self._path) if self._is_gzip else self._path.open("rb")
 
-    def _text_lines(self) -> Iterator[bytes]:
-        """Iterate over all lines of a text file, header included."""
+    def _text_lines(self, part: Part = WHOLE) -> Iterator[bytes]:
+        """Iterate over all lines of a text file, header included, or over those of a part of it."""
         file = self._opened()
         try:
-            block = file.read(_BLOCK_BYTES).removeprefix(_BOM)
+            if part.start:
+                file.seek(part.start)
+            seams = list(enumerate(part.seams))[::-1]
+            block, at_seam = self._block(file, seams)
+            block = block if part.start else block.removeprefix(_BOM)
             begun: list[bytes] = []  # pieces of a line whose end has not come
             length = 0
-            while block:
+            while block or at_seam:
                 start = 0
                 # Faster than split(), by a tenth of the time that packing takes.
                 while (end := block.find(b"\n", start)) >= 0:
@@ -280,7 +194,10 @@ class VariantText:
                 length += len(block) - start
                 if length > _LONGEST_LINE:
                     raise ValueError(f"a line of over {_LONGEST_LINE >> 20} MiB")
-                block = file.read(_BLOCK_BYTES)
+                number = seams.pop()[0] if at_seam else -1
+                if at_seam and not length and not part.goes_on(number):  # else a line goes on: the file has changed
+                    return
+                block, at_seam = self._block(file, seams)
             if length:
                 self._remark("its last line does not end; if the file was cut short, copy it again")
                 yield b"".join(begun)
@@ -288,6 +205,21 @@ class VariantText:
             # After damage htslib reports the same error again when closing.
             with suppress(*_Damage):
                 file.close()
+
+    @staticmethod
+    def _block(file: Any, seams: list[tuple[int, int]]) -> tuple[bytes, bool]:
+        """The next piece of text, and whether it ends at the seam that is the last of ``seams``."""
+        if not seams:
+            return file.read(_BLOCK_BYTES), False
+        here, seam = file.tell(), seams[-1][1]
+        block = file.read(_BLOCK_BYTES)
+        if file.tell() < seam or not block:
+            return block, False
+        before = text_until(file, here, seam, len(block))
+        if before is not None:
+            return before, True
+        seams.pop()  # no text begins there: the file has changed, too
+        return VariantText._block(file, seams)
 
     def _text_header(self) -> list[bytes]:
         header = []
@@ -319,12 +251,19 @@ class VariantText:
         end = next((number for number, line in enumerate(lines, start=1) if line.startswith(b"#CHROM")), len(lines))
         return lines[:end]
 
-    def lines(self) -> Iterator[bytes]:
-        """Iterate over the record lines, from the first one on."""
+    def seams(self, pieces: int) -> list[int]:
+        """Places that divide the records into up to ``pieces`` parts, see :class:`Part`; none but in bgzipped text."""
+        if self._is_bgzf and not self._is_bcf:
+            with suppress(*_Damage):  # whoever reads the records meets it again
+                return find_seams(self._path, pieces)
+        return []
+
+    def lines(self, part: Part = WHOLE) -> Iterator[bytes]:
+        """Iterate over the record lines, or over those of a part."""
         last = b""
         empty = 0
         try:
-            for line in self._bcf_lines() if self._is_bcf else self._record_lines():
+            for line in self._bcf_lines() if self._is_bcf else self._record_lines(part):
                 if line:
                     yield line
                     last = line
@@ -338,9 +277,9 @@ class VariantText:
         if empty:
             self._remark(f"{empty} empty lines between the records are ignored")
 
-    def _record_lines(self) -> Iterator[bytes]:
-        in_header = True
-        for line in self._text_lines():
+    def _record_lines(self, part: Part) -> Iterator[bytes]:
+        in_header = part.start == 0
+        for line in self._text_lines(part):
             stripped = line[:-1] if line.endswith(b"\r") else line
             if in_header:
                 in_header = not stripped.startswith(b"#CHROM")

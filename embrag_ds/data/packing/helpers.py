@@ -1,0 +1,172 @@
+"""Helpers of the process that packs a file: processes that read the file from its end backwards, piece after piece.
+
+A bgzipped VCF is divided into pieces. The process that packs reads from the start. Where a piece begins it looks
+whether a helper has taken it. If so, helpers have taken all that follow, too, and it takes over what they packed. So
+nobody waits for longer than one piece takes. A piece is taken by making its folder, which only one process can.
+
+Helpers change nothing but the time. Where one fails, or the pieces do not fit together, the process that packs reads on
+by itself, and meets the file's fault as if it had been alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+from embrag_ds import children
+from embrag_ds.data.packing.packer import Packed, Packer
+from embrag_ds.data.packing.reading import Reading
+from embrag_ds.errors import UserError
+from embrag_ds.files import source_of
+from embrag_ds.variants.container.text import Part
+from embrag_ds.variants.records import VariantReader
+
+_LEAST_BYTES = 4 << 20
+"""A smaller file is read before a helper has begun."""
+_PIECE_BYTES, _MOST_PIECES = 1 << 18, 64
+_MOST_PROCESSES = 8
+_SECONDS_BETWEEN_LOOKS = 0.005
+_FOUND = "packed.pickle"
+
+
+class _Request(NamedTuple):
+    """What a helper is to do: ``pieces`` is the folder for the pieces, and ``parent`` the process that packs."""
+
+    path: Path
+    reading: Reading
+    seams: list[int]
+    pieces: Path
+    parent: int
+
+
+class Helpers:
+    """Processes that pack a file's pieces into folders of ``directory``. Use it as a context.
+
+    ``seams`` are the places between pieces. There are none, and no helpers, where they would not save time. ``taken``
+    are the pieces that they have packed, each with its folder, once :meth:`leave` has said so.
+    """
+
+    def __init__(self, vcf: VariantReader, directory: Path, reading: Reading) -> None:
+        self._vcf = vcf
+        self._pieces = directory / "pieces"
+        self.seams: list[int] = []
+        self.taken: list[tuple[Packed, Path]] = []
+        path = source_of(vcf.path)
+        number = min(_MOST_PROCESSES, _cores()) - 1
+        if number > 0 and path.is_file() and path.stat().st_size >= _LEAST_BYTES:
+            self.seams = vcf.seams(min(_MOST_PIECES, path.stat().st_size // _PIECE_BYTES))
+        self._processes: list[subprocess.Popen[bytes]] = []
+        if self.seams:
+            self._pieces.mkdir()
+            request = _Request(vcf.path, reading, self.seams, self._pieces, os.getpid())
+            with suppress(OSError):  # there may be as many processes as there can be
+                for _ in range(number):
+                    self._processes.append(children.started(__name__, tuple(request)))
+
+    def __enter__(self) -> Helpers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for each in self._processes:
+            each.terminate()
+        for each in self._processes:
+            each.wait()
+        shutil.rmtree(self._pieces, ignore_errors=True)
+
+    def leave(self, number: int) -> bool:
+        """Whether the process that packs goes on at the seam ``number``; if not, the rest is ``taken``."""
+        if not _claimed(self._pieces / str(number)):
+            self.taken = self._rest(number)
+        return not self.taken
+
+    def _rest(self, number: int) -> list[tuple[Packed, Path]]:
+        """The pieces from ``number`` on, or nothing where one is missing or does not fit."""
+        found = []
+        span = self._vcf.span
+        for each in range(number, len(self.seams)):
+            part = self._packed(self._pieces / str(each))
+            joined = None if part is None else span.followed_by(part.span)
+            if part is None or joined is None:
+                return []
+            span = joined
+            found.append((part, self._pieces / str(each)))
+        return found
+
+    def _packed(self, folder: Path) -> Packed | None:
+        """What a helper has found in a piece, waited for; None if all have ended without it."""
+        while not (folder / _FOUND).exists():
+            if all(each.poll() is not None for each in self._processes) and not (folder / _FOUND).exists():
+                return None
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        found = pickle.loads((folder / _FOUND).read_bytes())
+        assert isinstance(found, Packed)
+        return found
+
+
+def serve() -> None:
+    """Pack pieces as the command line describes, until all are taken."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that packs ends its helpers
+    logging.disable()  # it reports what is doubtful, too
+    request = _Request(*children.request_of_this_process())
+    with suppress(UserError):  # which it meets itself
+        _pack_pieces(request)
+
+
+def _pack_pieces(request: _Request) -> None:
+    reading = request.reading
+    with VariantReader(request.path, duplicates=reading.duplicates, without_alt=reading.without_alt) as vcf:
+        remarks = len(vcf.remarks)
+        for number in reversed(range(len(request.seams))):
+            folder = request.pieces / str(number)
+            if os.getppid() != request.parent:
+                return
+            if not _claimed(folder):
+                continue
+            found = _packed_piece(vcf, folder, reading, request.seams[number : number + 2])
+            if found is None or len(vcf.remarks) > remarks:
+                return
+            temporary = folder / "unfinished"
+            temporary.write_bytes(pickle.dumps(found))
+            temporary.rename(folder / _FOUND)
+
+
+def _packed_piece(vcf: VariantReader, folder: Path, reading: Reading, seams: list[int]) -> Packed | None:
+    """Pack the piece from a seam up to the next, if there is one; None where that is not met."""
+    ends = seams[1:]
+    met: list[int] = []
+
+    def stop(number: int) -> bool:
+        met.append(number)
+        return False
+
+    with Packer(vcf, folder, reading) as packer:
+        for site in vcf.sites(Part(seams[0], ends, stop)):
+            packer.add(site)
+        return packer.packed() if len(met) == len(ends) else None
+
+
+def _claimed(folder: Path) -> bool:
+    """Whether this process is the one that packs a piece."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
+def _cores() -> int:
+    """Cores that this process may use; ``OMP_NUM_THREADS``, which ``--threads`` sets, may say less."""
+    told = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    available = len(os.sched_getaffinity(0))
+    return min(available, int(told)) if told.isdigit() and int(told) else available
