@@ -9,12 +9,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from embrag_ds import children, logs
-from embrag_ds.data.inputs import PanelFiles, cache_directory, settings_for
 from embrag_ds.data.packing.reading import Reading, packed_folder
 from embrag_ds.data.panel import open_panel
 from embrag_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from embrag_ds.data.inputs import PanelFiles
 
 _LEAST_BYTES, _MOST_BYTES = 1 << 20, 10**8
 """A smaller file is packed before another process has begun. A larger one takes so long that its faults should not be
@@ -45,6 +48,8 @@ def packing_ahead(files: PanelFiles, cache_dir: Path | None) -> Iterator[None]:
 
 def _start(files: PanelFiles, cache_dir: Path | None) -> subprocess.Popen[bytes] | None:
     """The process that packs, or None where it would not save time."""
+    from embrag_ds.data.inputs import cache_directory, settings_for  # a tenth of a second that process does without
+
     path = files.panel
     if path is None or os.environ.get("LOCAL_RANK", "0") != "0" or not path.is_file():
         return None

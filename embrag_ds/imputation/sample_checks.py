@@ -104,7 +104,8 @@ def _distances(targets: Targets, panel: Panel) -> tuple[np.ndarray | None, float
     sites, samples = targets.sites, len(targets.samples)
     if len(panel.samples) < _FEWEST or len(sites) < _FEWEST:
         return None, 0.0
-    chunks = np.unique(np.linspace(0, max(0, len(sites) - _CHUNK_SITES), _MOST_CHUNKS).astype(np.int64))
+    number = min(_MOST_CHUNKS, -(-len(sites) // _CHUNK_SITES))
+    chunks = np.unique(np.linspace(0, max(0, len(sites) - _CHUNK_SITES), number).astype(np.int64))
     stride = -(-2 * len(panel.samples) // _MOST_HAPLOTYPES)
     kept = np.arange(0, 2 * len(panel.samples), stride)
     compared = np.unique(np.linspace(0, len(panel.samples) - 1, _PANEL_SAMPLES).astype(np.int64))
