@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import time
@@ -57,7 +58,7 @@ def folder_of(path: Path, out: Path, reading: Reading, serve: Serve | None) -> d
         patch.setattr(helpers, "_PIECE_BYTES", 64)
         patch.setattr(helpers, "_cores", lambda: 2)
 
-        def started(module: str, request: tuple[Any, ...]) -> Ended:
+        def started(module: str, request: tuple[Any, ...], **options: bool) -> Ended:
             assert serve is not None and module == helpers.__name__
             serve(helpers._Request(*request)._replace(parent=os.getppid()))
             return Ended()
@@ -71,20 +72,13 @@ def folder_of(path: Path, out: Path, reading: Reading, serve: Serve | None) -> d
     return {each.name: each.read_bytes() for each in out.iterdir()}
 
 
-def whole(request: helpers._Request) -> None:
-    try:
-        helpers._pack_pieces(request)
-    except UserError:
-        return
-
-
 def but_first(number: int) -> Serve:
     """A helper that comes late: the process that packs has already taken ``number`` pieces."""
 
     def serve(request: helpers._Request) -> None:
         for each in range(min(number, len(request.seams))):
             (request.pieces / str(each)).mkdir()
-        whole(request)
+        helpers._help(request)
         for each in range(min(number, len(request.seams))):
             (request.pieces / str(each)).rmdir()
 
@@ -143,7 +137,7 @@ def test_helpers_take_pieces_and_pieces_are_taken_over(tmp_path: Path) -> None:
         handled: list[int] = []
         add = helpers.Packer.add
         patch.setattr(helpers.Packer, "add", lambda self, site: (handled.append(self), add(self, site))[1])
-        found = folder_of(path, tmp_path / "out", Reading(), whole)
+        found = folder_of(path, tmp_path / "out", Reading(), helpers._help)
     assert isinstance(found, dict)
     mine = handled.count(handled[-1])  # the process that packs comes last here
     assert len(handled) == len(MANY) and 0 < mine < len(MANY) / 8
@@ -168,13 +162,13 @@ def test_a_fault_is_found_wherever_it_is(tmp_path: Path, place: int, fault: str)
     path = written(tmp_path, records)
     alone = folder_of(path, tmp_path / "alone", Reading(), None)
     assert isinstance(alone, dict) == (not fault) or place in (0, 198), alone
-    assert folder_of(path, tmp_path / "helped", Reading(), whole) == alone
+    assert folder_of(path, tmp_path / "helped", Reading(), helpers._help) == alone
 
 
 def test_a_contig_that_comes_again_in_another_piece(tmp_path: Path) -> None:
     records = [*MANY, *(f"2{each[1:]}" for each in MANY), *(f"1{each[1:]}" for each in MANY)]
     path = written(tmp_path, records)
-    found = folder_of(path, tmp_path / "out", Reading(), whole)
+    found = folder_of(path, tmp_path / "out", Reading(), helpers._help)
     assert isinstance(found, str) and "contig 1 appears a second time" in found
 
 
@@ -184,10 +178,28 @@ def test_pieces_of_a_helper_that_is_killed_are_read_again(tmp_path: Path, lost: 
     alone = folder_of(path, tmp_path / "alone", Reading(), None)
 
     def killed(request: helpers._Request) -> None:
-        whole(request)
+        helpers._help(request)
         (request.pieces / str(lost) / "packed.pickle").unlink()
 
     assert folder_of(path, tmp_path / "helped", Reading(), killed) == alone
+
+
+def test_a_full_disk_stops_a_helper_and_not_the_process_that_packs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path, MANY)
+    alone = folder_of(path, tmp_path / "alone", Reading(), None)
+    write, written_bytes = Path.write_bytes, []
+
+    def full(self: Path, content: bytes) -> int:
+        written_bytes.append(content)
+        if len(written_bytes) > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert folder_of(path, tmp_path / "helped", Reading(), helpers._help) == alone
+    assert len(written_bytes) == 4
 
 
 @pytest.mark.parametrize("change", ["cut", "damage"])
@@ -198,7 +210,7 @@ def test_a_damaged_file_is_named_as_without_helpers(tmp_path: Path, change: str)
     path.write_bytes(content[:middle] if change == "cut" else content[:middle] + bytes(90) + content[middle + 90 :])
     alone = folder_of(path, tmp_path / "alone", Reading(), None)
     assert isinstance(alone, str) and "damaged" in alone
-    assert folder_of(path, tmp_path / "helped", Reading(), whole) == alone
+    assert folder_of(path, tmp_path / "helped", Reading(), helpers._help) == alone
 
 
 @pytest.mark.parametrize("moved", [lambda seam: seam + 1, lambda seam: seam | 0xFFFF], ids=["in a line", "behind"])
@@ -223,7 +235,7 @@ def test_records_of_one_position_stay_together(tmp_path: Path, position: int) ->
         for start in seams_of(path):
             assert next(vcf.sites(Part(start))).pos < position or int(next(vcf.sites(Part(start))).id[1:]) == position
     alone = folder_of(path, tmp_path / "alone", Reading(), None)
-    assert folder_of(path, tmp_path / "helped", Reading(), whole) == alone
+    assert folder_of(path, tmp_path / "helped", Reading(), helpers._help) == alone
 
 
 @pytest.mark.parametrize("container", ["plain", "gzip", "bcf"])
@@ -287,7 +299,7 @@ def test_ploidy_is_carried_from_piece_to_piece(tmp_path: Path) -> None:
     records = [f"1 {pos} . A C . . . GT {a} {b} 0|0 0|0 0|0" for pos, (a, b) in enumerate(rows, start=1)]
     path = written(tmp_path, records)
     alone = folder_of(path, tmp_path / "alone", TARGET, None)
-    helped = folder_of(path, tmp_path / "helped", TARGET, whole)
+    helped = folder_of(path, tmp_path / "helped", TARGET, helpers._help)
     assert isinstance(alone, dict) and isinstance(helped, dict)
     with np.load(tmp_path / "helped" / "ploidy.npz") as found:
         assert found["start"].tolist() == [0, 160]

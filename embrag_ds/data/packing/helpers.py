@@ -14,7 +14,6 @@ import logging
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import time
 from contextlib import suppress
@@ -70,7 +69,8 @@ class Helpers:
             request = _Request(vcf.path, reading, self.seams, self._pieces, os.getpid())
             with suppress(OSError):  # there may be as many processes as there can be
                 for _ in range(number):
-                    self._processes.append(children.started(__name__, tuple(request)))
+                    # Away from the terminal's Ctrl-C: the process that packs ends its helpers.
+                    self._processes.append(children.started(__name__, tuple(request), start_new_session=True))
 
     def __enter__(self) -> Helpers:
         return self
@@ -116,16 +116,16 @@ class Helpers:
 
 def serve() -> None:
     """Pack pieces as the command line describes, until all are taken."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that packs ends its helpers
-    logging.disable()  # it reports what is doubtful, too
-    request = _Request(*children.request_of_this_process())
-    with suppress(UserError):  # which it meets itself
-        _pack_pieces(request)
+    logging.disable()  # the process that packs reports what is doubtful
+    _help(_Request(*children.request_of_this_process()))
 
 
-def _pack_pieces(request: _Request) -> None:
+def _help(request: _Request) -> None:
     reading = request.reading
-    with VariantReader(request.path, duplicates=reading.duplicates, without_alt=reading.without_alt) as vcf:
+    with (
+        suppress(UserError, OSError),  # the process that packs reads on by itself, and meets the fault where it lasts
+        VariantReader(request.path, duplicates=reading.duplicates, without_alt=reading.without_alt) as vcf,
+    ):
         remarks = len(vcf.remarks)
         for number in reversed(range(len(request.seams))):
             folder = request.pieces / str(number)

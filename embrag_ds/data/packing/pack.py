@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from embrag_ds.data.packing.helpers import Helpers
@@ -29,5 +30,6 @@ def pack(path: Path, directory: Path, reading: Reading, progress: bool) -> None:
             packer.add(site)
         for part, folder in helpers.taken:
             packer.take_over(part, folder)
+            shutil.rmtree(folder)  # or a large file would be on the disk twice
             bar.advance(len(part.rows))
         packer.save()
