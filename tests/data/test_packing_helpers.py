@@ -105,7 +105,7 @@ def sorted_records(draw: st.DrawFn) -> list[str]:
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(sorted_records(), st.sampled_from(["keep", "drop", "major", "error"]), st.integers(40, 400), st.integers(0, 9))
 def test_the_folder_and_the_fault_are_those_of_one_process(
     tmp_path_factory: pytest.TempPathFactory, records: list[str], rule: Missing, size: int, late: int
@@ -143,7 +143,7 @@ def test_helpers_take_pieces_and_pieces_are_taken_over(tmp_path: Path) -> None:
     assert len(handled) == len(MANY) and 0 < mine < len(MANY) / 8
 
 
-@pytest.mark.parametrize("place", range(0, 199, 18))
+@pytest.mark.parametrize("place", [0, 66, 99, 132, 198])
 @pytest.mark.parametrize(
     "fault",
     [
