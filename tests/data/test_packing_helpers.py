@@ -20,6 +20,7 @@ from embrag_ds.data.packing import helpers
 from embrag_ds.data.packing.pack import pack
 from embrag_ds.data.packing.reading import TARGET, Missing, Reading
 from embrag_ds.errors import UserError
+from embrag_ds.variants.container import bgzf
 from embrag_ds.variants.container.bgzf import BGZF_EOF, _bgzf_blocks
 from embrag_ds.variants.container.text import Part, VariantText
 from embrag_ds.variants.records import VariantReader
@@ -235,6 +236,26 @@ def test_records_of_one_position_stay_together(tmp_path: Path, position: int) ->
         for start in seams_of(path):
             assert next(vcf.sites(Part(start))).pos < position or int(next(vcf.sites(Part(start))).id[1:]) == position
     alone = folder_of(path, tmp_path / "alone", Reading(), None)
+    assert folder_of(path, tmp_path / "helped", Reading(), helpers._help) == alone
+
+
+@pytest.mark.parametrize("kind", ["CRLF", "files put together", "whole blocks"])
+def test_text_of_every_kind_is_divided(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ends of lines of two bytes; empty blocks, as `cat` leaves them; and blocks as long as they can be."""
+    path = tmp_path / "in.vcf.gz"
+    records = [each.replace(f" r{number} ", f" r{number}{'x' * 700} ") for number, each in enumerate(MANY, start=1)]
+    text = vcf_text(*records, samples=SAMPLES, end=b"\r\n" if kind == "CRLF" else b"\n")
+    if kind == "files put together":
+        parts = [text[start : start + 500] for start in range(0, len(text), 500)]
+        path.write_bytes(b"".join(in_blocks(part, 120) for part in parts))
+    elif kind == "whole blocks":
+        monkeypatch.setattr(bgzf, "BGZF_TEXT", 1 << 16)
+        path.write_bytes(in_blocks(text, 1 << 16))
+    else:
+        path.write_bytes(in_blocks(text, 100))
+    assert seams_of(path)
+    alone = folder_of(path, tmp_path / "alone", Reading(), None)
+    assert isinstance(alone, dict)
     assert folder_of(path, tmp_path / "helped", Reading(), helpers._help) == alone
 
 

@@ -16,6 +16,7 @@ import pickle
 import shutil
 import subprocess
 import time
+from collections import deque
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -58,7 +59,7 @@ class Helpers:
         self._vcf = vcf
         self._pieces = directory / "pieces"
         self.seams: list[int] = []
-        self.taken: list[tuple[Packed, Path]] = []
+        self.taken: deque[tuple[Packed, Path]] = deque()
         path = source_of(vcf.path)
         number = min(_MOST_PROCESSES, _cores()) - 1
         if number > 0 and path.is_file() and path.stat().st_size >= _LEAST_BYTES:
@@ -87,7 +88,7 @@ class Helpers:
     def leave(self, number: int) -> bool:
         """Whether the process that packs goes on at the seam ``number``; if not, the rest is ``taken``."""
         if not _claimed(self._pieces / str(number)):
-            self.taken = self._rest(number)
+            self.taken = deque(self._rest(number))
         return not self.taken
 
     def _rest(self, number: int) -> list[tuple[Packed, Path]]:

@@ -28,7 +28,8 @@ def pack(path: Path, directory: Path, reading: Reading, progress: bool) -> None:
         for site in vcf.sites(Part(seams=helpers.seams, goes_on=helpers.leave)):
             bar.advance()
             packer.add(site)
-        for part, folder in helpers.taken:
+        while helpers.taken:
+            part, folder = helpers.taken.popleft()
             packer.take_over(part, folder)
             shutil.rmtree(folder)  # or a large file would be on the disk twice
             bar.advance(len(part.rows))

@@ -21,7 +21,7 @@ from embrag_ds.variants.header import as_bytes
 from embrag_ds.variants.records import Excluded, Site, Span, VariantReader, site_table
 
 ALLELES, MISSING, UNPHASED, EXCLUDED = "alleles.bits", "missing.bits", "unphased.bits", "excluded.tsv"
-_COPIED_BYTES = 1 << 20
+_COPIED_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -206,10 +206,16 @@ class _SparseBits:
 
     def extend(self, row: int, path: Path) -> None:
         """Set the rows from ``row`` on to those of a file, if it is there."""
-        if path.exists():
-            self._file.seek(row * self._row_bytes)
-            self._file.write(path.read_bytes())
-            self._used = True
+        if not path.exists():
+            return
+        self._used = True
+        place = row * self._row_bytes
+        with path.open("rb") as file:
+            while content := file.read(_COPIED_BYTES):
+                if content.count(0) < len(content):  # what is empty takes no room on the disk
+                    self._file.seek(place)
+                    self._file.write(content)
+                place += len(content)
 
     def finish(self, rows: int) -> None:
         """Make the file ``rows`` rows long."""
