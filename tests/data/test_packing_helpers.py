@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from embrag_ds.data.packing import helpers
 from embrag_ds.data.packing.pack import pack
 from embrag_ds.data.packing.reading import TARGET, Missing, Reading
 from embrag_ds.errors import UserError
-from embrag_ds.variants.container import bgzf
+from embrag_ds.variants.container import bgzf, seams
 from embrag_ds.variants.container.bgzf import BGZF_EOF, _bgzf_blocks
 from embrag_ds.variants.container.text import Part, VariantText
 from embrag_ds.variants.records import VariantReader
@@ -36,7 +38,7 @@ class Ended:
     def poll(self) -> int:
         return 0
 
-    wait = terminate = poll
+    wait = kill = poll
 
 
 def in_blocks(text: bytes, size: int) -> bytes:
@@ -119,6 +121,9 @@ def test_the_folder_and_the_fault_are_those_of_one_process(
 
 
 MANY = [f"1 {pos} r{pos} A C . . . GT " + " ".join(["0|1", "1|1", "0|0", "0|0", "0|1"]) for pos in range(1, 200)]
+
+
+LONG = [each.replace(f" r{number} ", f" r{number}{'x' * 700} ") for number, each in enumerate(MANY, start=1)]
 
 
 def seams_of(path: Path) -> list[int]:
@@ -205,13 +210,74 @@ def test_a_full_disk_stops_a_helper_and_not_the_process_that_packs(
 
 @pytest.mark.parametrize("change", ["cut", "damage"])
 def test_a_damaged_file_is_named_as_without_helpers(tmp_path: Path, change: str) -> None:
-    path = written(tmp_path, MANY)
+    """The text is read in several parts, of which one has the damage."""
+    path = written(tmp_path, LONG)
     content = path.read_bytes()
-    middle = len(content) // 2
+    middle = 2 * len(content) // 3
     path.write_bytes(content[:middle] if change == "cut" else content[:middle] + bytes(90) + content[middle + 90 :])
     alone = folder_of(path, tmp_path / "alone", Reading(), None)
     assert isinstance(alone, str) and "damaged" in alone
     assert folder_of(path, tmp_path / "helped", Reading(), helpers._help) == alone
+
+
+def test_text_without_an_end_of_line_is_not_read_for_a_seam(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path, LONG, 5000)
+    assert seams_of(path)
+    monkeypatch.setattr(seams, "_READ_BYTES", 100)
+    monkeypatch.setattr(seams, "_MOST_TEXT", 900)
+    assert seams_of(path) == []
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "no room"), EOFError(), ValueError()])
+def test_a_fault_between_the_processes_is_not_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    path = written(tmp_path, MANY)
+    alone = folder_of(path, tmp_path / "alone", Reading(), None)
+
+    def raising(self: helpers.Helpers, number: int) -> None:
+        raise fault
+
+    monkeypatch.setattr(helpers.Helpers, "_rest", raising)
+    assert folder_of(path, tmp_path / "helped", Reading(), helpers._help) == alone
+
+
+def test_pieces_before_a_lost_one_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And they leave the disk: a piece that does not count must not take the room of the file itself."""
+    path = written(tmp_path, MANY)
+    alone = folder_of(path, tmp_path / "alone", Reading(), None)
+    looked: list[str] = []
+    left: list[int] = []
+    packed, save = helpers.Helpers._packed, helpers.Packer.save
+
+    def counted(self: helpers.Helpers, folder: Path) -> helpers.Packed | None:
+        looked.append(folder.name)
+        return packed(self, folder)
+
+    def last_lost(request: helpers._Request) -> None:
+        helpers._help(request)
+        (request.pieces / str(len(request.seams) - 1) / "packed.pickle").unlink()
+
+    def saved(self: helpers.Packer) -> None:
+        left.append(len(list((tmp_path / "helped" / "pieces").glob("*/*"))))
+        save(self)
+
+    monkeypatch.setattr(helpers.Helpers, "_packed", counted)
+    monkeypatch.setattr(helpers.Packer, "save", saved)
+    assert folder_of(path, tmp_path / "helped", Reading(), last_lost) == alone
+    assert len(looked) == len(set(looked)) > 10 and left == [0]
+
+
+def test_helpers_end_even_if_they_are_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path, MANY)
+    monkeypatch.setattr(children, "_COMMAND", "import time; time.sleep(600)")
+    monkeypatch.setattr(helpers, "_LEAST_BYTES", 0)
+    monkeypatch.setattr(helpers, "_PIECE_BYTES", 64)
+    monkeypatch.setattr(helpers, "_cores", lambda: 3)
+    with VariantReader(path) as vcf, helpers.Helpers(vcf, tmp_path, Reading()) as found:
+        processes = found._processes
+        os.kill(processes[0].pid, signal.SIGSTOP)
+    assert [each.returncode for each in processes] == [-signal.SIGKILL] * 2
 
 
 @pytest.mark.parametrize("moved", [lambda seam: seam + 1, lambda seam: seam | 0xFFFF], ids=["in a line", "behind"])
@@ -224,7 +290,8 @@ def test_a_seam_that_the_file_no_longer_has_is_passed_over(tmp_path: Path, moved
         assert [site.pos for site in vcf.sites(part)] == list(range(1, 200))
     assert asked == [0, 2]
     with VariantReader(path) as vcf:
-        assert helpers._packed_piece(vcf, tmp_path, TARGET, [seams[0], moved(seams[1])]) is None
+        request = helpers._Request(path, TARGET, [seams[0], moved(seams[1])], tmp_path, os.getppid())
+        assert helpers._packed_piece(vcf, tmp_path, request, 0) is None
 
 
 @pytest.mark.parametrize("position", [5, 198])
@@ -239,15 +306,20 @@ def test_records_of_one_position_stay_together(tmp_path: Path, position: int) ->
     assert folder_of(path, tmp_path / "helped", Reading(), helpers._help) == alone
 
 
-@pytest.mark.parametrize("kind", ["CRLF", "files put together", "whole blocks"])
+@pytest.mark.parametrize("kind", ["CRLF", "files put together", "whole blocks", "gzip between", "a mark"])
 def test_text_of_every_kind_is_divided(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ends of lines of two bytes; empty blocks, as `cat` leaves them; and blocks as long as they can be."""
     path = tmp_path / "in.vcf.gz"
-    records = [each.replace(f" r{number} ", f" r{number}{'x' * 700} ") for number, each in enumerate(MANY, start=1)]
-    text = vcf_text(*records, samples=SAMPLES, end=b"\r\n" if kind == "CRLF" else b"\n")
+    text = vcf_text(*LONG, samples=SAMPLES, end=b"\r\n" if kind == "CRLF" else b"\n")
     if kind == "files put together":
         parts = [text[start : start + 500] for start in range(0, len(text), 500)]
         path.write_bytes(b"".join(in_blocks(part, 120) for part in parts))
+    elif kind == "gzip between":
+        third = len(text) // 3
+        parts = [text[:third], text[third : 2 * third], text[2 * third :]]
+        path.write_bytes(in_blocks(parts[0], 100) + gzip.compress(parts[1]) + in_blocks(parts[2], 100))
+    elif kind == "a mark":
+        path.write_bytes(in_blocks(b"\xef\xbb\xbf" + text, 100))
     elif kind == "whole blocks":
         monkeypatch.setattr(bgzf, "BGZF_TEXT", 1 << 16)
         path.write_bytes(in_blocks(text, 1 << 16))
@@ -255,7 +327,7 @@ def test_text_of_every_kind_is_divided(tmp_path: Path, kind: str, monkeypatch: p
         path.write_bytes(in_blocks(text, 100))
     assert seams_of(path)
     alone = folder_of(path, tmp_path / "alone", Reading(), None)
-    assert isinstance(alone, dict)
+    assert isinstance(alone, dict), alone
     assert folder_of(path, tmp_path / "helped", Reading(), helpers._help) == alone
 
 
@@ -281,7 +353,7 @@ def test_processes_help_and_leave_nothing(tmp_path: Path, monkeypatch: pytest.Mo
             assert any(each.poll() is None for each in self._processes)
             time.sleep(0.01)
         goes_on = leave(self, number)
-        taken.append(len(self.taken))
+        taken.append(len(self._taken))
         return goes_on
 
     monkeypatch.setattr(helpers.Helpers, "leave", late)
@@ -303,6 +375,16 @@ def test_a_helper_ends_with_the_process_that_packs(tmp_path: Path) -> None:
     request = request._replace(parent=os.getpid())
     assert children.started(helpers.__name__, tuple(request)).wait(60) == 0
     assert {each.name for each in pieces.iterdir()} == {str(number) for number in range(len(request.seams))}
+
+
+def test_an_orphan_ends_within_a_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path, MANY)
+    pieces = tmp_path / "pieces"
+    pieces.mkdir()
+    asked: list[int] = []
+    monkeypatch.setattr(os, "getppid", lambda: asked.append(1) or (7 if len(asked) < 10 else 1))  # type: ignore[func-returns-value]
+    helpers._help(helpers._Request(path, Reading(), seams_of(path)[:1], pieces, parent=7))
+    assert len(asked) < 12 and not (pieces / "0" / "packed.pickle").exists()
 
 
 def test_as_many_processes_as_cores_and_threads_allow(monkeypatch: pytest.MonkeyPatch) -> None:

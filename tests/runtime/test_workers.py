@@ -115,8 +115,9 @@ if __name__ == "__main__":
         print(flush=True)
     else:
         items = InOrder(Big(), 0, 100, 2)
-        print(*items.take(0), flush=True)
+        first = items.take(0)
         items.take(1)
+        print(*first, flush=True)  # from here on Ctrl-C may come
     try:
         time.sleep(100)
     except KeyboardInterrupt:

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import time
 from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,8 @@ from embrag_ds.errors import UserError
 from embrag_ds.files import source_of
 from embrag_ds.variants.container.text import Part
 from embrag_ds.variants.records import VariantReader
+
+logger = logging.getLogger(__name__)
 
 _LEAST_BYTES = 4 << 20
 """A smaller file is read before a helper has begun."""
@@ -51,27 +54,35 @@ class _Request(NamedTuple):
 class Helpers:
     """Processes that pack a file's pieces into folders of ``directory``. Use it as a context.
 
-    ``seams`` are the places between pieces. There are none, and no helpers, where they would not save time. ``taken``
-    are the pieces that they have packed, each with its folder, once :meth:`leave` has said so.
+    ``seams`` are the places between pieces. There are none, and no helpers, where they would not save time.
     """
 
     def __init__(self, vcf: VariantReader, directory: Path, reading: Reading) -> None:
         self._vcf = vcf
         self._pieces = directory / "pieces"
+        self._lost = -1
+        self._taken: deque[tuple[Packed, Path]] = deque()
+        self._processes: list[subprocess.Popen[bytes]] = []
         self.seams: list[int] = []
-        self.taken: deque[tuple[Packed, Path]] = deque()
         path = source_of(vcf.path)
         number = min(_MOST_PROCESSES, _cores()) - 1
         if number > 0 and path.is_file() and path.stat().st_size >= _LEAST_BYTES:
             self.seams = vcf.seams(min(_MOST_PIECES, path.stat().st_size // _PIECE_BYTES))
-        self._processes: list[subprocess.Popen[bytes]] = []
         if self.seams:
-            self._pieces.mkdir()
             request = _Request(vcf.path, reading, self.seams, self._pieces, os.getpid())
-            with suppress(OSError):  # there may be as many processes as there can be
-                for _ in range(number):
-                    # Away from the terminal's Ctrl-C: the process that packs ends its helpers.
-                    self._processes.append(children.started(__name__, tuple(request), start_new_session=True))
+            try:
+                self._start(number, request)
+            except BaseException:
+                self._end()
+                raise
+
+    def _start(self, number: int, request: _Request) -> None:
+        with suppress(OSError):  # no room on the disk, or as many processes as there can be
+            self._pieces.mkdir()
+            for _ in range(number):
+                # Away from the terminal's Ctrl-C: the process that packs ends its helpers.
+                options = {"start_new_session": True, "stdout": subprocess.DEVNULL}
+                self._processes.append(children.started(__name__, tuple(request), **options))
 
     def __enter__(self) -> Helpers:
         return self
@@ -79,29 +90,48 @@ class Helpers:
     def __exit__(
         self, kind: type[BaseException] | None, fault: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._end()
+
+    def _end(self) -> None:
         for each in self._processes:
-            each.terminate()
+            each.kill()  # also one that is stopped; they have nothing to clean up
         for each in self._processes:
             each.wait()
         shutil.rmtree(self._pieces, ignore_errors=True)
 
     def leave(self, number: int) -> bool:
-        """Whether the process that packs goes on at the seam ``number``; if not, the rest is ``taken``."""
-        if not _claimed(self._pieces / str(number)):
-            self.taken = deque(self._rest(number))
-        return not self.taken
+        """Whether the process that packs goes on at the seam ``number``; if not, the rest is in :meth:`taken`."""
+        if number <= self._lost:
+            return True
+        try:
+            if not _claimed(self._pieces / str(number)):
+                self._taken.extend(self._rest(number))
+        except (OSError, EOFError, ValueError, pickle.UnpicklingError) as fault:
+            logger.debug("what helpers packed cannot be read: %s", fault)
+        return not self._taken
+
+    def taken(self) -> Iterator[tuple[Packed, Path]]:
+        """Iterate over the pieces that helpers have packed, each with its folder, which is emptied afterwards."""
+        while self._taken:
+            part, folder = self._taken.popleft()
+            yield part, folder
+            _empty(folder)
 
     def _rest(self, number: int) -> list[tuple[Packed, Path]]:
         """The pieces from ``number`` on, or nothing where one is missing or does not fit."""
         found = []
         span = self._vcf.span
         for each in range(number, len(self.seams)):
-            part = self._packed(self._pieces / str(each))
+            folder = self._pieces / str(each)
+            part = self._packed(folder)
             joined = None if part is None else span.followed_by(part.span)
             if part is None or joined is None:
+                self._lost = each  # up to there all is read here
+                for unused in range(number, each + 1):
+                    _empty(self._pieces / str(unused))
                 return []
             span = joined
-            found.append((part, self._pieces / str(each)))
+            found.append((part, folder))
         return found
 
     def _packed(self, folder: Path) -> Packed | None:
@@ -124,7 +154,8 @@ def serve() -> None:
 def _help(request: _Request) -> None:
     reading = request.reading
     with (
-        suppress(UserError, OSError),  # the process that packs reads on by itself, and meets the fault where it lasts
+        # The process that packs reads on by itself, and meets the fault where it lasts.
+        suppress(UserError, OSError, MemoryError),
         VariantReader(request.path, duplicates=reading.duplicates, without_alt=reading.without_alt) as vcf,
     ):
         remarks = len(vcf.remarks)
@@ -134,7 +165,7 @@ def _help(request: _Request) -> None:
                 return
             if not _claimed(folder):
                 continue
-            found = _packed_piece(vcf, folder, reading, request.seams[number : number + 2])
+            found = _packed_piece(vcf, folder, request, number)
             if found is None or len(vcf.remarks) > remarks:
                 return
             temporary = folder / "unfinished"
@@ -142,17 +173,19 @@ def _help(request: _Request) -> None:
             temporary.rename(folder / _FOUND)
 
 
-def _packed_piece(vcf: VariantReader, folder: Path, reading: Reading, seams: list[int]) -> Packed | None:
-    """Pack the piece from a seam up to the next, if there is one; None where that is not met."""
-    ends = seams[1:]
+def _packed_piece(vcf: VariantReader, folder: Path, request: _Request, number: int) -> Packed | None:
+    """Pack the piece from a seam up to the next; None where that is not met, or the parent has ended."""
+    ends = request.seams[number + 1 : number + 2]
     met: list[int] = []
 
-    def stop(number: int) -> bool:
-        met.append(number)
+    def stop(end: int) -> bool:
+        met.append(end)
         return False
 
-    with Packer(vcf, folder, reading) as packer:
-        for site in vcf.sites(Part(seams[0], ends, stop)):
+    with Packer(vcf, folder, request.reading) as packer:
+        for site in vcf.sites(Part(request.seams[number], ends, stop)):
+            if os.getppid() != request.parent:
+                return None
             packer.add(site)
         return packer.packed() if len(met) == len(ends) else None
 
@@ -164,6 +197,12 @@ def _claimed(folder: Path) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def _empty(folder: Path) -> None:
+    """Remove what is in a piece's folder, which stays: it says that the piece is taken."""
+    for each in folder.iterdir():
+        each.unlink(missing_ok=True)
 
 
 def _cores() -> int:

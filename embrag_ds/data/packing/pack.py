@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from embrag_ds.data.packing.helpers import Helpers
@@ -28,9 +27,7 @@ def pack(path: Path, directory: Path, reading: Reading, progress: bool) -> None:
         for site in vcf.sites(Part(seams=helpers.seams, goes_on=helpers.leave)):
             bar.advance()
             packer.add(site)
-        while helpers.taken:
-            part, folder = helpers.taken.popleft()
+        for part, folder in helpers.taken():
             packer.take_over(part, folder)
-            shutil.rmtree(folder)  # or a large file would be on the disk twice
             bar.advance(len(part.rows))
         packer.save()

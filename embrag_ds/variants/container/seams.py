@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import re
 import struct
+import zlib
 from bisect import bisect_left
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pysam
 
+DAMAGE = (OSError, EOFError, zlib.error, ValueError, NotImplementedError)
+"""Exceptions of readers of compressed files. The last one is pysam's, for a BCF whose blocks htslib takes for plain
+gzip."""
 _BLOCK = re.compile(rb"\x1f\x8b\x08\x04.{6}\x06\x00BC\x02\x00", re.DOTALL)
 _SIZE_AT = 16
 _LONGEST_BLOCK = 1 << 16
-_MOST_RECORDS = 1000
-"""Records at one position, beyond which no seam is looked for."""
+_READ_BYTES = 1 << 16
+_MOST_TEXT = 1 << 25
+"""Bytes of text in which a seam is looked for: a damaged file may have no end of line."""
+_PLACE_BYTES = 1 << 10
 
 
 def find_seams(path: Path, pieces: int) -> list[int]:
     """Virtual offsets of records that divide a bgzipped VCF into up to ``pieces`` pieces of like size, increasing.
 
-    Every one is the first record at its position, so that no two pieces have a position in common. A file whose blocks
-    or records are not found has fewer, or none. Virtual offsets are htslib's: a block's place in the file, and 16 bits
-    for the place in its text.
+    Every one is the first record at its position, so that no two pieces of a valid file have a position in common. A
+    file whose blocks or records are not found has fewer, or none. Virtual offsets are htslib's: a block's place in the
+    file, and 16 bits for the place in its text.
     """
     size = path.stat().st_size
     found: list[int] = []
     with path.open("rb") as raw:
         for number in range(1, pieces):
             block = _block_from(raw, size * number // pieces)
-            seam = None if block is None else _seam_from(path, block)
+            seam = None
+            with suppress(*DAMAGE):  # whoever reads the records meets it again
+                seam = None if block is None else _seam_from(path, block)
             if seam is not None and (not found or seam > found[-1]):
                 found.append(seam)
     return found
@@ -52,24 +61,30 @@ def _seam_from(path: Path, block: int) -> int | None:
     """Virtual offset of the first record of a position, from a block on; None if there is none nearby."""
     with pysam.BGZFile(str(path), "rb", None) as text:
         text.seek(block << 16)
-        text.readline()  # most likely the end of a line
-        before = None
-        for _ in range(_MOST_RECORDS):
-            here = text.tell()
-            line = text.readline()
-            if not line or line.startswith(b"#"):
-                return None
-            place = line.split(b"\t", 2)[:2]
-            if before is not None and place != before:
-                return int(here)
-            before = place
+        content = bytearray()
+        begin = searched = 0
+        before: list[bytes] | None = None
+        is_whole = False  # a block most likely begins inside a line
+        while len(content) < _MOST_TEXT and (more := text.read(_READ_BYTES)):
+            content += more
+            while (end := content.find(b"\n", searched)) >= 0:
+                place = bytes(content[begin : min(end, begin + _PLACE_BYTES)]).split(b"\t", 2)[:2]
+                if is_whole and place[0].startswith(b"#"):
+                    return None
+                if before is not None and place != before:
+                    text.seek(block << 16)
+                    text.read(begin)
+                    return int(text.tell())
+                before, is_whole = place if is_whole else None, True
+                begin = searched = end + 1
+            searched = len(content)
     return None
 
 
-def text_until(text: Any, start: int, seam: int, most: int) -> bytes | None:
-    """The text from one virtual offset to another, at most ``most`` bytes; None if no such text ends there.
+def length_until(text: Any, start: int, seam: int, block: bytes) -> int | None:
+    """Bytes of ``block``, which begins at the virtual offset ``start``, up to another; None if it does not end there.
 
-    ``text`` is left at ``seam``, or at ``start``.
+    ``text`` is the file, opened for this.
     """
 
     def after(length: int) -> int:
@@ -77,7 +92,8 @@ def text_until(text: Any, start: int, seam: int, most: int) -> bytes | None:
         text.read(length)
         return int(text.tell())
 
-    length = bisect_left(range(most + 1), seam, key=after)
-    is_there = after(length) == seam
+    length = bisect_left(range(len(block)), seam, key=after)
+    if after(length) != seam:
+        return None
     text.seek(start)
-    return text.read(length) if is_there else None
+    return length if text.read(length) == block[:length] else None

@@ -12,7 +12,6 @@ import os
 import shutil
 import tempfile
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import pysam.bcftools
 from embrag_ds.errors import UserError
 from embrag_ds.files import source_of
 from embrag_ds.variants.container.bgzf import BGZF_EOF
-from embrag_ds.variants.container.seams import find_seams, text_until
+from embrag_ds.variants.container.seams import DAMAGE, find_seams, length_until
 from embrag_ds.variants.header import foreign
 
 # Our errors name file, record and remedy; htslib's messages on stderr would only repeat them.
@@ -38,8 +37,6 @@ _BOM = b"\xef\xbb\xbf"
 _BLOCK_BYTES = 1 << 16
 _FIRST_BYTES = 1 << 12
 _LONGEST_LINE = 1 << 28
-# The last one comes from pysam, for a BCF whose blocks htslib takes for plain gzip.
-_Damage = (OSError, EOFError, zlib.error, ValueError, NotImplementedError)
 
 
 @contextmanager
@@ -123,7 +120,7 @@ class VariantText:
         self._is_bcf = self._recognise()
         try:
             self.header = self._bcf_header() if self._is_bcf else self._text_header()
-        except _Damage as error:
+        except DAMAGE as error:
             raise UserError(
                 f"{self.name}: its header cannot be read ({error}); write or copy the file again"
             ) from error
@@ -155,7 +152,7 @@ class VariantText:
         try:
             with self._opened() as file:
                 magic = file.read(_FIRST_BYTES).removeprefix(_BOM)
-        except _Damage as error:
+        except DAMAGE as error:
             raise UserError(f"{self.name}: its first block is damaged; write or copy the file again") from error
         _refuse_foreign(self.name, magic)
         if not magic.startswith((b"BCF\2", b"##", b"#CHROM", b"\n", b"\r")):
@@ -178,13 +175,12 @@ class VariantText:
         try:
             if part.start:
                 file.seek(part.start)
-            seams = list(enumerate(part.seams))[::-1]
-            block, at_seam = self._block(file, seams)
-            block = block if part.start else block.removeprefix(_BOM)
             begun: list[bytes] = []  # pieces of a line whose end has not come
             length = 0
-            while block or at_seam:
-                start = 0
+            is_first = part.start == 0
+            for block, seam in self._blocks(file, part.seams):
+                block = block.removeprefix(_BOM) if is_first else block
+                is_first, start = False, 0
                 # Faster than split(), by a tenth of the time that packing takes.
                 while (end := block.find(b"\n", start)) >= 0:
                     begun.append(block[start:end])
@@ -194,32 +190,40 @@ class VariantText:
                 length += len(block) - start
                 if length > _LONGEST_LINE:
                     raise ValueError(f"a line of over {_LONGEST_LINE >> 20} MiB")
-                number = seams.pop()[0] if at_seam else -1
-                if at_seam and not length and not part.goes_on(number):  # else a line goes on: the file has changed
+                if seam is not None and not length and not part.goes_on(seam):
                     return
-                block, at_seam = self._block(file, seams)
             if length:
                 self._remark("its last line does not end; if the file was cut short, copy it again")
                 yield b"".join(begun)
         finally:
             # After damage htslib reports the same error again when closing.
-            with suppress(*_Damage):
+            with suppress(*DAMAGE):
                 file.close()
 
-    @staticmethod
-    def _block(file: Any, seams: list[tuple[int, int]]) -> tuple[bytes, bool]:
-        """The next piece of text, and whether it ends at the seam that is the last of ``seams``."""
-        if not seams:
-            return file.read(_BLOCK_BYTES), False
-        here, seam = file.tell(), seams[-1][1]
-        block = file.read(_BLOCK_BYTES)
-        if file.tell() < seam or not block:
-            return block, False
-        before = text_until(file, here, seam, len(block))
-        if before is not None:
-            return before, True
-        seams.pop()  # no text begins there: the file has changed, too
-        return VariantText._block(file, seams)
+    def _blocks(self, file: Any, places: Sequence[int]) -> Iterator[tuple[bytes, int | None]]:
+        """Iterate over pieces of text, each with the number of the seam that it ends at, if it does.
+
+        The file is read as it would be without seams, so that damage shows at the same place. How long the text up to a
+        seam is, another reader finds. A seam that is not found, as in a file that has changed, is passed over.
+        """
+        seams = list(enumerate(places))[::-1]
+        here = file.tell() if seams else 0
+        while block := file.read(_BLOCK_BYTES):
+            done = 0
+            if seams:
+                begin, here = here, file.tell()
+                while seams and seams[-1][1] <= here:
+                    number, seam = seams.pop()
+                    length = self._length_until(begin, seam, block)
+                    if length is not None:
+                        yield block[done:length], number
+                        done = length
+            yield block[done:], None
+
+    def _length_until(self, start: int, seam: int, block: bytes) -> int | None:
+        with suppress(*DAMAGE), self._opened() as file:
+            return length_until(file, start, seam, block)
+        return None
 
     def _text_header(self) -> list[bytes]:
         header = []
@@ -253,10 +257,7 @@ class VariantText:
 
     def seams(self, pieces: int) -> list[int]:
         """Places that divide the records into up to ``pieces`` parts, see :class:`Part`; none but in bgzipped text."""
-        if self._is_bgzf and not self._is_bcf:
-            with suppress(*_Damage):  # whoever reads the records meets it again
-                return find_seams(self._path, pieces)
-        return []
+        return find_seams(self._path, pieces) if self._is_bgzf and not self._is_bcf else []
 
     def lines(self, part: Part = WHOLE) -> Iterator[bytes]:
         """Iterate over the record lines, or over those of a part."""
@@ -269,7 +270,7 @@ class VariantText:
                     last = line
                 else:
                     empty += 1
-        except _Damage as error:
+        except DAMAGE as error:
             where = "after " + ":".join(last[:200].decode(errors="replace").split("\t")[:2]) if last else "at the start"
             raise UserError(
                 f"{self.name}: {where}: the next record is damaged or malformed; write or copy the file again"
