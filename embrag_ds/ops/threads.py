@@ -32,6 +32,7 @@ from numba.core import event
 from numba.core.registry import cpu_target
 
 from embrag_ds import children
+from embrag_ds.ops.cores import told_or_available
 
 logger = logging.getLogger(__name__)
 
@@ -125,8 +126,7 @@ def thread_count() -> int:
     torch = sys.modules.get("torch")
     if torch is not None:
         return int(torch.get_num_threads())
-    told = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    return int(told) if told.isdigit() and int(told) else len(os.sched_getaffinity(0))
+    return told_or_available()
 
 
 def _cached(loop: Callable[..., None], options: dict[str, bool]) -> Any:

@@ -61,9 +61,9 @@ def folder_of(path: Path, out: Path, reading: Reading, serve: Serve | None) -> d
         patch.setattr(helpers, "_PIECE_BYTES", 64)
         patch.setattr(helpers, "_cores", lambda: 2)
 
-        def started(module: str, request: tuple[Any, ...], **options: bool) -> Ended:
+        def started(module: str, request: helpers._Request, **options: Any) -> Ended:
             assert serve is not None and module == helpers.__name__
-            serve(helpers._Request(*request)._replace(parent=os.getppid()))
+            serve(request._replace(parent=os.getppid()))
             return Ended()
 
         patch.setattr(children, "started", started)
@@ -370,10 +370,10 @@ def test_a_helper_ends_with_the_process_that_packs(tmp_path: Path) -> None:
     pieces = tmp_path / "pieces"
     pieces.mkdir()
     request = helpers._Request(path, Reading(), seams_of(path), pieces, parent=1 << 30)
-    assert children.started(helpers.__name__, tuple(request)).wait(60) == 0
+    assert children.started(helpers.__name__, request).wait(60) == 0
     assert list(pieces.iterdir()) == []
     request = request._replace(parent=os.getpid())
-    assert children.started(helpers.__name__, tuple(request)).wait(60) == 0
+    assert children.started(helpers.__name__, request).wait(60) == 0
     assert {each.name for each in pieces.iterdir()} == {str(number) for number in range(len(request.seams))}
 
 

@@ -28,6 +28,7 @@ from embrag_ds.data.packing.packer import Packed, Packer
 from embrag_ds.data.packing.reading import Reading
 from embrag_ds.errors import UserError
 from embrag_ds.files import source_of
+from embrag_ds.ops.cores import told_or_available
 from embrag_ds.variants.container.text import Part
 from embrag_ds.variants.records import VariantReader
 
@@ -82,7 +83,7 @@ class Helpers:
             for _ in range(number):
                 # Away from the terminal's Ctrl-C: the process that packs ends its helpers.
                 options = {"start_new_session": True, "stdout": subprocess.DEVNULL}
-                self._processes.append(children.started(__name__, tuple(request), **options))
+                self._processes.append(children.started(__name__, request, **options))
 
     def __enter__(self) -> Helpers:
         return self
@@ -148,7 +149,7 @@ class Helpers:
 def serve() -> None:
     """Pack pieces as the command line describes, until all are taken."""
     logging.disable()  # the process that packs reports what is doubtful
-    _help(_Request(*children.request_of_this_process()))
+    _help(children.request_of_this_process())
 
 
 def _help(request: _Request) -> None:
@@ -206,7 +207,5 @@ def _empty(folder: Path) -> None:
 
 
 def _cores() -> int:
-    """Cores that this process may use; ``OMP_NUM_THREADS``, which ``--threads`` sets, may say less."""
-    told = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    available = len(os.sched_getaffinity(0))
-    return min(available, int(told)) if told.isdigit() and int(told) else available
+    """Cores that this process may use, or fewer where fewer threads are asked for."""
+    return min(len(os.sched_getaffinity(0)), told_or_available())

@@ -47,7 +47,6 @@ class Packer:
     def __init__(self, vcf: VariantReader, directory: Path, reading: Reading) -> None:
         self._vcf, self._directory, self._reading = vcf, directory, reading
         self._rows: list[Site] = []
-        self._taken_over: list[Packed] = []
         self._filled = 0
         self._digest = hashlib.sha256()
         self._ploidy = PloidyRecorder(len(vcf.samples))

@@ -35,12 +35,11 @@ def find_seams(path: Path, pieces: int) -> list[int]:
     found: list[int] = []
     with path.open("rb") as raw:
         for number in range(1, pieces):
-            block = _block_from(raw, size * number // pieces)
-            seam = None
             with suppress(*DAMAGE):  # whoever reads the records meets it again
+                block = _block_from(raw, size * number // pieces)
                 seam = None if block is None else _seam_from(path, block)
-            if seam is not None and (not found or seam > found[-1]):
-                found.append(seam)
+                if seam is not None and (not found or seam > found[-1]):
+                    found.append(seam)
     return found
 
 
