@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from embrag_ds.copying.parts import making_part
+from embrag_ds.ops.li_stephens_numba import MOST_PRIOR_NATS
 
 
 @making_part
@@ -49,7 +50,7 @@ def fill_priors(packed, place, rates, excluded, states, lane):
             for k in range(haplotypes):
                 running[k] = decay * (running[k] + after[k])
                 into[k] += factor * running[k]
-    floats = bits.view(np.float32)
+    floats, farthest = bits.view(np.float32), np.float32(-MOST_PRIOR_NATS)
     for g in range(places):
         row = prior[g]
         for n in range(len(excluded)):
@@ -60,7 +61,7 @@ def fill_priors(packed, place, rates, excluded, states, lane):
         # exp(-x) = 2^n 2^f, with n an integer and f in [-1/2, 1/2]: a polynomial (relative error below 3e-7), which
         # compilers turn into vector instructions, unlike the library's function.
         for k in range(haplotypes):
-            power = max((least - row[k]) * np.float32(1.4426950408889634), np.float32(-126))
+            power = max(least - row[k], farthest) * np.float32(1.4426950408889634)
             whole = np.floor(power + np.float32(0.5))
             bits[k] = (np.int32(whole) + np.int32(127)) << np.int32(23)
             f = power - whole

@@ -21,6 +21,7 @@ PIECE = 8
 """Typed sites of a piece: those of a row of packed alleles."""
 PATTERNS = 1 << PIECE
 _LEAST_TOTAL = np.float32(1e-6)
+_MOST_FACTOR = np.float32(1e38)
 
 
 @compiled_part
@@ -84,13 +85,17 @@ def _by_pattern(panel, states, sums, row):
 
 @compiled_part
 def _give_factors(panel, states, row, count):
-    """Note by pattern what its haplotypes' states are multiplied by, and what is added."""
+    """Note by pattern what its haplotypes' states are multiplied by, and what is added.
+
+    Only where all haplotypes of a pattern are excluded, nothing bounds the two. Their states are 0, and infinity times
+    that would be no number.
+    """
     patterns, factors = panel.patterns[row], states.factors
     for c in range(count):
         pattern = np.uint64(patterns[c])
         for n in range(2 * LANES):
-            factors[pattern, n] = states.gain[np.uint64(n), np.uint64(c)]
-            factors[pattern, n + 2 * LANES] = states.added[np.uint64(n), np.uint64(c)]
+            factors[pattern, n] = min(states.gain[np.uint64(n), np.uint64(c)], _MOST_FACTOR)
+            factors[pattern, n + 2 * LANES] = min(states.added[np.uint64(n), np.uint64(c)], _MOST_FACTOR)
 
 
 @compiled_part

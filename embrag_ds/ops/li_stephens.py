@@ -26,7 +26,7 @@ from torch import Tensor
 
 from embrag_ds.ops import cuda, li_stephens_numba
 from embrag_ds.ops.li_stephens_cuda import CudaPosterior, cuda_match_lengths
-from embrag_ds.ops.li_stephens_numba import LEAST_RECOMBINATION, MOST_MISMATCH_NATS
+from embrag_ds.ops.li_stephens_numba import LEAST_RECOMBINATION, MOST_MISMATCH_NATS, MOST_PRIOR_NATS
 
 
 @dataclass(frozen=True)
@@ -164,8 +164,23 @@ def _one_place(mismatch: Tensor) -> Tensor:
 
 
 def bounded(mismatch_nats: Tensor, recombination: Tensor) -> tuple[Tensor, Tensor]:
-    """Arguments of the copying model within bounds that keep every sum above the smallest float32."""
+    """Arguments of the copying model within bounds that keep every state above the smallest float32."""
     return mismatch_nats.clamp_max(MOST_MISMATCH_NATS), recombination.clamp_min(LEAST_RECOMBINATION)
+
+
+def recombination_prior(distance: Tensor, barred: Tensor | None = None) -> Tensor:
+    """Prior after a recombination from a ``distance`` in nats, both float32 [B, G, K]; it sums to 1 over K.
+
+    No neighbour lies further than :data:`MOST_PRIOR_NATS` from the nearest one. Those ``barred``, bool [B, K], have no
+    probability at any site.
+    """
+    if barred is not None:
+        distance = distance.masked_fill(barred[:, None], torch.inf)
+    nearest = distance.detach().amin(-1, keepdim=True)
+    bounded_distance = torch.minimum(distance, nearest + MOST_PRIOR_NATS)
+    if barred is not None:
+        bounded_distance = bounded_distance.masked_fill(barred[:, None], torch.inf)
+    return torch.softmax(-bounded_distance, dim=-1)
 
 
 def _arguments(

@@ -13,12 +13,14 @@ import numpy as np
 
 from embrag_ds.ops.threads import ParallelLoop
 
-MOST_MISMATCH_NATS = 60.0
+MOST_MISMATCH_NATS = 30.0
 LEAST_RECOMBINATION = 1e-8
-"""Bounds that keep every sum over neighbours above the smallest float32.
+MOST_PRIOR_NATS = 24.0
+"""Bounds that keep every state above the smallest float32, and its inverse below the largest.
 
-Without them the sum could be 0 where all neighbours differ from the query, or where each differs somewhere and the
-genetic map is flat.
+The last one says how far a neighbour's prior lies below the greatest at most. A state, of those that sum to 1, is at
+least the product of the least emission factor, the least recombination and the least prior: 3.5e-32 over the number of
+neighbours. Without bounds all states could be 0 where the genetic map is flat and each neighbour differs somewhere.
 """
 
 

@@ -14,7 +14,9 @@ from embrag_ds.ops.li_stephens import (
     count_by_place,
     mismatches,
     posterior_torch,
+    recombination_prior,
 )
+from embrag_ds.ops.li_stephens_numba import LEAST_RECOMBINATION, MOST_MISMATCH_NATS, MOST_PRIOR_NATS
 from tests.oracles import slow_posterior
 
 
@@ -297,3 +299,21 @@ def test_the_posterior_is_finite_where_the_map_is_flat_and_the_evidence_contradi
     )
     assert torch.isfinite(found).all()
     assert torch.allclose(found.sum(-1), torch.ones(1, 60), atol=1e-5)
+
+
+def test_no_state_lies_below_the_smallest_float32() -> None:
+    least = np.exp(-MOST_MISMATCH_NATS) * LEAST_RECOMBINATION * np.exp(-MOST_PRIOR_NATS)
+    assert least / 2_000_000 > np.finfo(np.float32).tiny  # with so many neighbours
+
+
+def test_a_prior_is_bounded_beside_the_nearest_neighbour_that_may_be_copied() -> None:
+    distance = torch.tensor([[[50.0, 51.0, 53.0, 50.0 + MOST_PRIOR_NATS, 500.0]]], requires_grad=True)
+    prior = recombination_prior(distance)
+    assert float(prior[..., 4].detach() / prior[..., 0].detach()) == pytest.approx(np.exp(-MOST_PRIOR_NATS))
+    torch.testing.assert_close(prior[..., :4], torch.softmax(-distance[..., :4], -1))
+    prior[0, 0, 0].backward()
+    assert distance.grad is not None and distance.grad[0, 0, 4] == 0 and distance.grad[0, 0, 1] != 0
+    far = distance.detach() + torch.tensor([-50.0, 0, 0, 0, 0])
+    others = recombination_prior(far, torch.tensor([[True, False, False, False, False]]))
+    assert others[0, 0, 0] == 0
+    torch.testing.assert_close(others[..., 1:], recombination_prior(far[..., 1:]))

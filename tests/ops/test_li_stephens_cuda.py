@@ -12,6 +12,7 @@ from torch import Tensor
 from embrag_ds.errors import UserError
 from embrag_ds.ops.li_stephens import Near, copying_backend, copying_posterior, match_lengths, posterior_torch
 from embrag_ds.ops.li_stephens_cuda import CudaPosterior, block_shape, cuda_match_lengths
+from embrag_ds.ops.li_stephens_numba import LEAST_RECOMBINATION, MOST_MISMATCH_NATS, MOST_PRIOR_NATS
 
 CPU = torch.device("cpu")
 
@@ -117,15 +118,18 @@ def test_every_site_may_have_a_place_of_its_own_and_a_skipped_one_has_no_gradien
 @pytest.mark.parametrize("states", [3, 70, 600])
 @pytest.mark.usefixtures("kernels_on_host")
 def test_states_stay_in_range_where_all_mismatch_and_the_map_is_flat(states: int, places: int) -> None:
-    """Bounds of copying_posterior: emission factors down to exp(-60) and recombination from 1e-8 on."""
+    """Bounds of copying_posterior: the least emission factor, recombination and prior."""
     mismatch = torch.rand(1, 60, states, generator=torch.Generator().manual_seed(1)) < 0.5
     mismatch[:, 10:13] = True  # all
     mismatch[:, 20:30, : states // 2] = True  # one part, then the other
     mismatch[:, 20:30, states // 2 :] = False
     mismatch[:, 30:40] = ~mismatch[:, 20:30]
-    mismatch_ratio, recombination = torch.full((2, 60), float(np.exp(-60))), torch.full((2, 60), 1e-8)
+    mismatch_ratio, recombination = torch.full((2, 60), 1.0), torch.full((2, 60), LEAST_RECOMBINATION)
+    mismatch_ratio *= float(np.exp(-MOST_MISMATCH_NATS))
     recombination[1] = 0.01
-    prior = torch.softmax(-25 * torch.rand(1, places, states, generator=torch.Generator().manual_seed(2)), dim=2)
+    prior = torch.softmax(
+        -MOST_PRIOR_NATS * torch.rand(1, places, states, generator=torch.Generator().manual_seed(2)), dim=2
+    )
     place = torch.arange(60)[None] * places // 60
     given = [mismatch, mismatch_ratio, recombination, prior, place]
     found = run_on("cpu", given, Near.same(0, 60, 1, CPU), True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from embrag_ds.model.numbers import COPYING_GAIN, LEAST_TYPED_NEAR, NEGLIGIBLE, TYPICAL_DENSITY
 from embrag_ds.model.pooling import Evidence, Pooled, at_typed, flanking_sites, membership, present_columns
 from embrag_ds.ops.dosage import FlankingSites, expected_allele, interpolated
-from embrag_ds.ops.li_stephens import copying_posterior, count_by_place, match_lengths
+from embrag_ds.ops.li_stephens import copying_posterior, count_by_place, match_lengths, recombination_prior
 from embrag_ds.retrieval.batch import Batch, Retrieved
 
 
@@ -122,10 +122,7 @@ class CopyingPooling(nn.Module):
         nearness = decay[:, None, None] ** (order[:, None] - order).abs()
         typed_near = torch.einsum("jgh,bh->bjg", nearness, typed).clamp_min(LEAST_TYPED_NEAR)
         factor = torch.einsum("j,jgh,bjg->bgh", 100 * strength, nearness, 1 / typed_near)
-        distance = factor @ differing
-        if retrieved.barred is not None:
-            distance.masked_fill_(retrieved.barred[:, None], torch.inf)  # no probability at any site
-        return torch.softmax(-distance, dim=-1)
+        return recombination_prior(factor @ differing, retrieved.barred)
 
     def share_of_slow(self, frequency: Tensor) -> Tensor:
         """Weight of the slow copying model at ALT ``frequency`` [B, L], float32 [B, L]."""

@@ -56,7 +56,7 @@ struct Emission {
 
 struct Site : Emission { float jump, agreeing, differing; };
 
-// States are unnormalised between sites, and kept near these powers of two. They may fall by exp(-60), the least
+// States are unnormalised between sites, and kept near these powers of two. They may fall by exp(-30), the least
 // emission factor, at two sites in succession, and beta exceeds its weighted mean by at most the inverse of a prior.
 #define FORWARD_EXPONENT 100
 #define BACKWARD_EXPONENT 60
