@@ -45,7 +45,7 @@ class Imputation:
         transformer: bool = True,
         precision: Precision = "fp32",
     ):
-        """``block`` samples of the ``targets`` are computed at a time, by default 512 of them by a CPU's loop and 32
+        """``block`` samples of the ``targets`` are computed at a time, by default all of them by a CPU's loop and 32
         otherwise, on a ``device`` that torch knows by this name.
 
         Without ``transformer`` its residual is left out (:meth:`embrag_ds.model.imputer.Imputer.forward`), and a CPU

@@ -68,7 +68,8 @@ def impute(
 
     ``model`` is an exported model; ``options`` say how targets are read, and ``output`` what is written. Without panel
     and target, those of the default data set are used. More ``samples_per_batch`` take more memory and less time;
-    by default they are 512 on a CPU where the model copies haplotypes and no target is in the panel, and 32 otherwise.
+    by default they are all on a CPU where the model copies haplotypes and no target is in the panel (512 with the
+    transformer), and 32 otherwise.
     Without ``transformer`` its residual is left out (:meth:`embrag_ds.model.imputer.Imputer.forward`), which is the
     default on a CPU, where it takes long. ``device`` defaults to CUDA where there is a device; a warning says where
     torch cannot use one that the driver lists.

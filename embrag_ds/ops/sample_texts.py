@@ -20,14 +20,14 @@ _CHUNK = 16
 
 
 @WorkerLoop
-def note_rows(workers, taken, hds, haploid, known, new, count, rows, sums, squares):
+def note_rows(workers, taken, hds, haploid, row_of, known, new, count, rows, sums, squares):
     """Find the row of each sample in a table of texts, and sum up each site.
 
-    ``hds`` float32 [2N, n]. The row in ``rows`` int32 [n, N] is 1001 a + b for a diploid sample whose HDS are a/1000
-    and b/1000, and 1001 * 1001 + a for one that is ``haploid``, bool [n, N], or [0, 0] if there is none. Rows that are
-    not yet ``known`` uint8 [rows of the table] are marked there, and listed in ``new`` int32; ``count`` int64 [1] says
-    how many, and is -1 where HDS lie outside [0, 1]. Fills ``sums`` and ``squares`` float64 [n], the sums of HDS and of
-    its square, where a haploid sample counts once.
+    ``hds`` float32 [2N, n]. A pair's number is 1001 a + b for a diploid sample whose HDS are a/1000 and b/1000, and
+    1001 * 1001 + a for one that is ``haploid``, bool [n, N], or [0, 0] if there is none. ``row_of`` int32 [pairs] is
+    the table's row of a pair, -1 where it has none yet. Those get the rows from ``known`` on, and are listed in ``new``
+    int32; ``count`` int64 [1] says how many, and is -1 where HDS lie outside [0, 1]. Fills ``rows`` int32 [n, N], and
+    ``sums`` and ``squares`` float64 [n], the sums of HDS and of its square, where a haploid sample counts once.
     """
     sites, samples = rows.shape
     tile = np.empty((_TILE, 2 * samples), dtype=np.float32)
@@ -61,12 +61,16 @@ def note_rows(workers, taken, hds, haploid, known, new, count, rows, sums, squar
             is_number &= not math.isnan(total)
     number = 0 if is_number and least >= 0 and most <= 1 else -1
     for site in range(sites if number == 0 else 0):
+        of_site = rows[np.uint64(site)]
         for s in range(samples):
-            row = np.uint64(rows[site, s])
-            if known[row] == 0:
-                known[row] = np.uint8(1)
-                new[number] = rows[site, s]
+            pair = np.uint64(of_site[s])
+            row = row_of[pair]
+            if row < 0:
+                row = np.int32(known + number)
+                row_of[pair] = row
+                new[number] = of_site[s]
                 number += 1
+            of_site[s] = row
     count[0] = number
 
 

@@ -19,6 +19,7 @@ FORMATS = ("GT", "DS", "HDS", "GP")
 """FORMAT fields that can be written, in their order in a record."""
 _MULTIPLE = 16
 """Of the bytes of a table's row, which the loops copy as vectors."""
+_FIRST_ROWS = 1 << 14
 
 
 class SampleTexts:
@@ -35,13 +36,14 @@ class SampleTexts:
         self._loops = sample_texts
         self._fields = fields
         self._dependence = dependence
-        rows = sample_texts.DIPLOID + sample_texts.VALUES
+        pairs = sample_texts.DIPLOID + sample_texts.VALUES
         width = self._made(np.zeros(1, dtype=np.int64)).shape[1] if fields else 0
-        # Zeros take no memory before they are written to.
-        self._table = np.zeros((rows, -(-width // _MULTIPLE) * _MULTIPLE), dtype=np.uint8)
-        self._length = np.zeros(rows, dtype=np.uint8)
-        self._known = np.zeros(rows, dtype=np.uint8)
-        self._new = np.empty(rows, dtype=np.int32)
+        # Texts lie in the order in which they are first needed: common ones together, and no memory between.
+        self._table = np.empty((_FIRST_ROWS, -(-width // _MULTIPLE) * _MULTIPLE), dtype=np.uint8)
+        self._length = np.empty(_FIRST_ROWS, dtype=np.uint8)
+        self._known = 0
+        self._row_of = np.full(pairs, -1, dtype=np.int32)
+        self._new = np.empty(pairs, dtype=np.int32)
         self._text = np.empty(0, dtype=np.uint8)
 
     def read(self, hds: np.ndarray, haploid: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -59,16 +61,26 @@ class SampleTexts:
             assert (hds[0::2] == hds[1::2])[haploid.T].all(), "two values of a haploid sample"
         # Contiguous, because numba compiles a loop anew for any other kind of array.
         given = np.ascontiguousarray(hds), np.ascontiguousarray(haploid)
-        self._loops.note_rows(1, *given, self._known, self._new, count, rows, *sums)
-        assert count[0] >= 0, "haplotype dosages outside [0, 1]"
-        if self._fields and count[0]:
-            new = self._new[: count[0]].astype(np.int64)
-            texts = self._made(new)
-            kept = texts != 0
-            to_the_left = np.argsort(~kept, axis=1, kind="stable")
-            self._table[new, : texts.shape[1]] = np.take_along_axis(texts, to_the_left, axis=1)
-            self._length[new] = kept.sum(axis=1)
+        self._loops.note_rows(1, *given, self._row_of, self._known, self._new, count, rows, *sums)
+        number = int(count[0])
+        assert number >= 0, "haplotype dosages outside [0, 1]"
+        if self._fields and number:
+            self._add(self._new[:number].astype(np.int64))
+        self._known += number
         return rows, sums[0], sums[1]
+
+    def _add(self, pairs: np.ndarray) -> None:
+        """Make the texts of some pairs, in the table's rows behind those that are known."""
+        needed = self._known + len(pairs)
+        if needed > len(self._table):
+            most = max(needed, 2 * len(self._table))
+            self._table, self._length = _longer(self._table, most), _longer(self._length, most)
+        rows = slice(self._known, needed)
+        texts = self._made(pairs)
+        kept = texts != 0
+        to_the_left = np.argsort(~kept, axis=1, kind="stable")
+        self._table[rows, : texts.shape[1]] = np.take_along_axis(texts, to_the_left, axis=1)
+        self._length[rows] = kept.sum(axis=1)
 
     def joined(self, rows: np.ndarray) -> list[memoryview]:
         """Text of each site's samples, from their ``rows`` int32 [n, N], with a newline behind.
@@ -82,20 +94,24 @@ class SampleTexts:
         self._loops.join_texts(1, rows, self._table, self._length, self._text, ends)
         return [self._text.data[start:stop] for start, stop in pairwise([0, *ends.tolist()])]
 
-    def _made(self, rows: np.ndarray) -> np.ndarray:
-        """Texts of some rows of the table with a tab behind each, uint8 [rows, width], with NUL where nothing is."""
-        values, pairs = self._loops.VALUES, self._loops.DIPLOID
-        a, b = np.divmod(rows, values)
-        diploid = rows < pairs
+    def _made(self, pairs: np.ndarray) -> np.ndarray:
+        """Texts of some pairs with a tab behind each, uint8 [pairs, width], with NUL where nothing is."""
+        a, b = np.divmod(pairs, self._loops.VALUES)
+        diploid = pairs < self._loops.DIPLOID
         columns = []
         for field in self._fields:
             both = _diploid(field, a[diploid], b[diploid], self._dependence)
-            text = np.empty((len(rows), both.shape[1]), dtype=np.uint8)
+            text = np.empty((len(pairs), both.shape[1]), dtype=np.uint8)
             text[diploid] = both
             text[~diploid] = _haploid(field, b[~diploid])
-            columns += [text, np.full((len(rows), 1), ord(":"), dtype=np.uint8)]
+            columns += [text, np.full((len(pairs), 1), ord(":"), dtype=np.uint8)]
         columns[-1][:] = ord("\t")
         return np.concatenate(columns, axis=1)
+
+
+def _longer(values: np.ndarray, rows: int) -> np.ndarray:
+    """An array of more rows that begins with these."""
+    return np.concatenate([values, np.empty((rows - len(values), *values.shape[1:]), dtype=values.dtype)])
 
 
 def _diploid(field: str, a: np.ndarray, b: np.ndarray, dependence: Dependence = INDEPENDENT) -> np.ndarray:

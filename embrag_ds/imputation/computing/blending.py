@@ -17,6 +17,9 @@ from embrag_ds.variants.output import ImputedRecords
 
 logger = logging.getLogger(__name__)
 
+_BYTES_AT_ONCE = 1 << 22
+"""Of typed alleles, one byte for each haplotype and site."""
+
 
 class Imputing(Protocol):
     """What computes windows: :class:`embrag_ds.imputation.engine.Imputation`."""
@@ -60,6 +63,8 @@ def write_blended(
     everyone = slice(0, len(targets.samples))
     pending = np.zeros((2 * len(targets.samples), 0), dtype=np.float32)
     settled = share.begin
+    # Writing begins when the first of them are ready, and their memory is used again.
+    at_once = max(1, _BYTES_AT_ONCE // (2 * len(targets.samples)))
     for number, (window, probability) in enumerate(imputation.windows(windows)):
         beat()
         if exchange is not None:
@@ -80,17 +85,19 @@ def write_blended(
         # Of these sites, those asked for are consecutive: at most the first or last ones are not.
         inside = np.flatnonzero(np.diff(wanted[settled : until + 1]))
         if len(inside):
-            span = slice(settled + int(inside[0]), settled + int(inside[-1]) + 1)
-            haploid = targets.haploid(span)
-            dosage = grown[:, span.start - settled : span.stop - settled]
-            writer.write(
-                int(wanted[span.start]),
-                dosage if haploid is None else _one_haplotype(dosage, haploid),
-                targets.typed[span],
-                targets.alleles(span, everyone),
-                targets.missing_alleles(span, everyone),
-                haploid,
-            )
+            for start in range(int(inside[0]), int(inside[-1]) + 1, at_once):
+                stop = min(start + at_once, int(inside[-1]) + 1)
+                span = slice(settled + start, settled + stop)
+                haploid = targets.haploid(span)
+                dosage = grown[:, start:stop]
+                writer.write(
+                    int(wanted[span.start]),
+                    dosage if haploid is None else _one_haplotype(dosage, haploid),
+                    targets.typed[span],
+                    targets.alleles(span, everyone),
+                    targets.missing_alleles(span, everyone),
+                    haploid,
+                )
         pending = grown[:, until - settled :]
         settled = until if last or pending.shape[1] else windows[number + 1].core_start
         logger.debug("imputed window %d/%d, %d/%d sites", number + 1, len(windows), wanted[until], wanted[-1])

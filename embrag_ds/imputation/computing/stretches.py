@@ -31,7 +31,7 @@ _SITES_OF_A_BLOCK = 64
 _MOST_TABLE_BYTES = 1 << 31
 _TABLES = 4
 _BYTES_OF_A_STATE = 64
-_SAMPLES_AT_ONCE = 512
+_TRANSFORMED_AT_ONCE = 512
 _PANEL_SAMPLES_AT_ONCE = 32  # of which each has frequencies of its own
 _PASSES_OF_TRANSFORMER = 3  # of a loop's, by its time
 
@@ -79,9 +79,9 @@ def progress_of(windows: list[Window], samples: int) -> Progress:
 class Stretches:
     """A model's dosages by the loop, one stretch of ``data`` and ``block`` samples of the ``targets`` at a time.
 
-    ``numbers`` int64 [N] are those of the targets in the panel, -1 for those outside. By default a block has 512
-    samples, so that threads seldom wait for each other, or 32 where some are in the panel. The residual of the
-    ``transformer`` is added where it is given.
+    ``numbers`` int64 [N] are those of the targets in the panel, -1 for those outside. By default a block has all
+    samples, so that threads do not wait for each other, 512 with the transformer, and 32 where some are in the panel.
+    The residual of the ``transformer`` is added where it is given.
     """
 
     def __init__(
@@ -97,7 +97,8 @@ class Stretches:
         self._targets = targets
         self._numbers = numbers
         self._transformer = transformer
-        self._block = block or (_PANEL_SAMPLES_AT_ONCE if (numbers >= 0).any() else _SAMPLES_AT_ONCE)
+        default = len(numbers) if transformer is None else _TRANSFORMED_AT_ONCE
+        self._block = block or (_PANEL_SAMPLES_AT_ONCE if (numbers >= 0).any() else default)
         copying = CopyingModel(model.arrays, model.config.model.good_turing)
         self._copy = CopyAlong(copying, data, exclusion_table(data.reference.panel.samples, None))
 
