@@ -109,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples-per-batch",
         type=int,
         metavar="N",
-        help="memory against speed (default: 32; on a CPU, for targets outside the panel, all, or 512 with transformer)",
+        help="memory against speed (default: 32; on a CPU, of targets outside the panel, 512 or all)",
     )
     speed.add_argument(
         "--transformer",
