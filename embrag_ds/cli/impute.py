@@ -109,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples-per-batch",
         type=int,
         metavar="N",
-        help="memory against speed (default: 32; on a CPU, of targets outside the panel, 512 or all)",
+        help="samples computed at once: fewer take less memory and more time",
     )
     speed.add_argument(
         "--transformer",

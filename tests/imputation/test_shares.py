@@ -16,6 +16,7 @@ from embrag_ds.data.panel import Panel
 from embrag_ds.data.simulate import DefaultData
 from embrag_ds.data.targets import Targets, match_targets, open_targets
 from embrag_ds.data.windows import Window, make_windows
+from embrag_ds.imputation.computing import blending
 from embrag_ds.imputation.computing.blending import write_blended
 from embrag_ds.imputation.engine import Imputation, impute_to_vcf
 from embrag_ds.imputation.extent import Extent
@@ -160,3 +161,14 @@ def test_a_record_that_reaches_into_a_third_window_stays_with_one_rank(inputs: P
     record[first : first + 25] = record[first]
     longer, shorter = borders(record)
     assert len(longer.windows) == len(left.windows) + 1 and longer.after == shorter.before
+
+
+@pytest.mark.parametrize("sites", [1, 7])
+def test_how_many_sites_are_written_at_once_changes_nothing(
+    imputation: Imputation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sites: int
+) -> None:
+    whole, parts = tmp_path / "whole.vcf.gz", tmp_path / "parts.vcf.gz"
+    impute_to_vcf(imputation, whole)
+    monkeypatch.setattr(blending, "_BYTES_AT_ONCE", 2 * len(imputation.targets.samples) * sites)
+    impute_to_vcf(imputation, parts)
+    assert parts.read_bytes() == whole.read_bytes()

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from embrag_ds.errors import UserError
+from embrag_ds.variants import sample_text
 from embrag_ds.variants.output import ImputedVcfWriter
 from embrag_ds.variants.sample_text import Statistics
 from embrag_ds.variants.sites import SiteTable
@@ -127,6 +128,16 @@ def test_block_size_does_not_matter(tmp_path, small_sites):
     with ImputedVcfWriter(tmp_path / "one.vcf.gz", small_sites, ["sample0", "sample1", "sample2"], "test") as out:
         out.write(0, dosage, typed, alleles)
     assert text_of(tmp_path / "one.vcf.gz") == text_of(tmp_path / "two.vcf.gz")
+
+
+def test_texts_are_the_same_however_often_their_table_grows(tmp_path, small_sites, monkeypatch):
+    given = example(small_sites, samples=50)
+    whole, grown = tmp_path / "whole.vcf.gz", tmp_path / "grown.vcf.gz"
+    write_imputed(whole, small_sites, *given)
+    monkeypatch.setattr(sample_text, "_FIRST_ROWS", 1)
+    write_imputed(grown, small_sites, *given)
+    assert grown.read_bytes() == whole.read_bytes()
+    assert len({text for row in text_of(whole) for text in row[9:]}) > 100
 
 
 def test_bcftools_reads_it_without_a_warning(tmp_path, small_sites, capfd):
