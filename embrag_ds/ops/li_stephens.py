@@ -171,16 +171,16 @@ def bounded(mismatch_nats: Tensor, recombination: Tensor) -> tuple[Tensor, Tenso
 def recombination_prior(distance: Tensor, barred: Tensor | None = None) -> Tensor:
     """Prior after a recombination from a ``distance`` in nats, both float32 [B, G, K]; it sums to 1 over K.
 
-    No neighbour lies further than :data:`MOST_PRIOR_NATS` from the nearest one. Those ``barred``, bool [B, K], have no
-    probability at any site.
+    No neighbour counts as further than :data:`MOST_PRIOR_NATS` from the nearest one. Those ``barred``, bool [B, K],
+    have no probability at any site, and their ``distance`` is overwritten.
     """
     if barred is not None:
-        distance = distance.masked_fill(barred[:, None], torch.inf)
+        distance.masked_fill_(barred[:, None], torch.inf)
     nearest = distance.detach().amin(-1, keepdim=True)
-    bounded_distance = torch.minimum(distance, nearest + MOST_PRIOR_NATS)
+    limited = torch.minimum(distance, nearest + MOST_PRIOR_NATS)
     if barred is not None:
-        bounded_distance = bounded_distance.masked_fill(barred[:, None], torch.inf)
-    return torch.softmax(-bounded_distance, dim=-1)
+        limited.masked_fill_(barred[:, None], torch.inf)
+    return torch.softmax(-limited, dim=-1)
 
 
 def _arguments(
