@@ -169,6 +169,14 @@ def beside_the_network(network, world, alleles: np.ndarray, typed: np.ndarray) -
     return copy.probability(copy.stretch(0, typed), np.ascontiguousarray(alleles[:, typed]), samples), expected
 
 
+def with_alleles(world, alleles: np.ndarray):
+    """The world with other ``alleles`` uint8 [S, H] of its panel, all of whose samples are reference samples."""
+    given, windows = world.data.reference, world.data.windows
+    panel = replace(given.panel, packed=np.packbits(alleles, axis=1, bitorder="little"))
+    reference = PanelSubset(panel, given.populations, np.arange(len(panel.samples)))
+    return replace(world, data=WindowedPanel(reference, windows, world.data.position_cm))
+
+
 @pytest.mark.parametrize("cm", [0.0, 1e-4, 0.009])
 def test_a_long_stretch_of_targets_in_the_panel_stays_finite(build, cm: float) -> None:
     """Their own haplotypes match them everywhere and have no prior, so nothing else bounds their backward states."""
@@ -191,12 +199,7 @@ def test_typed_alleles_that_no_haplotype_has_change_nothing_elsewhere(build, nat
     panel = world.data.reference.panel
     alleles = panel.alleles_at(np.arange(len(panel.sites)))
     alleles[::3] = 0
-    reference = PanelSubset(
-        replace(panel, packed=np.packbits(alleles, axis=1, bitorder="little")),
-        world.data.reference.populations,
-        np.arange(12),
-    )
-    world = replace(world, data=WindowedPanel(reference, world.data.windows, world.data.position_cm))
+    world = with_alleles(world, alleles)
     typed = ~world.masked(0, 1, 9, 0.3)[0]
     queries = world.data.samples_alleles(0, np.arange(4))
     window = world.data.windows[0]
@@ -218,12 +221,7 @@ def test_alleles_of_the_target_alone_at_many_typed_sites_in_a_row(build, nats: f
     alleles = panel.alleles_at(np.arange(len(panel.sites)))
     row = slice(window.start + 8, window.start + 40)
     alleles[row], alleles[row, :2] = 0, 1
-    reference = PanelSubset(
-        replace(panel, packed=np.packbits(alleles, axis=1, bitorder="little")),
-        world.data.reference.populations,
-        np.arange(12),
-    )
-    world = replace(world, data=WindowedPanel(reference, world.data.windows, world.data.position_cm))
+    world = with_alleles(world, alleles)
     typed = ~world.masked(0, 1, 9, 0.1)[0]
     found, expected = beside_the_network(network, world, world.data.samples_alleles(0, np.arange(3)), typed)
     np.testing.assert_allclose(found, expected, atol=2e-5)
