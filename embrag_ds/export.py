@@ -64,15 +64,25 @@ class ExportedModel:
         return cls(config, arrays)
 
     @property
+    def parts(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """The arrays of the network and those of the layer that encodes panels, by name.
+
+        The second are none where panels are encoded live or not at all.
+        """
+        network = {name: value for name, value in self.arrays.items() if not name.startswith(_SNAPSHOT)}
+        named = {name.removeprefix(_SNAPSHOT): value for name, value in self.arrays.items() if name not in network}
+        return network, named
+
+    @property
     def weights(self) -> dict[str, Tensor]:
         """The network's tensors by name, fp32 on the CPU, in the memory of the arrays."""
-        return _tensors({name: value for name, value in self.arrays.items() if not name.startswith(_SNAPSHOT)})
+        return _tensors(self.parts[0])
 
     @property
     def snapshot(self) -> dict[str, Tensor] | None:
-        """Those of the layer that encodes panels; None where panels are encoded live or not at all."""
-        named = {name: value for name, value in self.arrays.items() if name.startswith(_SNAPSHOT)}
-        return _tensors({name.removeprefix(_SNAPSHOT): value for name, value in named.items()}) if named else None
+        """Those of the layer that encodes panels; None where there is none."""
+        named = self.parts[1]
+        return _tensors(named) if named else None
 
     def network(self) -> Imputer:
         """A new network with these weights, for inference, on the CPU."""

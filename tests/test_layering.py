@@ -26,6 +26,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "config": ("config_files", "data", "retrieval", "model"),
     "export": ("config", "model"),
     "copying": ("ops", "data", "model"),
+    "correction": ("ops", "data", "model", "copying"),
     "adaptation": ("ops", "runtime", "data", "evaluation", "retrieval", "model", "config", "export"),
     "runs": ("data", "config"),
     "imputation": (
@@ -36,6 +37,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "retrieval",
         "model",
         "copying",
+        "correction",
         "config",
         "export",
         "adaptation",
@@ -77,6 +79,7 @@ NARROW = {
     "variants": {"ops": ("ops.sample_texts",)},
     "model": {"retrieval": ("retrieval.batch",)},
     "copying": {"model": ("model.numbers",)},
+    "correction": {"model": ("model.numbers", "model.settings")},
 }
 """Rooms of which another room may import only some modules: the network sees only the records of a batch."""
 HOMES = {
@@ -85,7 +88,7 @@ HOMES = {
     "deepspeed": ("engine/", "training/"),
     "faiss": ("retrieval/",),
     "cupy": ("ops/",),
-    "numba": ("ops/", "copying/"),
+    "numba": ("ops/", "copying/", "correction/"),
     "pynvml": ("runtime/device_sampler.py", "runtime/driver.py"),
     "matplotlib": ("evaluation/plots.py", "training/profile_plot.py"),
     "hjson": ("config_files.py",),
@@ -93,7 +96,7 @@ HOMES = {
 }
 """Third-party packages that nothing else may import."""
 LAZY = ("faiss", "cupy")
-NUMPY_ONLY = ("variants", "maps", "data", "evaluation", "copying")
+NUMPY_ONLY = ("variants", "maps", "data", "evaluation", "copying", "correction")
 """Rooms without torch."""
 MODEL_SEES_TENSORS_ONLY = {"torch", "embrag_ds"} | set(sys.stdlib_module_names)
 MOST_MODULES = 14

@@ -114,12 +114,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     speed.add_argument(
         "--transformer",
         choices=("on", "off"),
-        help="whether its residual is added (default: on on a GPU, off on a CPU, where it takes longer than all else)",
+        help="whether its residual is added (default: on on a GPU, off on a CPU, where it takes as long as all else)",
     )
     speed.add_argument(
         "--precision",
         choices=("bf16", "fp32"),
-        help="of the network's products (default: bf16 on a GPU, fp32 on a CPU); all else is fp32",
+        help="of products on a GPU and in adaptation (default: bf16 on a GPU, fp32 on a CPU); all else is fp32",
     )
     speed.add_argument("--threads", type=int, metavar="N", help="of the CPU; the output is the same (default: all)")
     speed.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")

@@ -46,13 +46,12 @@ class Stretch:
 class Copied(NamedTuple):
     """What a network reads of target haplotypes that were copied, over the L sites of a core.
 
-    ``dosage`` float32 [2N, L] is copied from the haplotypes, before any correction; ``expected`` float32 [2N, L] is the
-    ALT frequency expected from their ancestry. ``frequency`` float32 [rows, L] is the overall one, ``good_turing``
-    float32 [rows, L] the correction of the prior's log-odds, and ``row_of`` int64 [2N] the targets' rows of both.
+    ``values`` float32 [2N, 2, L] are the dosage that is copied from the haplotypes, before any correction, and the ALT
+    frequency expected from their ancestry. ``frequency`` float32 [rows, L] is the overall one, ``good_turing`` float32
+    [rows, L] the correction of the prior's log-odds, and ``row_of`` int64 [2N] the targets' rows of both.
     """
 
-    dosage: np.ndarray
-    expected: np.ndarray
+    values: np.ndarray
     frequency: np.ndarray
     good_turing: np.ndarray
     row_of: np.ndarray
@@ -149,7 +148,7 @@ class CopyAlong:
         """What a network reads of these targets; fills ``out`` as :meth:`probability` does."""
         copied = np.empty((len(alleles), 2, out.shape[1]), dtype=np.float32)
         of_rows = self._fill(stretch, alleles, samples, out, copied, watch)
-        return Copied(copied[:, 0], copied[:, 1], *of_rows)
+        return Copied(copied, *of_rows)
 
     def _fill(
         self,

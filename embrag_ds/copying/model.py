@@ -78,7 +78,7 @@ class CopyingModel:
         """Weight of a mismatch at sites of ALT ``frequency`` [n], the squared distance of their alleles' embeddings."""
         # At the core's centre: the sines of a position of 0 are 0, and its cosines 1.
         position = np.repeat([0.0, 1.0], numbers.WAVELENGTHS)
-        minor = _frequency_features(np.minimum(frequency, 1 - frequency))
+        minor = frequency_features(np.minimum(frequency, 1 - frequency))
         features = np.concatenate([minor, np.broadcast_to(position, (len(minor), len(position)))], axis=1)
         modulation = features @ self._of("embedding.modulation.weight").T + self._of("embedding.modulation.bias")
         token, effect = (
@@ -112,13 +112,7 @@ def log_rarity(frequency: np.ndarray) -> np.ndarray:
     return found.astype(np.float32)
 
 
-def log_cm(length: np.ndarray) -> np.ndarray:
-    """Scaled logarithm of a length in cM, finite at 0, float32."""
-    found: np.ndarray = np.log(length + numbers.SHORTEST_CM) / 3
-    return found.astype(np.float32)
-
-
-def _frequency_features(frequency: np.ndarray) -> np.ndarray:
+def frequency_features(frequency: np.ndarray) -> np.ndarray:
     """Fourier features [n, FREQUENCY_FEATURES] of allele frequencies [n]."""
     # Rounded as the network's are: near 1, what is left of a float32 is coarse.
     low, high = np.float32(numbers.LEAST_FREQUENCY), np.float32(1 - numbers.LEAST_FREQUENCY)
@@ -129,6 +123,12 @@ def _frequency_features(frequency: np.ndarray) -> np.ndarray:
     octaves = math.pi * 2.0 ** np.arange(numbers.FREQUENCY_OCTAVES)
     angles = np.concatenate([arcsine[:, None] * octaves, logarithm[:, None] * octaves], axis=1)
     return np.concatenate([np.sin(angles), np.cos(angles), np.stack([arcsine, logarithm], axis=1)], axis=1)
+
+
+def log_cm(length: np.ndarray) -> np.ndarray:
+    """Scaled logarithm of a length in cM, finite at 0, float32."""
+    found: np.ndarray = np.log(length + numbers.SHORTEST_CM) / 3
+    return found.astype(np.float32)
 
 
 def _weighed(values: np.ndarray, decay: float) -> np.ndarray:

@@ -78,6 +78,13 @@ def cut_evenly(length: int, most: int, overlap: int) -> list[tuple[int, int]]:
     return [(begin, min(length, end + overlap)) for begin, end in pairwise(starts)]
 
 
+def cut_tiles(length: int, most: int, overlap: int) -> list[tuple[int, int, int, int]]:
+    """Runs of :func:`cut_evenly`: begin and end of each, and of the sites that it is for, those it is deeper in."""
+    runs, half = cut_evenly(length, most, overlap), overlap // 2
+    bounds = [0, *(start + half for start, _ in runs[1:]), length]
+    return [(*run, *own) for run, own in zip(runs, pairwise(bounds), strict=True)]
+
+
 def _flanked(index: int, core: tuple[int, int], contig: tuple[int, int], flank_sites: int) -> Window:
     start, stop = max(contig[0], core[0] - flank_sites), min(contig[1], core[1] + flank_sites)
     return Window(index, start, stop, *core)

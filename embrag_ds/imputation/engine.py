@@ -15,6 +15,8 @@ import numpy as np
 
 import embrag_ds
 from embrag_ds.config import EmbragConfig
+from embrag_ds.correction.network import network_part
+from embrag_ds.correction.tiles import TransformerTiles
 from embrag_ds.data.inputs import PanelInputs, windowed
 from embrag_ds.data.targets import Targets
 from embrag_ds.data.windows import Window, WindowedPanel, uncovered
@@ -48,8 +50,8 @@ class Imputation:
         """``block`` samples of the ``targets`` are computed at a time, by default all of them by a CPU's loop and 32
         otherwise, on a ``device`` that torch knows by this name.
 
-        Without ``transformer`` its residual is left out (:meth:`embrag_ds.model.imputer.Imputer.forward`), and a CPU
-        does without torch. With ``precision`` bf16 the matrix products of the network are in bf16.
+        Without ``transformer`` its residual is left out (:meth:`embrag_ds.model.imputer.Imputer.forward`). With
+        ``precision`` bf16 the matrix products of the network are in bf16, except in a CPU's loops.
         """
         config, samples = model.config, inputs.panel.samples
         haplotypes = 2 * len(samples)
@@ -70,9 +72,7 @@ class Imputation:
         if way == "loop":
             tiles = None
             if transformer:
-                from embrag_ds.imputation.computing.tiles import TransformerTiles
-
-                tiles = TransformerTiles(model, bf16=precision == "bf16")
+                tiles = TransformerTiles(network_part(*model.parts, config.model), config.data)
             self._computing: Stretches | Windows = Stretches(*given, tiles)
             return
         from embrag_ds.imputation.computing.windows import Windows
@@ -89,9 +89,9 @@ class Imputation:
         return self._computing.windows(self.data.windows if chosen is None else chosen)
 
 
-def does_without_torch(config: EmbragConfig, transformer: bool, device: str) -> bool:
-    """Whether a model with this ``config`` imputes by the loop alone."""
-    return device == "cpu" and not transformer and _copies(config)
+def does_without_torch(config: EmbragConfig, device: str) -> bool:
+    """Whether a model with this ``config`` imputes by a CPU's loops alone."""
+    return device == "cpu" and _copies(config)
 
 
 def _copies(config: EmbragConfig) -> bool:

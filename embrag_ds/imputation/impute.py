@@ -71,9 +71,10 @@ def impute(
     by default they are all on a CPU where the model copies haplotypes and no target is in the panel (512 with the
     transformer), and 32 otherwise.
     Without ``transformer`` its residual is left out (:meth:`embrag_ds.model.imputer.Imputer.forward`), which is the
-    default on a CPU, where it takes long. ``device`` defaults to CUDA where there is a device; a warning says where
-    torch cannot use one that the driver lists.
-    ``precision`` of the network's matrix products defaults to bf16 on a GPU and fp32 on a CPU. ``adapt`` says whether,
+    default on a CPU, where it takes as long again. ``device`` defaults to CUDA where there is a device; a warning says
+    where torch cannot use one that the driver lists.
+    ``precision`` of the network's matrix products defaults to bf16 on a GPU and fp32 on a CPU, whose loops are in fp32
+    either way. ``adapt`` says whether,
     or for how many minutes of two cores, the model first adapts to the panel and to the sites the targets are typed at
     (:func:`embrag_ds.adaptation.adapt.adapt_model`). The model that imputes is also written to ``save_model``. The
     packed panel, adapted models and scratch files lie in ``cache_dir`` (default:
@@ -99,7 +100,7 @@ def impute(
         if transformer is None:
             transformer = where != "cpu"
         exported = read_export(model)
-        if adapt != "off" or not does_without_torch(exported.config, transformer, where):
+        if adapt != "off" or not does_without_torch(exported.config, where):
             # Before any loop runs, or torch would use as many threads as numba has started.
             with uncollected():
                 import torch  # noqa: F401
@@ -128,7 +129,9 @@ def impute(
         )
         _check_files(job, model, ranks)
         if advice:
-            logger.info("imputing without the transformer, which takes long on a CPU; --transformer on adds it")
+            logger.info(
+                "imputing without the transformer, which takes as long again on a CPU; --transformer on adds it"
+            )
         load_numba()  # the command has another process pack the panel meanwhile
         with scratch_folder(cache_directory(settings), "imputation-") as scratch:
             if ranks.ranks > 1:

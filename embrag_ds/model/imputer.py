@@ -98,13 +98,6 @@ class Imputer(nn.Module):
         """
         self.compiled = Compiled(self._losses, best, lengths)
 
-    def correction(self, given: CoreInputs) -> Tensor:
-        """The transformer's correction float32 [B, L] of log-odds at sites that were copied elsewhere.
-
-        Its caller adds that of the confidence head. Zero where :data:`LEAST_TRANSFORMED` says so.
-        """
-        return self._transformed(given, *self._prior(given), None)
-
     def _losses(self, given: CoreInputs, sites: int | None, loss: LossConfig, transformer: bool = True) -> Losses:
         """Losses of a core, computed with padding up to ``sites`` sites."""
         length = given.tokens.shape[-1]

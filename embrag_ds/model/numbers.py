@@ -15,6 +15,8 @@ FREQUENCY_FEATURES = 4 * FREQUENCY_OCTAVES + 2
 SHORTEST_WAVE_CM, LONGEST_WAVE_CM, WAVELENGTHS = 0.01, 20.0, 12
 POSITION_FEATURES = 2 * WAVELENGTHS
 """Features of a position (:func:`embrag_ds.model.embedding.position_features`)."""
+SHORTEST_ROTARY_CM, LONGEST_ROTARY_CM = 0.02, 40.0
+"""Wavelengths of the transformer's rotary positions."""
 LEAST_FREQUENCY = 1e-6
 
 NEGLIGIBLE = 3e-3
@@ -33,7 +35,7 @@ CONFIDENCE_LAYERS = ("confidence.layers.0", "confidence.layers.2", "confidence.l
 LEAST_PROBABILITY = 1e-3
 """Probability of the minor allele below which the confidence head corrects nothing."""
 LEAST_TRANSFORMED = 5e-3
-"""The same for the transformer, which takes longer."""
+"""The same for the transformer, which takes more time."""
 RAREST = 1e-5
 SHORTEST_CM = 1e-3
 

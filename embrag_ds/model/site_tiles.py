@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from embrag_ds.data.windows import cut_evenly
+from embrag_ds.data.windows import cut_tiles
 from embrag_ds.model.compiled import CoreInputs
 from embrag_ds.retrieval.batch import SiteTensors
 
@@ -55,14 +54,8 @@ class SiteTiles:
 
     def of(self, core: SiteTensors) -> Iterator[Tile]:
         """Iterate over the tiles of a core's sites."""
-        for start, stop, first, last in self.cut(len(core.position)):
+        for start, stop, first, last in cut_tiles(len(core.position), self.sites, self.overlap):
             position = core.position[start:stop]
             position = position - (position[0] + position[-1]) / 2
             codebook = self.encode(SiteTensors(position, core.frequency[start:stop]))
             yield Tile(start, stop, first, last, position, codebook)
-
-    def cut(self, length: int) -> list[tuple[int, int, int, int]]:
-        """Tiles of ``length`` sites: begin and end of each, and of the sites it is for."""
-        runs, half = cut_evenly(length, self.sites, self.overlap), self.overlap // 2
-        bounds = [0, *(start + half for start, _ in runs[1:]), length]
-        return [(*run, *own) for run, own in zip(runs, pairwise(bounds), strict=True)]

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+from embrag_ds.model.numbers import LONGEST_ROTARY_CM, SHORTEST_ROTARY_CM
 from embrag_ds.model.recompute import not_kept, through
 from embrag_ds.ops import rotation_cuda
 
-_SHORTEST_CM, _LONGEST_CM = 0.02, 40.0
-
+_DECADES = math.log10(SHORTEST_ROTARY_CM), math.log10(LONGEST_ROTARY_CM)
 
 Recompute = Callable[..., Tensor]
 """Function of (block, x, ...) to ``block(x, ...)`` that stores only its arguments for the backward pass."""
@@ -27,7 +27,7 @@ def rotary_angles(position: Tensor, head_dims: int) -> Tensor:
     The wavelengths form a geometric sequence from 0.02 to 40 cM, for genetic distances on every scale from adjacent
     sites to the whole window.
     """
-    ladder = torch.logspace(math.log10(_SHORTEST_CM), math.log10(_LONGEST_CM), head_dims // 2, device=position.device)
+    ladder = torch.logspace(*_DECADES, head_dims // 2, device=position.device)
     angles = position.float()[:, None] * (2 * math.pi / ladder)
     if torch.compiler.is_compiling():  # it fuses no complex operations
         return torch.stack([angles.cos(), angles.sin()], dim=-1)

@@ -14,13 +14,12 @@ from embrag_ds.config import RunConfig
 from embrag_ds.data.inputs import PanelInputs
 from embrag_ds.data.simulate import DefaultData
 from embrag_ds.data.targets import Targets
-from embrag_ds.data.windows import Window, make_windows
+from embrag_ds.data.windows import Window, cut_tiles, make_windows
 from embrag_ds.imputation import engine
 from embrag_ds.imputation.computing import stretches
 from embrag_ds.imputation.computing.stretches import Stretches
 from embrag_ds.imputation.computing.windows import _samples_at_once
 from embrag_ds.imputation.engine import Imputation
-from embrag_ds.model.site_tiles import SiteTiles
 from embrag_ds.ops.li_stephens import copying_backend
 from tests.imputation.test_stretches import matched
 from tests.untrained import untrained
@@ -121,7 +120,7 @@ def test_the_transformer_runs_in_tiles_that_are_the_windows(
 @pytest.mark.parametrize("sites", [1, 40, 41, 75, 200, 1033])
 def test_tiles_are_cut_as_windows_are(build_sites: Callable[[int], object], sites: int) -> None:
     windows = make_windows(build_sites(sites), 40, 9, 0)  # type: ignore[arg-type]
-    tiles = SiteTiles(40, 9, lambda given: given.position).cut(sites)
+    tiles = cut_tiles(sites, 40, 9)
     assert [(each.core_start, each.core_stop) for each in windows] == [tile[:2] for tile in tiles]
     firsts, lasts = [tile[2] for tile in tiles], [tile[3] for tile in tiles]
     assert firsts == [0, *lasts[:-1]] and lasts[-1] == sites

@@ -6,23 +6,21 @@ A model that copies haplotypes needs nothing else without its transformer (:mod:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from embrag_ds.copying.along import CopyAlong, Stretch
 from embrag_ds.copying.model import CopyingModel
+from embrag_ds.correction.tiles import TransformerTiles
 from embrag_ds.data.sampler import exclusion_table
 from embrag_ds.data.targets import Targets
 from embrag_ds.data.tokens import MASK
 from embrag_ds.data.windows import DataConfig, Window, WindowedPanel
 from embrag_ds.export import ExportedModel
 from embrag_ds.progress import Progress
-
-if TYPE_CHECKING:
-    from embrag_ds.imputation.computing.tiles import TransformerTiles
 
 _MOST_STRETCH_SITES = 1 << 15
 _MOST_STRETCH_BYTES = 1 << 28
@@ -33,7 +31,7 @@ _TABLES = 4
 _BYTES_OF_A_STATE = 64
 _TRANSFORMED_AT_ONCE = 512
 _PANEL_SAMPLES_AT_ONCE = 32  # of which each has frequencies of its own
-_PASSES_OF_TRANSFORMER = 3  # of a loop's, by its time
+_PASSES_OF_TRANSFORMER = 2  # of a loop's, by its time
 
 Precision = Literal["bf16", "fp32"]
 """Of a network's matrix products."""
@@ -137,15 +135,20 @@ class Stretches:
         self, stretch: Stretch, alleles: np.ndarray, numbers: np.ndarray, out: np.ndarray, progress: Progress
     ) -> None:
         """Fill ``out`` with the dosages of a block of samples, and count in ``progress`` those that are begun."""
-        counted = 0
 
-        def count(haplotypes: int) -> None:
-            nonlocal counted
-            begun = min(haplotypes // 2, len(numbers))
-            if begun > counted:
-                progress.advance(out.shape[1] * (begun - counted))
-                counted = begun
+        def counter(sites: int) -> Callable[[int], None]:
+            counted = 0
 
+            def count(haplotypes: int) -> None:
+                nonlocal counted
+                begun = min(haplotypes // 2, len(numbers))
+                if begun > counted:
+                    progress.advance(sites * (begun - counted))
+                    counted = begun
+
+            return count
+
+        count = counter(out.shape[1])
         given = stretch, alleles, numbers, out
         if self._transformer is None:
             self._copy.probability(*given, watch=count)
@@ -163,5 +166,5 @@ class Stretches:
             features.frequency[window.core],
             rows[inside],
             alleles[:, inside],
-            lambda sites: progress.advance(_PASSES_OF_TRANSFORMER * sites * len(numbers)),
+            lambda sites: counter(_PASSES_OF_TRANSFORMER * sites),
         )

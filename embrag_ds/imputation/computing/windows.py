@@ -14,10 +14,12 @@ from embrag_ds.data.targets import Targets
 from embrag_ds.data.windows import Window, WindowedPanel
 from embrag_ds.export import ExportedModel
 from embrag_ds.imputation.computing.stretches import Precision, posterior_bytes, progress_of
-from embrag_ds.imputation.computing.tiles import tiles_of
+from embrag_ds.model.imputer import Imputer
 from embrag_ds.model.row_blocks import RowBlocks
+from embrag_ds.model.site_tiles import SiteTiles
 from embrag_ds.ops.threads import undivided
 from embrag_ds.retrieval.batch import Batch
+from embrag_ds.retrieval.codebooks import ALLELES
 from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.reference import Reference
 from embrag_ds.retrieval.search import present_backend
@@ -38,6 +40,16 @@ def _samples_at_once(block: int, windows: list[Window], typed: np.ndarray, haplo
     before = np.concatenate([[0], np.cumsum(typed)])
     most = max(int(before[each.stop] - before[each.start]) for each in windows)
     return int(max(1, min(block, memory // 2 // posterior_bytes(max(1, most), haplotypes))))
+
+
+def _tiles_of(model: ExportedModel, network: Imputer, device: torch.device) -> SiteTiles:
+    """The windows that a model was trained on, as tiles of a stretch."""
+    layer = network.embedding
+    if model.snapshot is not None:
+        layer = layer.twin().requires_grad_(False).to(device)
+        layer.load_state_dict(model.snapshot)
+    settings = model.config.data
+    return SiteTiles(settings.window_sites, settings.overlap_sites, lambda sites: layer.codebook(sites)[:, :ALLELES])
 
 
 def _worth_timing(batches: int, device: torch.device) -> bool:
@@ -86,7 +98,7 @@ class Windows:
         )
         if memory is not None:
             self._block = _samples_at_once(block, data.windows, targets.typed, len(data.reference), memory)
-            self._network.site_tiles = tiles_of(model, self._network, self._device)
+            self._network.site_tiles = _tiles_of(model, self._network, self._device)
             self._collate = self._reference.collator(self._block, slots=_AHEAD + 2, whole=True)
             return
         named, self._reference.backend = self._reference.backend, present_backend(self._reference.backend, self._device)

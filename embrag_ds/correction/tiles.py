@@ -1,0 +1,82 @@
+"""The correction of dosages that were copied along a stretch, tile by tile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from embrag_ds.copying.along import Copied
+from embrag_ds.copying.model import frequency_features
+from embrag_ds.correction import loops
+from embrag_ds.correction.instructions import COLUMNS
+from embrag_ds.correction.layers import AT_ONCE
+from embrag_ds.correction.network import position_features, rotary_angles, site_features
+from embrag_ds.correction.records import NetworkPart, TilePart
+from embrag_ds.data.windows import DataConfig, cut_tiles
+from embrag_ds.ops.threads import thread_count
+
+
+class TransformerTiles:
+    """The correction by a model's transformer, added to dosages that were copied without it.
+
+    Tiles are the windows that the model was trained on, by its settings ``data``.
+    """
+
+    def __init__(self, network: NetworkPart, data: DataConfig):
+        self._network = network
+        self._sites, self._overlap = data.window_sites, data.overlap_sites
+        self._workers = thread_count()
+
+    def add(
+        self,
+        probability: np.ndarray,
+        copied: Copied,
+        position: np.ndarray,
+        site_frequency: np.ndarray,
+        typed: np.ndarray,
+        alleles: np.ndarray,
+        watch: Callable[[int], Callable[[int], None]],
+    ) -> None:
+        """Correct ``probability`` float32 [2N, L] of ALT in place, in a core with sites of these features float32 [L].
+
+        ``alleles`` uint8 [2N, t] are those at the core's sites ``typed`` int64 [t], MASK where missing. For the number
+        of sites that a tile is for, ``watch`` gives a function that is told several times a second how many haplotypes
+        are begun there.
+        """
+        features = site_features(site_frequency)
+        of_rows = np.stack([frequency_features(each).T for each in copied.frequency])
+        turing = np.exp(copied.good_turing)
+        width = len(self._network.head) // self._network.heads
+        for start, stop, first, last in cut_tiles(len(position), self._sites, self._overlap):
+            here, inside = slice(start, stop), slice(*np.searchsorted(typed, [start, stop]))
+            places = position[here] - (position[start] + position[stop - 1]) / 2
+            angles = rotary_angles(places, width)
+            of_sites = np.concatenate([features[:, here], position_features(places)])
+            typed_here = typed[inside] - start
+            tile = TilePart(
+                features=_wide(of_sites, AT_ONCE),
+                of_typed=_wide(of_sites[:, typed_here], COLUMNS),
+                of_rows=_wide(of_rows[:, :, here], AT_ONCE),
+                cosine=_wide(np.cos(angles), AT_ONCE),
+                sine=_wide(np.sin(angles), AT_ONCE),
+                frequency=np.ascontiguousarray(copied.frequency[:, here]),
+                turing=np.ascontiguousarray(turing[:, here]),
+                typed=typed_here,
+                start=start,
+                first=first - start,
+                last=last - start,
+            )
+            tokens = np.ascontiguousarray(alleles[:, inside])
+            given = tuple(self._network), tuple(tile), tokens, copied.row_of, copied.values, probability
+            count = watch(last - first)
+            loops.correct_tile(min(self._workers, len(tokens)), *given, watch=count)
+            count(len(tokens))
+
+
+def _wide(values: np.ndarray, multiple: int) -> np.ndarray:
+    """``values`` [..., n] as float32, with zeros up to a ``multiple`` of numbers."""
+    size = -(-values.shape[-1] // multiple) * multiple
+    made = np.zeros((*values.shape[:-1], size), dtype=np.float32)
+    made[..., : values.shape[-1]] = values
+    return made
