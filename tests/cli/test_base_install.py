@@ -73,8 +73,9 @@ print("imported", sorted(set({slow}) & set(sys.modules)))
     assert done.stdout.splitlines()[-1] == "imported []"
 
 
+@pytest.mark.parametrize("transformer", ["off", "on"])
 def test_imputation_imports_nothing_that_it_does_not_need(
-    embrag: Embrag, simulated: DefaultData, tmp_path: Path
+    embrag: Embrag, simulated: DefaultData, tmp_path: Path, transformer: str
 ) -> None:
     """Torch alone takes two seconds to import, and half as long to forget when the process ends."""
     slow = ("torch", "sympy", "deepspeed", "matplotlib", "msprime", "pandas", "scipy", "faiss", "wandb")
@@ -85,7 +86,8 @@ main()
 print("imported", sorted(set({slow}) & set(sys.modules)), "searched for garbage", gc.get_freeze_count() < 50_000)
 """
     files = [f"--panel={simulated.panel}", f"--target={simulated.target}", f"--map={simulated.genetic_map}"]
-    done = embrag("impute", *files, "--adapt", "off", "--out", tmp_path / "imputed.vcf.gz", code=code)
+    options = ["--adapt", "off", "--transformer", transformer, "--out", tmp_path / "imputed.vcf.gz"]
+    done = embrag("impute", *files, *options, code=code)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "imported [] searched for garbage False\n"
 
