@@ -21,7 +21,7 @@ from embrag_ds.data.tokens import MASK
 from embrag_ds.model.numbers import FREQUENCY_FEATURES, FREQUENCY_OCTAVES, LEAST_FREQUENCY
 from embrag_ds.ops.threads import WorkerLoop
 
-PARTS = "83a1fdbe81af"
+PARTS = "dd01bc82b51c"
 """Digest of the loop's other files: numba looks for a change in this file alone, and would use what it has kept of the
 loop. A test compares it.
 """
@@ -41,13 +41,7 @@ def _frequency_features(expected, features):
     those of the one below.
     """
     octaves = FREQUENCY_OCTAVES
-    arcsines, logarithms = features[4 * octaves], features[4 * octaves + 1]
-    sines, cosines, other_sines, other_cosines = (
-        features[0],
-        features[2 * octaves],
-        features[octaves],
-        features[3 * octaves],
-    )
+    arcsines, sines, cosines = features[4 * octaves], features[0], features[2 * octaves]
     for c in range(AT_ONCE):
         frequency = min(max(expected[c], _LEAST_FREQUENCY), _ONE - _LEAST_FREQUENCY)
         root = math.sqrt(frequency)
@@ -55,12 +49,13 @@ def _frequency_features(expected, features):
         # Half a turn times the arcsine is twice the angle whose sine is the root.
         sines[c] = _TWO * root * math.sqrt(_ONE - frequency)
         cosines[c] = _ONE - _TWO * frequency
+    logarithms, sines, cosines = features[4 * octaves + 1], features[octaves], features[3 * octaves]
     for c in range(AT_ONCE):
         frequency = min(max(expected[c], _LEAST_FREQUENCY), _ONE - _LEAST_FREQUENCY)
         logarithms[c] = logarithm(min(frequency, _ONE - frequency)) * _PER_LOGARITHM
-        angle = _PI * (logarithms[c] - _HALF)
-        other_sines[c] = cosine(angle)
-        other_cosines[c] = -sine(angle)
+        angle = _PI * (logarithms[c] - _HALF)  # a quarter turn back
+        sines[c] = cosine(angle)
+        cosines[c] = -sine(angle)
     for first in range(0, 2 * octaves, octaves):
         for octave in range(first + 1, first + octaves):
             sines, cosines = features[octave - 1], features[2 * octaves + octave - 1]
@@ -74,6 +69,9 @@ def _frequency_features(expected, features):
 def _fuse(network, tile, row, tokens, dosage, expected, space):
     """Fill ``space.states`` with what fusion makes of the query and of the panel at all sites."""
     dims, sites, typed = len(network.head), len(dosage), space.typed
+    if space.row[0] != row:
+        product(space.of_frequency, network.overall, tile.of_rows[row], 2 * dims, space.of_frequency.shape[1])
+        space.row[0] = row
     both, states, share, last = space.both, space.states, space.share, network.norms[len(network.norms) - 1]
     end = 0
     for start in range(0, states.shape[1], AT_ONCE):
@@ -84,9 +82,9 @@ def _fuse(network, tile, row, tokens, dosage, expected, space):
         assign(share, dosage[start : start + here])
         for d in range(2 * dims):
             to, known = both[d], space.sites[3 * dims + d, start:stop]
-            step, by_row = space.sites[5 * dims + d, start:stop], space.by_row[row, d, start:stop]
+            step, more = space.sites[5 * dims + d, start:stop], space.of_frequency[d, start:stop]
             for c in range(AT_ONCE):
-                to[c] += known[c] + share[c] * step[c] + by_row[c]
+                to[c] += known[c] + share[c] * step[c] + more[c]
         begin = end
         while end < len(tile.typed) and tile.typed[end] < stop:
             end += 1
@@ -178,11 +176,12 @@ def _correct_haplotype(network, tile, row, tokens, dosage, expected, space, prob
 def _new_space(network, tile):
     """A worker's arrays for a tile, with what all haplotypes share; what is never written to is 0."""
     dims, width, of_heads = len(network.head), network.query.shape[2], network.out.shape[1]
-    sites, typed, rows = tile.features.shape[1], tile.of_typed.shape[1], len(tile.of_rows)
+    sites, typed = tile.features.shape[1], tile.of_typed.shape[1]
     space = Space(
         sites=np.empty((len(network.sites), sites), dtype=np.float32),
         typed=np.empty((len(network.typed), typed), dtype=np.float32),
-        by_row=np.empty((rows, 2 * dims, sites), dtype=np.float32),
+        of_frequency=np.empty((2 * dims, sites), dtype=np.float32),
+        row=np.full(1, -1, dtype=np.int64),
         features=np.zeros((FREQUENCY_FEATURES, AT_ONCE), dtype=np.float32),
         both=np.zeros((2 * dims, AT_ONCE), dtype=np.float32),
         normed=np.zeros((dims, AT_ONCE), dtype=np.float32),
@@ -202,8 +201,6 @@ def _new_space(network, tile):
     )
     product(space.sites, network.sites, tile.features, len(network.sites), sites)
     product(space.typed, network.typed, tile.of_typed, len(network.typed), typed)
-    for row in range(rows):
-        product(space.by_row[row], network.overall, tile.of_rows[row], 2 * dims, sites)
     return space
 
 

@@ -79,9 +79,10 @@ class TilePart(NamedTuple):
 
 
 class Space(NamedTuple):
-    """A worker's arrays for a tile, float32 but ``wanted``.
+    """A worker's arrays for a tile, float32 as far as not said.
 
-    * Products of features: ``sites`` [7 D, L'], ``typed`` [6 D, T'], ``by_row`` [R, 2 D, L'].
+    * Products of features: ``sites`` [7 D, L'], ``typed`` [6 D, T'], and ``of_frequency`` [2 D, L'], that of the row of
+      overall frequencies ``row`` int64 [1].
     * Of 64 sites of a haplotype: ``features`` [26, 64], ``both`` [2 D, 64], ``normed`` [D, 64], ``mean``, ``spread``
       and ``share`` [64].
     * Of all: ``states`` [D, L'], ``key`` [D, L'], ``value`` [L', M W'].
@@ -92,7 +93,8 @@ class Space(NamedTuple):
 
     sites: np.ndarray
     typed: np.ndarray
-    by_row: np.ndarray
+    of_frequency: np.ndarray
+    row: np.ndarray
     features: np.ndarray
     both: np.ndarray
     normed: np.ndarray

@@ -44,24 +44,21 @@ class TransformerTiles:
         of sites that a tile is for, ``watch`` gives a function that is told several times a second how many haplotypes
         are begun there.
         """
-        features = site_features(site_frequency)
-        of_rows = np.stack([frequency_features(each).T for each in copied.frequency])
-        turing = np.exp(copied.good_turing)
         width = len(self._network.head) // self._network.heads
         for start, stop, first, last in cut_tiles(len(position), self._sites, self._overlap):
-            here, inside = slice(start, stop), slice(*np.searchsorted(typed, [start, stop]))
-            places = position[here] - (position[start] + position[stop - 1]) / 2
+            sites, inside = slice(start, stop), slice(*np.searchsorted(typed, [start, stop]))
+            places = position[sites] - (position[start] + position[stop - 1]) / 2
             angles = rotary_angles(places, width)
-            of_sites = np.concatenate([features[:, here], position_features(places)])
-            typed_here = typed[inside] - start
+            features = np.concatenate([site_features(site_frequency[sites]), position_features(places)])
+            frequency, typed_here = copied.frequency[:, sites], typed[inside] - start
             tile = TilePart(
-                features=_wide(of_sites, AT_ONCE),
-                of_typed=_wide(of_sites[:, typed_here], COLUMNS),
-                of_rows=_wide(of_rows[:, :, here], AT_ONCE),
+                features=_wide(features, AT_ONCE),
+                of_typed=_wide(features[:, typed_here], COLUMNS),
+                of_rows=_wide(np.stack([frequency_features(each).T for each in frequency]), AT_ONCE),
                 cosine=_wide(np.cos(angles), AT_ONCE),
                 sine=_wide(np.sin(angles), AT_ONCE),
-                frequency=np.ascontiguousarray(copied.frequency[:, here]),
-                turing=np.ascontiguousarray(turing[:, here]),
+                frequency=np.ascontiguousarray(frequency),
+                turing=np.exp(np.ascontiguousarray(copied.good_turing[:, sites])),
                 typed=typed_here,
                 start=start,
                 first=first - start,
