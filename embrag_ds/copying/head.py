@@ -10,8 +10,8 @@ import math
 
 import numpy as np
 
-from embrag_ds.copying.parts import compiled_part
-from embrag_ds.model.numbers import CONFIDENCE_FEATURES, SHORTEST_CM
+from embrag_ds.copying.parts import compiled_part, product
+from embrag_ds.model.numbers import SHORTEST_CM
 
 AT_ONCE = 64
 """Sites that are corrected together."""
@@ -73,25 +73,17 @@ def correct(head, waiting, probability):
     for c in range(AT_ONCE):
         quarter = odds[c] * np.float32(0.25)
         known[0, c], known[1, c] = quarter, quarter * quarter * np.float32(0.25)
+    product(first, head.first, known, width, AT_ONCE)
     for n in range(width):
-        row = first[n]
-        row[:] = head.first_bias[n]
-        for i in range(CONFIDENCE_FEATURES):
-            weight, values = head.first[i, n], known[i]
-            for c in range(AT_ONCE):
-                row[c] += weight * values[c]
+        row, bias = first[n], head.first_bias[n]
         for c in range(AT_ONCE):
-            row[c] = row[c] if row[c] > 0 else np.float32(0)
+            row[c] = max(row[c] + bias, np.float32(0))
+    product(second, head.second, first, width, AT_ONCE)
     total[:] = head.last_bias
     for n in range(width):
-        second[:] = head.second_bias[n]
-        for i in range(width):
-            weight, values = head.second[i, n], first[i]
-            for c in range(AT_ONCE):
-                second[c] += weight * values[c]
-        weight = head.last[n]
+        row, bias, weight = second[n], head.second_bias[n], head.last[n]
         for c in range(AT_ONCE):
-            total[c] += weight * (second[c] if second[c] > 0 else np.float32(0))
+            total[c] += weight * max(row[c] + bias, np.float32(0))
     for c in range(waiting.number[0]):
         minor = one / (one + np.float32(math.exp(-(waiting.odds[c] + total[c]))))
         probability[waiting.sites[c]] = one - minor if waiting.to_ref[c] else minor

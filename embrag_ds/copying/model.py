@@ -59,9 +59,9 @@ class CopyingModel:
             [self._weights[f"{name}.{kind}"] for kind in ("weight", "bias")] for name in numbers.CONFIDENCE_LAYERS
         )
         return Head(
-            np.ascontiguousarray(first.T),
+            first,
             first_bias,
-            np.ascontiguousarray(second.T),
+            second,
             second_bias,
             last[0].copy(),
             np.float32(last_bias[0]),
@@ -80,7 +80,9 @@ class CopyingModel:
         position = np.repeat([0.0, 1.0], numbers.WAVELENGTHS)
         minor = frequency_features(np.minimum(frequency, 1 - frequency))
         features = np.concatenate([minor, np.broadcast_to(position, (len(minor), len(position)))], axis=1)
-        modulation = features @ self._of("embedding.modulation.weight").T + self._of("embedding.modulation.bias")
+        # Not by BLAS, whose threads go on waiting for work while the loop needs their cores.
+        modulation = np.einsum("nf,df->nd", features, self._of("embedding.modulation.weight"))
+        modulation += self._of("embedding.modulation.bias")
         token, effect = (
             each[ALT] - each[REF] for each in map(self._of, ("embedding.token.weight", "embedding.effect.weight"))
         )

@@ -6,6 +6,8 @@ from typing import Any
 
 import numba
 
+from embrag_ds.copying.instructions import COLUMNS, ROWS, multiply
+
 _njit: Any = numba.njit  # whose types lack an option
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
 
@@ -28,3 +30,15 @@ def assign(into, values):
     """Copy values to an array of one dimension. An assignment to a slice would make an array of its own for them."""
     for n in range(len(values)):
         into[n] = values[n]
+
+
+@compiled_part
+def product(into, left, right, rows, columns):
+    """Fill ``into`` with the product of ``left`` and ``right``: so many of its rows and columns, in whole tiles.
+
+    Columns of ``left`` beyond the rows of ``right`` do not count.
+    """
+    depth = len(right)
+    for c in range(0, columns, COLUMNS):
+        for r in range(0, rows, ROWS):
+            multiply(into, left, right, (r, c, r, 0, 0, c), depth)

@@ -88,7 +88,7 @@ class Frequencies(NamedTuple):
 
 
 class Head(NamedTuple):
-    """Weights of the confidence head, float32: ``first`` [10, width], ``second`` [width, width], ``last`` [width].
+    """Weights of the confidence head, float32: ``first`` [width, 10], ``second`` [width, width], ``last`` [width].
 
     Each has its bias, and ``density`` is a feature that is the same at all sites.
     """
@@ -160,7 +160,7 @@ class Waiting(NamedTuple):
 
     * ``number`` int64 [1]: how many; ``sites`` int64 [64], ``to_ref`` bool [64]: which, and whether their minor allele
       is REF; ``odds`` float32 [64]: its log-odds.
-    * ``features`` float32 [10, 64]; ``first`` float32 [width, 64], ``second``, ``total`` float32 [64]: of the layers.
+    * ``features`` float32 [10, 64]; ``first``, ``second`` float32 [width, 64], ``total`` float32 [64]: of the layers.
     """
 
     number: np.ndarray

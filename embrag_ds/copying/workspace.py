@@ -143,7 +143,7 @@ def new_waiting(width):
         odds=np.ones((LANES, AT_ONCE), dtype=np.float32),
         features=np.ones((LANES, CONFIDENCE_FEATURES, AT_ONCE), dtype=np.float32),
         first=np.zeros((width, AT_ONCE), dtype=np.float32),
-        second=np.ones(AT_ONCE, dtype=np.float32),
+        second=np.zeros((width, AT_ONCE), dtype=np.float32),
         total=np.ones(AT_ONCE, dtype=np.float32),
     )
 

@@ -11,26 +11,15 @@ import math
 
 import numpy as np
 
-from embrag_ds.copying.parts import compiled_part
+from embrag_ds.copying.instructions import COLUMNS, ROWS, multiply
+from embrag_ds.copying.parts import compiled_part, product
 from embrag_ds.correction.functions import gelu, power_of_two
-from embrag_ds.correction.instructions import COLUMNS, ROWS, multiply, quotient
+from embrag_ds.correction.instructions import quotient
 
 AT_ONCE = 64
 """Sites whose keys and values are computed together."""
 _LEAST_VARIANCE = np.float32(1e-5)
 _ONE = np.float32(1)
-
-
-@compiled_part
-def product(into, left, right, rows, columns):
-    """Fill ``into`` with the product of ``left`` and ``right``: so many of its rows and columns, in whole tiles.
-
-    Columns of ``left`` beyond the rows of ``right`` do not count.
-    """
-    depth = len(right)
-    for c in range(0, columns, COLUMNS):
-        for r in range(0, rows, ROWS):
-            multiply(into, left, right, (r, c, r, 0, 0, c), depth)
 
 
 @compiled_part

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 
 from embrag_ds.copying.along import Copied
+from embrag_ds.copying.instructions import COLUMNS
 from embrag_ds.copying.model import frequency_features
 from embrag_ds.correction import loops
-from embrag_ds.correction.instructions import COLUMNS
 from embrag_ds.correction.layers import AT_ONCE
 from embrag_ds.correction.network import position_features, rotary_angles, site_features
 from embrag_ds.correction.records import NetworkPart, TilePart

@@ -8,8 +8,8 @@ import numba
 import numpy as np
 import pytest
 
+from embrag_ds.copying.parts import product
 from embrag_ds.correction import functions
-from embrag_ds.correction.layers import product
 
 
 def each(function):
