@@ -25,8 +25,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "config_files": (),
     "config": ("config_files", "data", "retrieval", "model"),
     "export": ("config", "model"),
-    "copying": ("ops", "data", "model"),
-    "correction": ("ops", "data", "model", "copying"),
+    "compiled": (),
+    "copying": ("ops", "data", "model", "compiled"),
+    "correction": ("ops", "data", "model", "compiled", "copying"),
     "adaptation": ("ops", "runtime", "data", "evaluation", "retrieval", "model", "config", "export"),
     "runs": ("data", "config"),
     "imputation": (
@@ -88,7 +89,7 @@ HOMES = {
     "deepspeed": ("engine/", "training/"),
     "faiss": ("retrieval/",),
     "cupy": ("ops/",),
-    "numba": ("ops/", "copying/", "correction/"),
+    "numba": ("ops/", "compiled/", "copying/", "correction/"),
     "pynvml": ("runtime/device_sampler.py", "runtime/driver.py"),
     "matplotlib": ("evaluation/plots.py", "training/profile_plot.py"),
     "hjson": ("config_files.py",),
@@ -96,7 +97,7 @@ HOMES = {
 }
 """Third-party packages that nothing else may import."""
 LAZY = ("faiss", "cupy")
-NUMPY_ONLY = ("variants", "maps", "data", "evaluation", "copying", "correction")
+NUMPY_ONLY = ("variants", "maps", "data", "evaluation", "compiled", "copying", "correction")
 """Rooms without torch."""
 MODEL_SEES_TENSORS_ONLY = {"torch", "embrag_ds"} | set(sys.stdlib_module_names)
 MOST_MODULES = 14

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from embrag_ds.copying.instructions import LANES, flag_row, zeros_above, zeros_below
+from embrag_ds.compiled.instructions import zeros_above, zeros_below
+from embrag_ds.compiled.parts import compiled_part
+from embrag_ds.copying.instructions import LANES, flag_row
 from embrag_ds.copying.kept import list_flagged
-from embrag_ds.copying.parts import compiled_part
 from embrag_ds.copying.recursions import PIECE, compare_patterns, copy_rows
 
 _FIRST_GUESS = np.float32(0.02)

@@ -6,16 +6,15 @@ every product runs over sites, which compilers turn into vector instructions.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
-from embrag_ds.copying.parts import compiled_part, product
+from embrag_ds.compiled.functions import logarithm, sigmoid
+from embrag_ds.compiled.parts import compiled_part, product
 from embrag_ds.model.numbers import SHORTEST_CM
 
 AT_ONCE = 64
 """Sites that are corrected together."""
-_LEAST = np.float32(1e-4)
+_LEAST, _THIRD, _QUARTER = np.float32(1e-4), np.float32(1 / 3), np.float32(0.25)
 _SHORTEST_CM = np.float32(SHORTEST_CM)
 
 
@@ -38,25 +37,10 @@ def add_site(site, to_ref, minor, slow, fast, length, lengths, waiting):
 
 
 @compiled_part
-def _logarithms(values, factor, powers):
-    """Turn ``values`` float32 [64], positive and normal, into ``factor`` times their logarithms.
-
-    A value is m 2^e with m in [.707, 1.414]; then log m = 2 artanh((m - 1) / (m + 1)), of which five terms are enough.
-    ``powers`` float32 [64] is scratch.
-    """
-    bits, one = values.view(np.int32), np.float32(1)
+def _take_logarithms(values, factor):
+    """Turn ``values`` float32 [64], positive and normal, into ``factor`` times their logarithms."""
     for c in range(AT_ONCE):
-        power = (bits[c] - np.int32(0x3F3504F3)) >> np.int32(23)
-        bits[c] -= power << np.int32(23)
-        powers[c] = np.float32(power) * np.float32(0.6931471805599453)
-    for c in range(AT_ONCE):
-        s = (values[c] - one) / (values[c] + one)
-        square = s * s
-        series = square * np.float32(1 / 9) + np.float32(1 / 7)
-        series = series * square + np.float32(1 / 5)
-        series = series * square + np.float32(1 / 3)
-        series = series * square + one
-        values[c] = factor * (powers[c] + np.float32(2) * s * series)
+        values[c] = factor * logarithm(values[c])
 
 
 @compiled_part
@@ -66,13 +50,13 @@ def correct(head, waiting, probability):
     known, first, second, total = waiting.features, waiting.first, waiting.second, waiting.total
     odds = waiting.odds
     # Of all sites at once, because compilers turn that into vector instructions.
-    _logarithms(odds, one, total)
-    _logarithms(known[3], one / np.float32(3), total)
-    _logarithms(known[4], one / np.float32(3), total)
-    _logarithms(known[9], np.float32(0.25), total)
+    _take_logarithms(odds, one)
+    _take_logarithms(known[3], _THIRD)
+    _take_logarithms(known[4], _THIRD)
+    _take_logarithms(known[9], _QUARTER)
     for c in range(AT_ONCE):
-        quarter = odds[c] * np.float32(0.25)
-        known[0, c], known[1, c] = quarter, quarter * quarter * np.float32(0.25)
+        quarter = odds[c] * _QUARTER
+        known[0, c], known[1, c] = quarter, quarter * quarter * _QUARTER
     product(first, head.first, known, width, AT_ONCE)
     for n in range(width):
         row, bias = first[n], head.first_bias[n]
@@ -84,7 +68,9 @@ def correct(head, waiting, probability):
         row, bias, weight = second[n], head.second_bias[n], head.last[n]
         for c in range(AT_ONCE):
             total[c] += weight * max(row[c] + bias, np.float32(0))
+    for c in range(AT_ONCE):
+        total[c] = sigmoid(odds[c] + total[c])
     for c in range(waiting.number[0]):
-        minor = one / (one + np.float32(math.exp(-(waiting.odds[c] + total[c]))))
+        minor = total[c]
         probability[waiting.sites[c]] = one - minor if waiting.to_ref[c] else minor
     waiting.number[0] = 0

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from embrag_ds.copying.parts import compiled_part
+from embrag_ds.compiled.parts import compiled_part
 
 SLOW, FAST = 0, 1
 # Of each byte, how many ones it has, and their places, the lowest first.

@@ -12,11 +12,12 @@ import math
 
 import numpy as np
 
+from embrag_ds.compiled.instructions import fetch, take
+from embrag_ds.compiled.parts import compiled_part, making_part
 from embrag_ds.copying.chosen import copy_piece, flag_piece, start_haplotypes
 from embrag_ds.copying.head import AT_ONCE, add_site, correct
-from embrag_ds.copying.instructions import LANES, add_row, fetch, take
+from embrag_ds.copying.instructions import LANES, add_row
 from embrag_ds.copying.kept import enter_piece, keep, leave_piece
-from embrag_ds.copying.parts import compiled_part, making_part
 from embrag_ds.copying.priors import fill_priors
 from embrag_ds.copying.records import Frequencies, Head, PanelPart, Rates
 from embrag_ds.copying.recursions import PIECE, copy_rows, note_masks, run_backward, run_forward, start_backward
@@ -31,7 +32,7 @@ from embrag_ds.copying.workspace import (
 )
 from embrag_ds.ops.threads import WorkerLoop
 
-PARTS = "561560ebfbc5"
+PARTS = "8ca418b53883"
 """Digest of the loop's other files: numba looks for a change in this file alone, and would use what it has kept of the
 loop. A test compares it.
 """

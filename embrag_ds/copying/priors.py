@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from embrag_ds.copying.parts import making_part
+from embrag_ds.compiled.parts import making_part
 from embrag_ds.ops.li_stephens_numba import MOST_PRIOR_NATS
 
 

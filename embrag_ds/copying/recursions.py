@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from embrag_ds.compiled.parts import assign, compiled_part
 from embrag_ds.copying.instructions import LANES, add_product, add_row, add_to_four, forward_row, return_row
-from embrag_ds.copying.parts import assign, compiled_part
 
 PIECE = 8
 """Typed sites of a piece: those of a row of packed alleles."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from embrag_ds.compiled.parts import compiled_part, making_part
 from embrag_ds.copying.head import AT_ONCE
 from embrag_ds.copying.instructions import LANES
-from embrag_ds.copying.parts import compiled_part, making_part
 from embrag_ds.copying.records import Chosen, Kept, Scratch, States, Waiting
 from embrag_ds.copying.recursions import PATTERNS, PIECE
 from embrag_ds.model.numbers import CONFIDENCE_FEATURES

@@ -11,10 +11,9 @@ import math
 
 import numpy as np
 
-from embrag_ds.copying.instructions import COLUMNS, ROWS, multiply
-from embrag_ds.copying.parts import compiled_part, product
-from embrag_ds.correction.functions import gelu, power_of_two
-from embrag_ds.correction.instructions import quotient
+from embrag_ds.compiled.functions import gelu, power_of_two
+from embrag_ds.compiled.instructions import COLUMNS, ROWS, multiply, quotient
+from embrag_ds.compiled.parts import compiled_part, product
 
 AT_ONCE = 64
 """Sites whose keys and values are computed together."""

@@ -11,17 +11,16 @@ import math
 
 import numpy as np
 
-from embrag_ds.copying.instructions import take
-from embrag_ds.copying.parts import assign, compiled_part, making_part, product
-from embrag_ds.correction.functions import arcsine, cosine, logarithm, sigmoid, sine
-from embrag_ds.correction.instructions import quotient
+from embrag_ds.compiled.functions import arcsine, cosine, logarithm, sigmoid, sine
+from embrag_ds.compiled.instructions import quotient, take
+from embrag_ds.compiled.parts import assign, compiled_part, making_part, product
 from embrag_ds.correction.layers import AT_ONCE, make_keys, normalise, normalise_rows, run_block
 from embrag_ds.correction.records import NetworkPart, Space, TilePart
 from embrag_ds.data.tokens import MASK
 from embrag_ds.model.numbers import FREQUENCY_FEATURES, FREQUENCY_OCTAVES, LEAST_FREQUENCY
 from embrag_ds.ops.threads import WorkerLoop
 
-PARTS = "d9812696a65a"
+PARTS = "ac3ae92f5314"
 """Digest of the loop's other files: numba looks for a change in this file alone, and would use what it has kept of the
 loop. A test compares it.
 """

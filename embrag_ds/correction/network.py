@@ -13,9 +13,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from embrag_ds.copying.instructions import COLUMNS
+from embrag_ds.compiled.functions import LOG2_E
+from embrag_ds.compiled.instructions import COLUMNS
 from embrag_ds.copying.model import frequency_features
-from embrag_ds.correction.functions import LOG2_E
 from embrag_ds.correction.records import NetworkPart
 from embrag_ds.data.tokens import ALT, MASK, REF
 from embrag_ds.model import numbers

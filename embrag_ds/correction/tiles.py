@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from embrag_ds.compiled.instructions import COLUMNS
 from embrag_ds.copying.along import Copied
-from embrag_ds.copying.instructions import COLUMNS
 from embrag_ds.copying.model import frequency_features
 from embrag_ds.correction import loops
 from embrag_ds.correction.layers import AT_ONCE

@@ -112,7 +112,7 @@ def test_loops_run_where_numba_cannot_keep_them(root: Path, way: str) -> None:
 
 
 WORKERS = """
-from embrag_ds.copying.instructions import take
+from embrag_ds.compiled.instructions import take
 from embrag_ds.ops.threads import WorkerLoop
 
 @WorkerLoop

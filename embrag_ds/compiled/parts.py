@@ -1,4 +1,4 @@
-"""Decorators of the functions that the loop along a stretch calls, and what they share."""
+"""Decorators of the functions that a compiled loop calls, and parts that all may call."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numba
 
-from embrag_ds.copying.instructions import COLUMNS, ROWS, multiply
+from embrag_ds.compiled.instructions import COLUMNS, ROWS, multiply
 
 _njit: Any = numba.njit  # whose types lack an option
 _FAST = {"reassoc", "contract", "nsz", "arcp"}

@@ -1,4 +1,4 @@
-"""Functions of one number, parts of the loop over tiles, which compilers turn into vector instructions.
+"""Functions of one number, parts of compiled loops, which compilers turn into vector instructions.
 
 Those of a processor's library are called for one number at a time. Relative errors are below 3e-7, as far as not said.
 """
@@ -9,8 +9,8 @@ import math
 
 import numpy as np
 
-from embrag_ds.copying.parts import compiled_part
-from embrag_ds.correction.instructions import bits_of, from_bits, quotient
+from embrag_ds.compiled.instructions import bits_of, from_bits, quotient
+from embrag_ds.compiled.parts import compiled_part
 
 LOG2_E = math.log2(math.e)
 _TO_POWER = np.float32(LOG2_E)

@@ -1,4 +1,4 @@
-"""Functions of one number and products of matrices, parts of the loop over tiles, beside numpy in float64."""
+"""Functions of one number and products of matrices, parts of compiled loops, beside numpy in float64."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numba
 import numpy as np
 import pytest
 
-from embrag_ds.copying.parts import product
-from embrag_ds.correction import functions
+from embrag_ds.compiled import functions
+from embrag_ds.compiled.parts import product
 
 
 def each(function):
