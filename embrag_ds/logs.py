@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from logging.handlers import MemoryHandler
 from pathlib import Path
-
-from tqdm import tqdm
 
 PACKAGE = "embrag_ds"
 
@@ -33,7 +32,8 @@ class _Stderr(logging.StreamHandler):
     """Handler that writes a line above the progress bars instead of behind one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with tqdm.external_write_mode():
+        bars = sys.modules.get("tqdm")  # imported where there is a bar
+        with nullcontext() if bars is None else bars.tqdm.external_write_mode():
             super().emit(record)
 
 

@@ -8,8 +8,6 @@ import sys
 import time
 from types import TracebackType
 
-from tqdm import tqdm
-
 from embrag_ds.logs import rank_of_process
 
 logger = logging.getLogger(__name__)
@@ -34,6 +32,8 @@ class Progress:
         self._shown = shown and rank_of_process() == 0
         self._bar = None
         if self._shown and _on_a_terminal():
+            from tqdm import tqdm  # its import is a twentieth of a second, and most commands of a pipeline need no bar
+
             form = _form(total, unit)
             self._bar = tqdm(
                 desc=what,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from embrag_ds.compiled.functions import logarithm, sigmoid
+from embrag_ds.compiled.instructions import quotient
 from embrag_ds.compiled.parts import compiled_part, product
 from embrag_ds.model.numbers import SHORTEST_CM
 
@@ -27,12 +28,12 @@ def add_site(site, to_ref, minor, slow, fast, length, lengths, waiting):
     """
     column, one, known = waiting.number[0], np.float32(1), waiting.features
     waiting.number[0] += 1
-    waiting.sites[column], waiting.to_ref[column], waiting.odds[column] = site, to_ref, minor / (one - minor)
-    own = max(length, np.float32(0)) / slow if slow > _LEAST else np.float32(0)
-    others = max(lengths - length, np.float32(0)) / (one - slow) if one - slow > _LEAST else np.float32(0)
+    waiting.sites[column], waiting.to_ref[column], waiting.odds[column] = site, to_ref, quotient(minor, one - minor)
+    own = quotient(max(length, np.float32(0)), slow) if slow > _LEAST else np.float32(0)
+    others = quotient(max(lengths - length, np.float32(0)), one - slow) if one - slow > _LEAST else np.float32(0)
     known[3, column], known[4, column] = own + _SHORTEST_CM, others + _SHORTEST_CM
     slow, fast = min(max(slow, _LEAST), one - _LEAST), min(max(fast, _LEAST), one - _LEAST)
-    known[9, column] = slow * (one - fast) / (fast * (one - slow))
+    known[9, column] = quotient(slow * (one - fast), fast * (one - slow))
     return column
 
 

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from embrag_ds.compiled.instructions import fetch, take
+from embrag_ds.compiled.instructions import fetch, quotient, take
 from embrag_ds.compiled.parts import compiled_part, making_part
 from embrag_ds.copying.chosen import copy_piece, flag_piece, start_haplotypes
 from embrag_ds.copying.head import AT_ONCE, add_site, correct
@@ -32,7 +32,7 @@ from embrag_ds.copying.workspace import (
 )
 from embrag_ds.ops.threads import WorkerLoop
 
-PARTS = "8ca418b53883"
+PARTS = "0dd1659c0f67"
 """Digest of the loop's other files: numba looks for a change in this file alone, and would use what it has kept of the
 loop. A test compares it.
 """
@@ -77,7 +77,7 @@ def _without_carriers(
     for n in range(sites):
         minor = min(max(rates.background * expected[n], _LEAST), np.float32(1) - _LEAST)
         turned = turing[n] * minor
-        minor = turned / (np.float32(1) - minor + turned)
+        minor = quotient(turned, np.float32(1) - minor + turned)
         likely = (np.float32(1) - minor if flipped[n] else minor) >= rates.least
         pending[n] |= np.uint8(likely)
         probability[n] = np.float32(1) - minor if minor_is_ref[n] else minor
@@ -142,7 +142,7 @@ def _copy_sites(
             minor += rates.background * (scratch.expected[site - first] - minor)
             minor = min(max(minor, _LEAST), np.float32(1) - _LEAST)
             turned = own.turing[row, site] * minor
-            minor = turned / (np.float32(1) - minor + turned)
+            minor = quotient(turned, np.float32(1) - minor + turned)
             flipped, to_ref = own.flipped[row, site], panel.minor_is_ref[site]
             if (np.float32(1) - minor if flipped else minor) < rates.least:
                 probability[site] = np.float32(1) - minor if to_ref else minor

@@ -78,7 +78,7 @@ def test_imputation_imports_nothing_that_it_does_not_need(
     embrag: Embrag, simulated: DefaultData, tmp_path: Path, transformer: str
 ) -> None:
     """Torch alone takes two seconds to import, and half as long to forget when the process ends."""
-    slow = ("torch", "sympy", "deepspeed", "matplotlib", "msprime", "pandas", "scipy", "faiss", "wandb")
+    slow = ("torch", "sympy", "deepspeed", "matplotlib", "msprime", "pandas", "scipy", "faiss", "wandb", "tqdm")
     code = f"""
 import gc, sys
 from embrag_ds.cli.main import main
