@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from embrag_ds.compiled.functions import LOG2_E
-from embrag_ds.compiled.instructions import COLUMNS
+from embrag_ds.compiled.instructions import COLUMNS, ROWS
 from embrag_ds.copying.model import frequency_features
 from embrag_ds.correction.records import NetworkPart
 from embrag_ds.data.tokens import ALT, MASK, REF
@@ -53,7 +53,7 @@ def network_part(
 
     qkv, qkv_bias = of_all("qkv.weight"), of_all("qkv.bias")
     scale = LOG2_E / math.sqrt(width)
-    behind = np.zeros((config.layers, config.heads, _rounded(width), dims))
+    behind = np.zeros((config.layers, config.heads, _rounded(width, COLUMNS), dims))
     behind[:, :, :width] = of_all("attention_out.weight").swapaxes(1, 2).reshape(-1, config.heads, width, dims)
     of_norms = [norms(f"{block}.attention_norm", f"{block}.ffn_norm") for block in blocks]
     return NetworkPart(
@@ -64,13 +64,13 @@ def network_part(
         norms=np.stack([*of_norms, norms("fusion.norm", "transformer.norm")]).astype(np.float32),
         keys=qkv[:, dims:].astype(np.float32),
         keys_bias=qkv_bias[:, dims:].astype(np.float32),
-        query=_wide(scale * qkv[:, :dims].swapaxes(1, 2)),
-        query_bias=_wide(scale * qkv_bias[:, :dims]),
-        out=_wide(behind.reshape(config.layers, -1, dims)),
+        query=widened(scale * qkv[:, :dims].swapaxes(1, 2)),
+        query_bias=widened(scale * qkv_bias[:, :dims]),
+        out=widened(behind.reshape(config.layers, -1, dims)),
         out_bias=of_all("attention_out.bias").astype(np.float32),
-        wider=_wide(of_all("ffn_in.weight").swapaxes(1, 2)),
-        wider_bias=_wide(of_all("ffn_in.bias")),
-        narrower=_wide(_wide(of_all("ffn_out.weight")).swapaxes(1, 2)),
+        wider=widened(of_all("ffn_in.weight").swapaxes(1, 2)),
+        wider_bias=widened(of_all("ffn_in.bias")),
+        narrower=widened(widened(of_all("ffn_out.weight")).swapaxes(1, 2)),
         narrower_bias=of_all("ffn_out.bias").astype(np.float32),
         head=weights["head.weight"][0],
         head_bias=np.float32(weights["head.bias"][0]),
@@ -97,6 +97,13 @@ def rotary_angles(position: np.ndarray, width: int) -> np.ndarray:
     return _angles(position, numbers.SHORTEST_ROTARY_CM, numbers.LONGEST_ROTARY_CM, width // 2)
 
 
+def widened(values: np.ndarray, multiple: int = COLUMNS) -> np.ndarray:
+    """``values`` [..., n] as float32, with zeros up to a ``multiple`` of numbers."""
+    made = np.zeros((*values.shape[:-1], _rounded(values.shape[-1], multiple)), dtype=np.float32)
+    made[..., : values.shape[-1]] = values
+    return made
+
+
 def _embedding(weights: Mapping[str, np.ndarray], token: int) -> np.ndarray:
     """Matrix [D, 77] from a site's features to the embedding of a ``token``.
 
@@ -120,18 +127,8 @@ def _angles(position: np.ndarray, shortest: float, longest: float, number: int) 
 
 def _whole_rows(parts: list[np.ndarray]) -> np.ndarray:
     """Rows of all parts as float32, and rows of zeros up to a multiple of four."""
-    together = np.concatenate(parts)
-    made = np.zeros((-(-len(together) // 4) * 4, together.shape[1]), dtype=np.float32)
-    made[: len(together)] = together
-    return made
+    return np.ascontiguousarray(widened(np.concatenate(parts).T, ROWS).T)
 
 
-def _wide(values: np.ndarray) -> np.ndarray:
-    """``values`` [..., n] as float32, with zeros up to a multiple of 16."""
-    made = np.zeros((*values.shape[:-1], _rounded(values.shape[-1])), dtype=np.float32)
-    made[..., : values.shape[-1]] = values
-    return made
-
-
-def _rounded(number: int) -> int:
-    return -(-number // COLUMNS) * COLUMNS
+def _rounded(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from embrag_ds.compiled.instructions import COLUMNS
 from embrag_ds.copying.along import Copied
 from embrag_ds.copying.model import frequency_features
 from embrag_ds.correction import loops
 from embrag_ds.correction.layers import AT_ONCE
-from embrag_ds.correction.network import position_features, rotary_angles, site_features
+from embrag_ds.correction.network import position_features, rotary_angles, site_features, widened
 from embrag_ds.correction.records import NetworkPart, TilePart
 from embrag_ds.data.windows import DataConfig, cut_tiles
 from embrag_ds.ops.threads import thread_count
@@ -52,11 +51,11 @@ class TransformerTiles:
             features = np.concatenate([site_features(site_frequency[sites]), position_features(places)])
             frequency, typed_here = copied.frequency[:, sites], typed[inside] - start
             tile = TilePart(
-                features=_wide(features, AT_ONCE),
-                of_typed=_wide(features[:, typed_here], COLUMNS),
-                of_rows=_wide(np.stack([frequency_features(each).T for each in frequency]), AT_ONCE),
-                cosine=_wide(np.cos(angles), AT_ONCE),
-                sine=_wide(np.sin(angles), AT_ONCE),
+                features=widened(features, AT_ONCE),
+                of_typed=widened(features[:, typed_here]),
+                of_rows=widened(np.stack([frequency_features(each).T for each in frequency]), AT_ONCE),
+                cosine=widened(np.cos(angles), AT_ONCE),
+                sine=widened(np.sin(angles), AT_ONCE),
                 frequency=np.ascontiguousarray(frequency),
                 turing=np.exp(np.ascontiguousarray(copied.good_turing[:, sites])),
                 typed=typed_here,
@@ -69,11 +68,3 @@ class TransformerTiles:
             count = watch(last - first)
             loops.correct_tile(min(self._workers, len(tokens)), *given, watch=count)
             count(len(tokens))
-
-
-def _wide(values: np.ndarray, multiple: int) -> np.ndarray:
-    """``values`` [..., n] as float32, with zeros up to a ``multiple`` of numbers."""
-    size = -(-values.shape[-1] // multiple) * multiple
-    made = np.zeros((*values.shape[:-1], size), dtype=np.float32)
-    made[..., : values.shape[-1]] = values
-    return made
