@@ -137,6 +137,11 @@ class EmbragConfig:
     def __post_init__(self) -> None:
         require(0 <= self.seed < SEED_LIMIT, "seed", "must lie in [0, 2^64)")
 
+    @property
+    def copies(self) -> bool:
+        """Whether a model with these settings copies haplotypes, and can do so along stretches of a chromosome."""
+        return self.model.fusion == "copying" and self.retrieval.mode == "embedding"
+
 
 PATHS = ("data.windows_file", "data.cache_dir", "masking.array_manifest", "retrieval.relatives")
 """Keys of the section ``"embrag"`` that name a file or a folder of the machine on which a model is trained."""

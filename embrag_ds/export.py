@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EXPORT_FORMAT = 2
+EXPORT_FORMAT = 3
 """Version of the file's layout; other versions are refused."""
 MODEL_FILE = "model.safetensors"
 """Name of the exported model in a run folder."""

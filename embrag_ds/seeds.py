@@ -54,6 +54,8 @@ class Purpose(IntEnum):
     """Moments at which runs are killed; no key."""
     ARRAY_SITES = 14
     """Sites of a genotyping array that is made up; no key."""
+    HEAD_ROWS = 15
+    """Order of the rows that a confidence head is fitted to; no key."""
 
 
 _SIMULATOR: dict[Purpose, tuple[int, ...]] = {Purpose.SIMULATION: (), Purpose.SIMULATED_ERRORS: (3,)}

@@ -1,7 +1,8 @@
 """Adaptation: a few optimiser steps on the very panel, and at the very sites, that a model is to impute with.
 
 First the scale of the genetic distances is chosen, then the copying model, the confidence head and the residual move.
-Panel samples that are held out decide whether the adapted model is kept.
+At last the head is fitted to what imputation sees (:mod:`embrag_ds.adaptation.head`). Panel samples that are held out
+decide whether the adapted model is kept.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from embrag_ds.files import write_json
 
 logger = logging.getLogger(__name__)
 
-VERSION = 4
+VERSION = 5
 """Raised whenever the same inputs come to mean another adapted model, so that cached ones are made again."""
 LEAST_SAMPLES = 12
 """Fewest panel samples to adapt to. With fewer there is too little to learn from, and to judge the result by."""
@@ -75,7 +76,7 @@ def adapt_model(source: Source, model: ExportedModel, how: Adapt, cache: Path) -
     if not steps:
         enough = f"--adapt {least_minutes(seconds)} gives enough time"
         return _left_alone(model, how, f"a step would take about {seconds:.1f} s; {enough}")
-    entry = cache / f"adapted-{_identity(source, model, windows, steps)}"
+    entry = cache / f"adapted-{_identity(source, model, [*windows, *source.stretches(model)], steps)}"
     with building(entry) as folder:
         if folder is not None:
             made = _adapted(source, model, learner, windows, steps)
@@ -107,6 +108,7 @@ def _adapted(source: Source, model: ExportedModel, learner: Learner, windows: li
     before = learner.scores()
     scale, learner = _scaled(source, model, learner, windows)
     learner.learn(steps)
+    head = learner.fit_head()
     after = learner.scores()
     fitted = fit_dependence(after.pairs)
     # The loss weighs rare alleles up, and r2 over all sites is mostly that of common ones: neither may get worse.
@@ -128,6 +130,7 @@ def _adapted(source: Source, model: ExportedModel, learner: Learner, windows: li
         "map_scale": scale,
         "before": _numbers(before),
         "after": _numbers(after),
+        "head": None if head is None else {**asdict(head), "kept": head.kept},
         "dependence": asdict(fitted),
     }
     if better and fitted.dependence != INDEPENDENT:

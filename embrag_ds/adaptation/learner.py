@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from embrag_ds.adaptation.fitting import FROZEN, FROZEN_AMONG_FEW, fit
+from embrag_ds.adaptation.head import MOST_STRETCHES, HeadFit, HeadRows, fit_head, stretch_settings
 from embrag_ds.adaptation.held_out import HeldOut, MaskScores, Tally
 from embrag_ds.adaptation.pairs import Pairs
 from embrag_ds.adaptation.settings import StepSize
@@ -19,7 +20,7 @@ from embrag_ds.data.inputs import PanelInputs
 from embrag_ds.data.masking import MaskingConfig
 from embrag_ds.data.panel import PanelSubset
 from embrag_ds.data.sampler import QueryBatch, TrainingSampler, exclusion_table, split_samples
-from embrag_ds.data.windows import Window, WindowedPanel, spread
+from embrag_ds.data.windows import DataConfig, Window, WindowedPanel, spread
 from embrag_ds.export import ExportedModel
 from embrag_ds.model.imputer import Prediction
 from embrag_ds.model.losses import imputation_loss
@@ -80,14 +81,27 @@ class Source:
 
         A window qualifies by enough typed sites, flanks included, and by a site to predict in its core.
         """
+        return self._qualified(model.config.data, _MOST_WINDOWS)
+
+    def stretches(self, model: ExportedModel) -> list[Window]:
+        """Stretches whose genotypes the confidence head is fitted to; they qualify as windows do.
+
+        There are none for a model that does not copy haplotypes.
+        """
+        if not model.config.copies:
+            return []
+        long = stretch_settings(model.config.data, float(self.typed.mean()), len(self.reference))
+        return self._qualified(long, MOST_STRETCHES)
+
+    def _qualified(self, settings: DataConfig, most: int) -> list[Window]:
         typed = np.concatenate([[0], np.cumsum(self.typed)])
         scored = np.concatenate([[0], np.cumsum(~self.typed & self.reference.passes_minimum_count)])
         found = [
             each
-            for each in model.config.data.windows(self.inputs.panel)
+            for each in settings.windows(self.inputs.panel)
             if typed[each.stop] - typed[each.start] >= LEAST_TYPED and scored[each.core_stop] > scored[each.core_start]
         ]
-        chosen = spread(len(found), _MOST_WINDOWS)
+        chosen = spread(len(found), most)
         return [replace(found[place], index=number) for number, place in enumerate(chosen)]
 
 
@@ -108,7 +122,7 @@ class Learner:
 
     def __init__(self, source: Source, model: ExportedModel, windows: list[Window], map_scale: float):
         self._source = source
-        self._loss = model.config.loss
+        self._model, self._loss = model, model.config.loss
         inputs, device = source.inputs, source.device
         use_device(device)
         self._data = WindowedPanel(source.reference, windows, inputs.position_cm * map_scale, source.typed)
@@ -159,6 +173,26 @@ class Learner:
             few = 2 * self._collate.k < len(self._data.reference)
             frozen = (*FROZEN, *FROZEN_AMONG_FEW) if few else FROZEN
             fit(self.network, batches, steps, self._loss, self._source.transformer, SEED, frozen)
+
+    def fit_head(self) -> HeadFit | None:
+        """Fit the confidence head to panel samples as imputation sees them; None if there is nothing to learn from."""
+        source, head = self._source, self.network.confidence
+        stretches = source.stretches(self._model)
+        if not stretches or head is None:
+            return None
+        now = ExportedModel.of(self._model.config, self.weights(), self._model.snapshot)
+        data = WindowedPanel(source.reference, stretches, self._data.position_cm)
+        rows = HeadRows(now, source.transformer, data, source.typed)
+        learning, held_out = rows.some(source.split[0]), source.split[1]
+        if not len(learning):
+            return None
+        given = rows.of(learning), rows.of(held_out)
+        if not all(map(len, given)):
+            return None
+        with undivided():
+            found = fit_head(head.cpu(), *given, SEED)
+        head.to(source.device)
+        return found
 
     def scores(self) -> HeldOutScores:
         """Scores of the samples held out, over a few windows."""

@@ -16,10 +16,11 @@ import numpy as np
 from embrag_ds.copying import loops
 from embrag_ds.copying.frequencies import frequencies_without, good_turing_correction
 from embrag_ds.copying.model import CopyingModel, density, log_rarity
-from embrag_ds.copying.records import Frequencies, Head, PanelPart, Rates
+from embrag_ds.copying.records import Found, Frequencies, Head, PanelPart, Rates
 from embrag_ds.copying.stretch import panel_part
 from embrag_ds.data.windows import WindowedPanel
 from embrag_ds.errors import UserError
+from embrag_ds.model.numbers import CONFIDENCE_FEATURES
 from embrag_ds.ops.threads import thread_count
 
 MOST_TYPED = 1 << 16
@@ -55,6 +56,20 @@ class Copied(NamedTuple):
     frequency: np.ndarray
     good_turing: np.ndarray
     row_of: np.ndarray
+
+
+class HeadRows(NamedTuple):
+    """Inputs of the confidence head at n sites of target haplotypes, with a minor allele that is likely enough.
+
+    ``features`` float32 [n, 12] are those of :func:`embrag_ds.model.confidence.confidence_features`. ``haplotypes``
+    int64 [n] are the targets' rows, ``sites`` int32 [n] those of the core, and ``to_ref`` bool [n] says whether the
+    minor allele is REF.
+    """
+
+    features: np.ndarray
+    haplotypes: np.ndarray
+    sites: np.ndarray
+    to_ref: np.ndarray
 
 
 class CopyAlong:
@@ -134,7 +149,7 @@ class CopyAlong:
         """
         if out is None:
             out = np.empty((len(alleles), len(stretch.panel.share)), dtype=np.float32)
-        self._fill(stretch, alleles, samples, out, np.empty((len(alleles), 2, 0), dtype=np.float32), watch)
+        self._fill(stretch, alleles, samples, _found(out), watch)
         return out
 
     def copied(
@@ -146,26 +161,38 @@ class CopyAlong:
         watch: Callable[[int], None] | None = None,
     ) -> Copied:
         """What a network reads of these targets; fills ``out`` as :meth:`probability` does."""
-        copied = np.empty((len(alleles), 2, out.shape[1]), dtype=np.float32)
-        of_rows = self._fill(stretch, alleles, samples, out, copied, watch)
-        return Copied(copied, *of_rows)
+        found = _found(out, copied=out.shape[1])
+        of_rows = self._fill(stretch, alleles, samples, found, watch)
+        return Copied(found.copied, *of_rows)
+
+    def head_rows(
+        self, stretch: Stretch, alleles: np.ndarray, samples: np.ndarray, noted: np.ndarray, out: np.ndarray
+    ) -> tuple[HeadRows, Copied]:
+        """Inputs of the confidence head for these targets, at the sites ``noted`` bool [L] of the core.
+
+        With what a network reads of them; fills ``out`` as :meth:`probability` does.
+        """
+        found = _found(out, copied=out.shape[1], noted=noted)
+        of_rows = self._fill(stretch, alleles, samples, found, None)
+        here = np.arange(int(noted.sum())) < found.number
+        rows = HeadRows(found.features[here], np.nonzero(here)[0], found.sites[here], found.to_ref[here])
+        return rows, Copied(found.copied, *of_rows)
 
     def _fill(
         self,
         stretch: Stretch,
         alleles: np.ndarray,
         samples: np.ndarray,
-        out: np.ndarray,
-        copied: np.ndarray,
+        found: Found,
         watch: Callable[[int], None] | None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Fill ``out`` and ``copied``; returns ALT's overall frequency, its correction, and their rows by haplotype."""
+        """Fill the arrays ``found``; returns ALT's overall frequency, its correction, and their rows by haplotype."""
         excluded, row_of = self._excluded(samples)
         own, overall, turing = self._frequencies(stretch, excluded, row_of)
         # Plain and contiguous, because numba compiles a loop anew for any other kind of array.
         given = (tuple(each) for each in (stretch.panel, stretch.rates, own, stretch.head))
         workers = min(self._workers, len(alleles))
-        loops.copy_along(workers, *given, alleles, row_of, excluded, self._most_saved, out, copied, watch=watch)
+        loops.copy_along(workers, *given, alleles, row_of, excluded, self._most_saved, tuple(found), watch=watch)
         return overall, turing, row_of
 
     def _excluded(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -214,3 +241,20 @@ class CopyAlong:
             (found.overall > 0.5) != common,
         )
         return of_minor, found.overall, turing
+
+
+def _found(probability: np.ndarray, copied: int = 0, noted: np.ndarray | None = None) -> Found:
+    """Arrays for the loop to fill beside ``probability`` [B, L]: ``copied`` sites, and the ``noted`` sites."""
+    targets = len(probability)
+    if noted is None:
+        noted = np.zeros(0, dtype=np.bool_)
+    most = int(noted.sum())
+    return Found(
+        probability=probability,
+        copied=np.empty((targets, 2, copied), dtype=np.float32),
+        noted=noted,
+        number=np.zeros((targets, 1), dtype=np.int64),
+        sites=np.empty((targets, most), dtype=np.int32),
+        to_ref=np.empty((targets, most), dtype=np.bool_),
+        features=np.empty((targets, most, CONFIDENCE_FEATURES), dtype=np.float32),
+    )

@@ -20,21 +20,30 @@ _SHORTEST_CM = np.float32(SHORTEST_CM)
 
 
 @compiled_part
-def add_site(site, to_ref, minor, slow, fast, length, lengths, waiting):
+def add_site(site, to_ref, minor, slow, fast, length, lengths, root, roots, waiting):
     """Let a site wait for its correction; returns the column of ``waiting.features`` for those that are left.
 
     ``minor`` is the minor allele's probability, ``slow`` and ``fast`` are its dosages, and ``length`` is its sum of
-    weighed match lengths, where ``lengths`` is that of both alleles. ``to_ref`` says whether it is REF.
+    weighed match lengths, where ``lengths`` is that of both alleles, and ``root`` that of the probabilities' square
+    roots, where ``roots`` is that of both. ``to_ref`` says whether it is REF.
     """
     column, one, known = waiting.number[0], np.float32(1), waiting.features
     waiting.number[0] += 1
     waiting.sites[column], waiting.to_ref[column], waiting.odds[column] = site, to_ref, quotient(minor, one - minor)
-    own = quotient(max(length, np.float32(0)), slow) if slow > _LEAST else np.float32(0)
-    others = quotient(max(lengths - length, np.float32(0)), one - slow) if one - slow > _LEAST else np.float32(0)
-    known[3, column], known[4, column] = own + _SHORTEST_CM, others + _SHORTEST_CM
+    length_others, root_others = max(lengths - length, np.float32(0)), roots - root
+    known[3, column] = _over(max(length, np.float32(0)), slow) + _SHORTEST_CM
+    known[4, column] = _over(length_others, one - slow) + _SHORTEST_CM
+    known[10, column] = _over(root * root, slow) + one
+    known[11, column] = _over(root_others * root_others, one - slow) + one
     slow, fast = min(max(slow, _LEAST), one - _LEAST), min(max(fast, _LEAST), one - _LEAST)
     known[9, column] = quotient(slow * (one - fast), fast * (one - slow))
     return column
+
+
+@compiled_part
+def _over(total, weight):
+    """A sum over that of probabilities, ``weight``; 0 where there is hardly any of these."""
+    return quotient(total, weight) if weight > _LEAST else np.float32(0)
 
 
 @compiled_part
@@ -45,8 +54,22 @@ def _take_logarithms(values, factor):
 
 
 @compiled_part
-def correct(head, waiting, probability):
-    """Fill ``probability`` float32 [L] of ALT at the sites that wait."""
+def _note(waiting, found):
+    """Note the features of the sites that wait, as far as they are wanted."""
+    number = found.number[0]
+    for c in range(waiting.number[0]):
+        site = waiting.sites[c]
+        if found.noted[site]:
+            found.sites[number], found.to_ref[number] = site, waiting.to_ref[c]
+            for n in range(len(waiting.features)):
+                found.features[number, n] = waiting.features[n, c]
+            number += 1
+    found.number[0] = number
+
+
+@compiled_part
+def correct(head, waiting, found):
+    """Fill ``found.probability`` float32 [L] of ALT at the sites that wait."""
     one, width = np.float32(1), len(head.last)
     known, first, second, total = waiting.features, waiting.first, waiting.second, waiting.total
     odds = waiting.odds
@@ -55,9 +78,13 @@ def correct(head, waiting, probability):
     _take_logarithms(known[3], _THIRD)
     _take_logarithms(known[4], _THIRD)
     _take_logarithms(known[9], _QUARTER)
+    _take_logarithms(known[10], _THIRD)
+    _take_logarithms(known[11], _THIRD)
     for c in range(AT_ONCE):
         quarter = odds[c] * _QUARTER
         known[0, c], known[1, c] = quarter, quarter * quarter * _QUARTER
+    if len(found.noted):
+        _note(waiting, found)
     product(first, head.first, known, width, AT_ONCE)
     for n in range(width):
         row, bias = first[n], head.first_bias[n]
@@ -73,5 +100,5 @@ def correct(head, waiting, probability):
         total[c] = sigmoid(odds[c] + total[c])
     for c in range(waiting.number[0]):
         minor = total[c]
-        probability[waiting.sites[c]] = one - minor if waiting.to_ref[c] else minor
+        found.probability[waiting.sites[c]] = one - minor if waiting.to_ref[c] else minor
     waiting.number[0] = 0

@@ -138,12 +138,17 @@ def keep(panel, rates, t, start, count, chosen, kept, half):
     _merge(flags, other, some, padded)
     number = list_flagged(some[:padded], 0, either)
     shares_behind, fasts_behind, lengths_behind = kept.shares[behind], kept.fasts[behind], kept.lengths[behind]
-    both = kept.both
+    both, roots = kept.both, zero
     for n in range(number):
         place = np.uint64(either[n])
-        both[n, 0], both[n, 1], both[n, 2] = shares[place], fasts[place], lengths[place]
-        both[n, 4], both[n, 5], both[n, 6] = shares_behind[place], fasts_behind[place], lengths_behind[place]
+        share, share_behind = shares[place], shares_behind[place]
+        root = np.sqrt(share)
+        roots += root
+        both[n, 0], both[n, 1], both[n, 2], both[n, 3] = share, fasts[place], lengths[place], root
+        both[n, 4], both[n, 5], both[n, 6] = share_behind, fasts_behind[place], lengths_behind[place]
+        both[n, 7] = np.sqrt(share_behind)
         either[n] = who[place]
+    kept.root[half] = roots
     ancestry, population = kept.ancestry[half], panel.population
     ancestry[:] = zero
     if len(ancestry) == 1:

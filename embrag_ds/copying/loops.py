@@ -19,9 +19,10 @@ from embrag_ds.copying.head import AT_ONCE, add_site, correct
 from embrag_ds.copying.instructions import LANES, add_row
 from embrag_ds.copying.kept import enter_piece, keep, leave_piece
 from embrag_ds.copying.priors import fill_priors
-from embrag_ds.copying.records import Frequencies, Head, PanelPart, Rates
+from embrag_ds.copying.records import Found, Frequencies, Head, PanelPart, Rates
 from embrag_ds.copying.recursions import PIECE, copy_rows, note_masks, run_backward, run_forward, start_backward
 from embrag_ds.copying.workspace import (
+    found_of,
     kept_of,
     new_chosen,
     new_kept,
@@ -32,15 +33,15 @@ from embrag_ds.copying.workspace import (
 )
 from embrag_ds.ops.threads import WorkerLoop
 
-PARTS = "0dd1659c0f67"
+PARTS = "b5acfb1a0bbc"
 """Digest of the loop's other files: numba looks for a change in this file alone, and would use what it has kept of the
 loop. A test compares it.
 """
 _LANES = 8
 _LINE = 32  # numbers of sequences in a line of the processor's caches
 _LEAST = np.float32(1e-5)
-# Of a sequence or a site: probability by the slow and by the fast model, and length times probability by the slow one,
-# at the typed site on the left, and the same three at that on the right.
+# Of a sequence or a site: probability by the slow and by the fast model, and by the slow one length times probability
+# and the probability's square root, at the typed site on the left, and the same four at that on the right.
 
 
 @compiled_part
@@ -84,14 +85,12 @@ def _without_carriers(
 
 
 @compiled_part
-def _copy_sites(
-    panel, rates, own, row, interval, before, after, count, kept, scratch, waiting, head, probability, copied
-):
+def _copy_sites(panel, rates, own, row, interval, before, after, count, kept, scratch, waiting, head, found):
     """Copy the sites of an interval between two typed sites, the halves ``before`` and ``after`` of ``kept``.
 
     ``count`` haplotypes are kept at either.
     """
-    by_site = scratch.by_site
+    by_site, probability, copied = scratch.by_site, found.probability, found.copied
     for g in range(panel.intervals[interval], panel.intervals[interval + 1]):
         base, first = panel.sequences[g], panel.bounds[g]
         several = _add_by_sequence(kept, scratch, panel.sequence[g], count)
@@ -134,6 +133,7 @@ def _copy_sites(
             slow = by_site[here, 0] + right * (by_site[here, 4] - by_site[here, 0])
             fast = by_site[here, 1] + right * (by_site[here, 5] - by_site[here, 1])
             length = by_site[here, 2] + right * (by_site[here, 6] - by_site[here, 2])
+            root = by_site[here, 3] + right * (by_site[here, 7] - by_site[here, 3])
             for lane in range(_LANES):
                 by_site[here, lane] = np.float32(0)
             minor = fast + own.slow[row, site] * (slow - fast)
@@ -148,16 +148,17 @@ def _copy_sites(
                 probability[site] = np.float32(1) - minor if to_ref else minor
                 continue
             all_lengths = kept.length[before] + right * (kept.length[after] - kept.length[before])
+            roots = kept.root[before] + right * (kept.root[after] - kept.root[before])
             if flipped:
                 minor, slow, fast = np.float32(1) - minor, np.float32(1) - slow, np.float32(1) - fast
-                length, to_ref = all_lengths - length, not to_ref
-            column = add_site(site, to_ref, minor, slow, fast, length, all_lengths, waiting)
+                length, root, to_ref = all_lengths - length, roots - root, not to_ref
+            column = add_site(site, to_ref, minor, slow, fast, length, all_lengths, root, roots, waiting)
             known = waiting.features
             known[2, column] = own.log_frequency[row, site]
             known[5, column] = kept.uncertainty[before] + right * (kept.uncertainty[after] - kept.uncertainty[before])
             known[6, column], known[7, column] = panel.nearest[site], panel.gap[site]
             if waiting.number[0] == AT_ONCE:
-                correct(head, waiting, probability)
+                correct(head, waiting, found)
 
 
 @compiled_part
@@ -196,10 +197,10 @@ def _copy_haplotypes(
     scratch,
     waiting,
     head,
-    probability,
-    copied,
+    found,
+    first_target,
 ):
-    """Copy at most four target haplotypes."""
+    """Copy at most four target haplotypes, the ``first_target`` and those after it."""
     typed, intervals, lanes, several = len(panel.position), panel.intervals, len(query), len(states.saved) - 1
     first, last = core_of(intervals, typed)
     states.known[:] = np.uint8(0)  # a lane without a target differs from no haplotype
@@ -231,6 +232,7 @@ def _copy_haplotypes(
         after = half
         for lane in range(lanes):
             half, ours, waits = after, kept_of(kept, lane), waiting_of(waiting, lane)
+            theirs = found_of(found, first_target + lane)
             count = copy_piece(panel, rates, states, chosen, ours, start, stop, saved, now, lane)
             enter_piece(ours, chosen, count, half)
             for t in range(stop - 1, max(start, first) - 1, -1):
@@ -253,13 +255,12 @@ def _copy_haplotypes(
                         scratch,
                         waits,
                         head,
-                        probability[lane],
-                        copied[lane],
+                        theirs,
                     )
             leave_piece(ours, chosen, count, half)
         now, other = other, now
     for lane in range(lanes):
-        correct(head, waiting_of(waiting, lane), probability[lane])
+        correct(head, waiting_of(waiting, lane), found_of(found, first_target + lane))
 
 
 @compiled_part
@@ -300,23 +301,20 @@ def _list_runs(panel):
 
 
 @WorkerLoop
-def copy_along(
-    workers, taken, of_panel, of_model, of_rows, of_head, query, row_of, excluded, most_saved, probability, copied
-):
-    """Copy target haplotypes along a stretch: fill ``probability`` float32 [B, L] with that of ALT in its core.
+def copy_along(workers, taken, of_panel, of_model, of_rows, of_head, query, row_of, excluded, most_saved, of_targets):
+    """Copy target haplotypes along a stretch, and fill the arrays of :class:`Found`, ``of_targets``.
 
-    Fills ``copied`` float32 [B, 2, L], too, with the dosage before any correction and the expected frequency of ALT; if
-    it is [B, 2, 0], it is left alone.
     A worker copies some haplotypes after others, four at once where there are enough for all workers: the next ones of
     those that none has ``taken`` int64 [1], which counts them.
     ``of_panel``, ``of_model``, ``of_rows`` and ``of_head`` have the fields of :class:`PanelPart`, :class:`Rates`,
-    :class:`Frequencies` and :class:`Head`. They are plain tuples, because numba's index of what it keeps on the disk
+    :class:`Frequencies` and :class:`Head`. All are plain tuples, because numba's index of what it keeps on the disk
     names the classes of arguments, and could not be read after one is renamed. ``query`` uint8 [B, T] are typed
     alleles, 2 where missing; ``row_of`` int64 [B] are rows of ``of_rows``; ``excluded`` int64 [B, E] haplotypes not to
     copy, padded with H. Each worker saves the forward states of all pieces where they take at most ``most_saved``
     bytes, and those of fewer otherwise.
     """
     panel, rates, own, head = PanelPart(*of_panel), Rates(*of_model), Frequencies(*of_rows), Head(*of_head)
+    found = Found(*of_targets)
     typed, haplotypes = len(panel.position), panel.packed.shape[1]
     places, populations = rates.typed_at.shape[1], own.by_population.shape[1]
     pieces = (typed + PIECE - 1) // PIECE
@@ -347,7 +345,7 @@ def copy_along(
             scratch,
             waiting,
             head,
-            probability[b : b + lanes],
-            copied[b : b + lanes],
+            found,
+            b,
         )
         b = take(taken, lanes)

@@ -88,7 +88,7 @@ class Frequencies(NamedTuple):
 
 
 class Head(NamedTuple):
-    """Weights of the confidence head, float32: ``first`` [width, 10], ``second`` [width, width], ``last`` [width].
+    """Weights of the confidence head, float32: ``first`` [width, 12], ``second`` [width, width], ``last`` [width].
 
     Each has its bias, and ``density`` is a feature that is the same at all sites.
     """
@@ -105,17 +105,17 @@ class Head(NamedTuple):
 class Kept(NamedTuple):
     """A worker's arrays of what is kept at two typed sites, a half each, by place in the list of chosen haplotypes.
 
-    What a target takes to its next piece has a lane for each of four: ``length``, ``uncertainty``, ``ancestry``,
-    ``moved``, ``moved_rows`` and ``number_moved`` have four rows of these shapes.
+    What a target takes to its next piece has a lane for each of four: ``length``, ``root``, ``uncertainty``,
+    ``ancestry``, ``moved``, ``moved_rows`` and ``number_moved`` have four rows of these shapes.
 
     * ``flags`` uint8 [2, H, or the next multiple of 64]: whether a haplotype is not negligible.
     * ``shares``, ``fasts``, ``lengths`` float32 [2, H]: their probability by the slow model, by the fast one, and match
       length times the first.
-    * ``length``, ``uncertainty`` float32 [2]: mean match length, and minus the logarithm of the sum of squares of the
-      probabilities, by the slow model.
+    * ``length``, ``root``, ``uncertainty`` float32 [2]: mean match length, sum of the probabilities' square roots, and
+      minus the logarithm of the sum of their squares, by the slow model.
     * ``ancestry`` float32 [2, P]: probability of each population by the slow model.
     * ``some`` uint8 [as flags], ``either`` int32 [H + 8]: haplotypes that are kept in one half or the other, and
-      ``both`` float32 [H, 8]: what is kept of them in the new half and in the other one.
+      ``both`` float32 [H, 8]: what is kept of them in the new half and in the other one, with the first's square root.
     * ``moved`` int32 [H + 8], ``moved_rows`` float32 [H, 3], ``number_moved`` int64 [1]: haplotypes that are kept at
       the first typed site of the piece behind. ``where`` int32 [H]: places of the chosen haplotypes.
     """
@@ -125,6 +125,7 @@ class Kept(NamedTuple):
     fasts: np.ndarray
     lengths: np.ndarray
     length: np.ndarray
+    root: np.ndarray
     uncertainty: np.ndarray
     ancestry: np.ndarray
     some: np.ndarray
@@ -160,7 +161,7 @@ class Waiting(NamedTuple):
 
     * ``number`` int64 [1]: how many; ``sites`` int64 [64], ``to_ref`` bool [64]: which, and whether their minor allele
       is REF; ``odds`` float32 [64]: its log-odds.
-    * ``features`` float32 [10, 64]; ``first``, ``second`` float32 [width, 64], ``total`` float32 [64]: of the layers.
+    * ``features`` float32 [12, 64]; ``first``, ``second`` float32 [width, 64], ``total`` float32 [64]: of the layers.
     """
 
     number: np.ndarray
@@ -171,6 +172,25 @@ class Waiting(NamedTuple):
     first: np.ndarray
     second: np.ndarray
     total: np.ndarray
+
+
+class Found(NamedTuple):
+    """What the loop finds of target haplotypes; of one of them, all but ``noted`` are without their first axis.
+
+    * ``probability`` float32 [B, L] of ALT; ``copied`` float32 [B, 2, L] or [B, 2, 0], the dosage before any correction
+      and the expected frequency of ALT.
+    * ``noted`` bool [L], or [0] for none: the n sites where the inputs of the confidence head are noted. Of a target
+      they are ``number`` int64 [B, 1], with their ``sites`` int32 [B, n], ``to_ref`` bool [B, n] where the minor allele
+      is REF, and the head's ``features`` float32 [B, n, 12].
+    """
+
+    probability: np.ndarray
+    copied: np.ndarray
+    noted: np.ndarray
+    number: np.ndarray
+    sites: np.ndarray
+    to_ref: np.ndarray
+    features: np.ndarray
 
 
 class States(NamedTuple):

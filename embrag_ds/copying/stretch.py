@@ -15,6 +15,21 @@ from embrag_ds.data.windows import most_places, places
 from embrag_ds.ops.dosage_numba import Numbered
 from embrag_ds.ops.threads import ParallelLoop
 
+MOST_STRETCH_BYTES = 1 << 28
+"""Memory of the sequences of a stretch's core, and of the targets' dosages in it."""
+_BYTES_OF_A_SEQUENCE = 12
+_SITES_OF_A_BLOCK = 64
+
+
+def most_stretch_sites(typed: float, haplotypes: int) -> int:
+    """Sites of a core whose sequences take :data:`MOST_STRETCH_BYTES`.
+
+    There is one for each of the ``haplotypes`` and block of sites. ``typed`` is the share of typed sites, each of which
+    begins a block.
+    """
+    blocks = 1 / _SITES_OF_A_BLOCK + typed
+    return int(MOST_STRETCH_BYTES / (_BYTES_OF_A_SEQUENCE * blocks * haplotypes))
+
 
 def panel_part(
     core: Callable[[slice], np.ndarray],

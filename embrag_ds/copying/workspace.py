@@ -7,7 +7,7 @@ import numpy as np
 from embrag_ds.compiled.parts import compiled_part, making_part
 from embrag_ds.copying.head import AT_ONCE
 from embrag_ds.copying.instructions import LANES
-from embrag_ds.copying.records import Chosen, Kept, Scratch, States, Waiting
+from embrag_ds.copying.records import Chosen, Found, Kept, Scratch, States, Waiting
 from embrag_ds.copying.recursions import PATTERNS, PIECE
 from embrag_ds.model.numbers import CONFIDENCE_FEATURES
 
@@ -87,6 +87,7 @@ def new_kept(haplotypes, populations):
         fasts=np.zeros((2, haplotypes), dtype=np.float32),
         lengths=np.zeros((2, haplotypes), dtype=np.float32),
         length=np.zeros((LANES, 2), dtype=np.float32),
+        root=np.zeros((LANES, 2), dtype=np.float32),
         uncertainty=np.zeros((LANES, 2), dtype=np.float32),
         ancestry=np.zeros((LANES, 2, populations), dtype=np.float32),
         some=np.zeros(padded, dtype=np.uint8),
@@ -108,6 +109,7 @@ def kept_of(kept, lane):
         fasts=kept.fasts,
         lengths=kept.lengths,
         length=kept.length[lane],
+        root=kept.root[lane],
         uncertainty=kept.uncertainty[lane],
         ancestry=kept.ancestry[lane],
         some=kept.some,
@@ -160,4 +162,18 @@ def waiting_of(waiting, lane):
         first=waiting.first,
         second=waiting.second,
         total=waiting.total,
+    )
+
+
+@compiled_part
+def found_of(found, target):
+    """What is found of one target haplotype."""
+    return Found(
+        probability=found.probability[target],
+        copied=found.copied[target],
+        noted=found.noted,
+        number=found.number[target],
+        sites=found.sites[target],
+        to_ref=found.to_ref[target],
+        features=found.features[target],
     )

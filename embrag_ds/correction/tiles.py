@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from embrag_ds.copying.along import Copied
+from embrag_ds.copying.along import Copied, Stretch
 from embrag_ds.copying.model import frequency_features
 from embrag_ds.correction import loops
 from embrag_ds.correction.layers import AT_ONCE
 from embrag_ds.correction.network import position_features, rotary_angles, site_features, widened
 from embrag_ds.correction.records import NetworkPart, TilePart
-from embrag_ds.data.windows import DataConfig, cut_tiles
+from embrag_ds.data.windows import DataConfig, WindowedPanel, cut_tiles
 from embrag_ds.ops.threads import thread_count
 
 
@@ -26,6 +26,25 @@ class TransformerTiles:
         self._network = network
         self._sites, self._overlap = data.window_sites, data.overlap_sites
         self._workers = thread_count()
+
+    def add_along(
+        self,
+        probability: np.ndarray,
+        copied: Copied,
+        stretch: Stretch,
+        data: WindowedPanel,
+        alleles: np.ndarray,
+        watch: Callable[[int], Callable[[int], None]],
+    ) -> None:
+        """Correct ``probability`` float32 [2N, L] in the core of a ``stretch`` of ``data``, as :meth:`add` does.
+
+        ``alleles`` uint8 [2N, T] are those of the targets at the stretch's typed sites.
+        """
+        features, window = data.features(stretch.number), data.windows[stretch.number]
+        rows = stretch.rows - (window.core_start - window.start)
+        inside = (rows >= 0) & (rows < probability.shape[1])
+        position, frequency = features.position[window.core], features.frequency[window.core]
+        self.add(probability, copied, position, frequency, rows[inside], alleles[:, inside], watch)
 
     def add(
         self,

@@ -91,11 +91,7 @@ class Imputation:
 
 def does_without_torch(config: EmbragConfig, device: str) -> bool:
     """Whether a model with this ``config`` imputes by a CPU's loops alone."""
-    return device == "cpu" and _copies(config)
-
-
-def _copies(config: EmbragConfig) -> bool:
-    return config.model.fusion == "copying" and config.retrieval.mode == "embedding"
+    return device == "cpu" and config.copies
 
 
 def _way(config: EmbragConfig, device: str, haplotypes: int) -> Way:
@@ -103,7 +99,7 @@ def _way(config: EmbragConfig, device: str, haplotypes: int) -> Way:
 
     A GPU needs its kernels, which take so many haplotypes.
     """
-    if not _copies(config):
+    if not config.copies:
         return "windows"
     if device == "cpu":
         return "loop"

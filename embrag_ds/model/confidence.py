@@ -2,8 +2,8 @@
 
 A copying model is overconfident about rare alleles. A copied haplotype may carry an allele that arose after its common
 ancestor with the query, which then lacks the allele. How likely that is depends on the length of the match, the number
-of neighbours with the allele, and the distance to typed sites. The head is a small network per site, the same for all
-sites and panels.
+of copied haplotypes with the allele, and the distance to typed sites. The head is a small network per site, the same
+for all sites and panels.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from embrag_ds.model.recompute import computed_again
 
 _SITES_AT_ONCE = 8192
 """Sites per call of the layers without gradients, few enough that their activations fit a processor's cache."""
+
+_ODDS = 4
+"""Log-odds that are one unit of a feature."""
 
 
 class ConfidenceHead(nn.Module):
@@ -54,6 +57,11 @@ class ConfidenceHead(nn.Module):
         likely = minor_is_likely(prior, frequency, LEAST_PROBABILITY)
         return torch.where(likely, sign * correction[..., 0].float(), 0.0)
 
+    def minor_odds(self, features: Tensor) -> Tensor:
+        """Corrected log-odds [n] of the minor allele, from features [n, 12]."""
+        corrected: Tensor = _ODDS * features[:, 0] + self.layers(features)[:, 0]
+        return corrected
+
 
 def minor_is_likely(prior: Tensor, frequency: Tensor, least: float) -> Tensor:
     """Where the minor allele has a probability of ``least`` or more, bool [B, L], by the log-odds ``prior`` of ALT.
@@ -65,7 +73,7 @@ def minor_is_likely(prior: Tensor, frequency: Tensor, least: float) -> Tensor:
 
 
 def confidence_features(minor_odds: Tensor, sign: Tensor, evidence: Evidence, frequency: Tensor) -> Tensor:
-    """Input features of the head, float32 [B, L, 10], scaled to the order of 1.
+    """Input features of the head, float32 [B, L, 12], scaled to the order of 1.
 
     ``minor_odds`` [B, L] are the prior's log-odds of the minor allele; ``sign`` [B, L] is -1 where the minor allele is
     REF, and 1 elsewhere. ``frequency`` [B, L] is that of ALT.
@@ -73,9 +81,11 @@ def confidence_features(minor_odds: Tensor, sign: Tensor, evidence: Evidence, fr
     turned = sign < 0
     own = torch.where(turned, evidence.ref_length, evidence.alt_length)
     others = torch.where(turned, evidence.alt_length, evidence.ref_length)
+    own_number = torch.where(turned, evidence.ref_number, evidence.alt_number)
+    others_number = torch.where(turned, evidence.alt_number, evidence.ref_number)
     features = [
-        minor_odds / 4,
-        (minor_odds / 4).square() / 4,
+        minor_odds / _ODDS,
+        (minor_odds / _ODDS).square() / 4,
         log_rarity(frequency),
         log_cm(own),
         log_cm(others),
@@ -84,6 +94,8 @@ def confidence_features(minor_odds: Tensor, sign: Tensor, evidence: Evidence, fr
         log_cm(evidence.gap),
         evidence.density.log() / 2,
         torch.where(turned, -evidence.disagreement, evidence.disagreement) / 4,
+        own_number.log1p() / 3,
+        others_number.log1p() / 3,
     ]
     return torch.stack(features, dim=-1)
 

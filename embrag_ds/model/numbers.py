@@ -28,7 +28,7 @@ TYPICAL_DENSITY = 100.0
 COPYING_GAIN = 10.0
 """The copying model's few parameters are stored divided by this, so that an optimiser step changes them more."""
 
-CONFIDENCE_FEATURES = 10
+CONFIDENCE_FEATURES = 12
 CONFIDENCE_WIDTH = 32
 CONFIDENCE_LAYERS = ("confidence.layers.0", "confidence.layers.2", "confidence.layers.4")
 """Linear layers of the confidence head, by the names of their weights."""

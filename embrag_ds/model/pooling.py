@@ -42,6 +42,9 @@ class Evidence:
 
     * ``alt_length``, ``ref_length``: mean match length in cM of the copied haplotypes with ALT and with REF, 0 where
       hardly any has it.
+    * ``alt_number``, ``ref_number``: effective number of those haplotypes, 0 where hardly any has it. It is the Hill
+      number of order 1/2 (Hill 1973, Ecology 54:427): the squared sum of square roots of their probabilities, over the
+      sum of these.
     * ``uncertainty``: logarithm of the number of haplotypes that are copied, which is the inverse of the sum of
       squares of their probabilities.
     * ``nearest``, ``gap``: distance in cM to the nearest typed site, and between the flanking ones.
@@ -51,6 +54,8 @@ class Evidence:
 
     alt_length: Tensor
     ref_length: Tensor
+    alt_number: Tensor
+    ref_number: Tensor
     uncertainty: Tensor
     nearest: Tensor
     gap: Tensor
@@ -64,20 +69,24 @@ class Evidence:
         fast_dosage: Tensor,
         alt_length: Tensor,
         length: Tensor,
+        alt_root: Tensor,
+        root: Tensor,
         *,
         uncertainty: Tensor,
         nearest: Tensor,
         gap: Tensor,
         density: Tensor,
     ) -> Evidence:
-        """Evidence from the two models' dosages and from match lengths, all of one shape.
+        """Evidence from the two models' dosages and from sums over the copied haplotypes, all of one shape.
 
-        ``alt_length`` is the sum of the copied haplotypes' lengths, weighed by their probabilities, over those with
-        ALT, and ``length`` that over all, in cM.
+        ``alt_length`` is the sum of match lengths, weighed by probabilities, over the haplotypes with ALT, and
+        ``length`` that over all, in cM. ``alt_root`` and ``root`` are such sums of the probabilities' square roots.
         """
         return cls(
             alt_length=_mean(alt_length, dosage),
             ref_length=_mean(length - alt_length, 1 - dosage),
+            alt_number=_mean(alt_root.square(), dosage),
+            ref_number=_mean((root - alt_root).square(), 1 - dosage),
             uncertainty=uncertainty,
             nearest=nearest,
             gap=gap,
@@ -87,7 +96,7 @@ class Evidence:
 
 
 def _mean(total: Tensor, weight: Tensor) -> Tensor:
-    """Mean length, from the sum ``total`` of weighed ones; 0 where there is hardly any ``weight``."""
+    """A sum ``total`` over that of probabilities, ``weight``; 0 where there is hardly any of these."""
     return torch.where(weight > _LEAST, total.clamp_min(0) / weight.clamp_min(_LEAST), 0.0)
 
 

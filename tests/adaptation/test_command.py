@@ -136,7 +136,7 @@ def test_a_model_that_adapted_imputes_better(
     assert adapted.adaptation["before"]["loss"] > adapted.adaptation["after"]["loss"]
     assert set(adapted.adaptation) == {
         *("adapt", "kept", "steps", "windows", "samples", "held_out_samples", "map_scale", "dependence"),
-        *("before", "after"),
+        *("before", "after", "head"),
     }
 
 

@@ -13,6 +13,7 @@ import torch
 
 from embrag_ds.cli.main import main
 from embrag_ds.config import RunConfig
+from embrag_ds.copying import stretch
 from embrag_ds.data.inputs import PanelFiles, PanelInputs
 from embrag_ds.data.panel import Panel
 from embrag_ds.data.simulate import DefaultData
@@ -85,9 +86,9 @@ def test_with_all_haplotypes_as_neighbours_stretches_and_windows_give_the_same(
     monkeypatch.setattr(engine, "_way", lambda *given: "windows")
     one_by_one = found(model, inputs, own, transformer=transformer)
     assert len(whole) == len(one_by_one) > 3
-    for (window, stretch), (same, copied) in zip(whole, one_by_one, strict=True):
+    for (window, one), (same, copied) in zip(whole, one_by_one, strict=True):
         assert window == same
-        np.testing.assert_allclose(stretch, copied, atol=1e-4 if transformer else 2e-5)
+        np.testing.assert_allclose(one, copied, atol=1e-4 if transformer else 2e-5)
     # Under other names they copy themselves, too.
     assert max(np.abs(one - other).max() for (_, one), (_, other) in zip(whole, others, strict=True)) > 0.5
 
@@ -176,16 +177,21 @@ def test_stretches_are_as_long_as_memory_allows(
     assert longest() == sites > 2 * shortest
     # Twelve bytes for each haplotype in a block, which ends after 64 sites or with a typed one.
     of_a_site = 12 * haplotypes * (1 / 64 + targets.typed.mean())
-    monkeypatch.setattr(stretches, "_MOST_STRETCH_BYTES", 2 * shortest * of_a_site)
+
+    def limited(most: float) -> None:
+        for module in (stretches, stretch):
+            monkeypatch.setattr(module, "MOST_STRETCH_BYTES", most)
+
+    limited(2 * shortest * of_a_site)
     assert shortest < longest() <= 2 * shortest
     fewer = dataclasses.replace(targets, typed=np.arange(sites) % 100 == 0)
     assert longest() < longest(fewer) <= 2 * shortest * of_a_site / haplotypes
     # Eight bytes for each target's dosages: so many of these take twice the memory.
     many = dataclasses.replace(targets, samples=tuple(map(str, range(int(of_a_site / 4)))))
     assert longest(many) <= shortest + 1 < longest()
-    monkeypatch.setattr(stretches, "_MOST_STRETCH_BYTES", haplotypes)
+    limited(haplotypes)
     assert windows(targets) == windows(targets, transformer=True)
-    monkeypatch.setattr(stretches, "_MOST_STRETCH_BYTES", 1 << 28)
+    limited(1 << 28)
     monkeypatch.setattr(stretches, "_MOST_STRETCH_SITES", 2 * shortest)
     assert shortest < longest() <= 2 * shortest
 

@@ -290,6 +290,33 @@ def test_threads_and_blocks_of_samples_do_not_change_a_byte(build, threads: int)
         torch.set_num_threads(1)
 
 
+def test_the_heads_inputs_are_noted_where_they_are_wanted(build) -> None:
+    """From them the head gives the probabilities that the loop does, which stay the same, as do those of a network."""
+    world = build(7, samples=14, sites=120, window_sites=120, overlap=0, flank=0)
+    network = disturbed(build.imputer(7, fusion="copying"), 7)
+    typed = ~world.masked(0, 1, 7, 0.7)[0]
+    alleles = np.ascontiguousarray(world.data.samples_alleles(0, np.arange(5))[:, typed])
+    samples = np.array([0, 1, -1, 3, 4])
+    copy = along_stretches(network, world.data, exclusion_table(world.samples, None))
+    part = copy.stretch(0, typed)
+    expected = copy.probability(part, alleles, samples)
+    out = np.empty_like(expected)
+    for noted in (np.arange(120) % 3 == 0, np.ones(120, dtype=bool), np.zeros(120, dtype=bool)):
+        rows, copied = copy.head_rows(part, alleles, samples, noted, out)
+        np.testing.assert_array_equal(out, expected)
+        again = copy.copied(part, alleles, samples, out)
+        assert all(np.array_equal(one, other) for one, other in zip(copied, again, strict=True))
+        with torch.no_grad():
+            odds = network.confidence.minor_odds(torch.from_numpy(rows.features)).numpy()
+        minor = 1 / (1 + np.exp(-odds))
+        found = np.where(rows.to_ref, 1 - minor, minor)
+        np.testing.assert_allclose(found, expected[rows.haplotypes, rows.sites], atol=1e-5)
+        places = set(zip(rows.haplotypes.tolist(), rows.sites.tolist(), strict=True))
+        assert len(places) == len(rows.sites) and set(rows.sites.tolist()) <= set(np.flatnonzero(noted).tolist())
+        # Every site of this panel has a likely minor allele in one haplotype at least.
+        assert set(rows.sites.tolist()) == set(np.flatnonzero(noted).tolist())
+
+
 class Packed(NamedTuple):
     """The part of a panel that mismatches depend on."""
 

@@ -87,13 +87,19 @@ def test_the_evidence_is_what_its_docstring_states(build) -> None:
                 weights, reach = pooled.weights[row, :, place].detach(), lengths[row, here]
                 spread = -math.log(sum(float(each) ** 2 for each in weights))
                 assert float(evidence.uncertainty[row, place]) == pytest.approx(spread, abs=1e-4)
-                for value, of in ((evidence.alt_length, carriers), (evidence.ref_length, 1 - carriers)):
+                for value, number, of in (
+                    (evidence.alt_length, evidence.alt_number, carriers),
+                    (evidence.ref_length, evidence.ref_number, 1 - carriers),
+                ):
                     if float((weights * of).sum()) > 1e-3:
                         mean = (weights * of * reach).sum() / (weights * of).sum()
                         assert float(value[row, place]) == pytest.approx(float(mean), rel=1e-2, abs=1e-4)
+                        several = sum(float(each) ** 0.5 for each in weights * of) ** 2 / float((weights * of).sum())
+                        assert float(number[row, place]) == pytest.approx(several, rel=1e-2)
+                        assert 0.99 <= float(number[row, place]) <= 1.01 * float(of.sum())
                         checked += 1
                     elif float((weights * of).sum()) < 9e-5:
-                        assert float(value[row, place]) == 0
+                        assert float(value[row, place]) == float(number[row, place]) == 0
                         none += 1
     assert checked > 10 and none > 10
     # Between two typed sites, the uncertainty is interpolated by genetic distance, as the probabilities are.
@@ -129,23 +135,29 @@ def test_evidence_is_made_of_sums_and_has_no_length_without_weight() -> None:
     dosage = torch.tensor([[0.0, 0.5e-4, 2e-4, 0.25, 1 - 2e-4, 1 - 0.5e-4, 1.0]])
     long, short = 3.0, 0.5  # of the haplotypes with ALT and with REF, in cM
     of_alt, of_all = long * dosage, long * dosage + short * (1 - dosage)
+    # As many haplotypes with ALT and with REF, equally probable.
+    many, few = 9, 4
+    root_alt = (many * dosage).sqrt()
+    roots = root_alt + (few * (1 - dosage)).sqrt()
     rest = {name: torch.rand(1, 7) for name in ("uncertainty", "nearest", "gap", "density")}
-    found = Evidence.of(dosage, dosage.flip(1), of_alt, of_all, **rest)
+    found = Evidence.of(dosage, dosage.flip(1), of_alt, of_all, root_alt, roots, **rest)
     assert found.alt_length[0].tolist() == pytest.approx([0, 0] + [long] * 5, rel=1e-3)
     assert found.ref_length[0].tolist() == pytest.approx([short] * 5 + [0, 0], rel=1e-2)
+    assert found.alt_number[0].tolist() == pytest.approx([0, 0] + [many] * 5, rel=1e-3)
+    assert found.ref_number[0].tolist() == pytest.approx([few] * 5 + [0, 0], rel=1e-2)
     assert all(getattr(found, name) is value for name, value in rest.items())
     bounded = [min(max(float(each), 1e-4), 1 - 1e-4) for each in dosage[0]]
     odds = [math.log(each / (1 - each)) for each in bounded]
     apart = [one - other for one, other in zip(odds, reversed(odds), strict=True)]
     assert found.disagreement[0].tolist() == pytest.approx(apart, rel=1e-2, abs=1e-4)
     # Rounding may make a sum that should be 0 negative; a length is not.
-    below = Evidence.of(dosage, dosage, of_alt - 1e-3, of_all - 1e-2, **rest)
+    below = Evidence.of(dosage, dosage, of_alt - 1e-3, of_all - 1e-2, root_alt, roots, **rest)
     assert (below.alt_length >= 0).all() and (below.ref_length >= 0).all()
 
 
 def random_evidence(seed: int, shape: tuple[int, int]) -> Evidence:
     maker = torch.Generator().manual_seed(seed)
-    return Evidence(*(torch.rand(shape, generator=maker) for _ in range(7)))
+    return Evidence(*(torch.rand(shape, generator=maker) for _ in range(9)))
 
 
 def trained_head() -> ConfidenceHead:
@@ -165,6 +177,8 @@ def test_exchanging_alleles_reverses_the_correction() -> None:
     turned = Evidence(
         alt_length=evidence.ref_length,
         ref_length=evidence.alt_length,
+        alt_number=evidence.ref_number,
+        ref_number=evidence.alt_number,
         uncertainty=evidence.uncertainty,
         nearest=evidence.nearest,
         gap=evidence.gap,
@@ -197,22 +211,23 @@ def test_the_features_are_those_of_the_minor_allele() -> None:
     evidence, frequency = random_evidence(8, (2, 6)), torch.tensor([[0.2, 1e-7, 0.5, 0.7, 0.99, 1.0]]).repeat(2, 1)
     odds, sign = torch.randn(2, 6), torch.tensor([[1.0, 1.0, 1.0, -1.0, -1.0, -1.0]]).repeat(2, 1)
     found = confidence_features(odds, sign, evidence, frequency)
-    assert found.shape == (2, 6, 10)
+    assert found.shape == (2, 6, 12)
     for row in range(2):
         for site in range(6):
             here = {name: float(value[row, site]) for name, value in vars(evidence).items()}
             is_ref, odd = site >= 3, float(odds[row, site])
-            own, others = ("ref_length", "alt_length") if is_ref else ("alt_length", "ref_length")
+            own, others = ("ref", "alt") if is_ref else ("alt", "ref")
             rarity = max(min(float(frequency[row, site]), 1 - float(frequency[row, site])), 1e-5)
             expected = [
                 odd / 4,
                 (odd / 4) ** 2 / 4,
                 math.log(rarity) / 4,
-                *(math.log(here[name] + 1e-3) / 3 for name in (own, others)),
+                *(math.log(here[f"{name}_length"] + 1e-3) / 3 for name in (own, others)),
                 here["uncertainty"] / 7,
                 *(math.log(here[name] + 1e-3) / 3 for name in ("nearest", "gap")),
                 math.log(here["density"]) / 2,
                 (-1 if is_ref else 1) * here["disagreement"] / 4,
+                *(math.log(here[f"{name}_number"] + 1) / 3 for name in (own, others)),
             ]
             assert found[row, site].tolist() == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
@@ -227,7 +242,7 @@ def test_the_correction_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_correction_is_finite_at_the_edges() -> None:
-    nothing = Evidence(*(torch.zeros(2, 3) for _ in range(5)), torch.full((2, 3), 0.01), torch.zeros(2, 3))
+    nothing = Evidence(*(torch.zeros(2, 3) for _ in range(7)), torch.full((2, 3), 0.01), torch.zeros(2, 3))
     for frequency in (0.0, 1.0, 0.5):
         prior = torch.tensor([[-11.6, 0.0, 11.6]]).repeat(2, 1)
         correction = trained_head()(prior, nothing, torch.full((2, 3), frequency))

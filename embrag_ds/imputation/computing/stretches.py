@@ -14,6 +14,7 @@ import numpy as np
 
 from embrag_ds.copying.along import CopyAlong, Stretch
 from embrag_ds.copying.model import CopyingModel
+from embrag_ds.copying.stretch import MOST_STRETCH_BYTES, most_stretch_sites
 from embrag_ds.correction.tiles import TransformerTiles
 from embrag_ds.data.sampler import exclusion_table
 from embrag_ds.data.targets import Targets
@@ -23,9 +24,6 @@ from embrag_ds.export import ExportedModel
 from embrag_ds.progress import Progress
 
 _MOST_STRETCH_SITES = 1 << 15
-_MOST_STRETCH_BYTES = 1 << 28
-_BYTES_OF_A_SEQUENCE = 12
-_SITES_OF_A_BLOCK = 64
 _MOST_TABLE_BYTES = 1 << 31
 _TABLES = 4
 _BYTES_OF_A_STATE = 64
@@ -51,15 +49,14 @@ def with_stretches(
     of a sample below half of its ``memory`` in bytes.
     """
     typed = float(targets.typed.mean())
-    blocks = 1 / _SITES_OF_A_BLOCK + typed
     of_dosages = 8 * len(targets.samples)
     if way == "loop":
-        most = _MOST_STRETCH_BYTES / max(_BYTES_OF_A_SEQUENCE * blocks * haplotypes, of_dosages)
+        most = min(most_stretch_sites(typed, haplotypes), MOST_STRETCH_BYTES / of_dosages)
     else:
         of_posteriors = posterior_bytes(typed, haplotypes)
         with_flanks = memory / 2 / of_posteriors if of_posteriors else math.inf
         tables = _MOST_TABLE_BYTES / (_TABLES * haplotypes)
-        most = min(_MOST_STRETCH_BYTES / of_dosages, tables, max(0, with_flanks - 2 * settings.flank_sites))
+        most = min(MOST_STRETCH_BYTES / of_dosages, tables, max(0, with_flanks - 2 * settings.flank_sites))
     return replace(settings, window_sites=max(settings.window_sites, min(_MOST_STRETCH_SITES, int(most))))
 
 
@@ -156,15 +153,6 @@ class Stretches:
             return
         copied = self._copy.copied(*given, watch=count)
         count(2 * len(numbers))
-        features, window = self._data.features(stretch.number), self._data.windows[stretch.number]
-        rows = stretch.rows - (window.core_start - window.start)
-        inside = (rows >= 0) & (rows < out.shape[1])
-        self._transformer.add(
-            out,
-            copied,
-            features.position[window.core],
-            features.frequency[window.core],
-            rows[inside],
-            alleles[:, inside],
-            lambda sites: counter(_PASSES_OF_TRANSFORMER * sites),
+        self._transformer.add_along(
+            out, copied, stretch, self._data, alleles, lambda sites: counter(_PASSES_OF_TRANSFORMER * sites)
         )

@@ -156,10 +156,12 @@ def _evidence(
     ``fast_dosage`` [B, L] is that of the fast model.
     """
     position = batch.window.sites.position[batch.window.typed]
-    lengths = match_lengths(retrieved.mismatch, position, batch.window.typed_count, batch.window.near).mul_(posterior)
-    of_alt = expected_allele(retrieved.alleles, lengths, flanking)
+    weighed = match_lengths(retrieved.mismatch, position, batch.window.typed_count, batch.window.near).mul_(posterior)
+    length, of_alt = weighed.sum(-1), expected_allele(retrieved.alleles, weighed, flanking)
+    roots = torch.sqrt(posterior, out=weighed)  # in the same memory, which is as much as that of the posterior
+    root, of_alt_root = roots.sum(-1), expected_allele(retrieved.alleles, roots, flanking)
     spread = -posterior.square().sum(-1).log()
-    overall = interpolated(torch.stack([lengths.sum(-1), spread], dim=-1), flanking)
+    overall = interpolated(torch.stack([length, root, spread], dim=-1), flanking)
     sites = batch.core.sites.position
     start = batch.window.near.first[:, None]
     before, after = (position.gather(1, start + place) for place in (flanking.left, flanking.right))
@@ -168,7 +170,9 @@ def _evidence(
         fast_dosage,
         of_alt,
         overall[:, 0],
-        uncertainty=overall[:, 1],
+        of_alt_root,
+        overall[:, 1],
+        uncertainty=overall[:, 2],
         nearest=torch.minimum((sites - before).abs(), (after - sites).abs()),
         gap=(after - before).abs(),
         density=_density(batch)[:, None].expand_as(dosage),
