@@ -92,6 +92,7 @@ def test_purposes_keep_their_numbers() -> None:
         ("BENCHMARK_QUERIES", 12),
         ("FAULTS", 13),
         ("ARRAY_SITES", 14),
+        ("HEAD_ROWS", 15),
     ]
 
 

@@ -54,6 +54,7 @@ _PASSES = 6
 _RATE = 4e-3
 _BETAS = (0.9, 0.99)
 _ROWS_AT_ONCE = 1 << 16
+_LEAST = 1e-7  # nearer to 1 there is no float32 but one
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def stretch_settings(settings: DataConfig, typed: float, haplotypes: int) -> Dat
     return replace(settings, window_sites=sites, overlap_sites=0, flank_sites=flank, windows_file=None)
 
 
-class HeadRows:
+class PanelRows:
     """Rows of panel samples on the stretches ``data``, at sites that are not ``typed`` bool [S].
 
     ``model`` is one that copies haplotypes; without its ``transformer`` there is no residual. Every stretch has a typed
@@ -260,7 +261,7 @@ def _loss(head: ConfidenceHead, rows: Rows) -> float:
 
 
 def _logit(probability: np.ndarray) -> np.ndarray:
-    """Log-odds of probabilities float32 between 0 and 1, float32."""
-    exact = probability.astype(np.float64)
+    """Log-odds of probabilities float32, float32 and finite."""
+    exact = probability.astype(np.float64).clip(_LEAST, 1 - _LEAST)
     found: np.ndarray = np.log(exact / (1 - exact)).astype(np.float32)
     return found

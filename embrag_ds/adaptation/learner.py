@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from embrag_ds.adaptation.fitting import FROZEN, FROZEN_AMONG_FEW, fit
-from embrag_ds.adaptation.head import MOST_STRETCHES, HeadFit, HeadRows, fit_head, stretch_settings
+from embrag_ds.adaptation.head import MOST_STRETCHES, HeadFit, PanelRows, fit_head, stretch_settings
 from embrag_ds.adaptation.held_out import HeldOut, MaskScores, Tally
 from embrag_ds.adaptation.pairs import Pairs
 from embrag_ds.adaptation.settings import StepSize
@@ -182,7 +182,7 @@ class Learner:
             return None
         now = ExportedModel.of(self._model.config, self.weights(), self._model.snapshot)
         data = WindowedPanel(source.reference, stretches, self._data.position_cm)
-        rows = HeadRows(now, source.transformer, data, source.typed)
+        rows = PanelRows(now, source.transformer, data, source.typed)
         learning, held_out = rows.some(source.split[0]), source.split[1]
         if not len(learning):
             return None

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from embrag_ds.adaptation import head as head_module
-from embrag_ds.adaptation.head import HeadRows, Rows, fit_head, stretch_settings
+from embrag_ds.adaptation.head import PanelRows, Rows, fit_head, stretch_settings
 from embrag_ds.adaptation.learner import Learner, Source
 from embrag_ds.copying import stretch
 from embrag_ds.copying.along import CopyAlong
@@ -39,9 +39,9 @@ def source(make_source: MakeSource) -> Source:
     return make_source(transformer=False)
 
 
-def head_rows(source: Source, model: ExportedModel) -> HeadRows:
+def head_rows(source: Source, model: ExportedModel) -> PanelRows:
     data = WindowedPanel(source.reference, source.stretches(model), source.inputs.position_cm)
-    return HeadRows(model, source.transformer, data, source.typed)
+    return PanelRows(model, source.transformer, data, source.typed)
 
 
 def head_of(model: ExportedModel) -> ConfidenceHead:
@@ -241,18 +241,25 @@ def test_a_head_that_is_worse_for_samples_held_out_stays_as_it_was(caplog: pytes
     assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
 
 
+def test_a_probability_of_one_has_finite_odds() -> None:
+    """As float32 rounds what a head is certain of; the residual there is 0 then."""
+    odds = head_module._logit(np.array([0.0, 1e-9, 0.25, 0.75, 1.0], dtype=np.float32))
+    assert np.isfinite(odds).all() and (np.diff(odds) >= 0).all()
+    np.testing.assert_allclose(odds[2:4], [-np.log(3), np.log(3)], rtol=1e-6)
+
+
 def test_only_the_head_of_a_learner_is_fitted(
     source: Source, shipped: ExportedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    learner, asked, of = Learner(source, shipped, source.windows(shipped), 1.0), [], HeadRows.of
-    monkeypatch.setattr(HeadRows, "of", lambda self, samples: asked.append(samples.tolist()) or of(self, samples))
+    learner, asked, of = Learner(source, shipped, source.windows(shipped), 1.0), [], PanelRows.of
+    monkeypatch.setattr(PanelRows, "of", lambda self, samples: asked.append(samples.tolist()) or of(self, samples))
     found = learner.fit_head()
     assert found is not None and found.kept and found.rows > 1000
     assert asked == [each.tolist() for each in source.split]
     for name, value in learner.weights().items():
         assert torch.equal(value, shipped.weights[name]) == ("confidence." not in name), name
     # The loss of the samples held out is that of the network as it is now.
-    rows = HeadRows(
+    rows = PanelRows(
         ExportedModel.of(shipped.config, learner.weights(), shipped.snapshot),
         False,
         WindowedPanel(source.reference, source.stretches(shipped), source.inputs.position_cm),
