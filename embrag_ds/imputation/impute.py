@@ -71,8 +71,8 @@ def impute(
     by default they are all on a CPU where the model copies haplotypes and no target is in the panel (512 with the
     transformer), and 32 otherwise.
     Without ``transformer`` its residual is left out (:meth:`embrag_ds.model.imputer.Imputer.forward`), which is the
-    default on a CPU, where it takes as long again. ``device`` defaults to CUDA where there is a device; a warning says
-    where torch cannot use one that the driver lists.
+    default, because it has not made imputation more accurate (docs/results.md). ``device`` defaults to CUDA where there
+    is a device; a warning says where torch cannot use one that the driver lists.
     ``precision`` of the network's matrix products defaults to bf16 on a GPU and fp32 on a CPU, whose loops are in fp32
     either way. ``adapt`` says whether,
     or for how many minutes of two cores, the model first adapts to the panel and to the sites the targets are typed at
@@ -96,9 +96,6 @@ def impute(
             require_writable(result)
         where = _of_rank(_device(device), ranks)
         numbers = _checked(precision, where)
-        advice = transformer is None and where == "cpu"
-        if transformer is None:
-            transformer = where != "cpu"
         exported = read_export(model)
         if adapt != "off" or not does_without_torch(exported.config, where):
             # Before any loop runs, or torch would use as many threads as numba has started.
@@ -118,7 +115,7 @@ def impute(
             options,
             exported,
             where,
-            transformer,
+            bool(transformer),
             numbers,
             samples_per_batch,
             adapt,
@@ -128,10 +125,8 @@ def impute(
             log,
         )
         _check_files(job, model, ranks)
-        if advice:
-            logger.info(
-                "imputing without the transformer, which takes as long again on a CPU; --transformer on adds it"
-            )
+        if transformer is None:
+            logger.info("imputing without the transformer, which adds no accuracy so far; --transformer on runs it")
         load_numba()  # the command has another process pack the panel meanwhile
         with scratch_folder(cache_directory(settings), "imputation-") as scratch:
             if ranks.ranks > 1:

@@ -34,7 +34,7 @@ from tests.whole_files import PhasedData, read_dosages, read_phased
 
 MakeConfig = Callable[..., RunConfig]
 CPU = "cpu"
-SAID = "imputing without the transformer, which takes as long again on a CPU; --transformer on adds it"
+SAID = "imputing without the transformer, which adds no accuracy so far; --transformer on runs it"
 
 
 def matched(target: PhasedData, inputs: PanelInputs, overlap: bool = False) -> Targets:
@@ -349,8 +349,8 @@ class Reached(Exception):
     """The imputation would begin."""
 
 
-@pytest.mark.parametrize(("asked", "expected"), [(None, True), (True, True), (False, False)])
-def test_the_transformer_is_on_on_a_gpu_unless_asked_not_to_be(
+@pytest.mark.parametrize(("asked", "expected"), [(None, False), (True, True), (False, False)])
+def test_the_transformer_is_off_on_a_gpu_unless_asked_for(
     asked: bool | None,
     expected: bool,
     make_config: MakeConfig,
@@ -390,4 +390,4 @@ def test_the_transformer_is_on_on_a_gpu_unless_asked_not_to_be(
             adapt="off",
             cache_dir=cache_dir,
         )
-    assert seen == [expected] and SAID not in caplog.messages
+    assert seen == [expected] and (SAID in caplog.messages) == (asked is None)
