@@ -2,8 +2,7 @@
 
 The optimiser's steps see windows, the haplotypes nearest to a query, and one batch after another. The loop of
 imputation copies long stretches from all haplotypes, and gives the head's inputs of hundreds of samples in seconds.
-Only the head learns from them, to a plateau (docs/log.md). Samples held out decide
-whether the fitted head is kept.
+Only the head learns from them, to a plateau (docs/log.md). Samples held out decide whether the fitted head is kept.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from embrag_ds.copying.model import CopyingModel
 from embrag_ds.copying.stretch import most_stretch_sites
 from embrag_ds.correction.network import network_part
 from embrag_ds.correction.tiles import TransformerTiles
+from embrag_ds.data.panel import counted_haplotypes
 from embrag_ds.data.sampler import exclusion_table
 from embrag_ds.data.windows import DataConfig, Window, WindowedPanel, spread
 from embrag_ds.export import ExportedModel
@@ -118,7 +118,7 @@ class PanelRows:
         self._transformer, self._weights = None, 0
         if transformer:
             self._transformer = TransformerTiles(network_part(*model.parts, config.model), config.data)
-            self._weights = config.model.layers * config.model.dims**2 * (4 + 2 * config.model.ffn_multiple)
+            self._weights = config.model.block_weights
         self._noted = self._spread_sites()
 
     def _spread_sites(self) -> np.ndarray:
@@ -178,30 +178,13 @@ class PanelRows:
             self._transformer.add_along(probability, copied, stretch, self._data, typed, _unwatched)
             residual = _logit(probability[found.haplotypes, found.sites]) - before
             residual[found.to_ref] *= -1
-        alleles = reference.panel.alleles_at(core, columns)
-        counts = self._counted(core, samples)
-        of_reference = counts & inside.repeat(2)
-        own, size = ((each * of_reference).reshape(len(core), -1, 2).sum(2) for each in (alleles, 1))
-        sample = found.haplotypes // 2
-        copies = stretch.counts.sum(0)[found.sites] - own[found.sites, sample]
-        of = self._sizes(window)[found.sites] - size[found.sites, sample]
-        enough = np.minimum(copies, of - copies) >= reference.panel.minimum_allele_count
-        chosen = enough & counts[found.sites, found.haplotypes]
-        carries = (alleles[found.sites, found.haplotypes] != found.to_ref).astype(np.float32)
+        chosen = found.minor_count >= reference.panel.minimum_allele_count
+        if reference.panel.ploidy is not None:
+            counted = counted_haplotypes(reference.panel.ploidy.at(core)[:, samples])
+            chosen &= counted[found.sites, found.haplotypes]
+        alleles = reference.panel.alleles_at(core, columns)[found.sites, found.haplotypes]
+        carries = (alleles != found.to_ref).astype(np.float32)
         return Rows(found.features[chosen], residual[chosen], carries[chosen])
-
-    def _counted(self, sites: np.ndarray, samples: np.ndarray) -> np.ndarray:
-        """Haplotypes of these samples that count, bool [L, 2N]: the second of a haploid one repeats its first."""
-        counted = np.ones((len(sites), 2 * len(samples)), dtype=bool)
-        ploidy = self._data.reference.panel.ploidy
-        if ploidy is not None:
-            counted[:, 1::2] = ~ploidy.at(sites)[:, samples]
-        return counted
-
-    def _sizes(self, window: Window) -> np.ndarray:
-        """Number of haplotypes that count in the reference set at each site of a core, float32 [L]."""
-        sizes = self._data.reference.population_sizes.sum(0)
-        return np.broadcast_to(sizes, len(self._typed))[window.core_sites]
 
 
 def _unwatched(sites: int) -> Callable[[int], None]:

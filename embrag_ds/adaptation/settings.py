@@ -54,8 +54,7 @@ class StepSize:
         cells = self.rows * self.core
         products = 0.0
         if model is not None:
-            weights = model.layers * model.dims**2 * (4 + 2 * model.ffn_multiple)
-            products = 6 * weights * cells * _PER_PRODUCT_S
+            products = 6 * model.block_weights * cells * _PER_PRODUCT_S
         panel = self.core * self.haplotypes * _PER_PANEL_CELL_S
         seconds = _OVERHEAD_S + copying + panel + cells * _PER_CORE_CELL_S + products
         return seconds / _GPU_TIMES_AS_FAST if device == "cuda" else seconds

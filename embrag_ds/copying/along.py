@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from embrag_ds.copying import loops
-from embrag_ds.copying.frequencies import frequencies_without, good_turing_correction
+from embrag_ds.copying.frequencies import FrequenciesWithout, frequencies_without, good_turing_correction
 from embrag_ds.copying.model import CopyingModel, density, log_rarity
 from embrag_ds.copying.records import Found, Frequencies, Head, PanelPart, Rates
 from embrag_ds.copying.stretch import panel_part
@@ -63,13 +63,14 @@ class HeadRows(NamedTuple):
 
     ``features`` float32 [n, 12] are those of :func:`embrag_ds.model.confidence.confidence_features`. ``haplotypes``
     int64 [n] are the targets' rows, ``sites`` int32 [n] those of the core, and ``to_ref`` bool [n] says whether the
-    minor allele is REF.
+    minor allele is REF. ``minor_count`` float32 [n] is its count without the haplotypes not to be copied.
     """
 
     features: np.ndarray
     haplotypes: np.ndarray
     sites: np.ndarray
     to_ref: np.ndarray
+    minor_count: np.ndarray
 
 
 class CopyAlong:
@@ -162,8 +163,8 @@ class CopyAlong:
     ) -> Copied:
         """What a network reads of these targets; fills ``out`` as :meth:`probability` does."""
         found = _found(out, copied=out.shape[1])
-        of_rows = self._fill(stretch, alleles, samples, found, watch)
-        return Copied(found.copied, *of_rows)
+        of_rows, turing, row_of = self._fill(stretch, alleles, samples, found, watch)
+        return Copied(found.copied, of_rows.overall, turing, row_of)
 
     def head_rows(
         self, stretch: Stretch, alleles: np.ndarray, samples: np.ndarray, noted: np.ndarray, out: np.ndarray
@@ -173,10 +174,12 @@ class CopyAlong:
         With what a network reads of them; fills ``out`` as :meth:`probability` does.
         """
         found = _found(out, copied=out.shape[1], noted=noted)
-        of_rows = self._fill(stretch, alleles, samples, found, None)
+        of_rows, turing, row_of = self._fill(stretch, alleles, samples, found, None)
         here = np.arange(int(noted.sum())) < found.number
-        rows = HeadRows(found.features[here], np.nonzero(here)[0], found.sites[here], found.to_ref[here])
-        return rows, Copied(found.copied, *of_rows)
+        haplotypes, sites = np.nonzero(here)[0], found.sites[here]
+        count = of_rows.minor_allele_count[row_of[haplotypes], sites]
+        rows = HeadRows(found.features[here], haplotypes, sites, found.to_ref[here], count)
+        return rows, Copied(found.copied, of_rows.overall, turing, row_of)
 
     def _fill(
         self,
@@ -185,15 +188,15 @@ class CopyAlong:
         samples: np.ndarray,
         found: Found,
         watch: Callable[[int], None] | None,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Fill the arrays ``found``; returns ALT's overall frequency, its correction, and their rows by haplotype."""
+    ) -> tuple[FrequenciesWithout, np.ndarray, np.ndarray]:
+        """Fill the arrays ``found``; returns the targets' frequencies, their correction, and rows by haplotype."""
         excluded, row_of = self._excluded(samples)
-        own, overall, turing = self._frequencies(stretch, excluded, row_of)
+        own, of_rows, turing = self._frequencies(stretch, excluded, row_of)
         # Plain and contiguous, because numba compiles a loop anew for any other kind of array.
         given = (tuple(each) for each in (stretch.panel, stretch.rates, own, stretch.head))
         workers = min(self._workers, len(alleles))
         loops.copy_along(workers, *given, alleles, row_of, excluded, self._most_saved, tuple(found), watch=watch)
-        return overall, turing, row_of
+        return of_rows, turing, row_of
 
     def _excluded(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Haplotypes not to copy, int64 [2N, 2 E], padded with H, and rows of frequencies int64 [2N]."""
@@ -208,8 +211,8 @@ class CopyAlong:
 
     def _frequencies(
         self, stretch: Stretch, excluded: np.ndarray, row_of: np.ndarray
-    ) -> tuple[Frequencies, np.ndarray, np.ndarray]:
-        """What depends on frequencies, ALT's overall one and its correction by Good and Turing, both float32 [rows, L].
+    ) -> tuple[Frequencies, FrequenciesWithout, np.ndarray]:
+        """What depends on frequencies, those of ALT, and their correction by Good and Turing, float32 [rows, L].
 
         The first row is that of all targets outside the panel.
         """
@@ -240,7 +243,7 @@ class CopyAlong:
             log_rarity(found.overall),
             (found.overall > 0.5) != common,
         )
-        return of_minor, found.overall, turing
+        return of_minor, found, turing
 
 
 def _found(probability: np.ndarray, copied: int = 0, noted: np.ndarray | None = None) -> Found:

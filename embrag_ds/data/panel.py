@@ -140,7 +140,7 @@ class Panel:
         """
         bounds = [0] if self.ploidy is None else self.ploidy.start.tolist()
         for number, (first, last) in enumerate(pairwise([*bounds, len(self.packed)])):
-            counted = None if self.ploidy is None else _counted_haplotypes(self.ploidy.haploid[number])
+            counted = None if self.ploidy is None else counted_haplotypes(self.ploidy.haploid[number])
             for start in range(first, last, _SITES_PER_READ):
                 yield start, min(start + _SITES_PER_READ, last), counted
 
@@ -151,9 +151,9 @@ class Panel:
         return int(minor[minor > 0].min(initial=2 * len(self.samples)))
 
 
-def _counted_haplotypes(haploid: np.ndarray) -> np.ndarray:
-    """Haplotypes that count, bool [2N]: all but the second ones of the ``haploid`` samples, bool [N]."""
-    return np.stack([np.ones_like(haploid), ~haploid], axis=1).reshape(-1)
+def counted_haplotypes(haploid: np.ndarray) -> np.ndarray:
+    """Haplotypes that count, bool [..., 2N]: all but the second ones of the ``haploid`` samples, bool [..., N]."""
+    return np.stack([np.ones_like(haploid), ~haploid], axis=-1).reshape(*haploid.shape[:-1], -1)
 
 
 def skipped_records(skipped: dict[str, int]) -> str:

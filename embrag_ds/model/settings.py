@@ -46,6 +46,11 @@ class ModelConfig:
         known = fusions()
         require(self.fusion in known, "model.fusion", f"must be one of {', '.join(known)}, not {self.fusion!r}")
 
+    @property
+    def block_weights(self) -> int:
+        """Number of weights in the products of all transformer blocks."""
+        return self.layers * self.dims**2 * (4 + 2 * self.ffn_multiple)
+
 
 @strict_settings
 class LossConfig:
