@@ -20,6 +20,8 @@ from embrag_ds.variants.records import VariantReader
 HELD_OUT_SEED = 17
 """Seed of the choice of targets, and of the panel samples that the other tools are tuned on."""
 TARGETS = 100
+SPLIT = "-split"
+"""What the names of panels, which are splits of the same samples by other seeds, have before the seed."""
 COMMON_MAF = 0.05
 """Least minor-allele frequency in the panel (a fraction) of a typed site that is chosen by its distance."""
 WRONG_CM_PER_MB = 15.0
@@ -107,15 +109,16 @@ def hold_out(
     targets: int = TARGETS,
     panel_samples: int | None = None,
     region: str = "",
+    seed: int = HELD_OUT_SEED,
 ) -> None:
-    """Split samples, drawn at random, into panel, target and truth in ``folder``.
+    """Split samples, drawn at random by ``seed``, into panel, target and truth in ``folder``.
 
     The panel has ``panel_samples`` of the others, or all of them, and the sites that vary among these. All three files
     are indexed.
     """
     with VariantReader(variants) as vcf:
         names = vcf.samples
-    order = generator(Purpose.SPLIT, HELD_OUT_SEED).permutation(len(names))
+    order = generator(Purpose.SPLIT, seed).permutation(len(names))
     last = None if panel_samples is None else targets + panel_samples
     chosen = {"targets": sorted(order[:targets].tolist()), "others": sorted(order[targets:last].tolist())}
     for name, rows in chosen.items():
@@ -153,6 +156,7 @@ class Held:
     targets: int = TARGETS
     panel_samples: int | None = None
     region: str = ""
+    seed: int = HELD_OUT_SEED
 
     def prepare(self, data: Path, folder: Path) -> None:
         """Make the files in ``folder``."""
@@ -165,6 +169,7 @@ class Held:
                 targets=self.targets,
                 panel_samples=self.panel_samples,
                 region=self.region,
+                seed=self.seed,
             )
             if self.genetic_map:
                 shutil.copyfile(data / self.genetic_map, building / "genetic.map")
@@ -243,6 +248,7 @@ def _simulated(megabases: float, panel_samples: int, seed: int, **more: str | fl
 
 
 _CHR22 = "kgp_chr22_start/kgp3.chr22_16.05-16.64Mb.phased.vcf.gz"
+_CHR22_SPACING_BP = {"sparse": 4_000, "dense": 1_200}
 _MAIZE = "maize/maize.drops246.phased.vcf.gz"
 _MAIZE_TARGETS = 46
 SPECS: dict[str, Spec] = {
@@ -250,8 +256,7 @@ SPECS: dict[str, Spec] = {
     "few-sites": Simulated(_simulated(1, 750, 1702), sites=200),
     "chrX26": ChromosomeX("chrX_kgp26/chrX.kgp26.phased.vcf.gz"),
     "maize": Held(_MAIZE, every(10), targets=_MAIZE_TARGETS, region="10"),
-    "chr22-sparse": Held(_CHR22, spaced(4_000)),
-    "chr22-dense": Held(_CHR22, spaced(1_200)),
+    **{f"chr22-{array}": Held(_CHR22, spaced(spacing_bp)) for array, spacing_bp in _CHR22_SPACING_BP.items()},
     "chr20-50": _chr20("sparse", panel_samples=50),
     "chr20-500": _chr20("sparse", panel_samples=500),
     "chr20-sparse": _chr20("sparse"),
@@ -265,6 +270,11 @@ SPECS: dict[str, Spec] = {
         _simulated(2.5, 1_500, 1705, demography="american-admixture", switch_errors_per_mb=2.0, missed_calls=0.01)
     ),
     "growth-5000": Simulated(_simulated(1, 5_000, 1706, demography="growth")),
+    **{
+        f"chr22-{array}{SPLIT}{seed}": Held(_CHR22, spaced(spacing_bp), targets=500, seed=seed)
+        for array, spacing_bp in _CHR22_SPACING_BP.items()
+        for seed in (1, 2, 3)
+    },
     "maize-genome": Held(_MAIZE, every(10), targets=_MAIZE_TARGETS),
 }
 """Name -> what the panel is made of, the quick ones first."""

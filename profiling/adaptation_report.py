@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from adaptation_panels import SPLIT
 
 from embrag_ds.evaluation.metrics import BIN_NAMES
 
@@ -12,6 +15,8 @@ AUTO, OFF = "adapted", "as shipped"
 """Names of our two runs in a report."""
 TUNED = {"beagle": "beagle, tuned", "minimac4": "minimac4, tuned"}
 """Program -> name of its tuned run in a report."""
+Carriers = dict[str, dict[str, Any]]
+"""Bin -> number, said and right of its called carriers."""
 MINUS = "\N{MINUS SIGN}"
 
 
@@ -86,6 +91,8 @@ def table(results: list[dict[str, Any]]) -> str:
         _table(["panel", *BIN_NAMES], [_gaps(each, lead) for each in results]),
         "**Aggregate r2**",
         r2_table(results),
+        "**Called carriers** of the adapted model: number, mean probability said, share right.",
+        carriers_table(results),
     ]
     for name, each in worst(results).items():
         parts.append(f"Smallest {name}: {each}, {each.panel}, {each.bin}, {each.sites} sites, from {each.other}.")
@@ -95,6 +102,35 @@ def table(results: list[dict[str, Any]]) -> str:
 def r2_table(results: list[dict[str, Any]]) -> str:
     """Aggregate r2 of every run, and the scored sites."""
     return _table(["panel", "", *BIN_NAMES], [row for each in results for row in _r2_rows(each)])
+
+
+def carriers_table(results: list[dict[str, Any]]) -> str:
+    """Called carriers of every panel, and together those of panels that are splits of the same samples."""
+    found = {each["name"]: each["report"]["tools"][AUTO]["called_carriers"] for each in results}
+    given = {name: carriers for name, carriers in found.items() if carriers is not None}
+    splits: dict[str, list[Carriers]] = defaultdict(list)
+    for name, carriers in given.items():
+        if SPLIT in name:
+            splits[name.partition(SPLIT)[0]].append(carriers)
+    together = {f"{name}, all splits": _together(each) for name, each in splits.items()}
+    return _table(["panel", *BIN_NAMES], [_carriers_row(*each) for each in {**given, **together}.items()])
+
+
+def _together(found: list[Carriers]) -> Carriers:
+    """Called carriers of several runs, by bin."""
+    sums: Carriers = {}
+    for name in BIN_NAMES:
+        bins = [each[name] for each in found if each[name]["number"]]
+        number = sum(each["number"] for each in bins)
+        means = {key: sum(each[key] * each["number"] for each in bins) / max(1, number) for key in ("said", "right")}
+        sums[name] = {"number": number, **means}
+    return sums
+
+
+def _carriers_row(panel: str, carriers: Carriers) -> list[str]:
+    bins = [carriers[name] for name in BIN_NAMES]
+    shown = [f"{each['number']}: {each['said']:.3f}, {each['right']:.3f}" if each["number"] else "" for each in bins]
+    return [panel, *shown]
 
 
 def _panel_row(result: dict[str, Any]) -> list[str]:

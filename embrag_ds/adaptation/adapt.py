@@ -29,7 +29,7 @@ from embrag_ds.files import write_json
 
 logger = logging.getLogger(__name__)
 
-VERSION = 5
+VERSION = 6
 """Raised whenever the same inputs come to mean another adapted model, so that cached ones are made again."""
 LEAST_SAMPLES = 12
 """Fewest panel samples to adapt to. With fewer there is too little to learn from, and to judge the result by."""

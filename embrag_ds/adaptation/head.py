@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 _STRETCH_SITES = 1 << 14
 _FLANK_SITES = 1 << 12
 MOST_STRETCHES = 3
-_MOST_SAMPLES = 500
+_ENOUGH_SAMPLES, _ENOUGH_ROWS = 500, 2_000_000
+"""Where so many samples have fewer rows than that, more samples are learned from (docs/log.md)."""
 _LEAST_SAMPLES = 64
 _MOST_SECONDS = 20.0
 """Of two cores, for the samples to learn from."""
@@ -135,17 +136,16 @@ class PanelRows:
             noted[found[spread(len(found), most)]] = True
         return noted
 
-    def some(self, samples: np.ndarray) -> np.ndarray:
-        """As many of these samples, evenly spread, as are imputed in little time; none if a transformer takes long."""
+    @property
+    def most_samples(self) -> int:
+        """Samples that are imputed in little time; 0 if a transformer takes long."""
         typed = sum(int(self._typed[each.sites].sum()) for each in self._data.windows)
         sites = sum(each.core_stop - each.core_start for each in self._data.windows)
         of_sample = 2 * (typed * len(self._data.reference) * _PER_STATE_S + sites * self._weights * _PER_WEIGHT_S)
         affordable = int(_MOST_SECONDS / of_sample)
         if self._transformer is None:
-            affordable = max(_LEAST_SAMPLES, affordable)
-        elif affordable < _LEAST_SAMPLES:
-            affordable = 0
-        return samples[spread(len(samples), min(_MOST_SAMPLES, affordable))]
+            return max(_LEAST_SAMPLES, affordable)
+        return affordable if affordable >= _LEAST_SAMPLES else 0
 
     def of(self, samples: np.ndarray) -> Rows:
         """Rows of ``samples`` int64 [N], by their numbers in the panel; none copies itself.
@@ -185,6 +185,11 @@ class PanelRows:
         alleles = reference.panel.alleles_at(core, columns)[found.sites, found.haplotypes]
         carries = (alleles != found.to_ref).astype(np.float32)
         return Rows(found.features[chosen], residual[chosen], carries[chosen])
+
+
+def enough_samples(of_sample: float) -> int:
+    """Samples to learn from, if each has so many rows on average."""
+    return max(_ENOUGH_SAMPLES, int(_ENOUGH_ROWS / of_sample))
 
 
 def _unwatched(sites: int) -> Callable[[int], None]:

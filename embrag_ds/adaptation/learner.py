@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from embrag_ds.adaptation.fitting import FROZEN, FROZEN_AMONG_FEW, fit
-from embrag_ds.adaptation.head import MOST_STRETCHES, HeadFit, PanelRows, fit_head, stretch_settings
+from embrag_ds.adaptation.head import MOST_STRETCHES, HeadFit, PanelRows, enough_samples, fit_head, stretch_settings
 from embrag_ds.adaptation.held_out import HeldOut, MaskScores, Tally
 from embrag_ds.adaptation.pairs import Pairs
 from embrag_ds.adaptation.settings import StepSize
@@ -183,14 +183,18 @@ class Learner:
         now = ExportedModel.of(self._model.config, self.weights(), self._model.snapshot)
         data = WindowedPanel(source.reference, stretches, self._data.position_cm)
         rows = PanelRows(now, source.transformer, data, source.typed)
-        learning, held_out = rows.some(source.split[0]), source.split[1]
+        if not rows.most_samples:
+            return None
+        many, few = source.split
+        held_out = rows.of(few)
+        if not len(held_out):
+            return None
+        number = min(enough_samples(len(held_out) / len(few)), rows.most_samples)
+        learning = rows.of(many[spread(len(many), number)])
         if not len(learning):
             return None
-        given = rows.of(learning), rows.of(held_out)
-        if not all(map(len, given)):
-            return None
         with undivided():
-            found = fit_head(head.cpu(), *given, SEED)
+            found = fit_head(head.cpu(), learning, held_out, SEED)
         head.to(source.device)
         return found
 

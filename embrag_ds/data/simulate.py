@@ -50,7 +50,6 @@ _DATA_FILES = (
     "settings.json",
 )
 
-
 _MOST = {
     "length_bp": 1_000_000_000,
     "panel_samples": 1_000_000,
@@ -315,7 +314,8 @@ def _growth() -> msprime.Demography:
     return demography
 
 
-_DEMOGRAPHIES = {"out-of-africa": _out_of_africa, "american-admixture": _american_admixture, "growth": _growth}
+DEMOGRAPHIES = {"out-of-africa": _out_of_africa, "american-admixture": _american_admixture, "growth": _growth}
+"""Demographic model -> what makes it for msprime."""
 
 
 def _simulate(
@@ -327,7 +327,7 @@ def _simulate(
 
     tree_sequence = msprime.sim_ancestry(
         dict(zip(settings.populations, samples, strict=True)),
-        demography=_DEMOGRAPHIES[settings.demography](),
+        demography=DEMOGRAPHIES[settings.demography](),
         recombination_rate=msprime.RateMap(position=breakpoints, rate=rates * 1e-8),
         random_seed=settings.seed,
     )

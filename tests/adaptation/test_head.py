@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from embrag_ds.adaptation import head as head_module
-from embrag_ds.adaptation.head import PanelRows, Rows, fit_head, stretch_settings
+from embrag_ds.adaptation.head import PanelRows, Rows, enough_samples, fit_head, stretch_settings
 from embrag_ds.adaptation.learner import Learner, Source
 from embrag_ds.copying import stretch
 from embrag_ds.copying.along import CopyAlong
@@ -156,21 +156,29 @@ def test_few_common_sites_are_enough(source: Source, shipped: ExportedModel, mon
 def test_as_many_samples_as_take_little_time(
     source: Source, shipped: ExportedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, many = head_rows(source, shipped), np.arange(1000, 3000)
-    assert len(rows.some(many)) == 500 and rows.some(many)[[0, -1]].tolist() == [1000, 2999]
-    assert rows.some(many[:40]).tolist() == many[:40].tolist()
+    rows = head_rows(source, shipped)
     typed = sum(int(source.typed[each.sites].sum()) for each in source.stretches(shipped))
-    monkeypatch.setattr(head_module, "_MOST_SECONDS", 2 * typed * len(source.reference) * 1.3e-9 * 150.5)
-    assert len(rows.some(many)) == 150
+    of_sample = 2 * typed * len(source.reference) * 1.3e-9
+    assert rows.most_samples == int(20 / of_sample) > 3000
     monkeypatch.setattr(head_module, "_MOST_SECONDS", 1e-9)
-    assert len(rows.some(many)) == 64
+    assert rows.most_samples == 64
     # The time of a transformer counts, and a large one is left out.
     sites = sum(each.core_stop - each.core_start for each in source.stretches(shipped))
-    of_sample = 2 * (typed * len(source.reference) * 1.3e-9 + sites * 12 * 32**2 * 4e-11)
+    of_sample += 2 * sites * 12 * 32**2 * 4e-11
     rows = head_rows(replace(source, transformer=True), shipped)
     for affordable, expected in ((80.5, 80), (63.5, 0)):
         monkeypatch.setattr(head_module, "_MOST_SECONDS", affordable * of_sample)
-        assert len(rows.some(many)) == expected
+        assert rows.most_samples == expected
+
+
+def test_more_samples_where_each_has_few_rows() -> None:
+    assert [enough_samples(each) for each in (10_000.0, 4_001.0, 4_000.0, 2_000.0, 680.0)] == [
+        500,
+        500,
+        500,
+        1000,
+        2941,
+    ]
 
 
 def test_stretches_are_as_long_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +263,7 @@ def test_only_the_head_of_a_learner_is_fitted(
     monkeypatch.setattr(PanelRows, "of", lambda self, samples: asked.append(samples.tolist()) or of(self, samples))
     found = learner.fit_head()
     assert found is not None and found.kept and found.rows > 1000
-    assert asked == [each.tolist() for each in source.split]
+    assert asked == [each.tolist() for each in reversed(source.split)]
     for name, value in learner.weights().items():
         assert torch.equal(value, shipped.weights[name]) == ("confidence." not in name), name
     # The loss of the samples held out is that of the network as it is now.
@@ -270,6 +278,24 @@ def test_only_the_head_of_a_learner_is_fitted(
     with torch.no_grad():
         odds = learner.network.confidence.minor_odds(torch.from_numpy(held_out.features)).numpy()
     assert found.after == pytest.approx(cross_entropy(held_out, odds), abs=1e-6)
+
+
+def test_a_head_learns_from_as_many_samples_as_are_enough_and_take_little_time(
+    source: Source, shipped: ExportedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learning, held_out = source.split
+    of_sample = len(head_rows(source, shipped).of(held_out)) / len(held_out)
+    learner, asked, of = Learner(source, shipped, source.windows(shipped), 1.0), [], PanelRows.of
+    monkeypatch.setattr(PanelRows, "of", lambda self, samples: asked.append(samples.tolist()) or of(self, samples))
+    monkeypatch.setattr(head_module, "_ENOUGH_SAMPLES", 2)
+    monkeypatch.setattr(head_module, "_ENOUGH_ROWS", 5.5 * of_sample)
+    monkeypatch.setattr(head_module, "_LEAST_SAMPLES", 4)
+    for seconds, number in ((20.0, 5), (1e-9, 4)):
+        monkeypatch.setattr(head_module, "_MOST_SECONDS", seconds)
+        asked.clear()
+        learner.fit_head()
+        chosen = [*map(int, learning[np.linspace(0, len(learning) - 1, number).round().astype(int)])]
+        assert asked == [held_out.tolist(), chosen]
 
 
 def test_no_head_is_fitted_where_haplotypes_are_not_copied_or_the_transformer_takes_long(

@@ -152,7 +152,7 @@ def canned(name: str, gain: float, lead: float) -> dict[str, Any]:
         "tools": {"beagle": {"setting": "ne=1000", "tuned": cost}},
         "report": {
             "sites": dict.fromkeys(BIN_NAMES, 7),
-            "tools": {run: {"aggregate_r2": values(r2)} for run, r2 in runs.items()},
+            "tools": {run: {"aggregate_r2": values(r2), "called_carriers": None} for run, r2 in runs.items()},
             "differences": [difference(other) for other in list(runs)[1:]],
         },
     }
@@ -169,6 +169,25 @@ def test_the_table_has_gain_lead_times_and_the_worst_case() -> None:
     assert "Smallest lead: +.0304 (" in text and text.endswith(", one, 0.1-0.5 %, 7 sites, from beagle, tuned.\n")
     rows = [line.count("|") for line in text.splitlines() if line.startswith("|")]
     assert set(rows) == {13, 9, 10}
+
+
+def test_called_carriers_of_several_splits_are_counted_together() -> None:
+    results = [canned(name, 0.1, 0.1) for name in ("real-split1", "real-split2", "other-2", "without")]
+    numbers = [(10, 0.9, 0.8), (30, 0.7, 0.9), (5, 0.5, 1.0)]
+    for result, (number, said, right) in zip(results, numbers, strict=False):
+        empty = {"number": 0, "said": None, "right": None, "interval": [None, None]}
+        given = {"number": number, "said": said, "right": right, "interval": [0, 0]}
+        result["report"]["tools"]["adapted"]["called_carriers"] = {
+            name: given if name == "all" else empty for name in BIN_NAMES
+        }
+    rows = adaptation_report.carriers_table(results).splitlines()[2:]
+    blank = " |  |" + "  |" * (len(BIN_NAMES) - 2)
+    assert rows == [
+        f"| real-split1{blank} 10: 0.900, 0.800 |",
+        f"| real-split2{blank} 30: 0.700, 0.900 |",
+        f"| other-2{blank} 5: 0.500, 1.000 |",
+        f"| real, all splits{blank} 40: 0.750, 0.875 |",
+    ]
 
 
 def test_it_skips_what_is_done_and_names_what_it_cannot_do(
