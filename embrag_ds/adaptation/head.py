@@ -8,6 +8,7 @@ Only the head learns from them, to a plateau (docs/log.md). Samples held out dec
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -25,7 +26,7 @@ from embrag_ds.data.panel import counted_haplotypes
 from embrag_ds.data.sampler import exclusion_table
 from embrag_ds.data.windows import DataConfig, Window, WindowedPanel, spread
 from embrag_ds.export import ExportedModel
-from embrag_ds.model.confidence import ConfidenceHead
+from embrag_ds.model.confidence import ODDS, ConfidenceHead
 from embrag_ds.progress import Progress
 from embrag_ds.seeds import Purpose, generator
 
@@ -51,7 +52,10 @@ The rarest matter most, and a common one has rows for every haplotype.
 _MOST_BATCH, _LEAST_BATCH = 4096, 256
 _BATCHES = 64
 """Batches of a pass, where there are enough rows for batches of the least size and too few for the largest."""
-_PASSES = 6
+_PASSES, _MOST_ROUNDS = 6, 8
+"""Passes of a round, after which the samples held out say whether another one follows."""
+_UNLIKELY, _KEPT = 0.01, 0.25
+"""Of genotypes where copying gives the minor allele less than the first, a share: most are those, and teach little."""
 _RATE = 4e-3
 _BETAS = (0.9, 0.99)
 _ROWS_AT_ONCE = 1 << 16
@@ -73,6 +77,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.carries)
 
+    def at(self, chosen: np.ndarray) -> Rows:
+        """The rows with these numbers."""
+        return Rows(*(each[chosen] for each in self.arrays))
+
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Its arrays, in order."""
@@ -81,12 +89,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class HeadFit:
-    """What became of a fit: ``rows`` it learned from, and the cross-entropy of the samples held out in nats per row.
+    """What became of a fit: ``rows`` it learned from, its ``rounds``, and the cross-entropy of the samples held out.
 
-    It is that ``before`` and ``after`` the fit, which is ``kept`` if it lowered it.
+    That is in nats per row, ``before`` the fit and ``after`` its best round, which is ``kept`` if it lowered it.
     """
 
     rows: int
+    rounds: int
     before: float
     after: float
 
@@ -184,7 +193,7 @@ class PanelRows:
             chosen &= counted[found.sites, found.haplotypes]
         alleles = reference.panel.alleles_at(core, columns)[found.sites, found.haplotypes]
         carries = (alleles != found.to_ref).astype(np.float32)
-        return Rows(found.features[chosen], residual[chosen], carries[chosen])
+        return Rows(found.features, residual, carries).at(np.flatnonzero(chosen))
 
 
 def enough_samples(of_sample: float) -> int:
@@ -200,29 +209,22 @@ def _unwatched(sites: int) -> Callable[[int], None]:
 def fit_head(head: ConfidenceHead, learning: Rows, held_out: Rows, seed: int) -> HeadFit:
     """Fit ``head``, on the CPU, to the rows to learn from; it stays as it was if those held out are worse for it.
 
-    Adam (Kingma and Ba 2015) with half a cosine takes steps on the cross-entropy of the minor allele. Their batches
-    follow from ``seed``.
+    Rounds of steps on the cross-entropy of the minor allele follow each other as long as that of the rows held out
+    falls, and the best head is kept. What is drawn at random follows from ``seed``.
     """
-    before, start = _loss(head, held_out), {name: value.clone() for name, value in head.state_dict().items()}
-    given = tuple(map(torch.from_numpy, learning.arrays))
-    batch = min(len(learning), max(_LEAST_BATCH, min(_MOST_BATCH, len(learning) // _BATCHES)))
-    of_pass = len(learning) // batch
-    steps = _PASSES * of_pass
-    optimizer = torch.optim.Adam(head.parameters(), lr=_RATE, betas=_BETAS)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    rng = generator(Purpose.HEAD_ROWS, seed)
-    with Progress("fitting the confidence head", steps, "steps") as progress, torch.enable_grad():
-        for _ in range(_PASSES):
-            order = torch.from_numpy(rng.permutation(len(learning)))
-            for chosen in order[: of_pass * batch].split(batch):
-                optimizer.zero_grad()
-                _cross_entropy(head, *(each[chosen] for each in given)).backward()
-                optimizer.step()
-                schedule.step()
-                progress.advance()
-    found = HeadFit(len(learning), before, _loss(head, held_out))
-    if not found.kept:
-        head.load_state_dict(start)
+    before, start = _loss(head, held_out), _weights(head)
+    rng, after, best = generator(Purpose.HEAD_ROWS, seed), math.inf, start
+    likely = learning.features[:, 0] * ODDS >= math.log(_UNLIKELY / (1 - _UNLIKELY))
+    learning, rounds = learning.at(np.flatnonzero(likely | (rng.random(len(learning)) < _KEPT))), 0
+    while len(learning) and rounds < _MOST_ROUNDS:
+        rounds += 1
+        _learn(head, learning, rng, rounds)
+        loss = _loss(head, held_out)
+        if loss >= after:
+            break
+        after, best = loss, _weights(head)
+    found = HeadFit(len(learning), rounds, before, after if rounds else before)
+    head.load_state_dict(best if found.kept else start)
     logger.info(
         "confidence head fitted to %s genotypes: cross-entropy of the samples held out %.5f -> %.5f; %s",
         f"{found.rows:,}",
@@ -231,6 +233,30 @@ def fit_head(head: ConfidenceHead, learning: Rows, held_out: Rows, seed: int) ->
         "kept" if found.kept else "that is no better, so it stays as it was",
     )
     return found
+
+
+def _weights(head: ConfidenceHead) -> dict[str, Tensor]:
+    """The head's weights, which stay as they are."""
+    return {name: value.clone() for name, value in head.state_dict().items()}
+
+
+def _learn(head: ConfidenceHead, rows: Rows, rng: np.random.Generator, number: int) -> None:
+    """Take the steps of a round, of this ``number``: by Adam (Kingma and Ba 2015), with half a cosine."""
+    given = tuple(map(torch.from_numpy, rows.arrays))
+    batch = min(len(rows), max(_LEAST_BATCH, min(_MOST_BATCH, len(rows) // _BATCHES)))
+    of_pass = len(rows) // batch
+    optimizer = torch.optim.Adam(head.parameters(), lr=_RATE, betas=_BETAS)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _PASSES * of_pass)
+    title = f"fitting the confidence head, round {number}"
+    with Progress(title, _PASSES * of_pass, "steps") as progress, torch.enable_grad():
+        for _ in range(_PASSES):
+            order = torch.from_numpy(rng.permutation(len(rows)))
+            for chosen in order[: of_pass * batch].split(batch):
+                optimizer.zero_grad()
+                _cross_entropy(head, *(each[chosen] for each in given)).backward()
+                optimizer.step()
+                schedule.step()
+                progress.advance()
 
 
 def _cross_entropy(head: ConfidenceHead, features: Tensor, residual: Tensor, carries: Tensor) -> Tensor:

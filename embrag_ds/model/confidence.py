@@ -20,7 +20,7 @@ from embrag_ds.model.recompute import computed_again
 _SITES_AT_ONCE = 8192
 """Sites per call of the layers without gradients, few enough that their activations fit a processor's cache."""
 
-_ODDS = 4
+ODDS = 4
 """Log-odds that are one unit of a feature."""
 
 
@@ -59,7 +59,7 @@ class ConfidenceHead(nn.Module):
 
     def minor_odds(self, features: Tensor) -> Tensor:
         """Corrected log-odds [n] of the minor allele, from features [n, 12]."""
-        corrected: Tensor = _ODDS * features[:, 0] + self.layers(features)[:, 0]
+        corrected: Tensor = ODDS * features[:, 0] + self.layers(features)[:, 0]
         return corrected
 
 
@@ -84,8 +84,8 @@ def confidence_features(minor_odds: Tensor, sign: Tensor, evidence: Evidence, fr
     own_number = torch.where(turned, evidence.ref_number, evidence.alt_number)
     others_number = torch.where(turned, evidence.alt_number, evidence.ref_number)
     features = [
-        minor_odds / _ODDS,
-        (minor_odds / _ODDS).square() / 4,
+        minor_odds / ODDS,
+        (minor_odds / ODDS).square() / 4,
         log_rarity(frequency),
         log_cm(own),
         log_cm(others),
