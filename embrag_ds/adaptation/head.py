@@ -28,15 +28,14 @@ from embrag_ds.data.windows import DataConfig, Window, WindowedPanel, spread
 from embrag_ds.export import ExportedModel
 from embrag_ds.model.confidence import ODDS, ConfidenceHead
 from embrag_ds.progress import Progress
-from embrag_ds.seeds import Purpose, generator
 
 logger = logging.getLogger(__name__)
 
 _STRETCH_SITES = 1 << 14
 _FLANK_SITES = 1 << 12
 MOST_STRETCHES = 3
-_ENOUGH_SAMPLES, _ENOUGH_ROWS = 500, 2_000_000
-"""Where so many samples have fewer rows than that, more samples are learned from (docs/log.md)."""
+_MOST_ROWS = 1_200_000
+"""Rows to learn from: of many samples a part of each, which teaches more than all of a few (docs/log.md)."""
 _LEAST_SAMPLES = 64
 _MOST_SECONDS = 20.0
 """Of two cores, for the samples to learn from."""
@@ -52,8 +51,8 @@ The rarest matter most, and a common one has rows for every haplotype.
 _MOST_BATCH, _LEAST_BATCH = 4096, 256
 _BATCHES = 64
 """Batches of a pass, where there are enough rows for batches of the least size and too few for the largest."""
-_PASSES, _MOST_ROUNDS = 6, 8
-"""Passes of a round, after which the samples held out say whether another one follows."""
+_PASSES, _MOST_ROUNDS, _PATIENCE = 6, 8, 2
+"""Passes of a round, rounds at most, and rounds after the best one until the fit ends."""
 _UNLIKELY, _KEPT = 0.01, 0.25
 """Of genotypes where copying gives the minor allele less than the first, a share: most are those, and teach little."""
 _RATE = 4e-3
@@ -85,6 +84,31 @@ class Rows:
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Its arrays, in order."""
         return self.features, self.residual, self.carries
+
+
+@dataclass(frozen=True)
+class Thinning:
+    """A draw from rows by ``rng``: ``share`` of those with a likely minor allele, and a quarter of that of others."""
+
+    share: float
+    rng: np.random.Generator
+
+    @staticmethod
+    def to_most(rows: Rows, samples: float, rng: np.random.Generator) -> Thinning:
+        """One that leaves about as many rows as are learned from, of ``samples`` times as many as these ``rows``."""
+        number = samples * float(np.where(_likely(rows), 1.0, _KEPT).sum())
+        return Thinning(min(1.0, _MOST_ROWS / max(1.0, number)), rng)
+
+    def of(self, rows: Rows) -> Rows:
+        """The rows that are drawn."""
+        kept = np.where(_likely(rows), self.share, _KEPT * self.share)
+        return rows.at(np.flatnonzero(self.rng.random(len(rows)) < kept))
+
+
+def _likely(rows: Rows) -> np.ndarray:
+    """Rows where copying gives the minor allele a probability of :data:`_UNLIKELY` or more, bool [n]."""
+    likely: np.ndarray = rows.features[:, 0] * ODDS >= math.log(_UNLIKELY / (1 - _UNLIKELY))
+    return likely
 
 
 @dataclass(frozen=True)
@@ -156,8 +180,8 @@ class PanelRows:
             return max(_LEAST_SAMPLES, affordable)
         return affordable if affordable >= _LEAST_SAMPLES else 0
 
-    def of(self, samples: np.ndarray) -> Rows:
-        """Rows of ``samples`` int64 [N], by their numbers in the panel; none copies itself.
+    def of(self, samples: np.ndarray, thinning: Thinning | None = None) -> Rows:
+        """Rows of ``samples`` int64 [N], by their numbers in the panel, all or thinned; no sample copies itself.
 
         Left out are those at sites that would not be in the panel without the sample, by its minimum allele count.
         """
@@ -167,7 +191,8 @@ class PanelRows:
                 stretch = self._copy.stretch(window.index, self._typed[window.sites])
                 for start in range(0, len(samples), _AT_ONCE):
                     some = samples[start : start + _AT_ONCE]
-                    parts.append(self._of_stretch(stretch, window, some))
+                    found = self._of_stretch(stretch, window, some)
+                    parts.append(found if thinning is None else thinning.of(found))
                     progress.advance(len(some))
         return Rows(*(np.concatenate(each) for each in zip(*(each.arrays for each in parts), strict=True)))
 
@@ -196,34 +221,27 @@ class PanelRows:
         return Rows(found.features, residual, carries).at(np.flatnonzero(chosen))
 
 
-def enough_samples(of_sample: float) -> int:
-    """Samples to learn from, if each has so many rows on average."""
-    return max(_ENOUGH_SAMPLES, int(_ENOUGH_ROWS / of_sample))
-
-
 def _unwatched(sites: int) -> Callable[[int], None]:
     """No watch: a few samples take a second."""
     return lambda haplotypes: None
 
 
-def fit_head(head: ConfidenceHead, learning: Rows, held_out: Rows, seed: int) -> HeadFit:
+def fit_head(head: ConfidenceHead, learning: Rows, held_out: Rows, rng: np.random.Generator) -> HeadFit:
     """Fit ``head``, on the CPU, to the rows to learn from; it stays as it was if those held out are worse for it.
 
-    Rounds of steps on the cross-entropy of the minor allele follow each other as long as that of the rows held out
-    falls, and the best head is kept. What is drawn at random follows from ``seed``.
+    Rounds of steps on the cross-entropy of the minor allele follow each other, until two have not lowered that of the
+    rows held out. The best head is kept.
     """
     before, start = _loss(head, held_out), _weights(head)
-    rng, after, best = generator(Purpose.HEAD_ROWS, seed), math.inf, start
-    likely = learning.features[:, 0] * ODDS >= math.log(_UNLIKELY / (1 - _UNLIKELY))
-    learning, rounds = learning.at(np.flatnonzero(likely | (rng.random(len(learning)) < _KEPT))), 0
-    while len(learning) and rounds < _MOST_ROUNDS:
-        rounds += 1
-        _learn(head, learning, rng, rounds)
-        loss = _loss(head, held_out)
-        if loss >= after:
+    best, losses = start, []
+    for number in range(1, _MOST_ROUNDS + 1):
+        _learn(head, learning, rng, number)
+        losses.append(_loss(head, held_out))
+        if losses[-1] == min(losses):
+            best = _weights(head)
+        if len(losses) - losses.index(min(losses)) > _PATIENCE:
             break
-        after, best = loss, _weights(head)
-    found = HeadFit(len(learning), rounds, before, after if rounds else before)
+    found = HeadFit(len(learning), len(losses), before, min(losses))
     head.load_state_dict(best if found.kept else start)
     logger.info(
         "confidence head fitted to %s genotypes: cross-entropy of the samples held out %.5f -> %.5f; %s",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from embrag_ds.adaptation.fitting import FROZEN, FROZEN_AMONG_FEW, fit
-from embrag_ds.adaptation.head import MOST_STRETCHES, HeadFit, PanelRows, enough_samples, fit_head, stretch_settings
+from embrag_ds.adaptation.head import MOST_STRETCHES, HeadFit, PanelRows, Thinning, fit_head, stretch_settings
 from embrag_ds.adaptation.held_out import HeldOut, MaskScores, Tally
 from embrag_ds.adaptation.pairs import Pairs
 from embrag_ds.adaptation.settings import StepSize
@@ -32,6 +32,7 @@ from embrag_ds.retrieval.prefetch import Prefetcher
 from embrag_ds.retrieval.reference import Reference
 from embrag_ds.retrieval.search import present_backend
 from embrag_ds.runtime.streams import use_device
+from embrag_ds.seeds import Purpose, generator
 
 SEED = 1
 """Seed of held-out samples and batches: an adaptation repeats exactly."""
@@ -189,12 +190,12 @@ class Learner:
         held_out = rows.of(few)
         if not len(held_out):
             return None
-        number = min(enough_samples(len(held_out) / len(few)), rows.most_samples)
-        learning = rows.of(many[spread(len(many), number)])
+        chosen, rng = many[spread(len(many), rows.most_samples)], generator(Purpose.HEAD_ROWS, SEED)
+        learning = rows.of(chosen, Thinning.to_most(held_out, len(chosen) / len(few), rng))
         if not len(learning):
             return None
         with undivided():
-            found = fit_head(head.cpu(), learning, held_out, SEED)
+            found = fit_head(head.cpu(), learning, held_out, rng)
         head.to(source.device)
         return found
 

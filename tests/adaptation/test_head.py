@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from embrag_ds.adaptation import head as head_module
-from embrag_ds.adaptation.head import PanelRows, Rows, enough_samples, fit_head, stretch_settings
+from embrag_ds.adaptation.head import PanelRows, Rows, Thinning, fit_head, stretch_settings
 from embrag_ds.adaptation.learner import Learner, Source
 from embrag_ds.copying import stretch
 from embrag_ds.copying.along import CopyAlong
@@ -24,7 +24,6 @@ from embrag_ds.data.windows import DataConfig, WindowedPanel
 from embrag_ds.export import PRETRAINED, ExportedModel, read_export
 from embrag_ds.model.confidence import ConfidenceHead
 from embrag_ds.model.numbers import CONFIDENCE_FEATURES, CONFIDENCE_LAYERS
-from embrag_ds.seeds import Purpose, generator
 
 MakeModel = Callable[..., ExportedModel]
 MakeSource = Callable[..., Source]
@@ -172,14 +171,24 @@ def test_as_many_samples_as_take_little_time(
         assert rows.most_samples == expected
 
 
-def test_more_samples_where_each_has_few_rows() -> None:
-    assert [enough_samples(each) for each in (10_000.0, 4_001.0, 4_000.0, 2_000.0, 680.0)] == [
-        500,
-        500,
-        500,
-        1000,
-        2941,
-    ]
+def test_rows_are_thinned_to_so_many_and_unlikely_ones_to_a_quarter_of_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = made_up(100_000, 7, lambda features: 0 * features[:, 0])
+    unlikely = rows.features[:, 0] * 4 < np.log(0.01 / 0.99)
+    assert 500 < unlikely.sum() < 5000
+    rows = rows.at(np.concatenate([np.flatnonzero(unlikely).repeat(20), np.flatnonzero(~unlikely)]))
+    unlikely = rows.features[:, 0] * 4 < np.log(0.01 / 0.99)
+    for most, share in ((10**9, 1.0), (3 * ((~unlikely).sum() + unlikely.sum() / 4) * 0.2, 0.2)):
+        monkeypatch.setattr(head_module, "_MOST_ROWS", most)
+        thinning = Thinning.to_most(rows, 3.0, np.random.default_rng(1))
+        assert thinning.share == pytest.approx(share)
+        found = thinning.of(rows)
+        of_unlikely = (found.features[:, 0] * 4 < np.log(0.01 / 0.99)).sum()
+        assert len(found) - of_unlikely == pytest.approx(share * (~unlikely).sum(), rel=0.02)
+        assert of_unlikely == pytest.approx(share * unlikely.sum() / 4, rel=0.05)
+    # Rows stay whole.
+    whole = np.concatenate([rows.features, rows.residual[:, None], rows.carries[:, None]], axis=1)
+    drawn = np.concatenate([found.features, found.residual[:, None], found.carries[:, None]], axis=1)
+    assert set(map(bytes, drawn)) <= set(map(bytes, whole))
 
 
 def test_stretches_are_as_long_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,11 +223,10 @@ def test_a_fit_finds_the_correction_that_is_true() -> None:
 
     learning, held_out = made_up(60_000, 1, truth), made_up(20_000, 2, truth)
     head = ConfidenceHead()
-    found = fit_head(head, learning, held_out, seed=1)
+    found = fit_head(head, learning, held_out, np.random.default_rng(1))
     prior = 4 * held_out.features[:, 0] + held_out.residual
     best = cross_entropy(held_out, prior + truth(held_out.features))
-    unlikely = (learning.features[:, 0] * 4 < np.log(0.01 / 0.99)).sum()
-    assert found.kept and abs(found.rows - (60_000 - 0.75 * unlikely)) < 0.05 * unlikely
+    assert found.rows == 60_000 and found.kept
     assert found.before == pytest.approx(cross_entropy(held_out, prior), abs=1e-5)
     assert best - 1e-3 < found.after < best + 0.05 * (found.before - best)
     with torch.no_grad():
@@ -227,11 +235,11 @@ def test_a_fit_finds_the_correction_that_is_true() -> None:
     # Another fit gives the same weights, whatever torch drew meanwhile.
     twin = ConfidenceHead()
     start = {name: value.clone() for name, value in twin.state_dict().items()}
-    fit_head(twin, learning, held_out, seed=1)
+    fit_head(twin, learning, held_out, np.random.default_rng(1))
     torch.rand(3)
     other = ConfidenceHead()
     other.load_state_dict(start)
-    fit_head(other, learning, held_out, seed=1)
+    fit_head(other, learning, held_out, np.random.default_rng(1))
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in twin.state_dict().items())
 
 
@@ -241,19 +249,19 @@ def test_a_head_that_is_worse_for_samples_held_out_stays_as_it_was(caplog: pytes
     held_out = made_up(5000, 4, lambda features: -3 * features[:, 5])
     head = ConfidenceHead()
     before = {name: value.clone() for name, value in head.state_dict().items()}
-    found = fit_head(head, learning, held_out, seed=1)
+    found = fit_head(head, learning, held_out, np.random.default_rng(1))
     assert not found.kept and found.after > found.before
     losses = f"{found.before:.5f} -> {found.after:.5f}"
     assert caplog.messages[-1] == (
         f"confidence head fitted to {found.rows:,} genotypes: cross-entropy of the samples held out {losses}; "
         "that is no better, so it stays as it was"
     )
-    assert found.rounds == 2 and all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
+    assert found.rounds == 3 and all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
 
 
 def test_rounds_follow_as_long_as_the_loss_falls_and_the_best_head_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, seen = made_up(2000, 5, lambda features: features[:, 1]), []
-    losses = iter([0.5, 0.4, 0.3, 0.2, 0.25, 0.1])
+    losses = iter([0.5, 0.4, 0.45, 0.2, 0.25, 0.3, 0.1])
     monkeypatch.setattr(head_module, "_loss", lambda head, rows: next(losses))
     learn = head_module._learn
 
@@ -263,23 +271,12 @@ def test_rounds_follow_as_long_as_the_loss_falls_and_the_best_head_is_kept(monke
 
     monkeypatch.setattr(head_module, "_learn", watched)
     head = ConfidenceHead()
-    found = fit_head(head, rows, rows, seed=1)
-    assert (found.rounds, found.before, found.after, found.kept) == (4, 0.5, 0.2, True) and len(seen) == 4
+    found = fit_head(head, rows, rows, np.random.default_rng(1))
+    assert (found.rounds, found.before, found.after, found.kept) == (5, 0.5, 0.2, True) and len(seen) == 5
     assert all(torch.equal(value, seen[2][name]) for name, value in head.state_dict().items())
     assert not torch.equal(seen[2]["layers.0.weight"], seen[3]["layers.0.weight"])
     losses = iter([0.5, *np.linspace(0.4, 0.3, 20)])
-    assert fit_head(ConfidenceHead(), rows, rows, seed=1).rounds == 8
-
-
-def test_nothing_is_learned_where_no_row_is_left() -> None:
-    rows = made_up(3, 6, lambda features: 0 * features[:, 0])
-    rows.features[:, 0] = -5.0
-    seed = next(seed for seed in range(100) if (generator(Purpose.HEAD_ROWS, seed).random(3) >= 0.25).all())
-    head = ConfidenceHead()
-    before = {name: value.clone() for name, value in head.state_dict().items()}
-    found = fit_head(head, rows, rows, seed)
-    assert (found.rows, found.rounds, found.kept) == (0, 0, False) and found.after == found.before
-    assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
+    assert fit_head(ConfidenceHead(), rows, rows, np.random.default_rng(1)).rounds == 8
 
 
 def test_a_probability_of_one_has_finite_odds() -> None:
@@ -293,7 +290,9 @@ def test_only_the_head_of_a_learner_is_fitted(
     source: Source, shipped: ExportedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learner, asked, of = Learner(source, shipped, source.windows(shipped), 1.0), [], PanelRows.of
-    monkeypatch.setattr(PanelRows, "of", lambda self, samples: asked.append(samples.tolist()) or of(self, samples))
+    monkeypatch.setattr(
+        PanelRows, "of", lambda self, samples, *given: asked.append(samples.tolist()) or of(self, samples, *given)
+    )
     found = learner.fit_head()
     assert found is not None and found.kept and found.rows > 1000
     assert asked == [each.tolist() for each in reversed(source.split)]
@@ -313,22 +312,25 @@ def test_only_the_head_of_a_learner_is_fitted(
     assert found.after == pytest.approx(cross_entropy(held_out, odds), abs=1e-6)
 
 
-def test_a_head_learns_from_as_many_samples_as_are_enough_and_take_little_time(
+def test_a_head_learns_from_part_of_the_rows_of_as_many_samples_as_take_little_time(
     source: Source, shipped: ExportedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learning, held_out = source.split
-    of_sample = len(head_rows(source, shipped).of(held_out)) / len(held_out)
     learner, asked, of = Learner(source, shipped, source.windows(shipped), 1.0), [], PanelRows.of
-    monkeypatch.setattr(PanelRows, "of", lambda self, samples: asked.append(samples.tolist()) or of(self, samples))
-    monkeypatch.setattr(head_module, "_ENOUGH_SAMPLES", 2)
-    monkeypatch.setattr(head_module, "_ENOUGH_ROWS", 5.5 * of_sample)
+
+    def watched(self: PanelRows, samples: np.ndarray, thinning: Thinning | None = None) -> Rows:
+        asked.append((samples.tolist(), thinning and thinning.share))
+        return of(self, samples, thinning)
+
+    monkeypatch.setattr(PanelRows, "of", watched)
+    monkeypatch.setattr(head_module, "_MOST_SECONDS", 1e-9)
     monkeypatch.setattr(head_module, "_LEAST_SAMPLES", 4)
-    for seconds, number in ((20.0, 5), (1e-9, 4)):
-        monkeypatch.setattr(head_module, "_MOST_SECONDS", seconds)
-        asked.clear()
-        learner.fit_head()
-        chosen = [*map(int, learning[np.linspace(0, len(learning) - 1, number).round().astype(int)])]
-        assert asked == [held_out.tolist(), chosen]
+    monkeypatch.setattr(head_module, "_MOST_ROWS", 100)
+    found = learner.fit_head()
+    assert found is not None and found.rows == pytest.approx(100, rel=0.4)
+    chosen = [*map(int, learning[np.linspace(0, len(learning) - 1, 4).round().astype(int)])]
+    (first, whole), (second, share) = asked
+    assert (first, whole, second) == (held_out.tolist(), None, chosen) and 0 < share < 0.5
 
 
 def test_no_head_is_fitted_where_haplotypes_are_not_copied_or_the_transformer_takes_long(
