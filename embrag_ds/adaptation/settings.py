@@ -11,7 +11,7 @@ from embrag_ds.model.settings import ModelConfig
 
 Adapt = Literal["auto", "off"] | float
 """How long to adapt: ``auto`` for as many steps as usually pay, ``off`` for none, or minutes of two cores."""
-AUTO_MINUTES = 1.5
+AUTO_MINUTES = 1.0
 """Minutes of two cores that ``auto`` takes at most for its steps."""
 _MOST_STEPS_AUTO = 300
 """Steps after which more of them added less than .001 of r2 (docs/log.md)."""
