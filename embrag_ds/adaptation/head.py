@@ -51,8 +51,10 @@ The rarest matter most, and a common one has rows for every haplotype.
 _MOST_BATCH, _LEAST_BATCH = 4096, 256
 _BATCHES = 64
 """Batches of a pass, where there are enough rows for batches of the least size and too few for the largest."""
-_PASSES, _MOST_ROUNDS, _PATIENCE = 6, 8, 2
-"""Passes of a round, rounds at most, and rounds after the best one until the fit ends."""
+_PASSES, _MOST_ROUNDS = 6, 8
+"""Passes of a round, and rounds at most."""
+_LEAST_GAIN = 1e-3
+"""Part of the loss of the samples held out that a round must take off for another one to follow."""
 _UNLIKELY, _KEPT = 0.01, 0.25
 """Of genotypes where copying gives the minor allele less than the first, a share: most are those, and teach little."""
 _RATE = 4e-3
@@ -229,19 +231,19 @@ def _unwatched(sites: int) -> Callable[[int], None]:
 def fit_head(head: ConfidenceHead, learning: Rows, held_out: Rows, rng: np.random.Generator) -> HeadFit:
     """Fit ``head``, on the CPU, to the rows to learn from; it stays as it was if those held out are worse for it.
 
-    Rounds of steps on the cross-entropy of the minor allele follow each other, until two have not lowered that of the
-    rows held out. The best head is kept.
+    Rounds of steps on the cross-entropy of the minor allele follow each other as long as they lower that of the rows
+    held out noticeably. The best head is kept.
     """
     before, start = _loss(head, held_out), _weights(head)
-    best, losses = start, []
-    for number in range(1, _MOST_ROUNDS + 1):
-        _learn(head, learning, rng, number)
-        losses.append(_loss(head, held_out))
-        if losses[-1] == min(losses):
-            best = _weights(head)
-        if len(losses) - losses.index(min(losses)) > _PATIENCE:
-            break
-    found = HeadFit(len(learning), len(losses), before, min(losses))
+    after, best, rounds, gains = math.inf, start, 0, True
+    while gains and rounds < _MOST_ROUNDS:
+        rounds += 1
+        _learn(head, learning, rng, rounds)
+        loss = _loss(head, held_out)
+        gains = loss < (1 - _LEAST_GAIN) * after
+        if loss < after:
+            after, best = loss, _weights(head)
+    found = HeadFit(len(learning), rounds, before, after)
     head.load_state_dict(best if found.kept else start)
     logger.info(
         "confidence head fitted to %s genotypes: cross-entropy of the samples held out %.5f -> %.5f; %s",

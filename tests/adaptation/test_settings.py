@@ -54,25 +54,25 @@ def test_what_is_read() -> None:
 def test_steps_are_the_minutes_over_a_steps_seconds() -> None:
     for seconds in (0.4, 0.5, 1.1):
         assert steps_within("off", seconds, MANY) == 0
-        # Two minutes give four thirds of the steps of a minute and a half, which auto has.
+        # Two minutes give twice the steps of one minute, which auto has.
         assert steps_within(2.0, seconds, MANY) == int(120 / seconds)
-        assert steps_within("auto", seconds, MANY) == steps_within(1.5, seconds, MANY) == int(90 / seconds)
-        assert steps_within(2.0, seconds, MANY) == pytest.approx(4 / 3 * steps_within("auto", seconds, MANY), abs=2)
+        assert steps_within("auto", seconds, MANY) == steps_within(1.0, seconds, MANY) == int(60 / seconds)
+        assert steps_within(2.0, seconds, MANY) == pytest.approx(2 * steps_within("auto", seconds, MANY), abs=2)
 
 
 def test_more_than_three_hundred_steps_only_if_asked_for_and_fewer_than_twenty_never() -> None:
-    assert steps_within("auto", 0.01, MANY) == 300 and steps_within(1.5, 0.01, MANY) == 9000
-    assert steps_within("auto", 4.5, MANY) == steps_within(1.5, 4.5, MANY) == 20
-    assert steps_within("auto", 4.6, MANY) == steps_within(1.5, 4.6, MANY) == 0
+    assert steps_within("auto", 0.01, MANY) == 300 and steps_within(1.0, 0.01, MANY) == 6000
+    assert steps_within("auto", 3.0, MANY) == steps_within(1.0, 3.0, MANY) == 20
+    assert steps_within("auto", 3.1, MANY) == steps_within(1.0, 3.1, MANY) == 0
     assert steps_within(1e-9, 0.04, MANY) == 0
     for seconds in (0.1, 4.6, 12.1, 300.0):
         assert steps_within(float(least_minutes(seconds)), seconds, MANY) >= 20
 
 
 def test_a_panels_batches_are_learnt_from_fifteen_times_at_most_whatever_was_asked_for() -> None:
-    for how in ("auto", 1.5, 1440.0):
+    for how in ("auto", 1.0, 1440.0):
         assert [steps_within(how, 0.01, batches) for batches in (0, 1, 2, 10)] == [0, 0, 30, 150]
-        assert steps_within(how, 4.5, 2) == (30 if how == 1440.0 else 20)
+        assert steps_within(how, 3.0, 2) == (30 if how == 1440.0 else 20)
 
 
 def test_a_step_takes_longer_with_every_size_and_the_network_adds_to_it() -> None:
