@@ -37,7 +37,7 @@ MOST_STRETCHES = 3
 _MOST_ROWS = 1_200_000
 """Rows to learn from: of many samples a part of each, which teaches more than all of a few (docs/log.md)."""
 _LEAST_SAMPLES = 64
-_MOST_SECONDS = 20.0
+_MOST_SECONDS = 10.0
 """Of two cores, for the samples to learn from."""
 # Seconds of a state, and of a weight at a site, measured on two cores of a server from 2022.
 _PER_STATE_S = 1.3e-9
