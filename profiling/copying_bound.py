@@ -25,7 +25,7 @@ import numpy as np
 import tskit
 
 from embrag_ds.cli.command import run_command
-from embrag_ds.data.simulate import DEMOGRAPHIES, POPULATIONS
+from embrag_ds.data.simulate import DEMOGRAPHIES, POPULATIONS, equal_shares
 from embrag_ds.evaluation.metrics import COUNT_BINS
 from embrag_ds.progress import Progress
 
@@ -103,21 +103,18 @@ class Sums:
     def r2(self, low: int, high: int | None) -> float:
         """Aggregate r2 of alleles with ``low`` to ``high`` copies, both included; None is no end."""
         chosen = slice(low, None if high is None else high + 1)
-        pairs, carried, said, squared = (
-            each[chosen].sum() for each in (self.all, self.carried, self.said, self.squared)
-        )
-        covariance = carried / pairs - carried / pairs * said / pairs
-        variances = (carried / pairs - (carried / pairs) ** 2) * (squared / pairs - (said / pairs) ** 2)
-        return float(covariance**2 / variances)
+        pairs = self.all[chosen].sum()
+        carried, said, squared = (each[chosen].sum() / pairs for each in (self.carried, self.said, self.squared))
+        covariance = carried - carried * said
+        return float(covariance**2 / ((carried - carried**2) * (squared - said**2)))
 
 
 def simulated(demography: str, haplotypes: int, trees: int) -> Sums:
     """Sums over ``trees`` of a panel of ``haplotypes`` and one target, with equal shares of all populations."""
-    populations = (CONSTANT,) if demography == CONSTANT else POPULATIONS[demography]
-    share, rest = divmod(haplotypes + 1, len(populations))
     model = msprime.Demography.isolated_model([10_000]) if demography == CONSTANT else DEMOGRAPHIES[demography]()
-    names = [0] if demography == CONSTANT else populations
-    samples = [msprime.SampleSet(share + (place < rest), population=name, ploidy=1) for place, name in enumerate(names)]
+    populations = ("pop_0",) if demography == CONSTANT else POPULATIONS[demography]
+    shares = equal_shares(haplotypes + 1, len(populations))
+    samples = [msprime.SampleSet(*each, ploidy=1) for each in zip(shares, populations, strict=True)]
     found = Sums.none(haplotypes + 1)
     with Progress(f"trees, {demography}", trees, "trees") as progress:
         for made in msprime.sim_ancestry(samples, demography=model, num_replicates=trees, random_seed=_SEED):

@@ -184,13 +184,13 @@ class Learner:
         now = ExportedModel.of(self._model.config, self.weights(), self._model.snapshot)
         data = WindowedPanel(source.reference, stretches, self._data.position_cm)
         rows = PanelRows(now, source.transformer, data, source.typed)
-        if not rows.most_samples:
+        most, (many, few) = rows.most_samples, source.split
+        if not most:
             return None
-        many, few = source.split
         held_out = rows.of(few)
         if not len(held_out):
             return None
-        chosen, rng = many[spread(len(many), rows.most_samples)], generator(Purpose.HEAD_ROWS, SEED)
+        chosen, rng = many[spread(len(many), most)], generator(Purpose.HEAD_ROWS, SEED)
         learning = rows.of(chosen, Thinning.to_most(held_out, len(chosen) / len(few), rng))
         if not len(learning):
             return None

@@ -178,8 +178,8 @@ def _check_replaceable(directory: Path) -> None:
 def _build(directory: Path, settings: SimulationSettings) -> None:
     rng = generator(Purpose.SIMULATION, settings.seed)
     breakpoints, rates = _hotspot_map(settings.length_bp, settings.cm_per_mb, rng)
-    panel_counts = _split(settings.panel_samples, len(settings.populations))
-    target_counts = _split(settings.target_samples, len(settings.populations))
+    panel_counts = equal_shares(settings.panel_samples, len(settings.populations))
+    target_counts = equal_shares(settings.target_samples, len(settings.populations))
     samples = [panel + target for panel, target in zip(panel_counts, target_counts, strict=True)]
     positions, alleles = _simulate(settings, samples, breakpoints, rates)
     _spoil(alleles, positions, settings)
@@ -216,7 +216,7 @@ def _minor_allele_count(alleles: np.ndarray) -> np.ndarray:
     return np.minimum(copies, alleles.shape[1] - copies)
 
 
-def _split(samples: int, populations: int) -> list[int]:
+def equal_shares(samples: int, populations: int) -> list[int]:
     """Sizes of equal shares of ``samples``; the first populations take the remainder."""
     share, rest = divmod(samples, populations)
     return [share + (i < rest) for i in range(populations)]
